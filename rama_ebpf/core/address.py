@@ -1,0 +1,74 @@
+"""Addresses: a socket address is an IP and a port; an authority is what a client asked for (name or IP, and port)."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+__all__ = ["Authority", "IPAddress", "SocketAddress", "unmap"]
+
+IPAddress = IPv4Address | IPv6Address
+
+
+def unmap(ip: IPAddress) -> IPAddress:
+    """Return the IPv4 address inside an IPv4-mapped IPv6 address (RFC 4291 section 2.5.5.2), else ``ip`` itself."""
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
+        return ip.ipv4_mapped
+    return ip
+
+
+@dataclass(frozen=True, slots=True)
+class SocketAddress:
+    """An IP address and a port (0–65535). ``scope_id`` is the interface index of a link-local IPv6 address, else 0."""
+
+    ip: IPAddress
+    port: int
+    scope_id: int = 0
+
+    @classmethod
+    def from_sockaddr(cls, sockaddr: tuple[object, ...]) -> SocketAddress:
+        """Convert what ``getpeername()`` returns for AF_INET or AF_INET6; IPv4-mapped addresses become IPv4."""
+        host, port = str(sockaddr[0]), int(str(sockaddr[1]))
+        scope = int(str(sockaddr[3])) if len(sockaddr) > 3 else 0
+        return cls(unmap(ip_address(host.partition("%")[0])), port, scope)
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        return socket.AF_INET if self.ip.version == 4 else socket.AF_INET6
+
+    def to_sockaddr(self) -> tuple[str, int] | tuple[str, int, int, int]:
+        """Return the tuple that the :mod:`socket` functions take for :attr:`family`."""
+        if self.ip.version == 4:
+            return (str(self.ip), self.port)
+        return (str(self.ip), self.port, 0, self.scope_id)
+
+    def __str__(self) -> str:
+        return f"{self.ip}:{self.port}" if self.ip.version == 4 else f"[{self.ip}]:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """A target as a client named it: ``host`` is an address or a domain name (1–255 octets), and a port."""
+
+    host: IPAddress | str
+    port: int
+
+    @classmethod
+    def of(cls, host: str, port: int) -> Authority:
+        """Build from text; an IP literal (also in brackets) becomes an address. Raises ValueError on a bad port."""
+        if not 0 <= port <= 65535:
+            raise ValueError(f"port {port} is not in 0-65535")
+        literal = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        try:
+            return cls(ip_address(literal), port)
+        except ValueError:
+            return cls(host, port)
+
+    @property
+    def ip(self) -> IPAddress | None:
+        """The address if the client named one, None for a domain name."""
+        return None if isinstance(self.host, str) else self.host
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if isinstance(self.host, IPv6Address) else f"{self.host}:{self.port}"

@@ -1,0 +1,291 @@
+"""Byte streams: what a transport service gets and what a connector returns.
+
+A :class:`Stream` reads, peeks, writes, half-closes and carries :class:`~rama_ebpf.core.extensions.Extensions`.
+:class:`SocketStream` is the one over a non-blocking socket; its socket can be taken out and given to the relay.
+
+One task may read and one may write at a time; a second reader (or writer) raises RuntimeError at once instead of
+mixing bytes.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import socket
+import struct
+from typing import Final
+
+from .address import SocketAddress
+from .errors import LimitExceeded, PeerClosed
+from .extensions import Extensions
+
+_socket = socket.socket  # the property `socket` hides the module inside the class body
+
+__all__ = ["MAX_UNREAD", "SocketStream", "Stream"]
+
+MAX_UNREAD: Final = 64 * 1024
+"""Upper bound in bytes of what a stream holds read ahead (peeked but not consumed)."""
+
+_READ_SIZE: Final = 64 * 1024
+_LINGER_RST: Final = struct.pack("ii", 1, 0)
+
+
+class Stream(abc.ABC):
+    """A bidirectional, half-closable stream of bytes with a read-ahead buffer.
+
+    ``bytes_received`` and ``bytes_sent`` count what crossed the transport, including bytes that are still unread.
+    """
+
+    def __init__(self, extensions: Extensions | None = None) -> None:
+        self.extensions = Extensions() if extensions is None else extensions
+        self.bytes_received = 0
+        self.bytes_sent = 0
+        self._unread = bytearray()
+
+    # -- what a transport implements ---------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    async def _receive(self, max_bytes: int) -> bytes:
+        """Return 1..max_bytes bytes from the transport as soon as there are any, or b"" at EOF."""
+
+    @abc.abstractmethod
+    async def write(self, *chunks: bytes | bytearray | memoryview) -> None:
+        """Write all chunks, in order, and return when the transport has taken them (back-pressure).
+
+        Raises ConnectionError if the peer has gone.
+        """
+
+    @abc.abstractmethod
+    async def write_eof(self) -> None:
+        """Half-close: tell the peer that no more bytes follow; reading goes on. A second call does nothing."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Close both directions in the orderly way of the transport. Idempotent; never raises for a dead peer."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Close at once; the peer learns that the stream did not end in order (TCP: RST). Idempotent."""
+
+    @property
+    @abc.abstractmethod
+    def peer(self) -> SocketAddress | None:
+        """The peer's address, None for a Unix socket."""
+
+    @property
+    @abc.abstractmethod
+    def local(self) -> SocketAddress | None:
+        """Our own address on this stream, None for a Unix socket."""
+
+    # -- reading, the same for every transport -----------------------------------------------------------------
+
+    @property
+    def buffered(self) -> bytes:
+        """The bytes that were read ahead and not consumed yet."""
+        return bytes(self._unread)
+
+    async def read(self, max_bytes: int = _READ_SIZE) -> bytes:
+        """Return up to ``max_bytes`` bytes as soon as there are any, or b"" at EOF."""
+        if self._unread:
+            data = bytes(self._unread[:max_bytes])
+            del self._unread[:max_bytes]
+            return data
+        return await self._receive(max_bytes)
+
+    async def read_exactly(self, count: int) -> bytes:
+        """Return exactly ``count`` bytes. Raises :class:`PeerClosed` at an earlier EOF."""
+        data = await self.peek(count)
+        if len(data) < count:
+            raise PeerClosed(f"stream ended after {len(data)} of {count} bytes")
+        del self._unread[:count]
+        return data[:count]
+
+    async def peek(self, count: int) -> bytes:
+        """Return at least ``count`` bytes without consuming them; fewer only at EOF.
+
+        Raises :class:`LimitExceeded` if ``count`` is above :data:`MAX_UNREAD`.
+        """
+        while len(self._unread) < count and await self.fill(max(count, len(self._unread) + 1)):
+            pass
+        return bytes(self._unread)
+
+    async def fill(self, limit: int = MAX_UNREAD) -> int:
+        """Read once from the transport into the read-ahead buffer; return how many bytes came, 0 at EOF.
+
+        This is what drives a sans-I/O parser that wants more. Raises :class:`LimitExceeded` when the buffer already
+        holds ``limit`` bytes (at most :data:`MAX_UNREAD`).
+        """
+        limit = min(limit, MAX_UNREAD)
+        room = limit - len(self._unread)
+        if room <= 0:
+            raise LimitExceeded(f"peer sent {len(self._unread)} bytes where at most {limit} are expected")
+        data = await self._receive(room)
+        self._unread += data
+        return len(data)
+
+    def consume(self, count: int) -> None:
+        """Drop ``count`` bytes of :attr:`buffered`. Raises ValueError if there are fewer."""
+        if count > len(self._unread):
+            raise ValueError(f"cannot consume {count} bytes, only {len(self._unread)} are buffered")
+        del self._unread[:count]
+
+    def unread(self, data: bytes) -> None:
+        """Put ``data`` back in front of everything not yet read."""
+        self._unread[:0] = data
+
+
+class SocketStream(Stream):
+    """A stream over a connected non-blocking stream socket (TCP or Unix).
+
+    ``original_destination`` is where the client meant to connect: our local address, unless the connection was
+    steered or redirected here.
+    """
+
+    def __init__(self, sock: socket.socket, extensions: Extensions | None = None) -> None:
+        super().__init__(extensions)
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        self._eof_sent = False
+        self._closed = False
+        self._peer = _address(sock.getpeername) if sock.family != socket.AF_UNIX else None
+        self._local = _address(sock.getsockname) if sock.family != socket.AF_UNIX else None
+
+    @property
+    def socket(self) -> _socket:
+        """The socket itself, for options and tcp_info. Do not read or write it: see :meth:`detach`."""
+        return self._sock
+
+    @property
+    def peer(self) -> SocketAddress | None:
+        return self._peer
+
+    @property
+    def local(self) -> SocketAddress | None:
+        return self._local
+
+    @property
+    def original_destination(self) -> SocketAddress | None:
+        return self._local
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        while True:
+            self._check_open()
+            try:
+                data = self._sock.recv(max_bytes)
+            except BlockingIOError:
+                await self._wait_readable()
+                continue
+            except InterruptedError:
+                continue
+            self.bytes_received += len(data)
+            return data
+
+    async def write(self, *chunks: bytes | bytearray | memoryview) -> None:
+        pending = [memoryview(chunk).cast("B") for chunk in chunks if len(chunk)]
+        while pending:
+            self._check_open()
+            try:
+                sent = self._sock.send(pending[0]) if len(pending) == 1 else self._sock.sendmsg(pending)
+            except BlockingIOError:
+                await self._wait_writable()
+                continue
+            except InterruptedError:
+                continue
+            self.bytes_sent += sent
+            while pending and sent >= len(pending[0]):
+                sent -= len(pending.pop(0))
+            if sent:
+                pending[0] = pending[0][sent:]
+
+    async def write_eof(self) -> None:
+        if self._eof_sent or self._closed:
+            return
+        self._eof_sent = True
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise ConnectionResetError(error.errno, f"cannot half-close: {error.strerror}") from error
+
+    async def close(self) -> None:
+        self._close()
+
+    def abort(self) -> None:
+        if not self._closed and self._sock.family != socket.AF_UNIX:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST)
+        self._close()
+
+    def detach(self) -> tuple[_socket, bytes]:
+        """Take the socket out: return it with the bytes that were read ahead; the stream is closed from then on.
+
+        The caller owns the socket and must forward those bytes first. Raises RuntimeError while a task is waiting
+        on the stream.
+        """
+        self._check_open()
+        if self._reader is not None or self._writer is not None:
+            raise RuntimeError("cannot detach a stream that a task is reading or writing")
+        self._closed = True
+        unread = bytes(self._unread)
+        self._unread.clear()
+        return self._sock, unread
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        fd = self._sock.fileno()
+        for waiter, remove in ((self._reader, self._loop.remove_reader), (self._writer, self._loop.remove_writer)):
+            if waiter is not None:
+                remove(fd)
+                if not waiter.done():
+                    waiter.set_exception(ConnectionAbortedError("stream closed"))
+        self._sock.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionAbortedError("stream closed")
+
+    async def _wait_readable(self) -> None:
+        if self._reader is not None:
+            raise RuntimeError("two tasks read one stream")
+        self._reader = waiter = self._loop.create_future()
+        fd = self._sock.fileno()
+        self._loop.add_reader(fd, _wake, waiter)
+        try:
+            await waiter
+        finally:
+            self._reader = None
+            if not self._closed:
+                self._loop.remove_reader(fd)
+
+    async def _wait_writable(self) -> None:
+        if self._writer is not None:
+            raise RuntimeError("two tasks write one stream")
+        self._writer = waiter = self._loop.create_future()
+        fd = self._sock.fileno()
+        self._loop.add_writer(fd, _wake, waiter)
+        try:
+            await waiter
+        finally:
+            self._writer = None
+            if not self._closed:
+                self._loop.remove_writer(fd)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _address(getter: object) -> SocketAddress | None:
+    assert callable(getter)
+    try:
+        return SocketAddress.from_sockaddr(getter())
+    except OSError:
+        return None  # the peer reset the connection between accept(2) and here; the first read reports it

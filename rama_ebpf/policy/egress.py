@@ -1,0 +1,98 @@
+"""Where a proxy may connect to.
+
+A proxy that dials whatever its clients name is a door into the network it stands in (SSRF, CWE-918). So addresses
+that are not globally reachable are refused unless the operator names them. The check is made on the resolved
+address, the one that is then dialled, with IPv4-mapped, NAT64 and 6to4 forms unwrapped first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
+
+from ..core.address import IPAddress, unmap
+from ..core.errors import PolicyDenied
+
+__all__ = ["DENIED_BY_DEFAULT", "EgressPolicy"]
+
+IPNetwork = IPv4Network | IPv6Network
+
+# The IANA special-purpose address registries (RFC 6890 and updates), less what is globally reachable.
+DENIED_BY_DEFAULT: tuple[tuple[IPNetwork, str], ...] = tuple(
+    (ip_network(cidr), name)
+    for cidr, name in (
+        ("0.0.0.0/8", "this-network"),
+        ("10.0.0.0/8", "private"),
+        ("100.64.0.0/10", "shared-cgnat"),
+        ("127.0.0.0/8", "loopback"),
+        ("169.254.0.0/16", "link-local-metadata"),
+        ("172.16.0.0/12", "private"),
+        ("192.0.0.0/24", "ietf-protocol"),
+        ("192.0.2.0/24", "documentation"),
+        ("192.168.0.0/16", "private"),
+        ("198.18.0.0/15", "benchmarking"),
+        ("198.51.100.0/24", "documentation"),
+        ("203.0.113.0/24", "documentation"),
+        ("224.0.0.0/4", "multicast"),
+        ("240.0.0.0/4", "reserved-broadcast"),
+        ("::/128", "unspecified"),
+        ("::1/128", "loopback"),
+        ("::/96", "ipv4-compatible"),
+        ("64:ff9b:1::/48", "local-nat64"),
+        ("100::/64", "discard"),
+        ("2001::/32", "teredo"),
+        ("2001:2::/48", "benchmarking"),
+        ("2001:db8::/32", "documentation"),
+        ("3fff::/20", "documentation"),
+        ("5f00::/16", "segment-routing"),
+        ("fc00::/7", "unique-local-metadata"),
+        ("fe80::/10", "link-local"),
+        ("fec0::/10", "site-local"),
+        ("ff00::/8", "multicast"),
+    )
+)
+
+_NAT64 = IPv6Network("64:ff9b::/96")
+_6TO4 = IPv6Network("2002::/16")
+
+
+def _embedded(ip: IPAddress) -> IPAddress | None:
+    """Return the IPv4 address that NAT64 (RFC 6052) or 6to4 (RFC 3056) would deliver to, if ``ip`` is such a form."""
+    if not isinstance(ip, IPv6Address):
+        return None
+    if ip in _NAT64:
+        return unmap(IPv6Address(int(ip) & 0xFFFFFFFF | 0xFFFF << 32))
+    return ip.sixtofour if ip in _6TO4 else None
+
+
+@dataclass(frozen=True)
+class EgressPolicy:
+    """Which target addresses may be dialled: ``allow`` and ``deny`` are networks; the longest matching prefix wins,
+    deny beats allow at the same length, and :data:`DENIED_BY_DEFAULT` counts as denied unless ``allow`` names a
+    network of at least its length."""
+
+    allow: tuple[IPNetwork, ...] = ()
+    deny: tuple[IPNetwork, ...] = ()
+
+    @classmethod
+    def of(cls, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> EgressPolicy:
+        """Build from text. Raises ValueError naming the network that does not parse or has host bits set."""
+        return cls(tuple(map(ip_network, allow)), tuple(map(ip_network, deny)))
+
+    def check(self, ip: IPAddress) -> None:
+        """Raise :class:`PolicyDenied`, naming the rule, if ``ip`` may not be dialled."""
+        ip = unmap(ip)
+        self._check_one(ip)
+        inner = _embedded(ip)
+        if inner is not None:
+            self._check_one(inner)
+
+    def _check_one(self, ip: IPAddress) -> None:
+        allowed = max((net.prefixlen for net in self.allow if ip in net), default=-1)
+        denied = max((net.prefixlen for net in self.deny if ip in net), default=-1)
+        if denied >= 0 and denied >= allowed:
+            raise PolicyDenied(f"egress to {ip} is denied", rule="egress")
+        for net, name in DENIED_BY_DEFAULT:
+            if ip in net and allowed < net.prefixlen:
+                raise PolicyDenied(f"egress to {ip} is denied ({name}, {net})", rule=f"egress-default:{name}")

@@ -1,0 +1,20 @@
+"""Moving a tunnel's bytes: one function, several ways."""
+
+from __future__ import annotations
+
+from ..core.stream import Stream
+from .copy import copy
+from .tunnel import CloseReason, TunnelLimits, TunnelReport
+
+__all__ = ["CloseReason", "TunnelLimits", "TunnelReport", "relay"]
+
+
+async def relay(client: Stream, upstream: Stream, limits: TunnelLimits | None = None) -> TunnelReport:
+    """Relay bytes between ``client`` and ``upstream`` until the tunnel ends, and say how it ended.
+
+    ``limits`` defaults to the :class:`TunnelLimits` among the client's extensions, or else to its defaults. Both
+    streams are closed on return.
+    """
+    if limits is None:
+        limits = client.extensions.get(TunnelLimits) or TunnelLimits()
+    return await copy(client, upstream, limits)

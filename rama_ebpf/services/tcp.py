@@ -1,0 +1,153 @@
+"""TCP server: accepts connections and gives each, as a :class:`~rama_ebpf.core.stream.SocketStream`, to a service."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+from ..core.errors import RamaError
+from ..core.service import Service
+from ..core.stream import SocketStream, Stream
+
+__all__ = ["TcpServer", "bind_tcp"]
+
+log = logging.getLogger(__name__)
+
+_ACCEPTS_PER_WAKE: Final = 64
+_BACK_OFF_SECONDS: Final = 0.1
+_OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def bind_tcp(host: str, port: int, *, backlog: int = 4096, reuse_port: bool = False) -> socket.socket:
+    """Return a listening non-blocking socket on an IPv4 or IPv6 literal and port (0: the kernel picks one).
+
+    An IPv6 socket takes IPv6 only, so that one address means one family. Raises OSError naming the address.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port))
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return sock
+
+
+class TcpServer:
+    """Accepts on a listening socket and runs ``service`` once per connection.
+
+    The server closes the stream when its service returns, and aborts it (RST) when the service raises. An error ends
+    that connection only. ``on_accept`` is called once per accepted connection (for counters). When the process is
+    out of descriptors the server stops accepting for 100 ms instead of spinning; ``resource_errors`` counts that.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        service: Service[Stream, Any],
+        *,
+        on_accept: Callable[[], None] | None = None,
+    ) -> None:
+        self.listener = listener
+        self.accepted = 0
+        self.resource_errors = 0
+        self._service = service
+        self._on_accept = on_accept
+        self._connections: set[asyncio.Task[None]] = set()
+        self._accepting = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._resume: asyncio.TimerHandle | None = None
+
+    @property
+    def live(self) -> int:
+        """How many connections are being served."""
+        return len(self._connections)
+
+    def start(self) -> None:
+        """Start to accept, on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._accepting = True
+        self._loop.add_reader(self.listener.fileno(), self._accept_ready)
+
+    def stop_accepting(self) -> None:
+        """Accept no more; live connections go on. The listening socket stays open and keeps its queue. Idempotent."""
+        if self._accepting and self._loop is not None:
+            self._accepting = False
+            self._loop.remove_reader(self.listener.fileno())
+            if self._resume is not None:
+                self._resume.cancel()
+                self._resume = None
+
+    async def drain(self, timeout: float) -> int:
+        """Stop accepting, wait up to ``timeout`` seconds for live connections, then cut the rest; return how many
+        were cut."""
+        self.stop_accepting()
+        if self._connections and timeout > 0:
+            await asyncio.wait(set(self._connections), timeout=timeout)
+        remaining = set(self._connections)
+        for task in remaining:
+            task.cancel()
+        if remaining:
+            await asyncio.gather(*remaining, return_exceptions=True)
+        return len(remaining)
+
+    def _accept_ready(self) -> None:
+        for _ in range(_ACCEPTS_PER_WAKE):
+            try:
+                sock, _peer = self.listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    self._back_off(error)
+                    return
+                # accept(2) hands on errors of the connection that was to be accepted (ECONNABORTED, EPROTO, …).
+                log.info("connection lost before accept: %s", error)
+                continue
+            self.accepted += 1
+            if self._on_accept is not None:
+                self._on_accept()
+            assert self._loop is not None
+            task = self._loop.create_task(self._serve(sock))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    def _back_off(self, error: OSError) -> None:
+        assert self._loop is not None
+        self.resource_errors += 1
+        log.warning("cannot accept (%s): pausing for %d ms", error.strerror, _BACK_OFF_SECONDS * 1000)
+        self._loop.remove_reader(self.listener.fileno())
+        self._resume = self._loop.call_later(_BACK_OFF_SECONDS, self._resume_accepting)
+
+    def _resume_accepting(self) -> None:
+        self._resume = None
+        if self._accepting and self._loop is not None:
+            self._loop.add_reader(self.listener.fileno(), self._accept_ready)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        stream = SocketStream(sock)
+        try:
+            await self._service(stream)
+        except asyncio.CancelledError:
+            stream.abort()
+            raise
+        except (RamaError, OSError) as error:
+            # Expected on a hostile network: one line, no traceback.
+            log.info("%s: connection ended: %s", stream.peer, error)
+            stream.abort()
+        except Exception:
+            # A bug in a service must not take the other connections down; it is reported in full.
+            log.exception("%s: service failed", stream.peer)
+            stream.abort()
+        else:
+            await stream.close()
