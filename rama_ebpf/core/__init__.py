@@ -1,7 +1,10 @@
 """The framework: services, layers, streams, extensions and errors. Imports nothing else of this package."""
 
 from .address import Authority, IPAddress, SocketAddress
+from .auth import Authenticator, Credentials, User
+from .client import ClientAddress, HasExtensions, client_address
 from .errors import (
+    AuthFailed,
     HandshakeTimeout,
     LimitExceeded,
     PeerClosed,
@@ -12,15 +15,22 @@ from .errors import (
     TunnelTimeout,
 )
 from .extensions import Extensions
+from .lifecycle import Lifecycle, Stage
 from .service import Layer, Service, service_fn, stack
 from .stream import SocketStream, Stream
 
 __all__ = [
+    "AuthFailed",
+    "Authenticator",
     "Authority",
+    "ClientAddress",
+    "Credentials",
     "Extensions",
     "HandshakeTimeout",
+    "HasExtensions",
     "IPAddress",
     "Layer",
+    "Lifecycle",
     "LimitExceeded",
     "PeerClosed",
     "PolicyDenied",
@@ -30,8 +40,11 @@ __all__ = [
     "SocketAddress",
     "SocketStream",
     "StackError",
+    "Stage",
     "Stream",
     "TunnelTimeout",
+    "User",
+    "client_address",
     "service_fn",
     "stack",
 ]

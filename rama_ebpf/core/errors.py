@@ -7,6 +7,7 @@ people. Protocol packages subclass these and add the bytes that the peer is to b
 from __future__ import annotations
 
 __all__ = [
+    "AuthFailed",
     "HandshakeTimeout",
     "LimitExceeded",
     "PeerClosed",
@@ -57,6 +58,12 @@ class PolicyDenied(RamaError):
     def __init__(self, message: str, rule: str = "") -> None:
         super().__init__(message)
         self.rule = rule
+
+
+class AuthFailed(RamaError):
+    """A client gave no valid credentials. The text never holds a password."""
+
+    kind = "auth_failed"
 
 
 class LimitExceeded(RamaError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..core.lifecycle import Lifecycle, Stage
 from ..core.stream import Stream
 from .copy import copy
 from .tunnel import CloseReason, TunnelLimits, TunnelReport
@@ -13,8 +14,10 @@ async def relay(client: Stream, upstream: Stream, limits: TunnelLimits | None = 
     """Relay bytes between ``client`` and ``upstream`` until the tunnel ends, and say how it ended.
 
     ``limits`` defaults to the :class:`TunnelLimits` among the client's extensions, or else to its defaults. Both
-    streams are closed on return.
+    streams are closed on return. The report is also appended to the client's extensions, on cancellation too, where
+    the layers outside find it.
     """
+    Lifecycle.of(client.extensions).reached(Stage.TUNNEL)
     if limits is None:
         limits = client.extensions.get(TunnelLimits) or TunnelLimits()
     return await copy(client, upstream, limits)

@@ -68,7 +68,9 @@ async def copy(client: Stream, upstream: Stream, limits: TunnelLimits, *, why: s
         else:
             client.abort()
             upstream.abort()
-    return TunnelReport(reason, up.delivered, down.delivered, time.monotonic() - started, "copy", why)
+        report = TunnelReport(reason, up.delivered, down.delivered, time.monotonic() - started, "copy", why)
+        client.extensions.add(report)
+    return report
 
 
 async def _supervise(

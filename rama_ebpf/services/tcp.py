@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
+from ..core.client import ClientAddress
 from ..core.errors import RamaError
 from ..core.service import Service
 from ..core.stream import SocketStream, Stream
@@ -136,6 +137,8 @@ class TcpServer:
 
     async def _serve(self, sock: socket.socket) -> None:
         stream = SocketStream(sock)
+        if stream.peer is not None:
+            stream.extensions.add(ClientAddress(stream.peer))
         try:
             await self._service(stream)
         except asyncio.CancelledError:

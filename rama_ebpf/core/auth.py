@@ -1,0 +1,33 @@
+"""Who a client is: credentials that a protocol has read, and the authenticator that turns them into a user.
+
+An authenticator is a service from :class:`Credentials` to :class:`User`, so a plain ``async def`` is one and layers
+compose around it. A protocol server calls it, adds the user to the extensions and sends its own refusal on
+:class:`~rama_ebpf.core.errors.AuthFailed`. The ones that come with the package are in
+:mod:`rama_ebpf.layers.auth`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+__all__ = ["Authenticator", "Credentials", "User"]
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A user name and password as a client sent them (RFC 1929: 1-255 octets each; HTTP Basic: RFC 7617)."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """An authenticated user; added to the extensions of the stream or request."""
+
+    name: str
+
+
+Authenticator = Callable[[Credentials], Awaitable[User]]
+"""Returns the user, or raises :class:`~rama_ebpf.core.errors.AuthFailed`."""

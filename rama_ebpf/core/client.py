@@ -1,0 +1,35 @@
+"""Which address stands for the client: the transport's peer, unless a trusted proxy in front told another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from .address import SocketAddress
+from .extensions import Extensions
+
+__all__ = ["ClientAddress", "HasExtensions", "client_address"]
+
+
+@runtime_checkable
+class HasExtensions(Protocol):
+    """What carries extensions: a :class:`~rama_ebpf.core.stream.Stream`, an HTTP request, …"""
+
+    @property
+    def extensions(self) -> Extensions: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ClientAddress:
+    """The client's own address, as the transport or a *trusted* PROXY header told it; the latest one counts.
+
+    A TCP server adds the transport's peer. Whoever believes a PROXY header appends what it says.
+    """
+
+    address: SocketAddress
+
+
+def client_address(input: HasExtensions) -> SocketAddress | None:
+    """Return the client's address from the extensions of ``input``, None where it has none (a Unix socket)."""
+    told = input.extensions.get(ClientAddress)
+    return None if told is None else told.address
