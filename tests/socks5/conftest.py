@@ -1,0 +1,130 @@
+"""A real SOCKS server on loopback for every test, in IPv4 and IPv6, and real targets behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+import pytest
+
+from rama_ebpf.core import IPAddress, RamaError, Service, Stream
+from rama_ebpf.policy.egress import EgressPolicy
+from rama_ebpf.services.connect import Connector, ResolveError
+from rama_ebpf.services.socks5 import Socks5Server
+from rama_ebpf.services.tcp import TcpServer, bind_tcp
+
+ALLOWED = ("127.0.0.1/32", "::1/128")
+
+
+class Hosts:
+    """A resolver over a fixed table: every other name does not exist."""
+
+    def __init__(self, table: dict[str, Sequence[str]]) -> None:
+        self.table = table
+        self.asked: list[str] = []
+
+    async def resolve(self, name: str) -> Sequence[IPAddress]:
+        self.asked.append(name)
+        if name not in self.table:
+            raise ResolveError(f"{name!r} does not exist")
+        return [ip_address(text) for text in self.table[name]]
+
+
+@dataclass
+class Proxy:
+    """A running server, and the errors that left its service (what a strike layer would see)."""
+
+    host: str
+    port: int
+    server: TcpServer
+    hosts: Hosts
+    errors: list[BaseException] = field(default_factory=list)
+    results: list[object] = field(default_factory=list)
+    served: int = 0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(self.host, self.port)
+
+    async def idle(self) -> None:
+        """Wait until every accepted connection has been served to its end."""
+        while self.served < self.server.accepted:
+            self.ended.clear()
+            await self.ended.wait()
+
+
+Target = tuple[str, int]
+StreamHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@pytest.fixture(params=["127.0.0.1", "::1"], ids=["ipv4", "ipv6"])
+def loopback(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+async def run_proxy(loopback: str) -> AsyncIterator[Callable[..., Awaitable[Proxy]]]:
+    """Start a proxy: ``await run_proxy(auth=...)`` or ``await run_proxy(service=...)``."""
+    async with contextlib.AsyncExitStack() as cleanup:
+
+        async def start(
+            *,
+            make: Callable[[Connector], Service[Stream, object]] = Socks5Server,
+            allow: Sequence[str] = ALLOWED,
+            timeout: float = 10.0,
+        ) -> Proxy:
+            hosts = Hosts({"target.test": [loopback], "private.test": ["10.0.0.1"]})
+            service = make(Connector(hosts, EgressPolicy.of(allow), timeout=timeout))
+            listener = bind_tcp(loopback, 0)
+
+            async def observed(stream: Stream) -> None:
+                try:
+                    proxy.results.append(await service(stream))
+                except (RamaError, OSError) as error:
+                    proxy.errors.append(error)
+                    raise
+                finally:
+                    proxy.served += 1
+                    proxy.ended.set()
+
+            server = TcpServer(listener, observed)
+            proxy = Proxy(loopback, listener.getsockname()[1], server, hosts)
+            server.start()
+
+            async def stop() -> None:
+                await server.drain(0)
+                listener.close()
+
+            cleanup.push_async_callback(stop)
+            return proxy
+
+        yield start
+
+
+@pytest.fixture
+async def run_target(loopback: str) -> AsyncIterator[Callable[[StreamHandler], Awaitable[Target]]]:
+    """Start a TCP target: ``await run_target(handler)`` gives its address."""
+    async with contextlib.AsyncExitStack() as cleanup:
+
+        async def start(handler: StreamHandler) -> Target:
+            async def closing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                try:
+                    await handler(reader, writer)
+                finally:
+                    writer.close()
+
+            server = await asyncio.start_server(closing, loopback, 0)
+            cleanup.callback(server.close)
+            return loopback, server.sockets[0].getsockname()[1]
+
+        yield start
+
+
+async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Send back what comes until EOF."""
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
