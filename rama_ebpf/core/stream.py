@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import socket
 import struct
 from typing import Final
@@ -76,6 +77,24 @@ class Stream(abc.ABC):
     @abc.abstractmethod
     def local(self) -> SocketAddress | None:
         """Our own address on this stream, None for a Unix socket."""
+
+    async def close_after(self, last: bytes = b"", *, timeout: float = 1.0, max_discard: int = 64 * 1024) -> None:
+        """Send ``last``, a reply that refuses the peer, and close so that it arrives. Never raises for a dead peer.
+
+        Closing while bytes of the peer are unread would send RST, which may overtake the reply and discard it
+        (RFC 1122 section 4.2.2.13). So: half-close, then read and drop for at most ``timeout`` seconds and
+        ``max_discard`` bytes until the peer closes too.
+        """
+        try:
+            # OSError includes TimeoutError: the peer has gone, or does not close but has had its reply.
+            with contextlib.suppress(OSError):
+                async with asyncio.timeout(timeout):
+                    await self.write(last)
+                    await self.write_eof()
+                    while max_discard > 0 and (data := await self.read(4096)):
+                        max_discard -= len(data)
+        finally:
+            await self.close()
 
     # -- reading, the same for every transport -----------------------------------------------------------------
 
