@@ -1,0 +1,56 @@
+"""Passing TLS through by its server name: the client's handshake is with the target, only bytes pass here."""
+
+from __future__ import annotations
+
+from ...core.address import Authority
+from ...core.lifecycle import Lifecycle, Stage
+from ...core.service import Service
+from ...core.stream import Stream
+from ...relay import TunnelReport, relay
+from .alert import Alert, AlertError
+from .client_hello import ClientHello
+from .names import NameMap
+
+__all__ = ["TlsPassthrough"]
+
+
+class TlsPassthrough:
+    """A service that connects a peeked stream to the target that its server name stands for, and relays.
+
+    ``targets`` maps name patterns to targets. A name that it does not hold is itself the target, at ``port``; with
+    ``port`` None such names are refused. ``no_sni`` is the target of clients that name no server; without it they
+    are refused. A refusal is the alert ``unrecognized_name``, raised as :class:`AlertError`; what ``connector``
+    raises goes through, and the client sees its connection cut as if it had dialled itself.
+    """
+
+    accepts = Stream
+
+    def __init__(
+        self,
+        connector: Service[Authority, Stream],
+        *,
+        targets: NameMap[Authority] | None = None,
+        port: int | None = 443,
+        no_sni: Authority | None = None,
+    ) -> None:
+        self._connector = connector
+        self._targets = targets if targets is not None else NameMap[Authority]()
+        self._port = port
+        self._no_sni = no_sni
+
+    async def __call__(self, stream: Stream, /) -> TunnelReport:
+        name = stream.extensions.require(ClientHello).server_name
+        target = self._target(name)
+        if target is None:
+            error = AlertError(f"no target for server name {name}", Alert.UNRECOGNIZED_NAME)
+            await stream.close_after(error.wire)
+            raise error
+        Lifecycle.of(stream.extensions).reached(Stage.ESTABLISHED)
+        return await relay(stream, await self._connector(target))
+
+    def _target(self, name: str | None) -> Authority | None:
+        if name is None:
+            return self._no_sni
+        if (found := self._targets.find(name)) is not None:
+            return found
+        return None if self._port is None else Authority(name, self._port)

@@ -1,0 +1,85 @@
+"""Looking at a ClientHello without answering it: the layer in front of routing, policy and termination."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ...core.errors import HandshakeTimeout, PeerClosed
+from ...core.service import Service
+from ...core.stream import MAX_UNREAD, Stream
+from .alert import AlertError, NotTls
+from .client_hello import DEFAULT_LIMIT, ClientHello, ClientHelloParser
+from .fingerprint import Ja3, Ja4
+
+__all__ = ["TlsPeekLayer", "peek_client_hello"]
+
+
+async def peek_client_hello(stream: Stream, *, timeout: float = 10.0, limit: int = DEFAULT_LIMIT) -> ClientHello:
+    """Read ahead until ``stream`` shows a complete ClientHello, and consume nothing.
+
+    ``timeout`` is in seconds, ``limit`` in bytes (at most :data:`~rama_ebpf.core.stream.MAX_UNREAD`). Raises
+    :class:`NotTls`, :class:`AlertError`, :class:`HandshakeTimeout`, or :class:`PeerClosed` at an early EOF.
+    """
+    parser = ClientHelloParser(limit)
+    news = stream.buffered
+    try:
+        async with asyncio.timeout(timeout):
+            while True:
+                hello = parser.feed(news)
+                if hello is not None:
+                    return hello
+                count = await stream.fill(limit)
+                if not count:
+                    raise PeerClosed(f"client closed after {len(stream.buffered)} bytes of its ClientHello")
+                news = stream.buffered[-count:]
+    except TimeoutError as error:
+        raise HandshakeTimeout(f"no complete ClientHello within {timeout} s") from error
+
+
+class TlsPeekLayer:
+    """Adds :class:`ClientHello`, :class:`Ja3` and :class:`Ja4` to a stream's extensions, and consumes nothing.
+
+    A stream whose first bytes are not TLS goes to ``fallback``; without one the client is sent an alert and
+    :class:`NotTls` is raised. A ClientHello that is malformed, above ``limit`` bytes, cut short or not complete
+    within ``timeout`` seconds proves nothing: it is refused, with an alert where there is a protocol error, unless
+    ``fail_open`` sends it to ``fallback`` as well. The fallback finds every byte still unread.
+    """
+
+    accepts = Stream
+
+    def __init__(
+        self,
+        *,
+        fallback: Service[Stream, Any] | None = None,
+        fail_open: bool = False,
+        timeout: float = 10.0,
+        limit: int = DEFAULT_LIMIT,
+    ) -> None:
+        if fail_open and fallback is None:
+            raise ValueError("fail_open needs a fallback")
+        if timeout <= 0:
+            raise ValueError(f"timeout must be positive, not {timeout}")
+        if not 512 <= limit <= MAX_UNREAD:
+            raise ValueError(f"limit must be 512-{MAX_UNREAD} bytes, not {limit}")
+        self._fallback = fallback
+        self._fail_open = fail_open
+        self._timeout = timeout
+        self._limit = limit
+
+    def __call__(self, inner: Service[Stream, Any], /) -> Service[Stream, Any]:
+        async def peek(stream: Stream, /) -> Any:
+            try:
+                hello = await peek_client_hello(stream, timeout=self._timeout, limit=self._limit)
+            except (AlertError, HandshakeTimeout, PeerClosed) as error:
+                if self._fallback is not None and (self._fail_open or isinstance(error, NotTls)):
+                    return await self._fallback(stream)
+                if isinstance(error, AlertError):
+                    await stream.close_after(error.wire)
+                raise
+            stream.extensions.add(hello)
+            stream.extensions.add(Ja3.of(hello))
+            stream.extensions.add(Ja4.of(hello))
+            return await inner(stream)
+
+        return peek
