@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import resource
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 import pytest
 
-from rama_ebpf.core import IPAddress, RamaError, Service, Stream
+from rama_ebpf.core import Extensions, IPAddress, RamaError, Service, Stream
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import Connector, ResolveError
 from rama_ebpf.services.socks5 import Socks5Server
@@ -43,15 +45,29 @@ class Proxy:
     hosts: Hosts
     errors: list[BaseException] = field(default_factory=list)
     results: list[object] = field(default_factory=list)
+    extensions: list[Extensions] = field(default_factory=list)
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
     served: int = 0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection(self.host, self.port)
+        return await self.dial(self.host, self.port)
+
+    async def dial(
+        self, host: str, port: int, local_addr: tuple[str, int] | None = None
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect anywhere; the connection is closed with the proxy at the latest."""
+        reader, writer = await asyncio.open_connection(host, port, local_addr=local_addr)
+        self.writers.append(writer)
+        return reader, writer
 
     async def idle(self) -> None:
         """Wait until every accepted connection has been served to its end."""
-        while self.served < self.server.accepted:
+        await self.until_served(self.server.accepted)
+
+    async def until_served(self, count: int) -> None:
+        """Wait until ``count`` connections have been served to their end."""
+        while self.served < count:
             self.ended.clear()
             await self.ended.wait()
 
@@ -81,6 +97,7 @@ async def run_proxy(loopback: str) -> AsyncIterator[Callable[..., Awaitable[Prox
             listener = bind_tcp(loopback, 0)
 
             async def observed(stream: Stream) -> None:
+                proxy.extensions.append(stream.extensions)
                 try:
                     proxy.results.append(await service(stream))
                 except (RamaError, OSError) as error:
@@ -97,6 +114,7 @@ async def run_proxy(loopback: str) -> AsyncIterator[Callable[..., Awaitable[Prox
             async def stop() -> None:
                 await server.drain(0)
                 listener.close()
+                await hang_up(proxy.writers)
 
             cleanup.push_async_callback(stop)
             return proxy
@@ -110,17 +128,43 @@ async def run_target(loopback: str) -> AsyncIterator[Callable[[StreamHandler], A
     async with contextlib.AsyncExitStack() as cleanup:
 
         async def start(handler: StreamHandler) -> Target:
+            writers: list[asyncio.StreamWriter] = []
+            handling: set[asyncio.Task[None]] = set()
+
             async def closing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                task = asyncio.current_task()
+                assert task is not None
+                handling.add(task)
+                writers.append(writer)
                 try:
                     await handler(reader, writer)
+                except ConnectionError:
+                    pass  # a client that resets is what some tests are about
                 finally:
+                    handling.discard(task)
                     writer.close()
 
             server = await asyncio.start_server(closing, loopback, 0)
-            cleanup.callback(server.close)
+
+            async def stop() -> None:
+                server.close()
+                for task in handling:
+                    task.cancel()
+                await asyncio.gather(*handling, return_exceptions=True)
+                await hang_up(writers)
+
+            cleanup.push_async_callback(stop)
             return loopback, server.sockets[0].getsockname()[1]
 
         yield start
+
+
+async def hang_up(writers: Sequence[asyncio.StreamWriter]) -> None:
+    """Close every connection and wait until its socket is closed too."""
+    for writer in writers:
+        writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -128,3 +172,26 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     while data := await reader.read(65536):
         writer.write(data)
         await writer.drain()
+
+
+@pytest.fixture
+def full_backlog(loopback: str) -> Iterator[int]:
+    """The port of a listener that never accepts and whose queue is full: a SYN to it is dropped, not refused."""
+    family = socket.AF_INET6 if ":" in loopback else socket.AF_INET
+    with socket.socket(family) as listener, contextlib.ExitStack() as cleanup:
+        listener.bind((loopback, 0))
+        listener.listen(0)
+        for _ in range(3):
+            waiting = cleanup.enter_context(socket.socket(family))
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Room for 8,192 descriptors, which a thousand clients with both of their ends in one process need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 8192), max(hard, 8192)))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -21,7 +21,7 @@ The rules
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
@@ -125,14 +125,22 @@ TRANSITIONS: Final[Mapping[State, Mapping[_Step, State]]] = {
 class ServerMachine:
     """One client's handshake.
 
-    ``methods`` are those the server takes, the preferred one first. ``socks4`` admits SOCKS4 and 4a; their clients
-    cannot prove who they are, so they are refused where ``methods`` lacks :attr:`Method.NONE`.
+    ``methods`` are those the server takes, the preferred one first; ``commands`` what it does for its clients.
+    ``socks4`` admits SOCKS4 and 4a; their clients cannot prove who they are, so they are refused where ``methods``
+    lacks :attr:`Method.NONE`.
     """
 
-    def __init__(self, methods: Sequence[Method] = (Method.NONE,), *, socks4: bool = True) -> None:
+    def __init__(
+        self,
+        methods: Sequence[Method] = (Method.NONE,),
+        *,
+        commands: Collection[Command] = (Command.CONNECT,),
+        socks4: bool = True,
+    ) -> None:
         if not methods or Method.NO_ACCEPTABLE in methods:
             raise ValueError(f"methods must be one or more of NONE and PASSWORD, not {list(methods)}")
         self._methods = tuple(methods)
+        self._commands = frozenset(commands)
         self._socks4 = socks4
         self._out = bytearray()
         self.state = State.START
@@ -177,12 +185,17 @@ class ServerMachine:
         self._go(_Step.FAILED)
         self._out += bytes((_PASSWORD_VERSION, 1))
 
+    @property
+    def owes_reply(self) -> bool:
+        """Whether the client waits for a reply that only the caller can give."""
+        return self.state in (State.REPLY, State.BOUND)
+
     def reply(self, reply: Reply, bound: SocketAddress | None = None, *, listening: bool = False) -> None:
         """Answer the request with ``reply`` and our own address ``bound`` towards the target.
 
         ``listening`` marks the first of the two replies to BIND. Any reply but SUCCEEDED closes.
         """
-        if self.state not in (State.REPLY, State.BOUND):
+        if not self.owes_reply:
             raise RuntimeError(f"there is no request to answer: {self.state.value}")
         if reply is not Reply.SUCCEEDED:
             self._go(_Step.FAILED)
@@ -243,10 +256,7 @@ class ServerMachine:
             raise self._malformed(f"request has version {data[0]:#04x} after a SOCKS5 greeting")
         if len(data) < 4:
             return None, 0
-        try:
-            command = Command(data[1])
-        except ValueError:
-            raise self._malformed(f"command {data[1]:#04x} is unknown", Reply.COMMAND_NOT_SUPPORTED) from None
+        command = self._command(data[1])
         if data[2] != 0:
             raise self._malformed(f"reserved octet of the request is {data[2]:#04x}, not 0")
         try:
@@ -259,14 +269,20 @@ class ServerMachine:
         self._go(_Step.REQUEST)
         return Request(_SOCKS5, command, target), end
 
+    def _command(self, code: int) -> Command:
+        if code not in self._commands:
+            raise self._malformed(f"command {code:#04x} is not served here", Reply.COMMAND_NOT_SUPPORTED)
+        return Command(code)
+
     def _request4(self, data: bytes) -> tuple[Event | None, int]:
         if Method.NONE not in self._methods:
             self._last(encode_reply(_SOCKS4, Reply.NOT_ALLOWED))
             raise AuthFailed("SOCKS4 cannot authenticate")
         if len(data) < 9:
             return None, 0
-        if data[1] not in (Command.CONNECT, Command.BIND):
-            raise self._malformed(f"SOCKS4 command {data[1]:#04x} is unknown", Reply.COMMAND_NOT_SUPPORTED)
+        command = self._command(data[1])
+        if command is Command.UDP_ASSOCIATE:
+            raise self._malformed("SOCKS4 has no UDP", Reply.COMMAND_NOT_SUPPORTED)
         found = self._field4(data, 8, "user id")
         if found is None:
             return None, 0
@@ -286,7 +302,7 @@ class ServerMachine:
             except MalformedAddress as error:
                 raise self._malformed(str(error), error.reply) from error
         self._go(_Step.REQUEST)
-        return Request(_SOCKS4, Command(data[1]), target, user_id), end
+        return Request(_SOCKS4, command, target, user_id), end
 
     def _field4(self, data: bytes, start: int, what: str) -> tuple[bytes, int] | None:
         """Read a field that ends with NUL; None if the NUL is still to come."""

@@ -4,36 +4,71 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Final
+import enum
+import errno
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
 
 from ...core.address import Authority
-from ...core.auth import Authenticator, Credentials
-from ...core.errors import AuthFailed, HandshakeTimeout, PeerClosed, ProtocolError, RamaError
+from ...core.auth import Authenticator, Credentials, User
+from ...core.client import client_address
+from ...core.errors import (
+    AuthFailed,
+    HandshakeTimeout,
+    LimitExceeded,
+    PeerClosed,
+    PolicyDenied,
+    RamaError,
+)
+from ...core.extensions import Extensions
 from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service
-from ...core.stream import Stream
-from ...relay import TunnelReport, relay
+from ...core.stream import MAX_UNREAD, Stream
+from ...relay import TunnelLimits, TunnelReport, relay
+from ..connect import ConnectError
+from .associate import AssociationReport, UdpAssociator
+from .bind import Binder, Listening
 from .machine import MAX_MESSAGE, Event, Request, ServerMachine
 from .replies import reply_for
 from .wire import Command, Method, Reply
 
-__all__ = ["Socks5Server"]
+__all__ = ["ReplyTiming", "Socks5Server", "UserLimits"]
 
-_LINGER_SECONDS: Final = 1.0
-_LINGER_BYTES: Final = 64 * 1024
+
+class ReplyTiming(enum.Enum):
+    """When CONNECT is answered."""
+
+    LAZY = "lazy"
+    """When the outcome is known: the client learns of every failure, and our address towards the target."""
+    EAGER = "eager"
+    """At once, which saves the client a round trip to the target: it may send data ahead, but a failure reaches it
+    only as a reset, and it is told no address."""
+
+
+@dataclass(frozen=True, slots=True)
+class UserLimits:
+    """What one user may do: ``connections`` at a time (None: any number), ``commands``, and the bounds of each of
+    its tunnels and associations (None: those that apply to everybody)."""
+
+    connections: int | None = None
+    commands: frozenset[Command] = frozenset(Command)
+    tunnel: TunnelLimits | None = None
 
 
 class Socks5Server:
     """A service that serves one SOCKS5, SOCKS4 or SOCKS4a client on a :class:`Stream`.
 
-    ``connector`` turns a target into a connected stream, with DNS and egress policy inside it. ``auth`` demands a
-    user name and password; with ``auth_optional`` clients that offer none are served too. ``handshake_timeout``
-    (seconds) bounds the time from the first byte due to the complete request.
+    ``connector`` turns a target into a connected stream, with DNS and egress policy inside it; ``binder`` and ``udp``
+    serve BIND and UDP ASSOCIATE, which are refused (REP 07) without them. ``auth`` demands a user name and password;
+    with ``auth_optional`` clients that offer none are served too. ``limits`` says what a user may do.
+    ``handshake_timeout`` (seconds) bounds the time from the first byte due to the complete request.
 
-    After a handshake the stream's extensions hold the :class:`Request` and, if one was proven, the
-    :class:`~rama_ebpf.core.auth.User`. Returns the tunnel's report. Every failure is raised after the client has
-    been sent the reply that its RFC prescribes and the stream is closed: :class:`ProtocolError`,
-    :class:`AuthFailed`, :class:`HandshakeTimeout`, :class:`PeerClosed`, or what the connector raised.
+    After a handshake the stream's extensions hold the :class:`Request`, its target and, if one was proven, the
+    :class:`~rama_ebpf.core.auth.User`. Returns the report of the tunnel or association. Every failure is raised after
+    the client has been sent the reply that its RFC prescribes and the stream is closed: :class:`ProtocolError`,
+    :class:`AuthFailed`, :class:`HandshakeTimeout`, :class:`PeerClosed`, :class:`LimitExceeded`, or what the connector
+    raised.
     """
 
     accepts = Stream
@@ -42,40 +77,54 @@ class Socks5Server:
         self,
         connector: Service[Authority, Stream],
         *,
+        binder: Binder | None = None,
+        udp: UdpAssociator | None = None,
         auth: Authenticator | None = None,
         auth_optional: bool = False,
+        limits: Callable[[User], UserLimits] | None = None,
         socks4: bool = True,
+        reply: ReplyTiming = ReplyTiming.LAZY,
         handshake_timeout: float = 10.0,
     ) -> None:
         if handshake_timeout <= 0:
             raise ValueError(f"handshake_timeout must be positive, not {handshake_timeout}")
-        if auth_optional and auth is None:
-            raise ValueError("auth_optional needs an authenticator")
+        if auth is None and (auth_optional or limits is not None):
+            raise ValueError("auth_optional and limits need an authenticator")
         self._connector = connector
+        self._binder = binder
+        self._udp = udp
         self._auth = auth
+        self._limits = limits
         self._socks4 = socks4
+        self._eager = reply is ReplyTiming.EAGER
         self._timeout = handshake_timeout
+        self._connections: Counter[str] = Counter()
         if auth is None:
             self._methods: tuple[Method, ...] = (Method.NONE,)
         else:
             self._methods = (Method.PASSWORD, Method.NONE) if auth_optional else (Method.PASSWORD,)
+        served = {Command.CONNECT: connector, Command.BIND: binder, Command.UDP_ASSOCIATE: udp}
+        self._commands = frozenset(command for command, by in served.items() if by is not None)
 
-    async def __call__(self, stream: Stream, /) -> TunnelReport:
-        machine = ServerMachine(self._methods, socks4=self._socks4)
+    async def __call__(self, stream: Stream, /) -> TunnelReport | AssociationReport:
+        machine = ServerMachine(self._methods, commands=self._commands, socks4=self._socks4)
         try:
             request = await self._handshake(stream, machine)
             stream.extensions.add(request)
+            stream.extensions.add(request.target)
             Lifecycle.of(stream.extensions).reached(Stage.ESTABLISHED)
-            upstream = await self._connect(request, machine)
-        except (RamaError, OSError):
-            await self._close(stream, machine)
+            with self._admit(request.command, stream.extensions):
+                if request.command is Command.CONNECT:
+                    return await self._connect(request, stream, machine)
+                if request.command is Command.BIND:
+                    return await self._bind(request, stream, machine)
+                return await self._associate(request, stream, machine)
+        except (RamaError, OSError) as error:
+            if machine.owes_reply:
+                machine.reply(reply_for(error))
+            last = machine.data_to_send()
+            await (stream.close_after(last) if last else stream.close())
             raise
-        try:
-            await stream.write(machine.data_to_send())
-        except BaseException:
-            upstream.abort()
-            raise
-        return await relay(stream, upstream)
 
     async def _handshake(self, stream: Stream, machine: ServerMachine) -> Request:
         try:
@@ -100,37 +149,85 @@ class Socks5Server:
         machine.accept()
         stream.extensions.add(user)
 
-    async def _connect(self, request: Request, machine: ServerMachine) -> Stream:
-        if request.command is not Command.CONNECT:
-            machine.reply(Reply.COMMAND_NOT_SUPPORTED)
-            raise ProtocolError(f"command {request.command.name} is not served here")
+    @contextlib.contextmanager
+    def _admit(self, command: Command, extensions: Extensions) -> Iterator[None]:
+        """Hold the user to what it may do while the command is served. Raises :class:`LimitExceeded`."""
+        user = extensions.get(User)
+        if user is None or self._limits is None:
+            yield
+            return
+        limits = self._limits(user)
+        if command not in limits.commands:
+            raise PolicyDenied(f"user {user.name!r} may not use {command.name}", rule="user")
+        if limits.connections is not None and self._connections[user.name] >= limits.connections:
+            raise LimitExceeded(f"user {user.name!r} has {limits.connections} connections, the limit")
+        if limits.tunnel is not None:
+            extensions.add(limits.tunnel)
+        self._connections[user.name] += 1
         try:
-            upstream = await self._connector(request.target)
-        except (RamaError, OSError) as error:
-            machine.reply(reply_for(error))
-            raise
-        machine.reply(Reply.SUCCEEDED, upstream.local)
-        return upstream
-
-    async def _close(self, stream: Stream, machine: ServerMachine) -> None:
-        """Send what the client is still to be told and close so that it arrives.
-
-        Closing while bytes of the client are unread would send RST, which may overtake the reply and discard it
-        (RFC 1122 section 4.2.2.13). So: half-close, then read on for a bounded while until the client closes too.
-        """
-        try:
-            # OSError includes TimeoutError: the peer has gone, or does not close but has had its reply.
-            with contextlib.suppress(OSError):
-                async with asyncio.timeout(_LINGER_SECONDS):
-                    reply = machine.data_to_send()
-                    if reply:
-                        await stream.write(reply)
-                        await stream.write_eof()
-                        budget = _LINGER_BYTES
-                        while budget > 0 and (data := await stream.read(4096)):
-                            budget -= len(data)
+            yield
         finally:
-            await stream.close()
+            self._connections[user.name] -= 1
+            if not self._connections[user.name]:
+                del self._connections[user.name]
+
+    async def _connect(self, request: Request, stream: Stream, machine: ServerMachine) -> TunnelReport:
+        if self._eager:
+            machine.reply(Reply.SUCCEEDED)
+            await stream.write(machine.data_to_send())
+            try:
+                upstream = await self._connector(request.target)
+            except (RamaError, OSError):
+                stream.abort()  # the client believes that it is connected: an orderly close would be a false EOF
+                raise
+            return await relay(stream, upstream)
+        upstream = await self._connector(request.target)
+        machine.reply(Reply.SUCCEEDED, upstream.local)
+        return await self._tunnel(stream, upstream, machine)
+
+    async def _bind(self, request: Request, stream: Stream, machine: ServerMachine) -> TunnelReport:
+        assert self._binder is not None
+        with await self._binder.listen(request.target) as listening:
+            machine.reply(Reply.SUCCEEDED, listening.address, listening=True)
+            await stream.write(machine.data_to_send())
+            upstream = await self._await_peer(stream, listening)
+        machine.reply(Reply.SUCCEEDED, upstream.peer)
+        return await self._tunnel(stream, upstream, machine)
+
+    async def _await_peer(self, stream: Stream, listening: Listening) -> Stream:
+        assert self._binder is not None
+        seconds = self._binder.timeout
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    await _while_open(stream, listening.readable())
+                    if (upstream := listening.accept()) is not None:
+                        return upstream
+        except TimeoutError as error:
+            message = f"no peer has connected to {listening.address} within {seconds} s"
+            raise ConnectError(errno.ETIMEDOUT, message) from error
+
+    async def _associate(self, request: Request, stream: Stream, machine: ServerMachine) -> AssociationReport:
+        assert self._udp is not None
+        client = client_address(stream) or stream.peer
+        if client is None or stream.local is None:
+            raise ConnectError(errno.EAFNOSUPPORT, "UDP ASSOCIATE needs a client with an IP address")
+        association = self._udp.open(client.ip, stream.local, request.target)
+        try:
+            machine.reply(Reply.SUCCEEDED, association.bound)
+            await stream.write(machine.data_to_send())
+            Lifecycle.of(stream.extensions).reached(Stage.TUNNEL)
+            return await association.run(stream)
+        finally:
+            association.close()
+
+    async def _tunnel(self, stream: Stream, upstream: Stream, machine: ServerMachine) -> TunnelReport:
+        try:
+            await stream.write(machine.data_to_send())
+        except BaseException:
+            upstream.abort()
+            raise
+        return await relay(stream, upstream)
 
 
 async def _next_event(stream: Stream, machine: ServerMachine) -> Event:
@@ -141,3 +238,24 @@ async def _next_event(stream: Stream, machine: ServerMachine) -> Event:
             return event
         if not await stream.fill(MAX_MESSAGE):
             raise PeerClosed(f"client closed during its SOCKS handshake ({machine.state.value})")
+
+
+async def _while_open(stream: Stream, waiting: Coroutine[None, None, None]) -> None:
+    """Await ``waiting``. Raises :class:`PeerClosed` if the client closes first, OSError if it resets."""
+    tasks = {asyncio.create_task(waiting), asyncio.create_task(_watch(stream))}
+    try:
+        done, _pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def _watch(stream: Stream) -> None:
+    """Read ahead, as far as the stream's buffer goes, until the client closes; return only by :class:`PeerClosed`."""
+    while len(stream.buffered) < MAX_UNREAD:
+        if not await stream.fill():
+            raise PeerClosed("client closed while BIND waited for its peer")
+    await asyncio.Event().wait()  # a client that sends this much ahead is stopped by its window, and is still there

@@ -11,12 +11,15 @@ from ...core.address import Authority, SocketAddress
 __all__ = [
     "UNKNOWN_ADDRESS",
     "Command",
+    "Fragment",
     "MalformedAddress",
     "Method",
     "Reply",
     "decode_address",
+    "decode_datagram",
     "decode_domain",
     "encode_address",
+    "encode_datagram",
 ]
 
 UNKNOWN_ADDRESS: Final = SocketAddress(IPv4Address(0), 0)
@@ -67,6 +70,10 @@ class MalformedAddress(ValueError):
         self.reply = reply
 
 
+class Fragment(MalformedAddress):
+    """A datagram whose FRAG field is not 0."""
+
+
 def decode_address(data: bytes, start: int = 0) -> tuple[Authority, int] | None:
     """Read ATYP, address and port at ``data[start:]``; return the target and the offset behind it.
 
@@ -111,6 +118,27 @@ def decode_domain(field: bytes) -> str:
     if not text.isprintable() or " " in text or "%" in text:
         raise MalformedAddress(f"domain name {text!r} holds a character that no name has", Reply.GENERAL_FAILURE)
     return text
+
+
+def decode_datagram(data: bytes) -> tuple[Authority, int]:
+    """Read the header of a client's datagram (RFC 1928 section 7); return its target and where the payload starts.
+
+    Raises :class:`MalformedAddress` for a header that is cut short or not allowed, and :class:`Fragment` for a
+    fragment: reassembly is optional, and who does not do it must drop them.
+    """
+    if len(data) < 4 or data[0] or data[1]:
+        raise MalformedAddress("UDP header is cut short or its reserved octets are not 0", Reply.GENERAL_FAILURE)
+    if data[2]:
+        raise Fragment(f"fragment {data[2]:#04x}", Reply.GENERAL_FAILURE)
+    found = decode_address(data, 3)
+    if found is None:
+        raise MalformedAddress("UDP header is cut short", Reply.GENERAL_FAILURE)
+    return found
+
+
+def encode_datagram(address: SocketAddress | Authority, payload: bytes) -> bytes:
+    """Return ``payload`` behind the UDP header that names ``address``."""
+    return b"\0\0\0" + encode_address(address) + payload
 
 
 def encode_address(address: SocketAddress | Authority) -> bytes:

@@ -1,0 +1,312 @@
+"""UDP ASSOCIATE: relaying a client's datagrams for as long as its TCP connection lives (RFC 1928 section 7)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import socket
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ...core.address import Authority, IPAddress, SocketAddress, unmap
+from ...core.errors import LimitExceeded, PolicyDenied, RamaError
+from ...core.stream import Stream
+from ...policy.egress import EgressPolicy
+from ...relay import CloseReason, TunnelLimits
+from ..connect import Resolver
+from .ports import advertised, bound_socket
+from .wire import Fragment, MalformedAddress, decode_datagram, encode_datagram
+
+__all__ = ["Association", "AssociationReport", "Drop", "UdpAssociator"]
+
+_MAX_DATAGRAM: Final = 65535
+_DATAGRAMS_PER_WAKE: Final = 32
+_MAX_LOOKUPS: Final = 8
+_MAX_PENDING_BYTES: Final = 64 * 1024
+_MAX_NAMES: Final = 64
+_NAME_SECONDS: Final = 30.0
+
+
+class Drop(enum.Enum):
+    """Why a datagram was not relayed."""
+
+    SOURCE = "source"
+    """Not from the client that owns the association."""
+    FRAGMENT = "fragment"
+    MALFORMED = "malformed"
+    POLICY = "policy"
+    """Egress policy denies every address of the target."""
+    RESOLVE = "resolve"
+    UNSOLICITED = "unsolicited"
+    """From an endpoint to which the client has sent nothing."""
+    OVERFLOW = "overflow"
+    """A send buffer or the queue for name look-ups was full."""
+    SEND = "send"
+    """The kernel refused to send: no route, too big, a firewall."""
+
+
+@dataclass(frozen=True, slots=True)
+class AssociationReport:
+    """How an association went: datagrams relayed each way, drops by reason, age in seconds."""
+
+    reason: CloseReason
+    to_targets: int
+    to_client: int
+    dropped: Mapping[Drop, int]
+    age: float
+
+
+class UdpAssociator:
+    """Opens UDP associations.
+
+    A client's datagrams are taken only from its own address, and from the port that it announced or else used first.
+    Each target address is checked by ``egress``, after resolution. Datagrams come back only from the endpoints, at
+    most the latest ``max_targets``, to which the client has sent. ``advertise`` holds the addresses (one a family)
+    that clients are told instead of our own, for hosts behind NAT; ``ports`` confines the ports that face clients.
+    An association without a datagram for ``idle_timeout`` seconds is closed, unless the stream's
+    :class:`~rama_ebpf.relay.TunnelLimits` say otherwise. At most ``max_associations`` live at once.
+    """
+
+    def __init__(
+        self,
+        resolver: Resolver,
+        egress: EgressPolicy,
+        *,
+        advertise: Sequence[IPAddress] = (),
+        ports: range | None = None,
+        idle_timeout: float = 120.0,
+        max_associations: int = 4096,
+        max_targets: int = 256,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.resolver = resolver
+        self.egress = egress
+        self.idle_timeout = idle_timeout
+        self.max_targets = max_targets
+        self.clock = clock
+        self.live = 0
+        self._advertise = tuple(advertise)
+        self._ports = ports
+        self._max_associations = max_associations
+
+    def open(self, client: IPAddress, local: SocketAddress, announced: Authority) -> Association:
+        """Open an association for the client at ``client``, on our address ``local``.
+
+        ``announced`` is the address in the client's request. Raises :class:`LimitExceeded` or OSError.
+        """
+        if self.live >= self._max_associations:
+            raise LimitExceeded(f"{self.live} UDP associations are open, the limit")
+        sock = bound_socket(socket.SOCK_DGRAM, local, self._ports)
+        # An announced address that is not the client's was rewritten on the way (NAT), and with it the port.
+        credible = announced.ip is not None and (unmap(announced.ip) == client or int(announced.ip) == 0)
+        port = announced.port if credible else 0
+        self.live += 1
+        return Association(self, client, port, sock, advertised(sock, self._advertise))
+
+
+class Association:
+    """One client's association; ``bound`` is where it has to send to."""
+
+    def __init__(
+        self, settings: UdpAssociator, client: IPAddress, port: int, front: socket.socket, bound: SocketAddress
+    ) -> None:
+        self.bound = bound
+        self._settings = settings
+        self._client_ip = client
+        self._client_port = port
+        self._client: SocketAddress | None = None
+        self._front = front
+        self._backs: dict[socket.AddressFamily, socket.socket] = {}
+        self._loop = asyncio.get_running_loop()
+        self._targets: OrderedDict[SocketAddress, None] = OrderedDict()
+        self._names: OrderedDict[str, tuple[float, Sequence[IPAddress]]] = OrderedDict()
+        self._waiting: dict[str, list[tuple[int, bytes]]] = {}
+        self._waiting_bytes = 0
+        self._lookups: set[asyncio.Task[None]] = set()
+        self._to_targets = 0
+        self._to_client = 0
+        self._dropped: Counter[Drop] = Counter()
+        self._last = settings.clock()
+        self._closed = False
+
+    async def run(self, stream: Stream) -> AssociationReport:
+        """Relay until the client closes ``stream``, its TCP connection, or a time-out passes. Closes the sockets."""
+        started = self._last = self._settings.clock()
+        limits = stream.extensions.get(TunnelLimits) or TunnelLimits(idle=self._settings.idle_timeout)
+        self._loop.add_reader(self._front.fileno(), self._read_client)
+        watcher = asyncio.create_task(_until_closed(stream))
+        reason = CloseReason.CUT
+        try:
+            reason = await self._supervise(watcher, started, limits)
+        finally:
+            watcher.cancel()
+            self.close()
+            await asyncio.gather(watcher, *self._lookups, return_exceptions=True)
+            age = self._settings.clock() - started
+            report = AssociationReport(reason, self._to_targets, self._to_client, dict(self._dropped), age)
+            stream.extensions.add(report)
+        return report
+
+    def close(self) -> None:
+        """Close the sockets and forget what waits. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._settings.live -= 1
+        for sock in (self._front, *self._backs.values()):
+            self._loop.remove_reader(sock.fileno())
+            sock.close()
+        for lookup in self._lookups:
+            lookup.cancel()
+
+    async def _supervise(self, watcher: asyncio.Task[CloseReason], started: float, limits: TunnelLimits) -> CloseReason:
+        while not watcher.done():
+            now = self._settings.clock()
+            left = []
+            if limits.idle is not None:
+                left.append((self._last + limits.idle - now, CloseReason.IDLE_TIMEOUT))
+            if limits.total is not None:
+                left.append((started + limits.total - now, CloseReason.TOTAL_TIMEOUT))
+            first = min(left, default=None, key=lambda deadline: deadline[0])
+            if first is not None and first[0] <= 0:
+                return first[1]
+            await asyncio.wait({watcher}, timeout=None if first is None else first[0])
+        return watcher.result()
+
+    # -- client to target --------------------------------------------------------------------------------------
+
+    def _read_client(self) -> None:
+        for data, raw in _datagrams(self._front):
+            self._from_client(data, SocketAddress.from_sockaddr(raw))
+
+    def _from_client(self, data: bytes, source: SocketAddress) -> None:
+        if source.ip != self._client_ip or self._client_port not in (0, source.port):
+            self._dropped[Drop.SOURCE] += 1
+            return
+        try:
+            target, start = decode_datagram(data)
+        except Fragment:
+            self._dropped[Drop.FRAGMENT] += 1
+            return
+        except MalformedAddress:
+            self._dropped[Drop.MALFORMED] += 1
+            return
+        self._client, self._client_port = source, source.port
+        self._last = self._settings.clock()
+        if target.ip is not None:
+            self._forward((target.ip,), target.port, data[start:])
+        else:
+            self._forward_by_name(str(target.host), target.port, data[start:])
+
+    def _forward(self, ips: Sequence[IPAddress], port: int, payload: bytes) -> None:
+        """Send to the first address that policy allows and that the kernel can send to."""
+        why = Drop.RESOLVE
+        for ip in map(unmap, ips):
+            try:
+                self._settings.egress.check(ip)
+            except PolicyDenied:
+                why = Drop.POLICY
+                continue
+            target = SocketAddress(ip, port)
+            try:
+                self._back(target.family).sendto(payload, target.to_sockaddr())
+            except BlockingIOError:
+                why = Drop.OVERFLOW
+                break
+            except OSError:
+                why = Drop.SEND
+                continue
+            self._to_targets += 1
+            self._targets[target] = None
+            self._targets.move_to_end(target)
+            if len(self._targets) > self._settings.max_targets:
+                self._targets.popitem(last=False)
+            return
+        self._dropped[why] += 1
+
+    def _forward_by_name(self, name: str, port: int, payload: bytes) -> None:
+        known = self._names.get(name)
+        if known is not None and known[0] > self._settings.clock():
+            self._forward(known[1], port, payload)
+            return
+        queue = self._waiting.get(name)
+        too_many = queue is None and len(self._waiting) >= _MAX_LOOKUPS
+        if too_many or self._waiting_bytes + _cost(payload) > _MAX_PENDING_BYTES:
+            self._dropped[Drop.OVERFLOW] += 1
+            return
+        self._waiting_bytes += _cost(payload)
+        if queue is not None:
+            queue.append((port, payload))
+            return
+        self._waiting[name] = [(port, payload)]
+        lookup = self._loop.create_task(self._look_up(name))
+        self._lookups.add(lookup)
+        lookup.add_done_callback(self._lookups.discard)
+
+    async def _look_up(self, name: str) -> None:
+        try:
+            ips = await self._settings.resolver.resolve(name)
+        except (RamaError, OSError):
+            ips = ()  # remembered like an answer, so that a stream of datagrams is not a stream of look-ups
+        finally:
+            queue = self._waiting.pop(name)
+            self._waiting_bytes -= sum(_cost(payload) for _port, payload in queue)
+        self._names[name] = (self._settings.clock() + _NAME_SECONDS, ips)
+        self._names.move_to_end(name)
+        if len(self._names) > _MAX_NAMES:
+            self._names.popitem(last=False)
+        for port, payload in queue:
+            self._forward(ips, port, payload)
+
+    # -- target to client --------------------------------------------------------------------------------------
+
+    def _back(self, family: socket.AddressFamily) -> socket.socket:
+        sock = self._backs.get(family)
+        if sock is None:
+            sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            self._backs[family] = sock
+            self._loop.add_reader(sock.fileno(), self._read_target, sock)
+        return sock
+
+    def _read_target(self, sock: socket.socket) -> None:
+        for data, raw in _datagrams(sock):
+            source = SocketAddress.from_sockaddr(raw)
+            if source not in self._targets or self._client is None:
+                self._dropped[Drop.UNSOLICITED] += 1
+                continue
+            self._last = self._settings.clock()
+            try:
+                self._front.sendto(encode_datagram(source, data), self._client.to_sockaddr())
+            except BlockingIOError:
+                self._dropped[Drop.OVERFLOW] += 1
+            except OSError:
+                self._dropped[Drop.SEND] += 1
+            else:
+                self._to_client += 1
+
+
+def _datagrams(sock: socket.socket) -> Iterator[tuple[bytes, tuple[object, ...]]]:
+    """Yield what has arrived, a bounded number so that one association cannot hold the loop."""
+    for _ in range(_DATAGRAMS_PER_WAKE):
+        try:
+            yield sock.recvfrom(_MAX_DATAGRAM)
+        except OSError:  # EAGAIN: nothing is left; the others say that an earlier datagram was lost, which UDP may
+            return
+
+
+def _cost(payload: bytes) -> int:
+    """What a waiting datagram counts for; empty ones take memory too."""
+    return len(payload) + 64
+
+
+async def _until_closed(stream: Stream) -> CloseReason:
+    """Return when the client has closed; what it sends on this connection has no meaning and is dropped."""
+    with contextlib.suppress(OSError):
+        while await stream.read(4096):
+            pass
+        return CloseReason.EOF
+    return CloseReason.CLIENT_RESET

@@ -1,0 +1,34 @@
+"""A network namespace for the length of a test: empty but for the loopback device, gone when the last socket is."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+@contextlib.contextmanager
+def network_namespace(*commands: str) -> Iterator[None]:
+    """Move this thread into a new namespace, run ``ip`` with each of ``commands`` there, and move back at the end.
+
+    The namespace has no name: the kernel removes it, whatever happens to this process.
+    """
+    with open("/proc/thread-self/ns/net") as home:
+        _check(_libc.unshare(_CLONE_NEWNET))
+        try:
+            for command in ("link set lo up", *commands):
+                subprocess.run(["ip", *command.split()], check=True)
+            yield
+        finally:
+            _check(_libc.setns(home.fileno(), _CLONE_NEWNET))
