@@ -96,6 +96,13 @@ class Stream(abc.ABC):
         finally:
             await self.close()
 
+    def quiet(self) -> bool:
+        """Whether the stream is open and has nothing to read, EOF included: a kept connection that may be used again.
+
+        False for a transport that cannot tell without waiting.
+        """
+        return False
+
     # -- reading, the same for every transport -----------------------------------------------------------------
 
     @property
@@ -239,6 +246,17 @@ class SocketStream(Stream):
         if not self._closed and self._sock.family != socket.AF_UNIX:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST)
         self._close()
+
+    def quiet(self) -> bool:
+        if self._closed or self._unread:
+            return False
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def detach(self) -> tuple[_socket, bytes]:
         """Take the socket out: return it with the bytes that were read ahead; the stream is closed from then on.

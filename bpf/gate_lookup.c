@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
+/*
+ * sk_lookup in the listeners' network namespace: steers a SYN to one of the listener's sockets, and answers RST for
+ * `reject`. A silent drop is left to gate_cgroup, which comes next. Traffic that is not for our listeners goes on
+ * as if this program were not there.
+ */
+
+static __always_inline void release(struct bpf_sock **sk)
+{
+	if (*sk)
+		bpf_sk_release(*sk);
+}
+
+int gate_lookup(struct bpf_sk_lookup *ctx)
+{
+	struct packet p = { .port = ctx->local_port, .syn = 1 };
+	struct listener *listener;
+	struct verdict v;
+	u32 slot, flow;
+
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_PASS;
+	p.ipv4 = ctx->family == AF_INET;
+	CONTEXT_ADDRESS(&p.source, p.ipv4, ctx->remote_ip4, ctx->remote_ip6);
+	CONTEXT_ADDRESS(&p.target, p.ipv4, ctx->local_ip4, ctx->local_ip6);
+	if (!p.ipv4)
+		p.ipv4 = is_mapped(&p.source);
+	listener = find_listener(&p);
+	if (!listener)
+		return SK_PASS;
+
+	v = verdict(&p, listener, 0);
+	if (v.action == ACTION_REJECT) {
+		count(&v, HOOK_LOOKUP);
+		return SK_DROP; /* no socket: the stack answers RST */
+	}
+	if (!listener->sockets)
+		return SK_DROP; /* ours, but nobody serves it: it must not leak to another socket */
+
+	/* Spread by the source port, so that the ACK of a handshake finds the socket that its SYN found. */
+	flow = bpf_ntohs((u16)ctx->remote_port) ^ (mapped_ipv4(&p.source) * 0x9e3779b1u >> 16);
+	slot = listener->id * SOCKETS_PER_LISTENER + flow % listener->sockets;
+	{
+		struct bpf_sock *sk __attribute__((cleanup(release))) = (void *)sockets.lookup(&slot);
+
+		if (!sk)
+			return SK_DROP;
+		/* Fails only if the socket's family or protocol does not fit, which the loader rules out. */
+		return bpf_sk_assign((void *)ctx, (void *)sk, 0) ? SK_DROP : SK_PASS;
+	}
+}

@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
+/*
+ * The maps. Userspace makes and pins them (rama_ebpf/kernel/gate_maps.py says type, size and flags of each), so that
+ * sizes are the operator's choice and a policy can outlive the programs; BCC opens them by their pins.
+ */
+#ifndef RAMA_EBPF_MAPS_H
+#define RAMA_EBPF_MAPS_H
+
+BPF_TABLE_PINNED("array", u32, struct gate, gate, 1, PIN_DIR "/gate");
+BPF_TABLE_PINNED("hash", struct listener_key, struct listener, listeners, 1, PIN_DIR "/listeners");
+BPF_TABLE_PINNED("sockmap", u32, u64, sockets, 1, PIN_DIR "/sockets");
+BPF_TABLE_PINNED("array", u32, struct rule, rules, 1, PIN_DIR "/rules");
+BPF_TABLE_PINNED("percpu_array", u32, struct rule_hits, rule_hits, 1, PIN_DIR "/rule_hits");
+BPF_TABLE_PINNED("percpu_array", u32, u64, gate_stats, 1, PIN_DIR "/gate_stats");
+BPF_TABLE_PINNED("percpu_array", u32, u64, established, 1, PIN_DIR "/established");
+BPF_TABLE_PINNED("hash", struct address, struct ban, bans, 1, PIN_DIR "/bans");
+BPF_TABLE_PINNED("lpm_trie", struct failsafe_key, u32, failsafe, 1, PIN_DIR "/failsafe");
+BPF_TABLE_PINNED("lru_hash", struct bucket_key, u64, buckets, 1, PIN_DIR "/buckets");
+/* Two sets of rules each: gate.active says which one is in force, the other is where the next one is built. */
+BPF_TABLE_PINNED("array_of_maps", u32, u32, exact4, 2, PIN_DIR "/exact4");
+BPF_TABLE_PINNED("array_of_maps", u32, u32, exact6, 2, PIN_DIR "/exact6");
+BPF_TABLE_PINNED("array_of_maps", u32, u32, prefix4, 2, PIN_DIR "/prefix4");
+BPF_TABLE_PINNED("array_of_maps", u32, u32, prefix6, 2, PIN_DIR "/prefix6");
+
+#endif

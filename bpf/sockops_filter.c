@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
+/*
+ * The unit that BCC compiles. The loader puts the headers and the companion programs in place of the include lines
+ * (BCC rewrites map accesses only in its main file) and defines PIN_DIR, the directory of the pinned maps.
+ *
+ * Types come from the UAPI headers and BCC's own bpf.h alone; no internal kernel header is used, so one source
+ * compiles on any host without its kernel's headers.
+ */
+#include <linux/types.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/in6.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/tcp.h>
+
+#define AF_INET 2 /* from the libc's headers, which do not compile for BPF */
+
+#include "policy.h"
+#include "maps.h"
+#include "packet.h"
+#include "verdict.h"
+#include "gate_cgroup.c"
+#include "gate_lookup.c"
+#include "gate_xdp.c"
+
+/*
+ * sock_ops on the proxy's cgroup: counts handshakes that finished on a listener (what then waits to be accepted).
+ */
+int count_established(struct bpf_sock_ops *ops)
+{
+	struct packet p = {};
+	struct listener *listener;
+	u64 *total;
+	u32 id;
+
+	if (ops->op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+		return 1;
+	p.port = ops->local_port;
+	CONTEXT_ADDRESS(&p.target, ops->family == AF_INET, ops->local_ip4, ops->local_ip6);
+	listener = find_listener(&p);
+	if (!listener)
+		return 1;
+	id = listener->id;
+	total = established.lookup(&id);
+	if (total)
+		(*total)++;
+	return 1;
+}

@@ -1,0 +1,81 @@
+"""What the kernel programs and userspace share: the constants of ``bpf/policy.h`` and the layouts of its structures.
+
+The constants are read from the header itself, so there is one place to change them. The layouts are
+:class:`struct.Struct` objects; the header asserts the same sizes at compile time, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import struct
+from pathlib import Path
+from typing import Final
+
+__all__ = [
+    "BAN",
+    "BUCKET_KEY",
+    "ENTRY",
+    "EXACT_KEY",
+    "FAILSAFE_KEY",
+    "GATE",
+    "LISTENER",
+    "LISTENER_KEY",
+    "PREFIX_KEY",
+    "RULE",
+    "RULE_HITS",
+    "RULE_INFO",
+    "SET_HEAD",
+    "constants",
+    "possible_cpus",
+    "source_dir",
+]
+
+LISTENER_KEY: Final = struct.Struct("=16sHH")
+LISTENER: Final = struct.Struct("=HHHH")
+RULE: Final = struct.Struct("=IIQQQ")
+ENTRY: Final = struct.Struct("=IIII")
+EXACT_KEY: Final = {4: struct.Struct("=HH4s"), 6: struct.Struct("=HH16s")}  # by IP version
+PREFIX_KEY: Final = {4: struct.Struct("=IH4s"), 6: struct.Struct("=IH16s")}
+FAILSAFE_KEY: Final = struct.Struct("=I16s")
+BAN: Final = struct.Struct("=QQQII64s")
+SET_HEAD: Final = struct.Struct("=IIQQQQ")
+GATE: Final = struct.Struct("=QII40s40s")
+BUCKET_KEY: Final = struct.Struct("=II8s")
+RULE_HITS: Final = struct.Struct("=QQ")
+
+# Read and written by userspace alone (the map rule_info): created (wall clock, ns), name, origin, reason.
+RULE_INFO: Final = struct.Struct("=Q64s32s120s")
+
+
+def source_dir() -> Path:
+    """Return the directory of the C sources: inside an installed package, or ``bpf/`` of a checkout.
+
+    Raises FileNotFoundError if neither is there.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for candidate in (package / "_bpf", package.parent / "bpf"):
+        if (candidate / "policy.h").is_file():
+            return candidate
+    raise FileNotFoundError(f"no bpf/policy.h beside {package}: the installation is incomplete")
+
+
+@functools.cache
+def constants() -> dict[str, int]:
+    """Return every enumeration constant of ``policy.h`` by its name."""
+    text = re.sub(r"/\*.*?\*/", "", (source_dir() / "policy.h").read_text(encoding="utf-8"), flags=re.S)
+    found: dict[str, int] = {}
+    for body in re.findall(r"enum\s+\w+\s*\{(.*?)\}", text, flags=re.S):
+        for name, value in re.findall(r"(\w+)\s*=\s*(0x[0-9a-fA-F]+|\d+)", body):
+            found[name] = int(value, 0)
+    return found
+
+
+@functools.cache
+def possible_cpus() -> int:
+    """Return how many CPUs are possible: a per-CPU value read by userspace has that many slots."""
+    count = 0
+    for part in Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii").strip().split(","):
+        first, _, last = part.partition("-")
+        count += int(last or first) - int(first) + 1
+    return count

@@ -1,0 +1,386 @@
+"""The bpf(2) system call: maps, pins, links, test runs and object queries.
+
+BCC compiles and loads programs, but it has no API for links, map-in-map updates, batches or map layouts. This module
+talks to the kernel directly: the ABI of bpf(2) is stable, and a worker process needs neither BCC nor LLVM for it.
+Every function raises OSError with the kernel's errno. File descriptors are close-on-exec, as the kernel makes them.
+
+Reference: ``include/uapi/linux/bpf.h``, ``union bpf_attr``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import os
+import platform
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = [
+    "AttachType",
+    "LinkInfo",
+    "MapFlags",
+    "MapInfo",
+    "MapType",
+    "ProgInfo",
+    "close",
+    "link_create",
+    "link_info",
+    "link_update",
+    "map_by_id",
+    "map_create",
+    "map_delete",
+    "map_delete_batch",
+    "map_info",
+    "map_lookup",
+    "map_lookup_batch",
+    "map_next_key",
+    "map_update",
+    "map_update_batch",
+    "obj_get",
+    "obj_pin",
+    "prog_info",
+    "prog_test_run",
+]
+
+
+class MapType(enum.IntEnum):
+    """``enum bpf_map_type``, those used here."""
+
+    HASH = 1
+    ARRAY = 2
+    PERCPU_HASH = 5
+    PERCPU_ARRAY = 6
+    LRU_HASH = 9
+    LPM_TRIE = 11
+    ARRAY_OF_MAPS = 12
+    SOCKMAP = 15
+    SOCKHASH = 18
+    RINGBUF = 27
+
+
+class MapFlags(enum.IntFlag):
+    """Flags of BPF_MAP_CREATE, those used here."""
+
+    NONE = 0
+    NO_PREALLOC = 1
+    MMAPABLE = 1 << 10
+
+
+class AttachType(enum.IntEnum):
+    """``enum bpf_attach_type``, those used here."""
+
+    CGROUP_INET_INGRESS = 0
+    CGROUP_SOCK_OPS = 3
+    CGROUP_INET4_CONNECT = 10
+    CGROUP_INET6_CONNECT = 11
+    SK_LOOKUP = 36
+    XDP = 37
+    SK_SKB_VERDICT = 38
+
+
+BPF_ANY: Final = 0
+BPF_NOEXIST: Final = 1
+BPF_EXIST: Final = 2
+
+_SYS_BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
+
+_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY = 0, 1, 2, 3, 4
+_OBJ_PIN, _OBJ_GET = 6, 7
+_PROG_TEST_RUN = 10
+_MAP_GET_FD_BY_ID = 14
+_OBJ_GET_INFO = 15
+_LOOKUP_BATCH, _UPDATE_BATCH, _DELETE_BATCH = 24, 26, 27
+_LINK_CREATE, _LINK_UPDATE = 28, 29
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_ATTR_SIZE: Final = 128
+
+
+def _bpf(command: int, attr: bytes) -> int:
+    return _bpf_inout(command, ctypes.create_string_buffer(attr, max(_ATTR_SIZE, len(attr))))
+
+
+def _bpf_inout(command: int, attr: ctypes.Array[ctypes.c_char]) -> int:
+    try:
+        number = _SYS_BPF[platform.machine()]
+    except KeyError:
+        raise OSError(38, f"no bpf(2) number known for machine {platform.machine()!r}") from None
+    result = int(_libc.syscall(number, command, ctypes.byref(attr), len(attr)))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"bpf({command}): {os.strerror(error)}")
+    return result
+
+
+def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(data, len(data))
+
+
+def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
+    return ctypes.addressof(buffer)
+
+
+# -- maps ------------------------------------------------------------------------------------------------------------
+
+
+def map_create(
+    kind: MapType,
+    key_size: int,
+    value_size: int,
+    max_entries: int,
+    *,
+    flags: MapFlags = MapFlags.NONE,
+    inner_fd: int = 0,
+    name: str = "",
+) -> int:
+    """Create a map and return its descriptor. Sizes are bytes; ``name`` is cut to the kernel's 15 characters."""
+    attr = struct.pack("=IIIIIII16s", kind, key_size, value_size, max_entries, flags, inner_fd, 0, name.encode()[:15])
+    return _bpf(_MAP_CREATE, attr)
+
+
+def map_by_id(identity: int) -> int:
+    """Open a map by its id (as a map of maps names its inner maps to userspace) and return a descriptor."""
+    return _bpf(_MAP_GET_FD_BY_ID, struct.pack("=III", identity, 0, 0))
+
+
+def close(fd: int) -> None:
+    """Close a descriptor of this module."""
+    os.close(fd)
+
+
+def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """Return the value of ``key``, or None. For per-CPU maps ``value_size`` is 8-rounded size × possible CPUs."""
+    key_buffer, value = _buffer(key), ctypes.create_string_buffer(value_size)
+    try:
+        _bpf(_LOOKUP, struct.pack("=IIQQQ", fd, 0, _address(key_buffer), _address(value), 0))
+    except FileNotFoundError:
+        return None
+    return value.raw
+
+
+def map_update(fd: int, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
+    """Set ``key`` to ``value``. Raises FileExistsError, FileNotFoundError (by ``flags``) or OSError E2BIG when full."""
+    key_buffer, value_buffer = _buffer(key), _buffer(value)
+    _bpf(_UPDATE, struct.pack("=IIQQQ", fd, 0, _address(key_buffer), _address(value_buffer), flags))
+
+
+def map_delete(fd: int, key: bytes) -> bool:
+    """Delete ``key``; return whether it was there."""
+    key_buffer = _buffer(key)
+    try:
+        _bpf(_DELETE, struct.pack("=IIQQQ", fd, 0, _address(key_buffer), 0, 0))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def map_next_key(fd: int, key: bytes | None, key_size: int) -> bytes | None:
+    """Return the key after ``key`` (None: the first), or None at the end."""
+    current = _buffer(key) if key is not None else None
+    following = ctypes.create_string_buffer(key_size)
+    pointer = _address(current) if current is not None else 0
+    try:
+        _bpf(_NEXT_KEY, struct.pack("=IIQQQ", fd, 0, pointer, _address(following), 0))
+    except FileNotFoundError:
+        return None
+    return following.raw
+
+
+def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> None:
+    """Set ``count`` keys at once; ``keys`` and ``values`` are the packed arrays. Not atomic: use it on maps not yet
+    in use. Raises OSError; entries before the failing one are set."""
+    if count == 0:
+        return
+    key_buffer, value_buffer = _buffer(keys), _buffer(values)
+    _bpf(
+        _UPDATE_BATCH,
+        struct.pack("=QQQQIIQQ", 0, 0, _address(key_buffer), _address(value_buffer), count, fd, BPF_ANY, 0),
+    )
+
+
+def map_delete_batch(fd: int, keys: bytes, count: int) -> None:
+    """Delete ``count`` packed keys. Raises FileNotFoundError at the first that is missing."""
+    if count == 0:
+        return
+    key_buffer = _buffer(keys)
+    _bpf(_DELETE_BATCH, struct.pack("=QQQQIIQQ", 0, 0, _address(key_buffer), 0, count, fd, 0, 0))
+
+
+def map_lookup_batch(fd: int, key_size: int, value_size: int, chunk: int = 4096) -> list[tuple[bytes, bytes]]:
+    """Return all entries of a hash map. A consistent view only if nobody writes meanwhile."""
+    entries: list[tuple[bytes, bytes]] = []
+    token_size = max(4, key_size)
+    out_token = ctypes.create_string_buffer(token_size)
+    in_token: ctypes.Array[ctypes.c_char] | None = None
+    while True:
+        keys, values = ctypes.create_string_buffer(chunk * key_size), ctypes.create_string_buffer(chunk * value_size)
+        attr = ctypes.create_string_buffer(
+            struct.pack(
+                "=QQQQIIQQ",
+                _address(in_token) if in_token is not None else 0,
+                _address(out_token),
+                _address(keys),
+                _address(values),
+                chunk,
+                fd,
+                0,
+                0,
+            ),
+            _ATTR_SIZE,
+        )
+        done = False
+        try:
+            _bpf_inout(_LOOKUP_BATCH, attr)
+        except FileNotFoundError:
+            done = True
+        except OSError as error:
+            if error.errno != 28:  # ENOSPC: one hash bucket holds more than a chunk
+                raise
+            chunk *= 2
+            continue
+        count = struct.unpack_from("=I", attr.raw, 32)[0]
+        raw_keys, raw_values = keys.raw, values.raw
+        entries.extend(
+            (raw_keys[i * key_size : (i + 1) * key_size], raw_values[i * value_size : (i + 1) * value_size])
+            for i in range(count)
+        )
+        if done:
+            return entries
+        in_token = ctypes.create_string_buffer(out_token.raw, token_size)
+
+
+# -- pins ------------------------------------------------------------------------------------------------------------
+
+
+def obj_pin(fd: int, path: str) -> None:
+    """Pin a map, program or link at ``path`` on a bpffs. Raises FileExistsError if the path is taken."""
+    name = _buffer(os.fsencode(path) + b"\0")
+    _bpf(_OBJ_PIN, struct.pack("=QII", _address(name), fd, 0))
+
+
+def obj_get(path: str) -> int:
+    """Open a pinned object. Raises FileNotFoundError, or PermissionError without CAP_BPF or the file's mode."""
+    name = _buffer(os.fsencode(path) + b"\0")
+    return _bpf(_OBJ_GET, struct.pack("=QII", _address(name), 0, 0))
+
+
+# -- links -----------------------------------------------------------------------------------------------------------
+
+
+def link_create(prog_fd: int, target_fd: int, attach_type: AttachType, flags: int = 0) -> int:
+    """Attach a program to a cgroup or network namespace (by descriptor) or an interface (by index).
+
+    The attachment lives as long as the returned descriptor, a copy of it, or a pin.
+    """
+    return _bpf(_LINK_CREATE, struct.pack("=IIII", prog_fd, target_fd, attach_type, flags))
+
+
+def link_update(link_fd: int, prog_fd: int) -> None:
+    """Replace the program of a link; no packet sees neither."""
+    _bpf(_LINK_UPDATE, struct.pack("=IIII", link_fd, prog_fd, 0, 0))
+
+
+# -- queries ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MapInfo:
+    """Layout of a map, from ``struct bpf_map_info``."""
+
+    kind: int
+    id: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProgInfo:
+    """Identity of a program, from ``struct bpf_prog_info``; ``tag`` is the kernel's hash of its instructions."""
+
+    kind: int
+    id: int
+    tag: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkInfo:
+    """Identity of a link, from ``struct bpf_link_info``."""
+
+    kind: int
+    id: int
+    prog_id: int
+
+
+def _info(fd: int, size: int) -> bytes:
+    info = ctypes.create_string_buffer(size)
+    _bpf(_OBJ_GET_INFO, struct.pack("=IIQ", fd, size, _address(info)))
+    return info.raw
+
+
+def _text(raw: bytes) -> str:
+    return raw.partition(b"\0")[0].decode(errors="replace")
+
+
+def map_info(fd: int) -> MapInfo:
+    """Query a map's layout."""
+    raw = _info(fd, 80)
+    kind, identity, key, value, entries, flags = struct.unpack_from("=IIIIII", raw)
+    return MapInfo(kind, identity, key, value, entries, flags, _text(raw[24:40]))
+
+
+def prog_info(fd: int) -> ProgInfo:
+    """Query a program's identity."""
+    raw = _info(fd, 80)
+    kind, identity, tag = struct.unpack_from("=II8s", raw)
+    return ProgInfo(kind, identity, tag.hex(), _text(raw[64:80]))
+
+
+def link_info(fd: int) -> LinkInfo:
+    """Query a link's identity."""
+    return LinkInfo(*struct.unpack_from("=III", _info(fd, 64)))
+
+
+def prog_test_run(
+    prog_fd: int, data: bytes = b"", *, context: bytes = b"", repeat: int = 1, output: int = 0
+) -> tuple[int, int, bytes, bytes]:
+    """Run a program on ``data`` (a frame) or a ``context`` without any network.
+
+    Returns (return value, mean nanoseconds a run, output data up to ``output`` bytes, output context). See the
+    kernel's ``Documentation/bpf/bpf_prog_run.rst``.
+    """
+    data_in = _buffer(data)
+    data_out = ctypes.create_string_buffer(max(output, 1))
+    context_in = _buffer(context)
+    context_out = ctypes.create_string_buffer(max(len(context), 1))
+    attr = ctypes.create_string_buffer(
+        struct.pack(
+            "=IIIIQQIIIIQQIII",
+            prog_fd,
+            0,
+            len(data),
+            output,
+            _address(data_in) if data else 0,
+            _address(data_out) if output else 0,
+            repeat,
+            0,
+            len(context),
+            len(context),
+            _address(context_in) if context else 0,
+            _address(context_out) if context else 0,
+            0,
+            0,
+            0,
+        ),
+        _ATTR_SIZE,
+    )
+    _bpf_inout(_PROG_TEST_RUN, attr)
+    retval = struct.unpack_from("=I", attr.raw, 4)[0]
+    size_out = struct.unpack_from("=I", attr.raw, 12)[0]
+    duration = struct.unpack_from("=I", attr.raw, 36)[0]
+    return retval, duration, data_out.raw[: min(size_out, output)], context_out.raw[: len(context)]

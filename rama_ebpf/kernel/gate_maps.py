@@ -1,0 +1,161 @@
+"""The maps of a gate: their layout, how they are made and pinned, and how pinned ones are opened again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from . import abi, bpf
+from .bpf import MapFlags, MapType
+
+__all__ = ["GateMaps", "LayoutMismatch", "MapSizes", "MapSpec"]
+
+
+class LayoutMismatch(RuntimeError):
+    """Pinned maps were made by another version of this software."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapSizes:
+    """How many entries the maps of a gate hold at most."""
+
+    rules: int = 131_072
+    exact: int = 1_048_576
+    prefixes: int = 4_194_304
+    bans: int = 1_048_576
+    buckets: int = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class MapSpec:
+    """Layout of one map. ``inner`` is the layout of the maps in a map of maps."""
+
+    kind: MapType
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: MapFlags = MapFlags.NONE
+    inner: MapSpec | None = None
+
+    def create(self, name: str) -> int:
+        """Create the map and return its descriptor. A map of maps is filled with an empty map per index."""
+        if self.inner is None:
+            return bpf.map_create(
+                self.kind, self.key_size, self.value_size, self.max_entries, flags=self.flags, name=name
+            )
+        fd = -1
+        for index in range(self.max_entries):
+            inner_fd = self.inner.create(name + "_set")
+            try:
+                if fd < 0:
+                    fd = bpf.map_create(self.kind, 4, 4, self.max_entries, inner_fd=inner_fd, name=name)
+                bpf.map_update(fd, index.to_bytes(4, "little"), inner_fd.to_bytes(4, "little"))
+            finally:
+                os.close(inner_fd)
+        return fd
+
+    def check(self, name: str, fd: int) -> None:
+        """Raise :class:`LayoutMismatch` if an open map is not laid out like this (its size may differ)."""
+        info = bpf.map_info(fd)
+        found = (info.kind, info.key_size, info.value_size, info.flags)
+        wanted = (int(self.kind), self.key_size, self.value_size, int(self.flags))
+        if found != wanted:
+            raise LayoutMismatch(f"pinned map {name} has layout {found}, this version needs {wanted}")
+
+
+_HASH: Final = (MapType.HASH, MapFlags.NO_PREALLOC)
+_LPM: Final = (MapType.LPM_TRIE, MapFlags.NO_PREALLOC)
+
+
+def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
+    constant = abi.constants()
+    listeners = constant["MAX_LISTENERS"]
+    stats = constant["HOOK_COUNT"] * constant["STAGE_COUNT"] * constant["ACTION_COUNT"]
+
+    def two_sets(kind: MapType, flags: MapFlags, key_size: int, entries: int) -> MapSpec:
+        return MapSpec(MapType.ARRAY_OF_MAPS, 4, 4, 2, inner=MapSpec(kind, key_size, abi.ENTRY.size, entries, flags))
+
+    return {
+        "gate": MapSpec(MapType.ARRAY, 4, abi.GATE.size, 1),
+        "listeners": MapSpec(MapType.HASH, abi.LISTENER_KEY.size, abi.LISTENER.size, listeners),
+        "sockets": MapSpec(MapType.SOCKMAP, 4, 8, listeners * constant["SOCKETS_PER_LISTENER"]),
+        "rules": MapSpec(MapType.ARRAY, 4, abi.RULE.size, sizes.rules),
+        "rule_hits": MapSpec(MapType.PERCPU_ARRAY, 4, abi.RULE_HITS.size, sizes.rules),
+        "rule_info": MapSpec(_HASH[0], 4, abi.RULE_INFO.size, sizes.rules, _HASH[1]),
+        "gate_stats": MapSpec(MapType.PERCPU_ARRAY, 4, 8, stats),
+        "established": MapSpec(MapType.PERCPU_ARRAY, 4, 8, listeners),
+        "accepted": MapSpec(MapType.ARRAY, 4, 8, listeners * constant["SOCKETS_PER_LISTENER"], MapFlags.MMAPABLE),
+        "bans": MapSpec(_HASH[0], 16, abi.BAN.size, sizes.bans, _HASH[1]),
+        "failsafe": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 1024, _LPM[1]),
+        "buckets": MapSpec(MapType.LRU_HASH, abi.BUCKET_KEY.size, 8, sizes.buckets),
+        "exact4": two_sets(*_HASH, abi.EXACT_KEY[4].size, sizes.exact),
+        "exact6": two_sets(*_HASH, abi.EXACT_KEY[6].size, sizes.exact),
+        "prefix4": two_sets(*_LPM, abi.PREFIX_KEY[4].size, sizes.prefixes),
+        "prefix6": two_sets(*_LPM, abi.PREFIX_KEY[6].size, sizes.prefixes),
+    }
+
+
+class GateMaps(Mapping[str, int]):
+    """The open maps of a gate: descriptors by map name. Close it, or use it as a context manager."""
+
+    def __init__(self, fds: dict[str, int], specs: Mapping[str, MapSpec]) -> None:
+        self._fds = fds
+        self.specs = specs
+
+    @classmethod
+    def create(cls, directory: Path, sizes: MapSizes) -> GateMaps:
+        """Create all maps, with an empty policy that allows all, and pin them in ``directory`` (on a bpffs)."""
+        specs = _specs(sizes)
+        maps = cls({}, specs)
+        try:
+            for name, spec in specs.items():
+                maps._fds[name] = spec.create(name)
+            head = abi.SET_HEAD.pack(abi.constants()["ACTION_ALLOW"], 0, 0, 0, 0, 0)
+            bpf.map_update(maps["gate"], bytes(4), abi.GATE.pack(0, 0, 0, head, head))
+            for name, fd in maps.items():
+                bpf.obj_pin(fd, str(directory / name))
+        except BaseException:
+            maps.close()
+            raise
+        return maps
+
+    @classmethod
+    def open(cls, directory: Path) -> GateMaps:
+        """Open the maps pinned in ``directory``. Raises FileNotFoundError or :class:`LayoutMismatch`."""
+        specs = _specs(MapSizes())
+        maps = cls({}, specs)
+        try:
+            for name, spec in specs.items():
+                maps._fds[name] = fd = bpf.obj_get(str(directory / name))
+                spec.check(name, fd)
+        except BaseException:
+            maps.close()
+            raise
+        return maps
+
+    def capacity(self, name: str) -> int:
+        """How many entries a map holds at most."""
+        return bpf.map_info(self._fds[name]).max_entries
+
+    def close(self) -> None:
+        """Close the descriptors; pinned maps live on."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __getitem__(self, name: str) -> int:
+        return self._fds[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fds)
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def __enter__(self) -> GateMaps:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()

@@ -1,0 +1,130 @@
+"""Where an instance keeps its things: pins on bpffs, locks and state under /run, a cgroup of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from . import abi
+from .bpffs import BPFFS
+
+__all__ = ["Instance", "InstanceBusy", "ServerLock"]
+
+_RUN: Final = Path("/run/rama-ebpf")
+
+
+class InstanceBusy(RuntimeError):
+    """Another server holds the instance. ``pid`` is its process id, 0 if it cannot be told."""
+
+    def __init__(self, name: str, pid: int) -> None:
+        super().__init__(f"instance {name!r} is already served by process {pid or 'unknown'}")
+        self.pid = pid
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A named instance of the proxy: 1–32 characters of ``[a-z0-9_-]``. Raises ValueError for another name."""
+
+    name: str = "default"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9_-]{1,32}", self.name):
+            raise ValueError(f"instance name {self.name!r}: use 1 to 32 characters of a-z, 0-9, _ and -")
+
+    @property
+    def pin_root(self) -> Path:
+        return BPFFS / "rama-ebpf" / self.name
+
+    @property
+    def pin_dir(self) -> Path:
+        """Where the maps are pinned. The layout's number is part of the path: a newer version never misreads them."""
+        return self.pin_root / f"layout-{abi.constants()['LAYOUT_VERSION']}"
+
+    @property
+    def run_dir(self) -> Path:
+        return _RUN / self.name
+
+    @property
+    def control_socket(self) -> Path:
+        return self.run_dir / "control.sock"
+
+    @property
+    def cgroup_name(self) -> str:
+        return f"rama-ebpf-{self.name}"
+
+    def read_state(self) -> dict[str, object]:
+        """Return what the server wrote about itself last, or an empty dict."""
+        try:
+            state = json.loads((self.run_dir / "state.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}  # never served, or torn by a crash while it was written
+        return state if isinstance(state, dict) else {}
+
+    def write_state(self, state: dict[str, object]) -> None:
+        """Replace the server's description of itself, atomically."""
+        temporary = self.run_dir / "state.json.new"
+        temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        temporary.replace(self.run_dir / "state.json")
+
+    @contextlib.contextmanager
+    def policy_lock(self) -> Iterator[None]:
+        """Hold the lock of those who change the policy maps. Released by the kernel if the holder dies."""
+        self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
+        fd = os.open(self.run_dir / "policy.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def serving_pid(self) -> int | None:
+        """Return the pid of the live server, 0 if there is one but its pid is unknown, None if there is none."""
+        try:
+            with ServerLock(self):
+                return None
+        except InstanceBusy as busy:
+            return busy.pid
+        except FileNotFoundError:
+            return None
+
+
+class ServerLock:
+    """The lock that a server holds on its instance as long as it lives; a context manager.
+
+    Entering raises :class:`InstanceBusy` if another process holds it. The kernel releases it when the holder dies,
+    however it dies.
+    """
+
+    def __init__(self, instance: Instance, *, create: bool = False) -> None:
+        self._instance = instance
+        self._create = create
+        self._fd = -1
+
+    def __enter__(self) -> ServerLock:
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if self._create:
+            self._instance.run_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
+            flags |= os.O_CREAT
+        self._fd = os.open(self._instance.run_dir / "server.lock", flags, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.pread(self._fd, 32, 0).decode(errors="replace").strip()
+            self.__exit__()
+            raise InstanceBusy(self._instance.name, int(text) if text.isdigit() else 0) from None
+        if self._create:
+            os.truncate(self._fd, 0)
+            os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

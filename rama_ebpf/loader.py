@@ -1,0 +1,275 @@
+"""The life of the kernel programs: compile, load, pin, attach, unload.
+
+What is where, and who outlives whom:
+
+- **Maps** are pinned under ``/sys/fs/bpf/rama-ebpf/<instance>/layout-N``, so that commands in other processes change
+  them and a crash loses no policy: the next start takes them over.
+- **Programs** are attached with links, and the links are held by the server's descriptors alone. When the server ends,
+  by whatever signal, the kernel detaches them; nothing of a dead server can filter, steer or leak.
+- The **cgroup** of an instance is a child of the one the server was started in. It is empty after the server's end and
+  is removed by a clean stop, the next start, or :func:`unload`.
+
+Rejected: ``bpf_prog_attach`` (its attachments outlive a ``kill -9``), pinned links (likewise; they would guard
+listeners that no longer exist), and TC or netfilter hooks (they see other services' traffic).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from .core.address import SocketAddress
+from .kernel import abi, bpf, bpffs, cgroup
+from .kernel.bpf import AttachType
+from .kernel.compile import Program, amalgamate, compile_and_load
+from .kernel.gate_maps import GateMaps, LayoutMismatch, MapSizes
+from .kernel.instance import Instance, InstanceBusy
+
+__all__ = ["AcceptCounter", "Gate", "load", "unload"]
+
+log = logging.getLogger(__name__)
+
+_CGROUP_SKB, _XDP, _SOCK_OPS, _SK_LOOKUP = 8, 6, 13, 30  # enum bpf_prog_type
+
+_PROGRAMS: Final = [
+    Program("gate_cgroup", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
+    Program("gate_lookup", _SK_LOOKUP, AttachType.SK_LOOKUP),
+    Program("count_established", _SOCK_OPS, AttachType.CGROUP_SOCK_OPS),
+]
+
+
+_XDP_PROGRAM: Final = Program("gate_xdp", _XDP, AttachType.XDP)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    key: bytes
+    id: int
+    sockets: int
+
+
+class Gate:
+    """The loaded gate of one instance. Everything it attached is detached by :meth:`close`, or when the process ends.
+
+    Sockets must be created after :meth:`attach`, because a socket belongs to the cgroup its creator was in.
+    """
+
+    def __init__(self, instance: Instance, maps: GateMaps, programs: dict[str, int]) -> None:
+        self.instance = instance
+        self.maps = maps
+        self.programs = programs
+        self._links: list[int] = []
+        self._listeners: dict[SocketAddress, _Listener] = {}
+        self._cgroup: Path | None = None
+
+    # -- attach --------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Move this process into the instance's cgroup and attach all hooks. Raises OSError; then nothing stays."""
+        try:
+            self._cgroup = cgroup.make_child(self.instance.cgroup_name)
+            cgroup.move_here(self._cgroup)
+            target = os.open(self._cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._link("gate_cgroup", target, AttachType.CGROUP_INET_INGRESS)
+                self._link("count_established", target, AttachType.CGROUP_SOCK_OPS)
+            finally:
+                os.close(target)
+            netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._link("gate_lookup", netns, AttachType.SK_LOOKUP)
+            finally:
+                os.close(netns)
+        except BaseException:
+            self._detach()
+            raise
+
+    def _link(self, program: str, target: int, kind: AttachType) -> None:
+        self._links.append(bpf.link_create(self.programs[program], target, kind))
+
+    @property
+    def cgroup(self) -> Path | None:
+        """The instance's cgroup while attached."""
+        return self._cgroup
+
+    # -- listeners -----------------------------------------------------------------------------------------------
+
+    def add_listener(self, sockets: Sequence[socket.socket]) -> SocketAddress:
+        """Put listening TCP sockets of one address under the gate, and steer its connections to them.
+
+        Returns the address. Raises ValueError for too many sockets or listeners, or sockets of several addresses.
+        """
+        constant = abi.constants()
+        addresses = {SocketAddress.from_sockaddr(sock.getsockname()) for sock in sockets}
+        if len(addresses) != 1:
+            raise ValueError(f"the sockets of one listener share one address, not {len(addresses)}")
+        if len(sockets) > constant["SOCKETS_PER_LISTENER"]:
+            raise ValueError(f"{len(sockets)} sockets: a listener has at most {constant['SOCKETS_PER_LISTENER']}")
+        address = addresses.pop()
+        used = {listener.id for listener in self._listeners.values()}
+        free = next((i for i in range(constant["MAX_LISTENERS"]) if i not in used), None)
+        if free is None:
+            raise ValueError(f"a gate has at most {constant['MAX_LISTENERS']} listeners")
+        first = free * constant["SOCKETS_PER_LISTENER"]
+        for index, sock in enumerate(sockets):
+            bpf.map_update(
+                self.maps["sockets"], (first + index).to_bytes(4, "little"), sock.fileno().to_bytes(8, "little")
+            )
+        packed = b"\0" * 16 if address.ip.is_unspecified else _mapped(address)
+        key = abi.LISTENER_KEY.pack(packed, address.port, 0)
+        # `scoped` makes the program look for rules of this port; one look-up more, only where a port is under the gate.
+        bpf.map_update(self.maps["listeners"], key, abi.LISTENER.pack(free, len(sockets), 1, 0))
+        self._listeners[address] = _Listener(key, free, len(sockets))
+        return address
+
+    def remove_listener(self, address: SocketAddress) -> None:
+        """Take a listener from under the gate. Raises KeyError if it is not."""
+        listener = self._listeners.pop(address)
+        bpf.map_delete(self.maps["listeners"], listener.key)
+        first = listener.id * abi.constants()["SOCKETS_PER_LISTENER"]
+        for index in range(listener.sockets):
+            bpf.map_delete(self.maps["sockets"], (first + index).to_bytes(4, "little"))
+
+    def listener_id(self, address: SocketAddress) -> int:
+        """Return the index of a listener in the per-listener maps. Raises KeyError."""
+        return self._listeners[address].id
+
+    def accept_counter(self, address: SocketAddress, worker: int = 0) -> AcceptCounter:
+        """Return the shared counter in which ``worker`` (0–63) counts what it accepted on a listener."""
+        per_listener = abi.constants()["SOCKETS_PER_LISTENER"]
+        if not 0 <= worker < per_listener:
+            raise ValueError(f"worker {worker}: use 0 to {per_listener - 1}")
+        entries = self.maps.capacity("accepted")
+        return AcceptCounter(self.maps["accepted"], entries, self.listener_id(address) * per_listener + worker)
+
+    # -- end -----------------------------------------------------------------------------------------------------
+
+    def close(self, *, keep_policy: bool = False) -> None:
+        """Detach everything and remove the cgroup; remove the maps' pins too unless ``keep_policy``."""
+        for address in list(self._listeners):
+            self.remove_listener(address)
+        self._detach()
+        for fd in self.programs.values():
+            os.close(fd)
+        self.programs = {}
+        self.maps.close()
+        if not keep_policy:
+            _remove_pins(self.instance)
+
+    def _detach(self) -> None:
+        while self._links:
+            os.close(self._links.pop())
+        if self._cgroup is not None:
+            try:
+                cgroup.leave_and_remove(self._cgroup)
+            except OSError as error:
+                log.warning("cgroup %s is not empty and stays: %s", self._cgroup, error.strerror)
+            self._cgroup = None
+
+
+class AcceptCounter:
+    """One slot of the map ``accepted``, written through shared memory: no system call, and no privilege."""
+
+    def __init__(self, fd: int, entries: int, index: int) -> None:
+        self._memory = mmap.mmap(fd, entries * 8, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._slot = memoryview(self._memory).cast("Q")[index : index + 1]
+
+    def increment(self) -> None:
+        """Count one accepted connection."""
+        self._slot[0] += 1
+
+
+def _mapped(address: SocketAddress) -> bytes:
+    packed = address.ip.packed
+    return packed if len(packed) == 16 else b"\0" * 10 + b"\xff\xff" + packed
+
+
+def load(
+    instance: Instance, *, sizes: MapSizes | None = None, kernel_headers: Path | None = None, xdp: bool = False
+) -> Gate:
+    """Compile and load the programs of an instance over its maps, which are taken over from pins if there are any.
+
+    ``xdp`` loads the XDP program too (the verifier takes its time, so only where it is wanted).
+
+    The caller holds the instance's :class:`~rama_ebpf.kernel.instance.ServerLock`. Nothing is attached yet. Raises
+    :class:`~rama_ebpf.kernel.compile.CompileError` or OSError; new pins are removed then.
+    """
+    bpffs.ensure_mounted()
+    _remove_stale_cgroup(instance)
+    maps, fresh = _open_or_create_maps(instance, sizes or MapSizes())
+    try:
+        source = amalgamate(abi.source_dir() / "sockops_filter.c")
+        wanted = [*_PROGRAMS, _XDP_PROGRAM] if xdp else _PROGRAMS
+        define = f'-DPIN_DIR="{instance.pin_dir}"'
+        programs = compile_and_load(source, wanted, cflags=[define], kernel_headers=kernel_headers)
+    except BaseException:
+        maps.close()
+        if fresh:
+            _remove_pins(instance)
+        raise
+    return Gate(instance, maps, programs)
+
+
+def _open_or_create_maps(instance: Instance, sizes: MapSizes) -> tuple[GateMaps, bool]:
+    if instance.pin_dir.is_dir():
+        try:
+            maps = GateMaps.open(instance.pin_dir)
+        except (FileNotFoundError, LayoutMismatch) as error:
+            log.warning("pins of instance %r cannot be taken over and are removed: %s", instance.name, error)
+        else:
+            log.info("took over the policy pinned at %s", instance.pin_dir)
+            # Listeners and their sockets died with the last server.
+            for key, _ in bpf.map_lookup_batch(maps["listeners"], abi.LISTENER_KEY.size, abi.LISTENER.size):
+                bpf.map_delete(maps["listeners"], key)
+            return maps, False
+    _remove_pins(instance)  # of another layout, or torn
+    # Made aside and renamed: other processes see all of the maps or none.
+    parent = instance.pin_root
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    aside = Path(tempfile.mkdtemp(prefix="new-", dir=parent))
+    try:
+        maps = GateMaps.create(aside, sizes)
+        aside.rename(instance.pin_dir)
+    except BaseException:
+        bpffs.remove_tree(aside)
+        raise
+    return maps, True
+
+
+def _remove_pins(instance: Instance) -> None:
+    bpffs.remove_tree(instance.pin_root)
+    with contextlib.suppress(OSError):  # other instances still have their pins beside ours
+        instance.pin_root.parent.rmdir()
+
+
+def _remove_stale_cgroup(instance: Instance) -> None:
+    recorded = instance.read_state().get("cgroup")
+    if isinstance(recorded, str) and Path(recorded).name == instance.cgroup_name:
+        try:
+            cgroup.leave_and_remove(Path(recorded))
+        except OSError as error:
+            log.warning("left-over cgroup %s stays: %s", recorded, error.strerror)
+
+
+def unload(instance: Instance) -> None:
+    """Remove everything that an instance left behind: pins, cgroup, files under /run.
+
+    Raises :class:`~rama_ebpf.kernel.instance.InstanceBusy` while a server is running.
+    """
+    pid = instance.serving_pid()
+    if pid is not None:
+        raise InstanceBusy(instance.name, pid)
+    _remove_stale_cgroup(instance)
+    _remove_pins(instance)
+    shutil.rmtree(instance.run_dir, ignore_errors=False) if instance.run_dir.is_dir() else None
+    with contextlib.suppress(OSError):  # other instances still have their files beside ours
+        instance.run_dir.parent.rmdir()

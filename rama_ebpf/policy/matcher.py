@@ -1,0 +1,62 @@
+"""The meaning of a policy, in its plainest form.
+
+This is the definition that the kernel programs and the stores are tested against, not the fast path: it looks at
+every rule. See ``docs/policy.md`` for the same in words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..core.address import IPAddress, unmap
+from .rule import PRECEDENCE, Action, IPNetwork, Rule, Stage, SynLimit, Verdict
+
+__all__ = ["Policy", "match"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A whole policy. ``bans`` maps an address to (action, expiry or None)."""
+
+    rules: tuple[Rule, ...] = ()
+    failsafe: tuple[IPNetwork, ...] = ()
+    failsafe_ports: frozenset[int] = frozenset()
+    bans: dict[IPAddress, tuple[Action, int | None]] = field(default_factory=dict)
+    default: Action = Action.ALLOW
+    per_source: SynLimit | None = None
+    overall: SynLimit | None = None
+
+
+def match(policy: Policy, source: IPAddress, port: int, now: int) -> Verdict:
+    """Judge a connection attempt from ``source`` to the listener on ``port`` at ``now`` (CLOCK_BOOTTIME, ns).
+
+    Rates are not judged here: a limit that decides is reported as allowed, naming its rule.
+    """
+    source = unmap(source)
+    if port in policy.failsafe_ports or any(source in network for network in policy.failsafe):
+        return Verdict(Action.ALLOW, Stage.FAILSAFE)
+    ban = policy.bans.get(source)
+    if ban is not None and (ban[1] is None or now < ban[1]):
+        return Verdict(ban[0], Stage.BAN, "ban")
+
+    candidates = []
+    for position, rule in enumerate(policy.rules):
+        if rule.port not in (None, port):
+            continue
+        if rule.expires is not None and now >= rule.expires:
+            continue
+        for network in rule.sources:
+            if source in network:
+                # Longest prefix; then a rule for this port; then deny before limit before allow; then as written.
+                order = (-network.prefixlen, rule.port is None, PRECEDENCE[rule.action], position)
+                candidates.append((order, rule))
+    dry: Rule | None = None
+    for _, rule in sorted(candidates, key=lambda candidate: candidate[0]):
+        if rule.dry_run:
+            dry = dry or rule
+            continue
+        action = Action.ALLOW if rule.action is Action.LIMIT else rule.action
+        return Verdict(action, Stage.RULE, rule.name, dry.name if dry else "", dry.action if dry else Action.NONE)
+    return Verdict(
+        policy.default, Stage.DEFAULT, "default", dry.name if dry else "", dry.action if dry else Action.NONE
+    )

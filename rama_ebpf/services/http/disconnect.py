@@ -1,0 +1,79 @@
+"""Notices that a client has gone while nobody reads from it, so that work for nobody ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final
+
+from ...core.errors import LimitExceeded, PeerClosed
+from ...core.stream import Stream
+
+__all__ = ["DisconnectWatch"]
+
+_DELAY: Final = 1.0
+"""Seconds before a request that is still being served is worth a watching task; most are answered sooner."""
+
+
+class DisconnectWatch:
+    """``async with watch:`` cancels its body, and raises :class:`PeerClosed`, when the client closes or resets.
+
+    A client that ends its side (FIN) counts as gone: from here it looks the same, and a client that waits for a
+    response has no reason to. What a client sends ahead stays in the stream's buffer. ``may_read`` tells whether the
+    stream is free to be read; while it is not, its reader would notice.
+    """
+
+    def __init__(self, stream: Stream, may_read: Callable[[], bool]) -> None:
+        self._stream = stream
+        self._may_read = may_read
+        self._timer: asyncio.TimerHandle | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._watched: asyncio.Task[object] | None = None
+        self._gone = False
+
+    async def __aenter__(self) -> None:
+        self._watched = asyncio.current_task()
+        self._gone = False
+        self._arm()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+        if self._gone and isinstance(error, asyncio.CancelledError):
+            assert self._watched is not None
+            if self._watched.uncancel() == 0:
+                raise PeerClosed("the client closed before its response was complete") from error
+
+    async def stop(self) -> None:
+        """Stop watching: when this returns the stream has no reader. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._reader is not None:
+            reader, self._reader = self._reader, None
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    def _arm(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_DELAY, self._begin)
+
+    def _begin(self) -> None:
+        self._timer = None
+        if self._may_read():
+            self._reader = asyncio.create_task(self._read())
+        else:
+            self._arm()
+
+    async def _read(self) -> None:
+        try:
+            while await self._stream.fill():
+                pass
+        except LimitExceeded:
+            return  # so much was sent ahead that there is no room to look further
+        except OSError:
+            pass  # reset: gone as well
+        self._gone = True
+        assert self._watched is not None
+        self._watched.cancel()

@@ -1,0 +1,75 @@
+"""What RFC 9110 and 9112 ask of a proxy between a request's arrival and its departure, and of the way back.
+
+The connections on both sides have taken care of framing, Host and hop-by-hop fields; here are the rest: Via, the
+credentials that are for us, Max-Forwards, and a bound on loops.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Final
+
+from .errors import HttpError
+from .headers import Headers
+from .model import Body, Request, Response
+
+__all__ = ["MAX_HOPS", "answer_max_forwards", "forwardable", "returned"]
+
+MAX_HOPS: Final = 32
+"""How many proxies a request may have passed, by its Via, before it is taken to run in a circle (508)."""
+
+# Never told to anyone but us (RFC 9110 section 11.7), nor the answers to it.
+_PROXY_CREDENTIALS: Final = ("proxy-authorization",)
+_PROXY_CHALLENGES: Final = ("proxy-authenticate", "proxy-authentication-info")
+_SECRET_IN_TRACE: Final = ("authorization", "cookie", "proxy-authorization")
+_NUMBER: Final = re.compile(r"[0-9]{1,9}")
+
+
+def forwardable(request: Request, via: str) -> Request:
+    """Return the request as it goes on. ``via`` is our pseudonym. Raises :class:`HttpError` 508 in a loop."""
+    headers = request.headers.copy()
+    hops = len(headers.tokens("via"))
+    if hops >= MAX_HOPS:
+        raise HttpError(508, "the request has passed too many proxies", proxy_error="proxy_loop_detected")
+    headers.remove(*_PROXY_CREDENTIALS)
+    if request.method in ("TRACE", "OPTIONS"):
+        limit = _max_forwards(request)
+        if limit is not None:
+            headers.set("Max-Forwards", str(limit - 1))
+    _append_via(headers, request.version, via)
+    return replace(request, headers=headers)
+
+
+def returned(response: Response, via: str) -> Response:
+    """Mark a response on its way back to the client, in place, and return it."""
+    response.headers.remove(*_PROXY_CHALLENGES)
+    _append_via(response.headers, response.version, via)
+    return response
+
+
+def answer_max_forwards(request: Request) -> Response | None:
+    """Return our own answer to TRACE or OPTIONS if Max-Forwards is 0 (RFC 9110 section 7.6.2), else None."""
+    if request.method not in ("TRACE", "OPTIONS") or _max_forwards(request) != 0:
+        return None
+    if request.method == "OPTIONS":
+        allow = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE, CONNECT"
+        return Response(200, Headers([("Allow", allow)]))
+    headers = request.headers.copy()
+    headers.remove(*_SECRET_IN_TRACE)
+    lines = [f"{request.method} {request.url} HTTP/{request.version}", f"Host: {request.authority}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    echo = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return Response(200, Headers([("Content-Type", "message/http")]), Body.of(echo))
+
+
+def _max_forwards(request: Request) -> int | None:
+    value = request.headers.get("max-forwards")
+    if value is None or _NUMBER.fullmatch(value) is None:
+        return None
+    return int(value)
+
+
+def _append_via(headers: Headers, version: str, via: str) -> None:
+    # One field, however many there were: nothing reads a list field differently for that.
+    headers.set("Via", ", ".join([*headers.get_all("via"), f"{version} {via}"]))

@@ -1,0 +1,68 @@
+"""Errors that become an HTTP response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Final
+
+from ...core.errors import ProtocolError
+
+__all__ = ["REASONS", "HttpError", "MalformedMessage"]
+
+REASONS: Final[dict[int, str]] = {status.value: status.phrase for status in HTTPStatus} | {
+    # The names of RFC 9110 where Python 3.11 has older ones.
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
+"""Reason phrases by status code."""
+
+
+class HttpError(ProtocolError):
+    """Ends a request with ``status`` (400–599). A service raises it, the server connection turns it into a response.
+
+    ``proxy_error`` is an error type of RFC 9209 section 2.3, sent in Proxy-Status; ``headers`` are added to the
+    response; ``close`` makes it the last one on its connection. The message is for logs *and* for the client: it
+    must not repeat what the client sent.
+    """
+
+    kind = "http"
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        proxy_error: str = "",
+        headers: Iterable[tuple[str, str]] = (),
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.proxy_error = proxy_error
+        self.headers = tuple(headers)
+        self.close = close
+        body = self.body
+        lines = [f"HTTP/1.1 {status} {REASONS.get(status, '')}", "Content-Type: text/plain; charset=utf-8"]
+        lines += [f"{name}: {value}" for name, value in self.headers]
+        lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
+        self.wire = "\r\n".join(lines).encode("latin-1") + body
+
+    @property
+    def body(self) -> bytes:
+        """The text that the client is shown."""
+        return f"{self.status} {REASONS.get(self.status, '')}: {self}\n".encode()
+
+
+class MalformedMessage(HttpError):
+    """A message that is not HTTP, that two parsers could read differently, or that exceeds a size limit.
+
+    Nothing of it is forwarded and its connection is closed: where the next message begins is not known.
+    """
+
+    kind = "http_malformed"
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(status, message, close=True)

@@ -1,0 +1,126 @@
+"""Header fields: ordered, case-preserving, looked up without regard to case, and never able to carry a line break."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+__all__ = ["Headers"]
+
+_NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+
+
+def _encode(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode("latin-1")
+
+
+class Headers:
+    """A list of header fields (RFC 9110 section 5).
+
+    Names and values may be given as text (ISO-8859-1, the reversible reading of arbitrary octets) or bytes and come
+    back as text; :attr:`raw` has the bytes. :meth:`add` and :meth:`set` raise ValueError for a name that is not a
+    token and for a value with CR, LF, NUL or any other control character but HTAB, so no value can split a message.
+    """
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Iterable[tuple[str | bytes, str | bytes]] = ()) -> None:
+        self._items: list[tuple[bytes, bytes, bytes]] = []
+        for name, value in items:
+            self.add(name, value)
+
+    @classmethod
+    def _of_fields(cls, fields: list[tuple[bytes, bytes, bytes]]) -> Headers:
+        """Take fields (name in lower case, name, value) that a strict parser has validated already."""
+        headers = cls()
+        headers._items = fields
+        return headers
+
+    def add(self, name: str | bytes, value: str | bytes) -> None:
+        """Append a field; others of the same name stay."""
+        self._items.append(self._checked(name, value))
+
+    def set(self, name: str | bytes, value: str | bytes) -> None:
+        """Make this the only field of its name; it takes the place of the first one."""
+        item = self._checked(name, value)
+        kept: list[tuple[bytes, bytes, bytes]] = []
+        placed = False
+        for old in self._items:
+            if old[0] != item[0]:
+                kept.append(old)
+            elif not placed:
+                kept.append(item)
+                placed = True
+        if not placed:
+            kept.append(item)
+        self._items = kept
+
+    def remove(self, *names: str) -> None:
+        """Remove every field with one of these names; names that are absent are fine."""
+        lowered = {name.lower().encode("latin-1") for name in names}
+        self._items = [item for item in self._items if item[0] not in lowered]
+
+    def get(self, name: str) -> str | None:
+        """Return the value of the first field of this name, or None."""
+        lowered = name.lower().encode("latin-1")
+        for key, _, value in self._items:
+            if key == lowered:
+                return value.decode("latin-1")
+        return None
+
+    def get_all(self, name: str) -> list[str]:
+        """Return the values of all fields of this name, in order."""
+        lowered = name.lower().encode("latin-1")
+        return [value.decode("latin-1") for key, _, value in self._items if key == lowered]
+
+    def tokens(self, name: str) -> list[str]:
+        """Return the members of a comma-separated list field (RFC 9110 section 5.6.1), in lower case.
+
+        For fields whose members are tokens; a quoted string with a comma in it would be cut.
+        """
+        members = (member.strip().lower() for value in self.get_all(name) for member in value.split(","))
+        return [member for member in members if member]
+
+    def copy(self) -> Headers:
+        """Return an independent copy."""
+        clone = Headers()
+        clone._items = list(self._items)
+        return clone
+
+    @property
+    def raw(self) -> list[tuple[bytes, bytes]]:
+        """Names (as they were spelt) and values, as bytes."""
+        return [(name, value) for _, name, value in self._items]
+
+    @staticmethod
+    def _checked(name: str | bytes, value: str | bytes) -> tuple[bytes, bytes, bytes]:
+        raw_name = _encode(name)
+        raw_value = _encode(value).strip(b" \t")
+        if _NAME.fullmatch(raw_name) is None:
+            raise ValueError(f"{raw_name[:64]!r} is not a header name")
+        if _VALUE.fullmatch(raw_value) is None:
+            raise ValueError(f"the value of {raw_name.decode('latin-1')} holds a control character")
+        return (raw_name.lower(), raw_name, raw_value)
+
+    def __contains__(self, name: str) -> bool:
+        lowered = name.lower().encode("latin-1")
+        return any(key == lowered for key, _, _ in self._items)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for _, name, value in self._items:
+            yield name.decode("latin-1"), value.decode("latin-1")
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Headers):
+            return NotImplemented
+        return [(key, value) for key, _, value in self._items] == [(key, value) for key, _, value in other._items]
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def __repr__(self) -> str:
+        return f"Headers({list(self)!r})"

@@ -1,0 +1,323 @@
+"""Header sections of HTTP/1.1 messages, read strictly (RFC 9112): bytes in, a head or MalformedMessage out.
+
+This is the half of the strictness layer that looks at bytes h11 would accept. Two parsers can differ on: bare CR or
+LF, folded lines, blanks around names, control characters, two lengths, a length beside a transfer coding, a transfer
+coding in HTTP/1.0, several hosts, a method in lower case, ``Content_Length``. Each of these ends the message here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from .errors import MalformedMessage
+from .headers import Headers
+from .limits import HttpLimits
+from .uri import Target, parse_authority, parse_target
+
+__all__ = ["RequestHead", "ResponseHead", "check_field_section", "head_end", "parse_request", "parse_response"]
+
+_TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
+_FIELDS: Final = re.compile(rb"(?:" + _TOKEN + rb"+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
+_NEVER: Final = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
+_TOKENS: Final = re.compile(_TOKEN + rb"+")
+
+_METHODS: Final = frozenset(
+    {b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH", b"QUERY", b"PRI"}
+)
+_METHOD_ROOM: Final = 64  # the longest method, two blanks and the version, with some to spare
+
+# Known codings that may precede chunked (RFC 9112 section 7); we decode none of them.
+_CODINGS: Final = frozenset({b"gzip", b"x-gzip", b"deflate", b"compress", b"x-compress"})
+
+# Fields of one connection, whatever Connection says (RFC 9110 section 7.6.1, RFC 9113 section 8.2.2), and what
+# an attribute stands for. Proxy-Authorization is for us: the auth layer reads it and the proxy removes it.
+_HOP_BY_HOP: Final = frozenset(
+    {
+        b"connection",
+        b"content-length",
+        b"expect",
+        b"host",
+        b"http2-settings",
+        b"keep-alive",
+        b"proxy-connection",
+        b"te",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+_NOT_TO_NOMINATE: Final = frozenset({b"content-length", b"host", b"transfer-encoding"})
+
+# CGI and many frameworks read "_" as "-": these names must not come in through that door.
+_PROTECTED: Final = frozenset(
+    {
+        b"connection",
+        b"content-length",
+        b"forwarded",
+        b"host",
+        b"proxy-authorization",
+        b"transfer-encoding",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-proto",
+        b"x-real-ip",
+    }
+)
+
+_Field = tuple[bytes, bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHead:
+    """A request's header section. ``length`` is None for a chunked body, 0 for none. ``headers`` holds the
+    end-to-end fields (and Proxy-Authorization)."""
+
+    method: str
+    target: Target
+    authority: str
+    version: str
+    headers: Headers
+    length: int | None
+    expects_continue: bool
+    accepts_trailers: bool
+    upgrade: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """A response's header section. ``length`` is None for a body that is chunked or, if ``until_close``, ends with
+    the connection. ``declared`` is the Content-Length of a response that has no body (HEAD, 304)."""
+
+    status: int
+    reason: str
+    version: str
+    headers: Headers
+    length: int | None
+    until_close: bool
+    declared: int | None
+    upgrade: str | None
+
+
+def head_end(data: bytearray, searched: int, limits: HttpLimits, *, request: bool) -> int:
+    """Return the length of the header section that ``data`` begins with, 0 if it is not complete yet.
+
+    ``searched`` bytes were seen by an earlier call. Raises :class:`MalformedMessage` as soon as it is certain that
+    no header section can come of it.
+    """
+    start = max(0, searched - 3)
+    found = data.find(b"\r\n\r\n", start)
+    end = len(data) if found < 0 else found + 4
+    if request:
+        _check_request_line_size(data, limits)
+    if end > limits.head:
+        raise MalformedMessage("header section too large", 431)
+    if _NEVER.search(data, start, end) is not None:
+        raise MalformedMessage("a bare CR or LF, or a control character, in the header section")
+    return 0 if found < 0 else end
+
+
+def _check_request_line_size(data: bytearray, limits: HttpLimits) -> None:
+    if b" " not in data[:_METHOD_ROOM] and len(data) >= _METHOD_ROOM:
+        raise MalformedMessage("no method")
+    room = limits.target + _METHOD_ROOM
+    if data.find(b"\r\n", 0, room) < 0 and len(data) >= room:
+        raise MalformedMessage("request target too long", 414)
+
+
+def parse_request(data: bytes, limits: HttpLimits) -> RequestHead:
+    """Read a complete header section. Raises :class:`MalformedMessage`."""
+    line, fields = _split(data, limits)
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise MalformedMessage("not a request line of HTTP/1.0 or HTTP/1.1")
+    raw_method, raw_target, minor = match.groups()
+    if len(raw_target) > limits.target:
+        raise MalformedMessage("request target too long", 414)
+    if raw_method not in _METHODS and raw_method.upper() in _METHODS:
+        raise MalformedMessage("a method that differs from a known one in case only")
+    method = raw_method.decode("ascii")
+    try:
+        target = parse_target(method, raw_target.decode("ascii"))
+    except ValueError as error:
+        raise MalformedMessage(f"bad request target: {_reason(error)}") from error
+    version = "1.1" if minor == b"1" else "1.0"
+    length = _length(fields, version)
+    authority = _authority(fields, version, target)
+    _check_content(method, length)
+    nominated = _nominated(fields)
+    return RequestHead(
+        method,
+        target,
+        authority,
+        version,
+        _end_to_end(fields, nominated),
+        length,
+        _expects_continue(fields, version),
+        b"te" in nominated and b"trailers" in _members(fields, b"te"),
+        _upgrade(fields, nominated) if version == "1.1" and length == 0 else None,
+    )
+
+
+def parse_response(data: bytes, limits: HttpLimits, *, method: str) -> ResponseHead:
+    """Read the complete header section of a response to a request with ``method``. Raises
+    :class:`MalformedMessage`."""
+    line, fields = _split(data, limits)
+    match = _STATUS_LINE.fullmatch(line)
+    if match is None:
+        raise MalformedMessage("not a status line of HTTP/1.0 or HTTP/1.1")
+    minor, raw_status, reason = match.groups()
+    status = int(raw_status)
+    version = "1.1" if minor == b"1" else "1.0"
+    length = _length(fields, version, default=None)
+    coded = _has(fields, b"transfer-encoding")
+    if (status < 200 or status == 204) and (coded or length):
+        raise MalformedMessage(f"a body in a {status} response")
+    nominated = _nominated(fields)
+    headers = _end_to_end(fields, nominated)
+    upgrade = _upgrade(fields, nominated) if status == 101 else None
+    until_close = length is None and not coded
+    declared: int | None = None
+    if method == "HEAD" or status in (204, 304) or status < 200 or (method == "CONNECT" and status < 300):
+        if method == "HEAD" or status == 304:
+            declared = length
+        length, until_close = 0, False
+    return ResponseHead(
+        status, (reason or b"").decode("latin-1"), version, headers, length, until_close, declared, upgrade
+    )
+
+
+def check_field_section(data: bytes, limits: HttpLimits) -> list[_Field]:
+    """Return name in lower case, name and value of each field of ``data`` (lines with CRLF, no empty line)."""
+    if _FIELDS.fullmatch(data) is None:
+        raise MalformedMessage("a line that is not a header field")
+    lines = data.split(b"\r\n")
+    lines.pop()
+    if len(lines) > limits.fields:
+        raise MalformedMessage("too many header fields", 431)
+    fields: list[_Field] = []
+    for line in lines:
+        name, _, value = line.partition(b":")
+        lowered = name.lower()
+        if b"_" in lowered and lowered.replace(b"_", b"-") in _PROTECTED:
+            raise MalformedMessage("a header name that can be taken for another")
+        fields.append((lowered, name, value.strip(b" \t")))
+    return fields
+
+
+def _split(data: bytes, limits: HttpLimits) -> tuple[bytes, list[_Field]]:
+    line, _, rest = data.partition(b"\r\n")
+    return line, check_field_section(rest[:-2], limits)
+
+
+def _reason(error: ValueError) -> str:
+    # The messages of ipaddress repeat their input.
+    return "bad address" if "ermitted" in str(error) or "xpected" in str(error) else str(error)
+
+
+def _has(fields: list[_Field], name: bytes) -> bool:
+    return any(field[0] == name for field in fields)
+
+
+def _values(fields: list[_Field], name: bytes) -> list[bytes]:
+    return [value for key, _, value in fields if key == name]
+
+
+def _members(fields: list[_Field], name: bytes) -> list[bytes]:
+    members = [member.strip(b" \t").lower() for value in _values(fields, name) for member in value.split(b",")]
+    return [member for member in members if member]
+
+
+def _length(fields: list[_Field], version: str, default: int | None = 0) -> int | None:
+    """Return the body's length, None if it is chunked, ``default`` if no field says (RFC 9112 section 6.3)."""
+    lengths = _values(fields, b"content-length")
+    codings = _values(fields, b"transfer-encoding")
+    if codings:
+        if lengths:
+            raise MalformedMessage("Content-Length beside Transfer-Encoding")
+        _check_codings(codings, version)
+        return None
+    if not lengths:
+        return default
+    if len(lengths) > 1:
+        raise MalformedMessage("more than one Content-Length")
+    if _LENGTH.fullmatch(lengths[0]) is None:
+        raise MalformedMessage("Content-Length is not one plain decimal number")
+    return int(lengths[0])
+
+
+def _check_codings(codings: list[bytes], version: str) -> None:
+    if version == "1.0":
+        raise MalformedMessage("Transfer-Encoding in an HTTP/1.0 message")
+    if len(codings) > 1:
+        raise MalformedMessage("more than one Transfer-Encoding")
+    *others, last = [coding.strip(b" \t") for coding in codings[0].lower().split(b",")]
+    if last != b"chunked":
+        raise MalformedMessage("Transfer-Encoding does not end in chunked")
+    if others:
+        known = all(coding in _CODINGS for coding in others)
+        raise MalformedMessage("a transfer coding that is not supported", 501 if known else 400)
+
+
+def _authority(fields: list[_Field], version: str, target: Target) -> str:
+    hosts = _values(fields, b"host")
+    if len(hosts) > 1:
+        raise MalformedMessage("more than one Host")
+    if not hosts:
+        if version == "1.1":
+            raise MalformedMessage("no Host")
+        return target.authority
+    try:
+        # An empty Host is allowed where the target has no authority; nothing could be routed by it.
+        parse_authority(hosts[0].decode("ascii"), 0)
+    except ValueError as error:
+        raise MalformedMessage("bad Host") from error
+    # RFC 9112 section 3.2.2: the target's authority counts, and the Host field is ignored.
+    return target.authority or hosts[0].decode("ascii")
+
+
+def _check_content(method: str, length: int | None) -> None:
+    if length != 0 and method in ("CONNECT", "TRACE"):
+        raise MalformedMessage(f"a body in a {method} request")
+
+
+def _nominated(fields: list[_Field]) -> list[bytes]:
+    """Return the options of Connection, in lower case (RFC 9110 section 7.6.1)."""
+    options = _members(fields, b"connection")
+    for option in options:
+        if _TOKENS.fullmatch(option) is None:
+            raise MalformedMessage("a Connection option that is not a token")
+        if option in _NOT_TO_NOMINATE:
+            raise MalformedMessage("Connection names a field that frames or routes the message")
+    return options
+
+
+def _end_to_end(fields: list[_Field], nominated: list[bytes]) -> Headers:
+    return Headers._of_fields(
+        [
+            field
+            for field in fields
+            if field[0] not in _HOP_BY_HOP and (field[0] not in nominated or field[0] == b"proxy-authorization")
+        ]
+    )
+
+
+def _expects_continue(fields: list[_Field], version: str) -> bool:
+    expectations = _members(fields, b"expect")
+    if not expectations or version == "1.0":
+        return False
+    if expectations != [b"100-continue"]:
+        raise MalformedMessage("an expectation other than 100-continue", 417)
+    return True
+
+
+def _upgrade(fields: list[_Field], nominated: list[bytes]) -> str | None:
+    if b"upgrade" not in nominated:
+        return None
+    protocols = _members(fields, b"upgrade")
+    if len(protocols) != 1 or _TOKENS.fullmatch(protocols[0]) is None:
+        return None
+    return protocols[0].decode("ascii")

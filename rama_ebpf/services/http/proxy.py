@@ -1,0 +1,108 @@
+"""Forward proxy: takes requests that clients address to a proxy, absolute-form and CONNECT, on one listener."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ...core.address import Authority
+from ...core.service import Layer, Service, stack
+from ...core.stream import Stream
+from ...relay import TunnelLimits
+from .duties import answer_max_forwards, forwardable, returned
+from .errors import HttpError
+from .limits import HttpLimits, HttpTimeouts
+from .model import Request, Response
+from .pool import ConnectionPool, PoolLimits
+from .server import HttpServer
+from .tunnel import Tunnel
+
+__all__ = ["ForwardProxy", "HttpProxy"]
+
+
+class ForwardProxy:
+    """An HTTP service that does what a forward proxy does.
+
+    Absolute-form requests go to their target over pooled connections; CONNECT opens a tunnel, bounded by
+    ``tunnel_limits`` (or those among the client's extensions). ``connector`` decides which targets are allowed.
+    ``connect_ports``, if given, are the only ports that CONNECT may name (RFC 9110 section 9.3.6 advises it; else
+    403). ``via`` is our pseudonym in Via.
+    """
+
+    accepts = Request
+
+    def __init__(
+        self,
+        connector: Service[Authority, Stream],
+        *,
+        via: str = "rama-ebpf",
+        connect_ports: Collection[int] | None = None,
+        tunnel_limits: TunnelLimits | None = None,
+        pool_limits: PoolLimits | None = None,
+        limits: HttpLimits | None = None,
+        timeouts: HttpTimeouts | None = None,
+    ) -> None:
+        self._connector = connector
+        self._via = via
+        self._connect_ports = connect_ports
+        self._tunnel_limits = tunnel_limits
+        self.pool = ConnectionPool(connector, pool_limits=pool_limits, limits=limits, timeouts=timeouts)
+
+    async def __call__(self, request: Request, /) -> Response:
+        if request.method == "CONNECT":
+            return await self._connect(request)
+        if not request.absolute:
+            raise HttpError(400, "this is a proxy: the request target must be an absolute URI")
+        own = answer_max_forwards(request)
+        if own is not None:
+            return own
+        if request.scheme != "http":
+            raise HttpError(501, "only http targets can be requested in absolute form: use CONNECT")
+        response = await self.pool.send(forwardable(request, self._via), request.target)
+        return returned(response, self._via)
+
+    async def _connect(self, request: Request) -> Response:
+        target = request.target
+        if self._connect_ports is not None and target.port not in self._connect_ports:
+            raise HttpError(403, "CONNECT to this port is not allowed")
+        upstream = await self._connector(target)
+        return Response(200, upgrade=Tunnel(upstream, self._tunnel_limits))
+
+
+class HttpProxy:
+    """A forward proxy as a transport service: an :class:`HttpServer` around ``layers`` and a :class:`ForwardProxy`.
+
+    ``layers`` are HTTP layers, outermost first (authentication, headers, …); the rest is as in those two classes.
+    """
+
+    accepts = Stream
+
+    def __init__(
+        self,
+        connector: Service[Authority, Stream],
+        *,
+        layers: Collection[Layer] = (),
+        via: str = "rama-ebpf",
+        connect_ports: Collection[int] | None = None,
+        tunnel_limits: TunnelLimits | None = None,
+        pool_limits: PoolLimits | None = None,
+        limits: HttpLimits | None = None,
+        timeouts: HttpTimeouts | None = None,
+    ) -> None:
+        self.proxy = ForwardProxy(
+            connector,
+            via=via,
+            connect_ports=connect_ports,
+            tunnel_limits=tunnel_limits,
+            pool_limits=pool_limits,
+            limits=limits,
+            timeouts=timeouts,
+        )
+        self.server = HttpServer(stack(*layers, self.proxy), name=via, limits=limits, timeouts=timeouts)
+
+    async def __call__(self, stream: Stream, /) -> None:
+        await self.server(stream)
+
+    def drain(self) -> None:
+        """Close idle connections on both sides, and the others after the request they are serving."""
+        self.server.drain()
+        self.proxy.pool.close()

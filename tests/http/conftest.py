@@ -1,0 +1,184 @@
+"""Real sockets on loopback: servers of this package, and origins that say exactly what a test scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from rama_ebpf.core import Authority, RamaError, Service, Stream
+from rama_ebpf.policy.egress import EgressPolicy
+from rama_ebpf.services.connect import Connector, SystemResolver
+from rama_ebpf.services.http import HttpProxy
+from rama_ebpf.services.tcp import TcpServer, bind_tcp
+
+DATE = b"Date: Thu, 01 Jan 2026 00:00:00 GMT\r\n"
+
+
+@dataclass
+class Server:
+    """A server of this package, running."""
+
+    port: int
+    tcp: TcpServer
+    errors: list[BaseException] = field(default_factory=list)
+
+    @property
+    def authority(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def exchange(self, *parts: bytes, eof: bool = False) -> bytes:
+        """Send the parts, each in a segment of its own, and return all that comes until the server closes."""
+        reader, writer = await self.open()
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(0)
+            if eof:
+                writer.write_eof()
+            return await reader.read()
+        finally:
+            writer.close()
+
+    async def idle(self) -> None:
+        """Wait until no connection is being served."""
+        await eventually(lambda: self.tcp.live == 0)
+
+
+Run = Callable[[Service[Stream, Any]], Server]
+
+
+@pytest.fixture
+async def run() -> AsyncIterator[Run]:
+    """``run(service)`` serves a transport service on a loopback port until the test ends."""
+    async with contextlib.AsyncExitStack() as cleanup:
+
+        def start(service: Service[Stream, Any]) -> Server:
+            listener = bind_tcp("127.0.0.1", 0)
+
+            async def observed(stream: Stream) -> None:
+                try:
+                    await service(stream)
+                except (RamaError, OSError) as error:
+                    server.errors.append(error)
+                    raise
+
+            server = Server(listener.getsockname()[1], TcpServer(listener, observed))
+            server.tcp.start()
+
+            async def stop() -> None:
+                if isinstance(service, HttpProxy):
+                    service.drain()
+                await server.tcp.drain(0)
+                listener.close()
+
+            cleanup.push_async_callback(stop)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def connector() -> Service[Authority, Stream]:
+    return Connector(SystemResolver(), EgressPolicy.of(["127.0.0.0/8", "::1/128"]), timeout=5.0)
+
+
+@dataclass
+class Origin:
+    """An origin server that records the bytes of each connection and answers each request with the next script.
+
+    A request is taken to end with ``until`` (default: the empty line behind its header section).
+    """
+
+    port: int
+    replies: list[bytes]
+    until: list[bytes]
+    close_after: bool
+    requests: list[bytes] = field(default_factory=list)
+    connections: int = 0
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def authority(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def host(self) -> bytes:
+        return self.authority.encode()
+
+    async def serve(self, stream: Stream) -> None:
+        self.connections += 1
+        while True:
+            got = b""
+            until = self.until[min(len(self.requests), len(self.until) - 1)]
+            while until not in got:
+                data = await stream.read()
+                if not data:
+                    if got:
+                        self.requests.append(got)
+                        self.arrived.set()
+                    return
+                got += data
+            self.requests.append(got)
+            self.arrived.set()
+            reply = self.replies[min(len(self.requests), len(self.replies)) - 1]
+            await stream.write(reply)
+            if self.close_after:
+                return
+
+
+@pytest.fixture
+def run_origin(run: Run) -> Callable[..., Origin]:
+    """``run_origin(reply, …)`` starts an :class:`Origin`; the last reply repeats."""
+
+    def start(*replies: bytes, until: bytes | list[bytes] = b"\r\n\r\n", close: bool = False) -> Origin:
+        origin = Origin(0, list(replies), until if isinstance(until, list) else [until], close)
+        origin.port = run(origin.serve).port
+        return origin
+
+    return start
+
+
+async def nobody() -> int:
+    """Return a loopback port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def descriptors() -> int:
+    """How many file descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def read_until_reset(reader: asyncio.StreamReader) -> bytes:
+    """Return what comes before the connection is reset; fails if it ends in order."""
+    got = b""
+    while True:
+        try:
+            data = await reader.read(65536)
+        except ConnectionResetError:
+            return got
+        assert data, "the connection ended in order"
+        got += data
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until ``condition`` holds; the test's time-out is the bound."""
+    while not condition():  # noqa: ASYNC110  # what is waited for, such as a closed descriptor, tells nobody
+        await asyncio.sleep(0.01)
+
+
+OK = b"HTTP/1.1 200 OK\r\n" + DATE + b"Content-Length: 2\r\n\r\nok"
+OK_VIA = b"HTTP/1.1 200 OK\r\n" + DATE + b"Via: 1.1 rama-ebpf\r\nContent-Length: 2\r\n\r\nok"
