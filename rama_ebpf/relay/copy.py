@@ -61,15 +61,18 @@ async def copy(client: Stream, upstream: Stream, limits: TunnelLimits, *, why: s
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if reason is CloseReason.EOF:
-            await client.close()
-            await upstream.close()
-        else:
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if reason is CloseReason.EOF:
+                await client.close()
+                await upstream.close()
+        finally:
+            # A cancellation may arrive during the clean-up itself, and must not leave a stream open. After close()
+            # this does nothing.
             client.abort()
             upstream.abort()
-        report = TunnelReport(reason, up.delivered, down.delivered, time.monotonic() - started, "copy", why)
-        client.extensions.add(report)
+            report = TunnelReport(reason, up.delivered, down.delivered, time.monotonic() - started, "copy", why)
+            client.extensions.add(report)
     return report
 
 

@@ -64,7 +64,7 @@ class TcpServer:
         self.resource_errors = 0
         self._service = service
         self._on_accept = on_accept
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], SocketStream] = {}
         self._accepting = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resume: asyncio.TimerHandle | None = None
@@ -97,7 +97,7 @@ class TcpServer:
             await asyncio.wait(set(self._connections), timeout=timeout)
         remaining = set(self._connections)
         for task in remaining:
-            task.cancel()
+            task.cancel("drain deadline")
         if remaining:
             await asyncio.gather(*remaining, return_exceptions=True)
         return len(remaining)
@@ -119,9 +119,10 @@ class TcpServer:
             if self._on_accept is not None:
                 self._on_accept()
             assert self._loop is not None
-            task = self._loop.create_task(self._serve(sock))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+            stream = SocketStream(sock)
+            task = self._loop.create_task(self._serve(stream))
+            self._connections[task] = stream
+            task.add_done_callback(self._ended)
 
     def _back_off(self, error: OSError) -> None:
         assert self._loop is not None
@@ -135,10 +136,16 @@ class TcpServer:
         if self._accepting and self._loop is not None:
             self._loop.add_reader(self.listener.fileno(), self._accept_ready)
 
-    async def _serve(self, sock: socket.socket) -> None:
-        stream = SocketStream(sock)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        # Only a task that was cancelled before its first step leaves its stream open: none of its code ran.
+        self._connections.pop(task).abort()
+
+    async def _serve(self, stream: SocketStream) -> None:
         if stream.peer is not None:
             stream.extensions.add(ClientAddress(stream.peer))
+        elif stream.socket.family != socket.AF_UNIX:
+            stream.abort()  # reset before we could ask who it was: policy could not judge it
+            return
         try:
             await self._service(stream)
         except asyncio.CancelledError:
