@@ -2,22 +2,26 @@
 
 from .address import Authority, IPAddress, SocketAddress
 from .auth import Authenticator, Credentials, User
+from .bucket import TokenBucket
 from .client import ClientAddress, HasExtensions, client_address
 from .errors import (
     AuthFailed,
     HandshakeTimeout,
+    IdleTimeout,
     LimitExceeded,
     PeerClosed,
     PolicyDenied,
     ProtocolError,
     RamaError,
     StackError,
+    TotalTimeout,
     TunnelTimeout,
 )
 from .extensions import Extensions
 from .lifecycle import Lifecycle, Stage
 from .service import Layer, Service, service_fn, stack
 from .stream import SocketStream, Stream
+from .wrapped import WrappedStream
 
 __all__ = [
     "AuthFailed",
@@ -29,6 +33,7 @@ __all__ = [
     "HandshakeTimeout",
     "HasExtensions",
     "IPAddress",
+    "IdleTimeout",
     "Layer",
     "Lifecycle",
     "LimitExceeded",
@@ -42,8 +47,11 @@ __all__ = [
     "StackError",
     "Stage",
     "Stream",
+    "TokenBucket",
+    "TotalTimeout",
     "TunnelTimeout",
     "User",
+    "WrappedStream",
     "client_address",
     "service_fn",
     "stack",

@@ -9,12 +9,14 @@ from __future__ import annotations
 __all__ = [
     "AuthFailed",
     "HandshakeTimeout",
+    "IdleTimeout",
     "LimitExceeded",
     "PeerClosed",
     "PolicyDenied",
     "ProtocolError",
     "RamaError",
     "StackError",
+    "TotalTimeout",
     "TunnelTimeout",
 ]
 
@@ -82,3 +84,15 @@ class TunnelTimeout(RamaError, TimeoutError):
     """An established tunnel passed its idle or total time-out."""
 
     kind = "tunnel_timeout"
+
+
+class IdleTimeout(TunnelTimeout):
+    """No byte moved in either direction for too long."""
+
+    kind = "idle_timeout"
+
+
+class TotalTimeout(TunnelTimeout):
+    """A connection has lived for as long as it may."""
+
+    kind = "total_timeout"

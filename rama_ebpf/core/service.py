@@ -82,7 +82,10 @@ def _first_annotation(function: object) -> type | None:
     for parameter in signature.parameters.values():
         hint = hints.get(parameter.name)
         origin = typing.get_origin(hint) or hint
-        return origin if isinstance(origin, type) else None
+        # Any is a class since Python 3.11, and a protocol with attributes cannot be checked by issubclass().
+        if not isinstance(origin, type) or origin is Any or getattr(origin, "_is_protocol", False):
+            return None
+        return origin
     return None
 
 
@@ -96,8 +99,7 @@ def accepts_of(service: object) -> type | None:
     return None
 
 
-def _check_fit(outer: object, provided: type | None, inner: object) -> None:
-    wanted = accepts_of(inner)
+def _check_fit(outer: object, provided: type | None, inner: object, wanted: type | None) -> None:
     if provided is None or wanted is None or wanted is object or issubclass(provided, wanted):
         return
     raise StackError(
@@ -119,12 +121,13 @@ def stack(*parts: Any) -> Service[Any, Any]:
         raise StackError(f"the last part of a stack must be a service (an async callable), not {service!r}")
     if isinstance(service, type):
         raise StackError(f"{name_of(service)} is a class: put an instance of it into the stack")
-    if not _is_async(service) and not hasattr(service, "accepts"):
+    if not _is_async(service):
         raise StackError(
             f"the last part of a stack must be a service, but {name_of(service)} is not async: "
             f"is it a layer, or a callable that needs service_fn()?"
         )
     composed: Service[Any, Any] = service
+    inner: object = service
     for layer in reversed(layers):
         if isinstance(layer, type):
             raise StackError(f"{name_of(layer)} is a class: put an instance of it into the stack")
@@ -134,8 +137,8 @@ def stack(*parts: Any) -> Service[Any, Any]:
             raise StackError(f"{name_of(layer)} is a service, but only the last part of a stack can be one")
         takes = getattr(layer, "accepts", None)
         provided = getattr(layer, "provides", None) or takes
-        _check_fit(layer, provided if isinstance(provided, type) else None, composed)
         inner_accepts = accepts_of(composed)
+        _check_fit(layer, provided if isinstance(provided, type) else None, inner, inner_accepts)
         composed = layer(composed)
         if not callable(composed):
             raise StackError(f"{name_of(layer)} returned {composed!r}, which is not a service")
@@ -145,4 +148,5 @@ def stack(*parts: Any) -> Service[Any, Any]:
             # An object with slots takes no attribute: then the chain is checked no further outwards, which is safe.
             with contextlib.suppress(AttributeError):
                 composed.accepts = outer_accepts  # type: ignore[attr-defined]
+        inner = layer
     return composed
