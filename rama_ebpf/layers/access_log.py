@@ -1,0 +1,128 @@
+"""One line for each connection when it has ended: who, where to, why it ended, how many bytes, how long."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.address import Authority, SocketAddress
+from ..core.auth import User
+from ..core.client import client_address
+from ..core.errors import RamaError
+from ..core.extensions import Extensions
+from ..core.service import Service
+from ..core.stream import Stream
+from ..relay.tunnel import TunnelReport
+
+__all__ = ["AccessLogLayer", "AccessRecord", "close_reason"]
+
+log = logging.getLogger("rama_ebpf.access")
+
+
+@dataclass(frozen=True, slots=True)
+class AccessRecord:
+    """What is known of a connection at its end. ``received`` and ``sent`` are bytes from and to the client, ``age``
+    is seconds; ``relay`` is how a tunnel's bytes moved, "" if there was none."""
+
+    client: SocketAddress | None
+    listener: SocketAddress | None
+    user: str
+    target: Authority | None
+    reason: str
+    received: int
+    sent: int
+    age: float
+    relay: str = ""
+    error: str = ""
+
+    def __str__(self) -> str:
+        """Return the record as logfmt: ``key=value``, quoted where a peer chose the text and it needs quotes."""
+        pairs: list[tuple[str, object]] = [
+            ("client", self.client or "unix"),
+            ("listener", self.listener),
+            ("user", self.user),
+            ("target", self.target),
+            ("reason", self.reason),
+            ("received", self.received),
+            ("sent", self.sent),
+            ("age", f"{self.age:.3f}"),
+            ("relay", self.relay),
+            ("error", self.error),
+        ]
+        return " ".join(f"{key}={_quoted(str(value))}" for key, value in pairs if value not in ("", None))
+
+
+def _quoted(text: str) -> str:
+    plain = text.isascii() and text.isprintable() and not set(text) & {" ", '"', "=", "\\"}
+    return text if plain else json.dumps(text)
+
+
+def close_reason(extensions: Extensions, error: BaseException | None) -> str:
+    """Return in a word why a connection ended: an error's kind, a tunnel's close reason, ``done`` or ``cut``."""
+    if isinstance(error, RamaError):
+        return error.kind
+    if isinstance(error, asyncio.CancelledError):
+        return f"cut: {error.args[0]}" if error.args else "cut"
+    if isinstance(error, OSError):
+        return "client_reset" if isinstance(error, ConnectionError) else "io_error"
+    if error is not None:
+        return f"failed: {type(error).__name__}"
+    report = extensions.get(TunnelReport)
+    return "done" if report is None else report.reason.value
+
+
+def _log_line(record: AccessRecord) -> None:
+    log.info("%s", record, extra={"access": record})
+
+
+class AccessLogLayer:
+    """Calls ``sink`` with an :class:`AccessRecord` when a connection has ended, in whatever way.
+
+    The default sink writes one logfmt line at INFO to the logger ``rama_ebpf.access``; the record itself is its
+    ``access`` attribute, for formatters of other shapes.
+    """
+
+    accepts = Stream
+
+    def __init__(
+        self, sink: Callable[[AccessRecord], None] = _log_line, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._sink = sink
+        self._clock = clock
+
+    def __call__(self, inner: Service[Stream, Any]) -> Service[Stream, Any]:
+        async def serve(stream: Stream) -> Any:
+            started = self._clock()
+            error: BaseException | None = None
+            try:
+                return await inner(stream)
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                self._sink(_record(stream, error, self._clock() - started))
+
+        return serve
+
+
+def _record(stream: Stream, error: BaseException | None, age: float) -> AccessRecord:
+    extensions = stream.extensions
+    user = extensions.get(User)
+    report = extensions.get(TunnelReport)
+    return AccessRecord(
+        client=client_address(stream),
+        listener=stream.local,
+        user="" if user is None else user.name,
+        target=extensions.get(Authority),
+        reason=close_reason(extensions, error),
+        received=stream.bytes_received,
+        sent=stream.bytes_sent,
+        age=age,
+        relay="" if report is None else report.relay,
+        error="" if error is None or isinstance(error, asyncio.CancelledError) else str(error),
+    )

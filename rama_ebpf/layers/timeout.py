@@ -1,0 +1,135 @@
+"""Time-outs of a connection: its handshake, its silence and its age, live tunnels included."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ..core.errors import HandshakeTimeout, IdleTimeout, TotalTimeout
+from ..core.lifecycle import Lifecycle, Stage
+from ..core.service import Service
+from ..core.stream import Stream
+from ..relay.tunnel import TunnelLimits
+
+__all__ = ["TimeoutLayer"]
+
+
+class TimeoutLayer:
+    """Bounds a connection in time; every argument is seconds, None means no bound.
+
+    ``handshake``: from the call until the protocol says that it is established (:class:`Lifecycle`); a service
+    without a handshake wants None here. ``idle``: no byte in either direction, from then on. ``total``: age since
+    the call. Once the connection is a tunnel the relay enforces idle and total, with what is left of the total.
+
+    Raises :class:`HandshakeTimeout`, :class:`IdleTimeout` or :class:`TotalTimeout`; a relay that ran into its limits
+    says so in its report instead.
+    """
+
+    accepts = Stream
+
+    def __init__(
+        self, handshake: float | None = 10.0, *, idle: float | None = 300.0, total: float | None = None
+    ) -> None:
+        for name, seconds in (("handshake", handshake), ("idle", idle), ("total", total)):
+            if seconds is not None and not seconds > 0:
+                raise ValueError(f"{name} must be above 0 seconds or None, not {seconds}")
+        self.handshake = handshake
+        self.idle = idle
+        self.total = total
+
+    def __call__(self, inner: Service[Stream, Any]) -> Service[Stream, Any]:
+        async def serve(stream: Stream) -> Any:
+            watch = _Watch(self, stream)
+            try:
+                async with watch.timeout:
+                    watch.start()
+                    return await inner(stream)
+            except TimeoutError as error:
+                if watch.timeout.expired() and watch.error is not None:
+                    raise watch.error from error
+                raise
+            finally:
+                watch.stop()
+
+        return serve
+
+
+class _Watch:
+    """One connection's deadlines: a single asyncio timeout that is moved as the connection goes through its stages."""
+
+    def __init__(self, layer: TimeoutLayer, stream: Stream) -> None:
+        self._layer = layer
+        self._stream = stream
+        self._loop = asyncio.get_running_loop()
+        self._started = self._loop.time()
+        self._moved = -1
+        self._moved_at = self._started
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._stopped = False
+        self.error: Exception | None = None
+        self.timeout = asyncio.timeout(None)
+
+    def start(self) -> None:
+        layer = self._layer
+        lifecycle = Lifecycle.of(self._stream.extensions)
+        lifecycle.watch(self._reached)
+        if lifecycle.stage is Stage.ACCEPTED and layer.handshake is not None:
+            self._expire_at(self._started + layer.handshake, HandshakeTimeout(f"no handshake in {layer.handshake} s"))
+        else:
+            self._established()
+
+    def stop(self) -> None:
+        self._stopped = True
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+
+    def _expire_at(self, when: float, error: Exception) -> None:
+        # The total bounds every stage: whatever else is due, it is due no later.
+        total = self._layer.total
+        if total is not None and self._started + total <= when:
+            when, error = self._started + total, TotalTimeout(f"connection lived for {total} s")
+        self.error = error
+        self.timeout.reschedule(None if when == float("inf") else when)
+
+    def _reached(self, stage: Stage) -> None:
+        if self._stopped or self.timeout.expired():
+            return
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if stage is Stage.TUNNEL:
+            self._hand_over()
+        else:
+            self._established()
+
+    def _established(self) -> None:
+        self._expire_at(float("inf"), TotalTimeout(""))
+        if self._layer.idle is not None:
+            self._check_idle()
+
+    def _check_idle(self) -> None:
+        # A few looks at the counters per idle period instead of a timer that every byte moves: a silent connection is
+        # cut after 1 to 1.25 periods.
+        idle, now = self._layer.idle, self._loop.time()
+        assert idle is not None
+        moved = self._stream.bytes_received + self._stream.bytes_sent
+        if moved != self._moved:
+            self._moved, self._moved_at = moved, now
+        elif now - self._moved_at >= idle:
+            self._expire_at(now, IdleTimeout(f"no byte moved for {idle} s"))
+            return
+        self._idle_timer = self._loop.call_later(idle / 4, self._check_idle)
+
+    def _hand_over(self) -> None:
+        """From here on the relay counts, because it alone knows what moves inside the kernel."""
+        self.timeout.reschedule(None)
+        layer, extensions = self._layer, self._stream.extensions
+        left = None if layer.total is None else max(self._started + layer.total - self._loop.time(), 0.001)
+        limits = TunnelLimits(idle=layer.idle, total=left)
+        earlier = extensions.get(TunnelLimits)
+        if earlier is not None:
+            limits = TunnelLimits(_least(limits.idle, earlier.idle), _least(limits.total, earlier.total))
+        extensions.add(limits)
+
+
+def _least(a: float | None, b: float | None) -> float | None:
+    return a if b is None else b if a is None else min(a, b)
