@@ -3,7 +3,7 @@
 from .address import Authority, IPAddress, SocketAddress
 from .auth import Authenticator, Credentials, User
 from .bucket import TokenBucket
-from .client import ClientAddress, HasExtensions, client_address
+from .client import ClientAddress, HasExtensions, LocalAddress, client_address, local_address
 from .errors import (
     AuthFailed,
     HandshakeTimeout,
@@ -37,6 +37,7 @@ __all__ = [
     "Layer",
     "Lifecycle",
     "LimitExceeded",
+    "LocalAddress",
     "PeerClosed",
     "PolicyDenied",
     "ProtocolError",
@@ -53,6 +54,7 @@ __all__ = [
     "User",
     "WrappedStream",
     "client_address",
+    "local_address",
     "service_fn",
     "stack",
 ]

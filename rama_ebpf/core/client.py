@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from .address import SocketAddress
 from .extensions import Extensions
 
-__all__ = ["ClientAddress", "HasExtensions", "client_address"]
+__all__ = ["ClientAddress", "HasExtensions", "LocalAddress", "client_address", "local_address"]
 
 
 @runtime_checkable
@@ -29,7 +29,21 @@ class ClientAddress:
     address: SocketAddress
 
 
+@dataclass(frozen=True, slots=True)
+class LocalAddress:
+    """The address that the client connected to, as the transport or a *trusted* PROXY header told it; the latest
+    one counts. A TCP server adds its own end."""
+
+    address: SocketAddress
+
+
 def client_address(input: HasExtensions) -> SocketAddress | None:
     """Return the client's address from the extensions of ``input``, None where it has none (a Unix socket)."""
     told = input.extensions.get(ClientAddress)
+    return None if told is None else told.address
+
+
+def local_address(input: HasExtensions) -> SocketAddress | None:
+    """Return the address that the client of ``input`` connected to, None where it has none."""
+    told = input.extensions.get(LocalAddress)
     return None if told is None else told.address

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..core.client import ClientAddress
+from ..core.client import ClientAddress, LocalAddress
 from ..core.errors import RamaError
 from ..core.service import Service
 from ..core.stream import SocketStream, Stream
@@ -146,6 +146,8 @@ class TcpServer:
         elif stream.socket.family != socket.AF_UNIX:
             stream.abort()  # reset before we could ask who it was: policy could not judge it
             return
+        if stream.local is not None:
+            stream.extensions.add(LocalAddress(stream.local))
         try:
             await self._service(stream)
         except asyncio.CancelledError:
