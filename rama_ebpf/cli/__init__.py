@@ -1,13 +1,63 @@
-"""The ``rama-ebpf`` command."""
+"""The ``rama-ebpf`` command: one module a command group.
+
+Exit codes: 0 done, 1 the answer is no (not found, denied), 2 bad input (nothing was changed), 3 this host lacks
+something, or the kernel refused.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .. import __version__
+from ..control.socket import ControlUnavailable
+from ..core.errors import RamaError
+from ..kernel.compile import CompileError
+from ..kernel.instance import Instance, InstanceBusy
+from ..policy.rule import PolicyError
+from . import doctor, lifecycle, policy, run
+from .output import ENVIRONMENT, USAGE
 
 __all__ = ["main"]
 
+_GROUPS = (run, policy, lifecycle, doctor)
 
-def main() -> int:
-    """Entry point of the console command."""
-    print("rama-ebpf: no command yet", file=sys.stderr)
-    return 2
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="rama-ebpf", description="A proxy whose unwanted clients are turned away before accept(2).")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--instance", default="default", metavar="NAME", help="which instance (default: %(default)s)")
+    shared.add_argument("--json", action="store_true", help="machine-readable output")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for group in _GROUPS:
+        group.register(commands, shared)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    prefix = f"rama-ebpf {args.command}"
+    try:
+        args.instance = Instance(args.instance)
+        code = args.main(args)
+        return int(code)
+    except (PolicyError, ValueError, InstanceBusy) as error:
+        print(f"{prefix}: {error}", file=sys.stderr)
+        return USAGE
+    except (ControlUnavailable, CompileError, RamaError, OSError) as error:
+        print(f"{prefix}: {error}", file=sys.stderr)
+        return ENVIRONMENT
+    except KeyboardInterrupt:
+        return 130

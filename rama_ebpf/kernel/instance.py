@@ -10,14 +10,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from . import abi
 from .bpffs import BPFFS
 
 __all__ = ["Instance", "InstanceBusy", "ServerLock"]
 
-_RUN: Final = Path("/run/rama-ebpf")
+
+def _run_root() -> Path:
+    if os.geteuid() == 0:
+        return Path("/run/rama-ebpf")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "rama-ebpf" if runtime else Path(f"/tmp/rama-ebpf-{os.getuid()}")
 
 
 class InstanceBusy(RuntimeError):
@@ -49,7 +53,7 @@ class Instance:
 
     @property
     def run_dir(self) -> Path:
-        return _RUN / self.name
+        return _run_root() / self.name
 
     @property
     def control_socket(self) -> Path:

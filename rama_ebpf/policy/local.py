@@ -15,7 +15,7 @@ from ..core.address import IPAddress
 from .rule import IPNetwork, PolicyError, Rule, Verdict
 from .store import Ban, PolicyStore, Settings, StoredRule
 
-__all__ = ["LocalStore"]
+__all__ = ["CountedPolicy", "LocalStore"]
 
 
 class LocalStore(PolicyStore):
@@ -157,3 +157,16 @@ class LocalStore(PolicyStore):
         ban = self._banned.get(source)
         if ban is not None and verdict.rule == "ban":
             self._banned[ban.address] = replace(ban, hits=ban.hits + 1)
+
+
+class CountedPolicy:
+    """A local store as the policy layer sees it: every verdict takes effect, so it is counted."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+
+    def verdict(self, source: IPAddress, port: int, /) -> Verdict:
+        """Judge and count one connection."""
+        verdict = self._store.verdict(source, port)
+        self._store.count(verdict, source)
+        return verdict

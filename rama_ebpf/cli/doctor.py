@@ -1,0 +1,125 @@
+"""``doctor``: what this host has and lacks, line by line, and how to mend it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..kernel import bpffs, cgroup, headers
+from .output import ENVIRONMENT, OK, print_json
+
+__all__ = ["Finding", "examine", "register"]
+
+_CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
+_OLDEST = (5, 13)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: ``ok`` is None for something that is merely told. ``remedy`` says how to mend what is not ok."""
+
+    subject: str
+    ok: bool | None
+    found: str
+    remedy: str = ""
+
+
+def _privileges() -> Finding:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    effective = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
+    has = {
+        name
+        for name, bit in (("NET_ADMIN", _CAP_NET_ADMIN), ("SYS_ADMIN", _CAP_SYS_ADMIN), ("BPF", _CAP_BPF))
+        if effective >> bit & 1
+    }
+    ok = "NET_ADMIN" in has and "SYS_ADMIN" in has
+    shown = f"uid {os.geteuid()}, capabilities {', '.join(sorted(has)) or 'none'}"
+    return Finding("privileges", ok, shown, "run as root, or grant CAP_SYS_ADMIN and CAP_NET_ADMIN")
+
+
+def _kernel() -> Finding:
+    release = platform.release()
+    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
+    return Finding("kernel", numbers >= _OLDEST, release, f"needs Linux {_OLDEST[0]}.{_OLDEST[1]} or later")
+
+
+def _cgroup() -> Finding:
+    try:
+        mount, own = cgroup.cgroup2_mount(), cgroup.own_cgroup()
+    except OSError as error:
+        return Finding("cgroup v2", False, str(error.strerror), "mount -t cgroup2 none /sys/fs/cgroup")
+    writable = os.access(own, os.W_OK)
+    remedy = "make the cgroup writable (in a container: --cgroupns=private and a writable /sys/fs/cgroup)"
+    return Finding("cgroup v2", writable, f"mounted at {mount}, own cgroup {own}", remedy)
+
+
+def _bpffs() -> Finding:
+    mounted = bpffs.is_mounted()
+    if mounted:
+        return Finding("bpffs", True, f"mounted at {bpffs.BPFFS}")
+    mendable = os.geteuid() == 0 and bpffs.BPFFS.is_dir()
+    return Finding("bpffs", mendable, "not mounted (run mounts it)", f"mount -t bpf bpf {bpffs.BPFFS}")
+
+
+def _btf() -> Finding:
+    present = Path("/sys/kernel/btf/vmlinux").is_file()
+    found = "present" if present else "absent: the sockmap relay is not offered (its overlap guard needs BTF)"
+    return Finding("kernel BTF", None if not present else True, found, "use a kernel with CONFIG_DEBUG_INFO_BTF")
+
+
+def _headers() -> Finding:
+    present = headers.uapi_present()
+    found = "UAPI headers in /usr/include/linux" if present else "no UAPI headers"
+    return Finding("headers", present, found, "install linux-libc-dev (Fedora: kernel-headers)")
+
+
+def _bcc() -> Finding:
+    spec = importlib.util.find_spec("bcc")
+    found = f"{Path(spec.origin).parent}" if spec is not None and spec.origin else "not importable"
+    return Finding("BCC", spec is not None, found, "install python3-bpfcc (Fedora: python3-bcc)")
+
+
+def _jit() -> Finding:
+    path = Path("/proc/sys/net/core/bpf_jit_enable")
+    if not path.is_file():
+        return Finding("BPF JIT", None, "cannot be told")
+    value = path.read_text(encoding="ascii").strip()
+    return Finding("BPF JIT", value != "0", f"net.core.bpf_jit_enable = {value}", "sysctl net.core.bpf_jit_enable=1")
+
+
+_CHECKS: tuple[Callable[[], Finding], ...] = (_privileges, _kernel, _cgroup, _bpffs, _btf, _headers, _bcc, _jit)
+
+
+def examine() -> list[Finding]:
+    """Run all checks; they change nothing."""
+    return [check() for check in _CHECKS]
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    """Add the command."""
+    text = "say what this host has and lacks, and how to mend it"
+    parser = commands.add_parser("doctor", parents=[shared], help=text, description=text)
+    parser.set_defaults(main=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    findings = examine()
+    missing = [finding for finding in findings if finding.ok is False]
+    if args.json:
+        rows = [{"subject": f.subject, "ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings]
+        print_json({"ready": not missing, "findings": rows})
+    else:
+        for finding in findings:
+            mark = {True: "ok  ", False: "MISS", None: "note"}[finding.ok]
+            print(f"{mark}  {finding.subject}: {finding.found}")
+            if finding.ok is False:
+                print(f"      mend: {finding.remedy}")
+        print(
+            "ready: the gate can run in the kernel" if not missing else "not ready: policy would run in userspace only"
+        )
+    return ENVIRONMENT if missing else OK

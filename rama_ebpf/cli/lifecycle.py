@@ -1,0 +1,125 @@
+"""``status`` and ``unload``: what runs, and how to leave nothing behind."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+from typing import cast
+
+from .. import loader
+from ..control.api import Json
+from ..kernel.instance import Instance, InstanceBusy
+from ..policy.kernel_store import KernelStore
+from .output import NO, OK, print_json, table
+
+__all__ = ["register"]
+
+_STOP_SECONDS = 60.0
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    """Add the commands."""
+    text = "show the server, its listeners, and what the gate has decided"
+    status = commands.add_parser("status", parents=[shared], help=text, description=text)
+    status.set_defaults(main=_status)
+    text = "remove everything an instance left in the kernel and under /run"
+    unload = commands.add_parser("unload", parents=[shared], help=text, description=text)
+    unload.add_argument("--stop", action="store_true", help="stop the running server first (SIGTERM, then wait)")
+    unload.set_defaults(main=_unload)
+
+
+def status(instance: Instance) -> Json:
+    """Collect what :command:`status` shows."""
+    pid = instance.serving_pid()
+    state = instance.read_state() if pid is not None else {}
+    result: Json = {
+        "instance": instance.name,
+        "running": pid is not None,
+        "pid": pid,
+        "policy": state.get("policy", "kernel" if instance.pin_dir.is_dir() else None),
+        "why_local": state.get("why_local"),
+        "cgroup": state.get("cgroup"),
+        "listeners": [],
+        "verdicts": [],
+    }
+    if not instance.pin_dir.is_dir():
+        result["listeners"] = [{"address": row["address"]} for row in _listeners(state)]
+        return result
+    with KernelStore(instance) as store:
+        result["listeners"] = [
+            {
+                "address": row["address"],
+                "established": store.established(cast("int", row["id"])),
+                "accepted": store.accepted(cast("int", row["id"])),
+            }
+            for row in _listeners(state)
+        ]
+        result["verdicts"] = [
+            {"hook": hook, "stage": stage, "action": action, "count": count}
+            for (hook, stage, action), count in sorted(store.totals().items())
+        ]
+        result["revision"] = store.revision
+    return result
+
+
+def _listeners(state: Json) -> list[Json]:
+    rows = state.get("listeners")
+    return cast("list[Json]", rows) if isinstance(rows, list) else []
+
+
+def _status(args: argparse.Namespace) -> int:
+    result = status(args.instance)
+    if args.json:
+        print_json(result)
+        return OK if result["running"] else NO
+    if result["running"]:
+        print(f"instance {result['instance']} is served by process {result['pid']}, policy in the {result['policy']}")
+    else:
+        kept = ", its policy is pinned" if result["policy"] else ""
+        print(f"instance {result['instance']} is not running{kept}")
+    if result["why_local"]:
+        print(f"policy is not in the kernel: {result['why_local']}")
+    listeners = cast("list[Json]", result["listeners"])
+    if listeners:
+        counts = [(row["address"], row.get("established"), row.get("accepted")) for row in listeners]
+        print(table(("LISTENER", "ESTABLISHED", "ACCEPTED"), counts))
+    verdicts = cast("list[Json]", result["verdicts"])
+    if verdicts:
+        rows = [(row["hook"], row["stage"], row["action"], row["count"]) for row in verdicts]
+        print(table(("HOOK", "STAGE", "ACTION", "COUNT"), rows))
+    return OK if result["running"] else NO
+
+
+def _unload(args: argparse.Namespace) -> int:
+    instance: Instance = args.instance
+    if args.stop:
+        _stop(instance)
+    try:
+        loader.unload(instance)
+    except InstanceBusy as busy:
+        raise ValueError(f"{busy}: stop it first, or add --stop") from None
+    if args.json:
+        print_json({"instance": instance.name, "unloaded": True})
+    else:
+        print(f"instance {instance.name}: nothing is left")
+    return OK
+
+
+def _stop(instance: Instance) -> None:
+    pid = instance.serving_pid()
+    if not pid:
+        return
+    # A pidfd names the process that held the lock a moment ago, even if its number is reused meanwhile.
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        ready, _, _ = select.select([pidfd], [], [], _STOP_SECONDS)
+    finally:
+        os.close(pidfd)
+    if not ready:
+        raise ValueError(f"process {pid} still drains after {_STOP_SECONDS:.0f} s: send it SIGTERM again to cut")

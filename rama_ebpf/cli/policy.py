@@ -1,0 +1,155 @@
+"""``block``, ``allow``, ``unblock``, ``list``, ``test``: the policy at run time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import cast
+
+from ..control import socket as control
+from ..control.api import ControlApi, Json
+from ..core.address import Authority
+from ..kernel.instance import Instance
+from ..policy.kernel_store import KernelStore
+from ..policy.rule import PolicyError
+from .output import NO, OK, duration, print_json, table
+
+__all__ = ["call", "register"]
+
+
+def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
+    """Run a control method: on the pinned maps if there are any, else through the server's control socket.
+
+    Raises :class:`PolicyError` if the instance is not loaded.
+    """
+    if instance.pin_dir.is_dir():
+        with KernelStore(instance) as store:
+            return ControlApi(store).call(method, params)
+    if instance.control_socket.exists():
+        return control.call(instance.control_socket, method, params)
+    raise PolicyError(f"instance {instance.name!r} is not loaded: start it with rama-ebpf run")
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    """Add the commands."""
+
+    def command(name: str, help: str, main: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, parents=[shared], help=help, description=help)
+        parser.set_defaults(main=main)
+        return parser
+
+    block = command("block", "turn a source away before accept, from now on", _block)
+    block.add_argument("source", metavar="CIDR", help="address or network")
+    block.add_argument("--ttl", metavar="TIME", help="how long, for example 90s, 15m, 1h, 7d (default: for good)")
+    block.add_argument("--reject", action="store_true", help="answer RST instead of silence")
+    block.add_argument("--dry-run", action="store_true", help="count what would be turned away, turn nothing away")
+    allow = command("allow", "let a source in, also as an exception inside a wider block", _allow)
+    allow.add_argument("source", metavar="CIDR", help="address or network")
+    allow.add_argument("--ttl", metavar="TIME", help="how long (default: for good)")
+    for parser in (block, allow):
+        parser.add_argument("--port", type=int, metavar="PORT", help="only on this listener's port (default: on all)")
+        parser.add_argument("--reason", metavar="TEXT", help="shown in listings")
+    unblock = command("unblock", "take back a block, an allow or a ban of exactly this source", _unblock)
+    unblock.add_argument("source", metavar="CIDR")
+    unblock.add_argument("--port", type=int, metavar="PORT", help="as it was given when it was blocked")
+    command("list", "show everything in force, with counters", _list)
+    test = command("test", "say what would be decided for a client", _test)
+    test.add_argument(
+        "target", metavar="ADDR[:PORT]", help="the client's address, and the listener's port (default 1080)"
+    )
+
+
+def _show_change(args: argparse.Namespace, verb: str, result: Json) -> int:
+    if args.json:
+        print_json(result)
+    else:
+        until = "" if result["expires_in"] is None else f" for {duration(result['expires_in'])}"
+        sources = ", ".join(cast("list[str]", result["sources"]))
+        dry = " (dry run)" if result["dry_run"] else ""
+        print(f"{verb} {sources}{until}{dry}")
+    return OK
+
+
+def _block(args: argparse.Namespace) -> int:
+    params = {
+        "source": args.source,
+        "action": "reject" if args.reject else "drop",
+        "ttl": args.ttl,
+        "port": args.port,
+        "reason": args.reason,
+        "dry_run": args.dry_run,
+    }
+    return _show_change(args, "blocked", call(args.instance, "add", params))
+
+
+def _allow(args: argparse.Namespace) -> int:
+    params = {"source": args.source, "action": "allow", "ttl": args.ttl, "port": args.port, "reason": args.reason}
+    return _show_change(args, "allowed", call(args.instance, "add", params))
+
+
+def _unblock(args: argparse.Namespace) -> int:
+    result = call(args.instance, "remove", {"source": args.source, "port": args.port})
+    found = bool(result["removed"]) or bool(result["ban_lifted"])
+    if args.json:
+        print_json(result)
+    elif found:
+        print(f"unblocked {args.source}")
+    else:
+        print(f"nothing to take back for exactly {args.source} (rama-ebpf list shows what is in force)")
+    return OK if found else NO
+
+
+def _list(args: argparse.Namespace) -> int:
+    result = call(args.instance, "list", {})
+    if args.json:
+        print_json(result)
+        return OK
+    rules, bans = cast("list[Json]", result["rules"]), cast("list[Json]", result["bans"])
+    print(f"default {result['default']}, revision {result['revision']}, policy in the {_where(result['store'])}")
+    failsafe = cast("list[str]", result["failsafe"])
+    if failsafe:
+        print(f"failsafe {', '.join(failsafe)}")
+    rows = []
+    for rule in rules:
+        sources = cast("list[str]", rule["sources"])
+        shown = sources[0] if len(sources) == 1 else f"{len(sources)} prefixes"
+        action = f"{rule['action']}{' (dry run)' if rule['dry_run'] else ''}"
+        hits = rule["dry_hits"] if rule["dry_run"] else rule["hits"]
+        left = duration(rule["expires_in"])
+        rows.append((shown, rule["port"] or "any", action, hits, left, rule["name"], rule["reason"]))
+    if rows:
+        print(table(("SOURCE", "PORT", "ACTION", "HITS", "EXPIRES", "RULE", "REASON"), rows))
+    if bans:
+        banned = [(b["address"], b["action"], b["hits"], duration(b["expires_in"]), b["reason"]) for b in bans]
+        print(table(("BANNED", "ACTION", "HITS", "EXPIRES", "REASON"), banned))
+    return OK
+
+
+def _where(store: object) -> str:
+    return "kernel" if store == "kernel" else "proxy process (not in the kernel)"
+
+
+def _test(args: argparse.Namespace) -> int:
+    source, port = _split(args.target)
+    result = call(args.instance, "test", {"source": source, "port": port})
+    if args.json:
+        print_json(result)
+    else:
+        rule = f" by {result['rule']}" if result["rule"] else ""
+        print(f"{result['source']} to port {port}: {result['action']} ({result['stage']}{rule})")
+        dry = result.get("dry_run")
+        if isinstance(dry, dict):
+            print(f"dry run: {dry['rule']} would {dry['action']}")
+    return OK if result["action"] == "allow" else NO
+
+
+def _split(text: str) -> tuple[str, int]:
+    """Split ``ADDR``, ``ADDR:PORT`` (IPv4) or ``[ADDR]:PORT``."""
+    if text.count(":") == 1 or text.startswith("["):
+        host, _, port = text.rpartition(":")
+        if host and port.isdigit() and not text.endswith("]"):
+            return str(Authority.of(host, int(port)).host), int(port)
+        if text.endswith("]"):
+            return text[1:-1], 1080
+        raise PolicyError(f"{text!r}: write for example 192.0.2.7:1080 or [2001:db8::7]:1080")
+    return text, 1080

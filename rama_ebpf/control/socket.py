@@ -1,0 +1,110 @@
+"""The control socket: one JSON request a line, one JSON answer a line, on a Unix socket that only its owner may open.
+
+Request: ``{"method": "add", "params": {…}}``. Answer: ``{"result": {…}}``, or ``{"error": "text"}`` for a mistake of
+the caller's. Lines are at most 64 KiB; a connection that is idle for 10 s is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from ..policy.rule import PolicyError
+from .api import Json
+
+__all__ = ["ControlServer", "ControlUnavailable", "call"]
+
+log = logging.getLogger(__name__)
+
+_MAX_LINE: Final = 64 * 1024
+_MAX_ANSWER: Final = 64 * 1024 * 1024
+_IDLE_SECONDS: Final = 10.0
+
+Handler = Callable[[str, Mapping[str, object]], Json]
+
+
+class ControlUnavailable(OSError):
+    """No server answers on the control socket."""
+
+
+class ControlServer:
+    """Serves ``handler(method, params)`` on a Unix socket at ``path`` (mode 0600; a stale file is replaced)."""
+
+    def __init__(self, path: Path, handler: Handler) -> None:
+        self._path = path
+        self._handler = handler
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Start to listen. Raises OSError."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.unlink(missing_ok=True)
+        previous = os.umask(0o177)
+        try:
+            self._server = await asyncio.start_unix_server(self._serve, path=self._path, limit=_MAX_LINE)
+        finally:
+            os.umask(previous)
+
+    async def stop(self) -> None:
+        """Stop listening and remove the socket."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                async with asyncio.timeout(_IDLE_SECONDS):
+                    line = await reader.readline()
+                if not line:
+                    return
+                writer.write(json.dumps(self._answer(line)).encode() + b"\n")
+                async with asyncio.timeout(_IDLE_SECONDS):
+                    await writer.drain()
+        except (TimeoutError, ConnectionError, ValueError) as error:
+            log.info("control connection ended: %s", error or type(error).__name__)
+        finally:
+            writer.close()
+
+    def _answer(self, line: bytes) -> Json:
+        try:
+            request = json.loads(line)
+            if not isinstance(request, dict) or not isinstance(request.get("params", {}), dict):
+                raise PolicyError("a request is an object with method and params")
+            return {"result": self._handler(str(request.get("method")), request.get("params", {}))}
+        except (PolicyError, json.JSONDecodeError, KeyError) as error:
+            return {"error": str(error)}
+        except OSError as error:
+            log.exception("control request failed")
+            return {"error": f"{type(error).__name__}: {error}"}
+
+
+def call(path: Path, method: str, params: Mapping[str, object], *, timeout: float = 10.0) -> Json:
+    """Ask the server at ``path`` and return its result.
+
+    Raises :class:`ControlUnavailable` if none answers, :class:`PolicyError` with the server's text for a mistake.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(timeout)
+            sock.connect(str(path))
+            sock.sendall(json.dumps({"method": method, "params": dict(params)}).encode() + b"\n")
+            with sock.makefile("rb") as lines:
+                line = lines.readline(_MAX_ANSWER)
+    except OSError as error:
+        raise ControlUnavailable(error.errno, f"no server answers at {path}: {error.strerror or error}") from error
+    if not line:
+        raise ControlUnavailable(None, f"the server at {path} closed the connection")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise PolicyError(answer["error"])
+    result = answer["result"]
+    assert isinstance(result, dict)
+    return result
