@@ -137,7 +137,9 @@ class Gate:
         bpf.map_delete(self.maps["listeners"], listener.key)
         first = listener.id * abi.constants()["SOCKETS_PER_LISTENER"]
         for index in range(listener.sockets):
-            bpf.map_delete(self.maps["sockets"], (first + index).to_bytes(4, "little"))
+            # A socket that was closed has left the map by itself; SOCKMAP answers EINVAL then.
+            with contextlib.suppress(OSError):
+                bpf.map_delete(self.maps["sockets"], (first + index).to_bytes(4, "little"))
 
     def listener_id(self, address: SocketAddress) -> int:
         """Return the index of a listener in the per-listener maps. Raises KeyError."""

@@ -131,6 +131,7 @@ def _main(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    started = time.monotonic()
     options = _Options.of(args)
     instance: Instance = args.instance
     with ServerLock(instance, create=True), _policy(args, instance) as policy:
@@ -144,7 +145,7 @@ def _main(args: argparse.Namespace) -> int:
         listeners = [bind_tcp(host, port) for host, port in options.listen]
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(_serve(args, options, policy, listeners))
+                return runner.run(_serve(args, options, policy, listeners, started))
         finally:
             for listener in listeners:
                 listener.close()
@@ -191,8 +192,9 @@ def _policy(args: argparse.Namespace, instance: Instance) -> Iterator[_Policy | 
         gate.close(keep_policy=args.persist)
 
 
-async def _serve(args: argparse.Namespace, options: _Options, policy: _Policy, listeners: list[socket.socket]) -> int:
-    started = time.monotonic()
+async def _serve(
+    args: argparse.Namespace, options: _Options, policy: _Policy, listeners: list[socket.socket], started: float
+) -> int:
     resolver = SystemResolver()
     app = _application(args, options, policy, resolver)
     servers = []
