@@ -49,15 +49,8 @@ RULE_INFO: Final = struct.Struct("=Q64s32s120s")
 
 
 def source_dir() -> Path:
-    """Return the directory of the C sources: inside an installed package, or ``bpf/`` of a checkout.
-
-    Raises FileNotFoundError if neither is there.
-    """
-    package = Path(__file__).resolve().parent.parent
-    for candidate in (package / "_bpf", package.parent / "bpf"):
-        if (candidate / "policy.h").is_file():
-            return candidate
-    raise FileNotFoundError(f"no bpf/policy.h beside {package}: the installation is incomplete")
+    """Return the directory of the C sources; in a checkout it is a link to ``bpf/``."""
+    return Path(__file__).resolve().parent.parent / "_bpf"
 
 
 @functools.cache

@@ -1,0 +1,57 @@
+"""Fixtures for all suites. Kernel suites need root; where something is missing they fail, they do not skip."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.loader import unload
+
+from .lab import Host, Lab, remove_stale, wait_for
+from .proxy import ProxyProcess
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_stale_labs() -> None:
+    if os.geteuid() == 0:
+        remove_stale()
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """An Ethernet segment to put hosts on."""
+    with Lab() as made:
+        yield made
+
+
+@pytest.fixture
+def instance() -> Iterator[str]:
+    """The name of an instance of our own; whatever it leaves is removed."""
+    name = f"test-{os.getpid()}-{next(_numbers)}"
+    yield name
+    wait_for(lambda: Instance(name).serving_pid() is None, what="the end of the server")
+    unload(Instance(name))
+
+
+StartProxy = Callable[..., ProxyProcess]
+
+
+@pytest.fixture
+def start_proxy(instance: str) -> Iterator[StartProxy]:
+    """Start ``rama-ebpf run`` with arguments in a lab host; it is ended after the test."""
+    started: list[ProxyProcess] = []
+
+    def start(host: Host, *args: str) -> ProxyProcess:
+        proxy = ProxyProcess(host, instance, *args).start()
+        started.append(proxy)
+        return proxy
+
+    yield start
+    for proxy in started:
+        proxy.end()

@@ -1,0 +1,246 @@
+"""A laboratory of network namespaces: real hosts on real (virtual) wires, made and removed by the test.
+
+Addresses are from 198.18.0.0/15 (RFC 2544) and 2001:db8::/32 only. Names carry this process's id, so that runs beside
+each other do not meet, and :func:`remove_stale` removes what a killed run left behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+__all__ = ["Capture", "Host", "Lab", "Segment", "remove_stale", "wait_for"]
+
+T = TypeVar("T")
+
+_PREFIX = "ramalab"
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+_numbers = itertools.count()
+
+
+def wait_for(condition: Callable[[], T], *, timeout: float = 10.0, what: str = "condition") -> T:
+    """Poll until ``condition`` returns something true, and return it. Raises AssertionError after ``timeout``."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come true within {timeout} s")
+        time.sleep(0.02)
+
+
+def _ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
+
+
+def remove_stale() -> None:
+    """Delete namespaces of earlier runs whose process is gone."""
+    listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout
+    for name in re.findall(rf"^({_PREFIX}-(\d+)-\S+)", listed, flags=re.M):
+        if not Path(f"/proc/{name[1]}").exists():
+            subprocess.run(["ip", "netns", "delete", name[0]], check=False, capture_output=True)
+
+
+@dataclass
+class Host:
+    """One network namespace with an address of each family."""
+
+    name: str
+    netns: str
+    ipv4: str = ""
+    ipv6: str = ""
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def ip(self, *args: str) -> None:
+        """Run ip(8) inside."""
+        _ip("-n", self.netns, *args)
+
+    def add_address(self, address: str, interface: str) -> None:
+        """Add an address with its prefix length."""
+        extra = ["nodad"] if ":" in address else []
+        self.ip("address", "add", address, "dev", interface, *extra)
+
+    def command(self, *args: str) -> list[str]:
+        """Return the command line that runs ``args`` inside. (``ip netns exec`` would hide bpffs and cgroups.)"""
+        return ["nsenter", f"--net=/run/netns/{self.netns}", *args]
+
+    def run(self, *args: str, timeout: float = 30.0, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command inside to its end."""
+        return subprocess.run(self.command(*args), check=check, capture_output=True, text=True, timeout=timeout)
+
+    def popen(self, *args: str, **options: object) -> subprocess.Popen[str]:
+        """Start a command inside; it is killed when the lab ends."""
+        process = subprocess.Popen(self.command(*args), text=True, **options)  # type: ignore[call-overload]
+        self._stack.callback(_end, process)
+        return process  # type: ignore[no-any-return]
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run a function in a thread that lives inside; sockets that it makes stay inside."""
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                with open(f"/run/netns/{self.netns}", "rb") as namespace:
+                    if _libc.setns(namespace.fileno(), _CLONE_NEWNET) != 0:
+                        raise OSError(ctypes.get_errno(), "setns failed")
+                results.append(function())
+            except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
+                errors.append(error)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, proto: int = 0) -> socket.socket:
+        """Make a socket inside, with a time-out of 10 s."""
+        sock = self.call(lambda: socket.socket(family, kind, proto))
+        sock.settimeout(10.0)
+        return sock
+
+    def connect(self, address: str, port: int, *, source: str | None = None, timeout: float = 10.0) -> socket.socket:
+        """Connect from inside. Raises what connect(2) says."""
+        sock = self.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        try:
+            sock.settimeout(timeout)
+            if source is not None:
+                sock.bind((source, 0))
+            sock.connect((address, port))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def capture(self, interface: str) -> Capture:
+        """Capture the TCP segments that cross an interface from now on; close it when done."""
+        sock = self.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        sock.bind((interface, 0))
+        sock.settimeout(0.05)
+        return Capture(sock)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A TCP segment on the wire."""
+
+    source: str
+    sport: int
+    target: str
+    dport: int
+    flags: str
+    """Letters of FSRPA that are set, in that order."""
+
+
+class Capture:
+    """What an AF_PACKET socket saw."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.segments: list[Segment] = []
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._sock.close()
+
+    def read(self, seconds: float = 0.3) -> list[Segment]:
+        """Collect for ``seconds`` and return everything seen since the start."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                frame = self._sock.recv(65535)
+            except TimeoutError:
+                continue
+            segment = _segment(frame)
+            if segment is not None:
+                self.segments.append(segment)
+        return self.segments
+
+
+def _segment(frame: bytes) -> Segment | None:
+    kind = struct.unpack_from("!H", frame, 12)[0]
+    if kind == 0x0800 and frame[23] == 6:
+        family, source, target, at = socket.AF_INET, frame[26:30], frame[30:34], 14 + (frame[14] & 15) * 4
+    elif kind == 0x86DD and frame[20] == 6:
+        family, source, target, at = socket.AF_INET6, frame[22:38], frame[38:54], 54
+    else:
+        return None
+    sport, dport = struct.unpack_from("!HH", frame, at)
+    bits = frame[at + 13]
+    flags = "".join(letter for bit, letter in ((1, "F"), (2, "S"), (4, "R"), (8, "P"), (16, "A")) if bits & bit)
+    return Segment(socket.inet_ntop(family, source), sport, socket.inet_ntop(family, target), dport, flags)
+
+
+class Lab:
+    """Hosts on one Ethernet segment (a bridge in a namespace of its own). A context manager."""
+
+    def __init__(self) -> None:
+        self._id = f"{_PREFIX}-{os.getpid()}-{next(_numbers)}"
+        self._stack = ExitStack()
+        self._count = 0
+
+    def __enter__(self) -> Lab:
+        with ExitStack() as undo:
+            self._switch = f"{self._id}-switch"
+            _ip("netns", "add", self._switch)
+            undo.callback(_ip, "netns", "delete", self._switch)
+            _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
+            _ip("-n", self._switch, "link", "set", "br0", "up")
+            self._stack = undo.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def host(self, name: str) -> Host:
+        """Add a host: eth0 with 198.18.0.N/16 and 2001:db8::N/64, N counting from 1; loopback is up."""
+        self._count += 1
+        number = self._count
+        host = Host(name, f"{self._id}-{name}", f"198.18.0.{number}", f"2001:db8::{number:x}")
+        _ip("netns", "add", host.netns)
+        self._stack.callback(_ip, "netns", "delete", host.netns)
+        self._stack.callback(host._stack.close)
+        port = f"p{number}"
+        _ip("link", "add", port, "netns", self._switch, "type", "veth", "peer", "name", "eth0", "netns", host.netns)
+        _ip("-n", self._switch, "link", "set", port, "master", "br0", "up")
+        host.ip("link", "set", "lo", "up")
+        host.ip("link", "set", "eth0", "up")
+        host.add_address(f"{host.ipv4}/16", "eth0")
+        host.add_address(f"{host.ipv6}/64", "eth0")
+        return host
+
+
+@contextmanager
+def lab_of(*names: str) -> Iterator[Sequence[Host]]:
+    """A lab with hosts of these names."""
+    with Lab() as lab:
+        yield [lab.host(name) for name in names]

@@ -1,0 +1,111 @@
+"""The real ``rama-ebpf`` command as a process under test."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from .lab import Host, wait_for
+
+__all__ = ["ProxyProcess", "rama_ebpf"]
+
+
+def rama_ebpf(*args: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run a ``rama-ebpf`` command to its end."""
+    result = subprocess.run([ProxyProcess.COMMAND, *args], capture_output=True, text=True, timeout=timeout)
+    if check and result.returncode != 0:
+        raise AssertionError(f"rama-ebpf {' '.join(args)}: exit {result.returncode}\n{result.stdout}{result.stderr}")
+    return result
+
+
+class ProxyProcess:
+    """``rama-ebpf run`` inside a lab host. Its log is collected; :meth:`start` returns when it serves."""
+
+    COMMAND = str(Path(sys.executable).with_name("rama-ebpf"))
+
+    def __init__(self, host: Host, instance: str, *args: str) -> None:
+        self.host = host
+        self.instance = instance
+        self._args = args
+        self._process: subprocess.Popen[str] | None = None
+        self.log: list[str] = []
+
+    def start(self, timeout: float = 60.0) -> ProxyProcess:
+        """Start the server and wait until it is ready."""
+        self.log = []
+        self._process = self.host.popen(
+            self.COMMAND,
+            "run",
+            "--instance",
+            self.instance,
+            *self._args,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
+        wait_for(lambda: self.logged("ready after") or self._ended(), timeout=timeout, what="the proxy's readiness")
+        return self
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            self.log.append(line.rstrip("\n"))
+
+    def _ended(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise AssertionError("the proxy ended:\n" + "\n".join(self.log))
+        return False
+
+    def logged(self, pattern: str) -> bool:
+        """Whether a log line matches."""
+        return any(re.search(pattern, line) for line in self.log)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the server."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def wait(self, timeout: float = 30.0) -> int:
+        """Wait for the end and return the exit code."""
+        assert self._process is not None
+        return self._process.wait(timeout)
+
+    def end(self) -> None:
+        """Kill the server if it still runs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def json(self, command: str, *args: str, check: bool = True) -> Any:
+        """Run a command on this instance and return its JSON."""
+        return json.loads(rama_ebpf(command, "--instance", self.instance, "--json", *args, check=check).stdout)
+
+    def command(self, command: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command on this instance."""
+        return rama_ebpf(command, "--instance", self.instance, *args, check=check)
+
+    def accepted(self) -> int:
+        """How many connections the server accepted, over all its listeners."""
+        return sum(row["accepted"] for row in self.json("status")["listeners"])
+
+    def hits(self, source: str) -> int:
+        """The counter of the rule for exactly this source."""
+        rows = [rule for rule in self.json("list")["rules"] if rule["sources"] == [source]]
+        assert len(rows) == 1, rows
+        return int(rows[0]["hits"])
+
+    def descriptors(self) -> int:
+        """How many descriptors the server process has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
