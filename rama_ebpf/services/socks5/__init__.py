@@ -2,6 +2,7 @@
 
 from .associate import Association, AssociationReport, Drop, UdpAssociator
 from .bind import Binder
+from .client import BoundPort, Socks5Client, UdpSocket
 from .machine import Request, ServerMachine
 from .replies import reply_for
 from .server import ReplyTiming, Socks5Server, UserLimits
@@ -11,6 +12,7 @@ __all__ = [
     "Association",
     "AssociationReport",
     "Binder",
+    "BoundPort",
     "Command",
     "Drop",
     "Method",
@@ -18,8 +20,10 @@ __all__ = [
     "ReplyTiming",
     "Request",
     "ServerMachine",
+    "Socks5Client",
     "Socks5Server",
     "UdpAssociator",
+    "UdpSocket",
     "UserLimits",
     "reply_for",
 ]
