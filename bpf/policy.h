@@ -72,7 +72,7 @@ struct address {
 };
 
 struct listener_key {
-	struct address addr; /* all zero: any address */
+	struct address addr; /* 0.0.0.0 (mapped) or ::, any address of that family */
 	__u16 port;
 	__u16 pad;
 };

@@ -181,7 +181,11 @@ static __always_inline struct listener *find_listener(const struct packet *p)
 
 	if (listener)
 		return listener;
-	__builtin_memset(&key.addr, 0, sizeof(key.addr));
+	/* The wildcard of the target's family: 0.0.0.0 (mapped) and :: on one port are two listeners. */
+	if (is_mapped(&p->target))
+		map_ipv4(&key.addr, 0);
+	else
+		__builtin_memset(&key.addr, 0, sizeof(key.addr));
 	return listeners.lookup(&key);
 }
 

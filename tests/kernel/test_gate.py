@@ -167,6 +167,18 @@ def test_other_services_of_the_host_are_never_touched(scene: Scene) -> None:
             scene.client.connect("198.18.200.1", PORT).close()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wildcard_listeners_of_both_families_share_a_port(lab: Lab, start_proxy: StartProxy, family: int) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    proxy = start_proxy(server, "--listen", f"0.0.0.0:{PORT}", "--listen", f"[::]:{PORT}")
+    scene = Scene(proxy, server, client)
+    assert scene.greet(family) == b"\x05\x00"
+    proxy.command("block", scene.source(family))
+    assert scene.attempt(family) == []
+    other = socket.AF_INET6 if family == socket.AF_INET else socket.AF_INET
+    assert scene.greet(other) == b"\x05\x00"
+
+
 def test_failsafe_source_gets_in_whatever_is_blocked(lab: Lab, start_proxy: StartProxy) -> None:
     server, client = lab.host("proxy"), lab.host("client")
     proxy = start_proxy(server, "--listen", f"{server.ipv4}:{PORT}", "--default", "drop", "--failsafe", client.ipv4)
