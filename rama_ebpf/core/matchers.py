@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from .address import Authority, IPAddress, unmap
 from .auth import User
-from .client import HasExtensions, client_address
+from .client import HasExtensions, client_address, local_address
 from .names import NameSet
 
 __all__ = ["ANY", "ListenerPort", "Matcher", "Source", "TargetHost", "TargetNetwork", "TargetPort", "UserIs", "where"]
@@ -97,13 +97,13 @@ class Source(Matcher):
 
 
 class ListenerPort(Matcher):
-    """The stream came to one of these ports of ours."""
+    """The client connected to one of these ports (:func:`local_address`)."""
 
     def __init__(self, *ports: int) -> None:
         self._ports = frozenset(ports)
 
-    def __call__(self, input: Any, /) -> bool:
-        local = getattr(input, "local", None)
+    def __call__(self, input: HasExtensions, /) -> bool:
+        local = local_address(input)
         return local is not None and local.port in self._ports
 
 

@@ -1,32 +1,29 @@
-"""Connecting to targets: resolve, check each resolved address against egress policy, dial exactly what was checked."""
+"""Connecting to targets: resolve, check each resolved address against egress policy, dial exactly what was checked.
+
+A name with several addresses is dialled as RFC 8305 (happy eyeballs) says: the families take turns, the next address
+is tried when the one before has failed or has not answered for a moment, and the first connection wins.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from ipaddress import ip_address
-from typing import Protocol
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 from ..core.address import Authority, IPAddress, SocketAddress
 from ..core.errors import PolicyDenied, RamaError
 from ..core.stream import SocketStream, Stream
-from ..policy.egress import EgressPolicy
+from .resolver import ResolveError, Resolver, SystemResolver
+from .socket_options import SocketOptions
 
-__all__ = ["ConnectError", "Connector", "ResolveError", "Resolver", "SystemResolver"]
+__all__ = ["ConnectError", "Connector", "Egress", "ResolveError", "Resolver", "SystemResolver"]
 
-
-class ResolveError(RamaError):
-    """A name has no usable address. ``temporary`` is true if a retry may succeed (EAI_AGAIN)."""
-
-    kind = "resolve"
-
-    def __init__(self, message: str, *, temporary: bool = False) -> None:
-        super().__init__(message)
-        self.temporary = temporary
+_MAX_ADDRESSES: Final = 16
 
 
 class ConnectError(RamaError, OSError):
@@ -38,93 +35,134 @@ class ConnectError(RamaError, OSError):
         OSError.__init__(self, number, message)
 
 
-class Resolver(Protocol):
-    """Turns a domain name into addresses, in order of preference."""
+class Egress(Protocol):
+    """Says which addresses may be dialled."""
 
-    async def resolve(self, name: str) -> Sequence[IPAddress]: ...
-
-
-class SystemResolver:
-    """getaddrinfo(3) in a pool of threads of its own, so that slow names cannot starve the loop's default pool.
-
-    ``threads`` bounds how many names are looked up at once, ``timeout`` (seconds) how long a caller waits.
-    """
-
-    def __init__(self, *, threads: int = 8, timeout: float = 5.0) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="resolver")
-        self._timeout = timeout
-
-    async def resolve(self, name: str) -> Sequence[IPAddress]:
-        """Raises :class:`ResolveError`."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._timeout):
-                found = await loop.run_in_executor(self._pool, _getaddrinfo, name)
-        except TimeoutError as error:
-            raise ResolveError(f"no answer for {name!r} within {self._timeout} s", temporary=True) from error
-        except socket.gaierror as error:
-            raise ResolveError(
-                f"cannot resolve {name!r}: {error.strerror}", temporary=error.errno == socket.EAI_AGAIN
-            ) from error
-        except UnicodeError as error:
-            raise ResolveError(f"{name!r} is not a valid domain name: {error}") from error
-        return found
-
-    def close(self) -> None:
-        """Let the threads end; look-ups under way are abandoned."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _getaddrinfo(name: str) -> list[IPAddress]:
-    rows = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(ip_address(str(row[4][0]).partition("%")[0]) for row in rows))
+    def check(self, ip: IPAddress, /) -> None:
+        """Raise :class:`PolicyDenied`, naming the rule, if ``ip`` may not be dialled."""
 
 
 @dataclass(frozen=True)
 class Connector:
     """A service from :class:`Authority` to a connected :class:`SocketStream`.
 
-    Every resolved address is checked against ``egress`` and only checked addresses are dialled, in order, until one
-    accepts. ``timeout`` (seconds) bounds each attempt. Raises :class:`PolicyDenied` if policy leaves no address,
-    :class:`ResolveError`, or :class:`ConnectError` with the errno of the last attempt.
+    Every resolved address is checked against ``egress`` and only checked addresses are dialled, at most 16.
+    ``timeout`` (seconds) bounds all attempts together, ``attempt_delay`` is how long one attempt has before the next
+    address is tried as well (RFC 8305 section 5: 0.25 s; not below 0.01). ``source_v4`` and ``source_v6`` are
+    addresses of ours to connect from; ``options`` are set on each socket.
+
+    Raises :class:`PolicyDenied` if policy leaves no address, :class:`ResolveError`, or :class:`ConnectError` with
+    the errno of the last attempt.
     """
 
     resolver: Resolver
-    egress: EgressPolicy
+    egress: Egress
     timeout: float = 10.0
+    attempt_delay: float = 0.25
+    source_v4: str | None = None
+    source_v6: str | None = None
+    options: SocketOptions = field(default_factory=SocketOptions)
 
     accepts = Authority
 
+    def __post_init__(self) -> None:
+        if self.attempt_delay < 0.01:
+            raise ValueError(f"attempt_delay must be at least 0.01 s, not {self.attempt_delay}")
+
     async def __call__(self, target: Authority, /) -> Stream:
         ips = [target.ip] if target.ip is not None else await self.resolver.resolve(str(target.host))
+        addresses = [SocketAddress(ip, target.port) for ip in self._allowed(target, ips)]
+        try:
+            async with asyncio.timeout(self.timeout) as timeout:
+                sock = await (self._dial(addresses[0]) if len(addresses) == 1 else self._race(addresses))
+        except OSError as error:  # TimeoutError among them
+            if isinstance(error, TimeoutError) and timeout.expired():
+                number, why = errno.ETIMEDOUT, f"no answer within {self.timeout} s"
+            else:
+                number, why = error.errno or errno.EIO, _reason(error)
+            raise ConnectError(number, f"cannot connect to {target}: {why}") from error
+        return SocketStream(sock)
+
+    def _allowed(self, target: Authority, ips: Iterable[IPAddress]) -> list[IPAddress]:
+        allowed: list[IPAddress] = []
         denied: PolicyDenied | None = None
-        failed: OSError | None = None
         for ip in ips:
             try:
                 self.egress.check(ip)
             except PolicyDenied as error:
                 denied = error
-                continue
-            try:
-                return await self._dial(SocketAddress(ip, target.port))
-            except OSError as error:
-                failed = error
-        if failed is not None:
-            raise ConnectError(failed.errno or errno.EIO, f"cannot connect to {target}: {failed.strerror}") from failed
+            else:
+                allowed.append(ip)
+        if allowed:
+            return _families_in_turn(allowed)[:_MAX_ADDRESSES]
         if denied is not None:
             raise denied
         raise ResolveError(f"{target.host} has no address")
 
-    async def _dial(self, address: SocketAddress) -> Stream:
+    async def _race(self, addresses: Sequence[SocketAddress]) -> socket.socket:
+        """Return the first socket that connects; the others are closed. Raises the OSError of the last failure."""
+        waiting = deque(addresses)
+        attempts: set[asyncio.Task[socket.socket]] = set()
+        failure: OSError | None = None
+        winner: socket.socket | None = None
+        try:
+            while winner is None and (waiting or attempts):
+                if waiting:
+                    attempts.add(asyncio.create_task(self._dial(waiting.popleft())))
+                patience = self.attempt_delay if waiting else None
+                done, _ = await asyncio.wait(attempts, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                for attempt in done:
+                    error = attempt.exception()
+                    if error is None and winner is None:
+                        winner = attempt.result()
+                        attempts.discard(attempt)
+                    elif isinstance(error, OSError):
+                        failure = error
+                        attempts.discard(attempt)
+                    elif error is not None:
+                        raise error
+        finally:
+            for attempt in attempts:
+                attempt.add_done_callback(_close_loser)
+                attempt.cancel()
+        if winner is not None:
+            return winner
+        assert failure is not None
+        raise failure
+
+    async def _dial(self, address: SocketAddress) -> socket.socket:
         sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            async with asyncio.timeout(self.timeout):
-                await asyncio.get_running_loop().sock_connect(sock, address.to_sockaddr())
-        except TimeoutError as error:
-            sock.close()
-            raise OSError(errno.ETIMEDOUT, f"no answer within {self.timeout} s") from error
+            self.options.apply(sock)
+            source = self.source_v4 if address.ip.version == 4 else self.source_v6
+            if source is not None:
+                self.options.bind_source(sock, source)
+            await asyncio.get_running_loop().sock_connect(sock, address.to_sockaddr())
         except BaseException:
             sock.close()
             raise
-        return SocketStream(sock)
+        return sock
+
+
+def _reason(error: OSError) -> str:
+    # The event loops put the address into the text where the reason should be; our own texts say more than errno.
+    text = error.strerror or str(error)
+    return os.strerror(error.errno) if error.errno and text.startswith("Connect call failed") else text
+
+
+def _close_loser(attempt: asyncio.Task[socket.socket]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
+
+
+def _families_in_turn(ips: list[IPAddress]) -> list[IPAddress]:
+    """Order ``ips`` so that IPv6 and IPv4 alternate, beginning with the family that the resolver put first
+    (RFC 8305 section 4, with a First Address Family Count of 1)."""
+    first = deque(ip for ip in ips if ip.version == ips[0].version)
+    second = deque(ip for ip in ips if ip.version != ips[0].version)
+    ordered: list[IPAddress] = []
+    while first or second:
+        for family in (first, second):
+            if family:
+                ordered.append(family.popleft())
+    return ordered

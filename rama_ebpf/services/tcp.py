@@ -89,6 +89,13 @@ class TcpServer:
                 self._resume.cancel()
                 self._resume = None
 
+    def adopt(self, sock: socket.socket) -> None:
+        """Serve a connected socket that was accepted elsewhere, for example by a process that handed it to us."""
+        stream = SocketStream(sock)
+        task = asyncio.get_running_loop().create_task(self._serve(stream))
+        self._connections[task] = stream
+        task.add_done_callback(self._ended)
+
     async def drain(self, timeout: float) -> int:
         """Stop accepting, wait up to ``timeout`` seconds for live connections, then cut the rest; return how many
         were cut."""
@@ -118,11 +125,7 @@ class TcpServer:
             self.accepted += 1
             if self._on_accept is not None:
                 self._on_accept()
-            assert self._loop is not None
-            stream = SocketStream(sock)
-            task = self._loop.create_task(self._serve(stream))
-            self._connections[task] = stream
-            task.add_done_callback(self._ended)
+            self.adopt(sock)
 
     def _back_off(self, error: OSError) -> None:
         assert self._loop is not None

@@ -4,7 +4,17 @@ from ipaddress import ip_address
 
 import pytest
 
-from rama_ebpf.core import Authority, ClientAddress, Extensions, PolicyDenied, SocketAddress, StackError, Stream, User
+from rama_ebpf.core import (
+    Authority,
+    ClientAddress,
+    Extensions,
+    LocalAddress,
+    PolicyDenied,
+    SocketAddress,
+    StackError,
+    Stream,
+    User,
+)
 from rama_ebpf.core.matchers import (
     ANY,
     ListenerPort,
@@ -22,11 +32,10 @@ from rama_ebpf.layers.hijack import FilterLayer, HijackLayer
 
 
 class Input:
-    def __init__(self, *values: object, port: int = 1080) -> None:
+    def __init__(self, *values: object) -> None:
         self.extensions = Extensions()
         for value in values:
             self.extensions.add(value)
-        self.local = SocketAddress(ip_address("127.0.0.1"), port)
 
 
 def client(ip: str) -> ClientAddress:
@@ -53,8 +62,9 @@ def client(ip: str) -> ClientAddress:
         (UserIs("tom", "anna"), User("anna"), True),
         (UserIs("tom"), User("bob"), False),
         (UserIs("tom"), client("198.18.0.1"), False),
-        (ListenerPort(1080), User("any"), True),
-        (ListenerPort(1081), User("any"), False),
+        (ListenerPort(1080), LocalAddress(SocketAddress(ip_address("127.0.0.1"), 1080)), True),
+        (ListenerPort(1081), LocalAddress(SocketAddress(ip_address("127.0.0.1"), 1080)), False),
+        (ListenerPort(1080), User("a Unix socket has no port"), False),
         (ANY, User("any"), True),
     ],
 )

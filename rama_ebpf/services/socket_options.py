@@ -1,0 +1,90 @@
+"""Options of TCP sockets, for listeners and for connections to targets."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["KeepAlive", "SocketOptions"]
+
+_IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; Python has no name for it before 3.12
+_SO_MARK: Final = 36  # asm-generic/socket.h
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAlive:
+    """Probes after ``idle`` seconds of silence, every ``interval`` seconds, ``probes`` times (tcp(7))."""
+
+    idle: int = 60
+    interval: int = 15
+    probes: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SocketOptions:
+    """What is set on a TCP socket; None leaves the kernel's default.
+
+    ``nodelay``: send small writes at once. ``user_timeout``: seconds that sent data may stay unacknowledged
+    (RFC 5482). ``send_buffer`` and ``receive_buffer``: bytes, which ends the kernel's own tuning. ``mark``: SO_MARK
+    for policy routing (needs CAP_NET_ADMIN). ``interface``: the device that packets must use (SO_BINDTODEVICE).
+    ``dscp``: 0-63 (RFC 2474). ``congestion``: the name of a congestion control.
+    """
+
+    nodelay: bool = True
+    keepalive: KeepAlive | None = None
+    user_timeout: float | None = None
+    send_buffer: int | None = None
+    receive_buffer: int | None = None
+    mark: int | None = None
+    interface: str | None = None
+    dscp: int | None = None
+    congestion: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dscp is not None and not 0 <= self.dscp <= 63:
+            raise ValueError(f"dscp must be 0-63, not {self.dscp}")
+        if self.interface is not None and not 0 < len(self.interface.encode()) <= 15:
+            raise ValueError(f"{self.interface!r} is not an interface name (1-15 bytes)")
+
+    def apply(self, sock: socket.socket) -> None:
+        """Set them on ``sock``, before it connects or listens. Raises OSError naming the option."""
+        tcp, base = socket.IPPROTO_TCP, socket.SOL_SOCKET
+        if self.nodelay:
+            self._set(sock, "nodelay", tcp, socket.TCP_NODELAY, 1)
+        if self.keepalive is not None:
+            self._set(sock, "keepalive", base, socket.SO_KEEPALIVE, 1)
+            self._set(sock, "keepalive.idle", tcp, socket.TCP_KEEPIDLE, self.keepalive.idle)
+            self._set(sock, "keepalive.interval", tcp, socket.TCP_KEEPINTVL, self.keepalive.interval)
+            self._set(sock, "keepalive.probes", tcp, socket.TCP_KEEPCNT, self.keepalive.probes)
+        if self.user_timeout is not None:
+            self._set(sock, "user_timeout", tcp, socket.TCP_USER_TIMEOUT, round(self.user_timeout * 1000))
+        if self.send_buffer is not None:
+            self._set(sock, "send_buffer", base, socket.SO_SNDBUF, self.send_buffer)
+        if self.receive_buffer is not None:
+            self._set(sock, "receive_buffer", base, socket.SO_RCVBUF, self.receive_buffer)
+        if self.mark is not None:
+            self._set(sock, "mark", base, _SO_MARK, self.mark)
+        if self.interface is not None:
+            self._set(sock, "interface", base, socket.SO_BINDTODEVICE, self.interface.encode())
+        if self.congestion is not None:
+            self._set(sock, "congestion", tcp, socket.TCP_CONGESTION, self.congestion.encode())
+        if self.dscp is not None and sock.family == socket.AF_INET6:
+            self._set(sock, "dscp", socket.IPPROTO_IPV6, socket.IPV6_TCLASS, self.dscp << 2)
+        elif self.dscp is not None:
+            self._set(sock, "dscp", socket.IPPROTO_IP, socket.IP_TOS, self.dscp << 2)
+
+    def bind_source(self, sock: socket.socket, address: str) -> None:
+        """Bind ``sock`` to a source address; the port is chosen when it connects, so that ports are not used up by
+        address but by destination. Raises OSError naming the address."""
+        self._set(sock, "source", socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+        try:
+            sock.bind((address, 0))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot bind to the source {address}: {error.strerror}") from error
+
+    def _set(self, sock: socket.socket, name: str, level: int, option: int, value: int | bytes) -> None:
+        try:
+            sock.setsockopt(level, option, value)
+        except OSError as error:
+            raise OSError(error.errno, f"socket option {name} = {value!r}: {error.strerror}") from error
