@@ -21,6 +21,7 @@ from .extensions import Extensions
 from .lifecycle import Lifecycle, Stage
 from .service import Layer, Service, service_fn, stack
 from .stream import SocketStream, Stream
+from .target import Target
 from .wrapped import WrappedStream
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "StackError",
     "Stage",
     "Stream",
+    "Target",
     "TokenBucket",
     "TotalTimeout",
     "TunnelTimeout",

@@ -8,7 +8,7 @@ compose around it. A protocol server calls it, adds the user to the extensions a
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 __all__ = ["Authenticator", "Credentials", "User"]
@@ -24,9 +24,13 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """An authenticated user; added to the extensions of the stream or request."""
+    """An authenticated user; added to the extensions of the stream or request.
+
+    ``options`` are wishes that came with the user name (:mod:`rama_ebpf.layers.username`).
+    """
 
     name: str
+    options: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 Authenticator = Callable[[Credentials], Awaitable[User]]

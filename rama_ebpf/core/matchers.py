@@ -16,7 +16,18 @@ from .auth import User
 from .client import HasExtensions, client_address, local_address
 from .names import NameSet
 
-__all__ = ["ANY", "ListenerPort", "Matcher", "Source", "TargetHost", "TargetNetwork", "TargetPort", "UserIs", "where"]
+__all__ = [
+    "ANY",
+    "ListenerPort",
+    "Matcher",
+    "Source",
+    "TargetHost",
+    "TargetNetwork",
+    "TargetPort",
+    "UserIs",
+    "UserOption",
+    "where",
+]
 
 
 class Matcher(abc.ABC):
@@ -158,3 +169,16 @@ class UserIs(Matcher):
     def __call__(self, input: HasExtensions, /) -> bool:
         user = input.extensions.get(User)
         return user is not None and user.name in self._names
+
+
+class UserOption(Matcher):
+    """The user asked, in its user name, for the option ``key`` with one of ``values`` (none given: any value)."""
+
+    def __init__(self, key: str, *values: str) -> None:
+        self._key = key
+        self._values = frozenset(values)
+
+    def __call__(self, input: HasExtensions, /) -> bool:
+        user = input.extensions.get(User)
+        value = None if user is None else user.options.get(self._key)
+        return value is not None and (not self._values or value in self._values)

@@ -25,6 +25,7 @@ from ...core.extensions import Extensions
 from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service
 from ...core.stream import MAX_UNREAD, Stream
+from ...core.target import Target
 from ...relay import TunnelLimits, TunnelReport, relay
 from ..connect import ConnectError
 from .associate import AssociationReport, UdpAssociator
@@ -172,16 +173,17 @@ class Socks5Server:
                 del self._connections[user.name]
 
     async def _connect(self, request: Request, stream: Stream, machine: ServerMachine) -> TunnelReport:
+        target = Target(request.target.host, request.target.port, stream.extensions)
         if self._eager:
             machine.reply(Reply.SUCCEEDED)
             await stream.write(machine.data_to_send())
             try:
-                upstream = await self._connector(request.target)
+                upstream = await self._connector(target)
             except (RamaError, OSError):
                 stream.abort()  # the client believes that it is connected: an orderly close would be a false EOF
                 raise
             return await relay(stream, upstream)
-        upstream = await self._connector(request.target)
+        upstream = await self._connector(target)
         machine.reply(Reply.SUCCEEDED, upstream.local)
         return await self._tunnel(stream, upstream, machine)
 
