@@ -7,6 +7,7 @@ something, or the kernel refused.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -37,7 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="rama-ebpf", description="A proxy whose unwanted clients are turned away before accept(2).")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--instance", default="default", metavar="NAME", help="which instance (default: %(default)s)")
+    shared.add_argument(
+        "--instance",
+        default=os.environ.get("RAMA_EBPF_INSTANCE", "default"),
+        metavar="NAME",
+        help="which instance (default: $RAMA_EBPF_INSTANCE, or default)",
+    )
     shared.add_argument("--json", action="store_true", help="machine-readable output")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for group in _GROUPS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -33,7 +34,7 @@ def duration(seconds: object) -> str:
     """Show a number of seconds as its two largest units; ``never`` for None."""
     if not isinstance(seconds, (int, float)):
         return "never"
-    left = int(seconds)
+    left = math.ceil(seconds)
     parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         if left >= size or (unit == "s" and not parts):
