@@ -74,10 +74,14 @@ class Gate:
     # -- attach --------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Move this process into the instance's cgroup and attach all hooks. Raises OSError; then nothing stays."""
+        """Move this process into the instance's cgroup, if that may be, and attach all hooks.
+
+        Raises OSError; then nothing stays attached.
+        """
         try:
-            self._cgroup = cgroup.make_child(self.instance.cgroup_name)
-            cgroup.move_here(self._cgroup)
+            self._cgroup = cgroup.enter_child(self.instance.cgroup_name)
+            if self._cgroup.name != self.instance.cgroup_name:
+                log.info("cgroups may not be changed here: the gate is attached to %s as a whole", self._cgroup)
             target = os.open(self._cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 self._link("gate_cgroup", target, AttachType.CGROUP_INET_INGRESS)
@@ -169,12 +173,12 @@ class Gate:
     def _detach(self) -> None:
         while self._links:
             os.close(self._links.pop())
-        if self._cgroup is not None:
+        if self._cgroup is not None and self._cgroup.name == self.instance.cgroup_name:
             try:
                 cgroup.leave_and_remove(self._cgroup)
             except OSError as error:
                 log.warning("cgroup %s is not empty and stays: %s", self._cgroup, error.strerror)
-            self._cgroup = None
+        self._cgroup = None
 
 
 class AcceptCounter:

@@ -53,9 +53,8 @@ def _cgroup() -> Finding:
         mount, own = cgroup.cgroup2_mount(), cgroup.own_cgroup()
     except OSError as error:
         return Finding("cgroup v2", False, str(error.strerror), "mount -t cgroup2 none /sys/fs/cgroup")
-    writable = os.access(own, os.W_OK)
-    remedy = "make the cgroup writable (in a container: --cgroupns=private and a writable /sys/fs/cgroup)"
-    return Finding("cgroup v2", writable, f"mounted at {mount}, own cgroup {own}", remedy)
+    shared = "" if os.access(own, os.W_OK) else ", read-only: the gate attaches to it as a whole"
+    return Finding("cgroup v2", True, f"mounted at {mount}, own cgroup {own}{shared}")
 
 
 def _bpffs() -> Finding:

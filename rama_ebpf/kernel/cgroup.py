@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-__all__ = ["CgroupUnavailable", "cgroup2_mount", "leave_and_remove", "make_child", "move_here", "own_cgroup"]
+__all__ = ["CgroupUnavailable", "cgroup2_mount", "enter_child", "leave_and_remove", "move_here", "own_cgroup"]
 
 
 class CgroupUnavailable(OSError):
@@ -20,40 +20,61 @@ class CgroupUnavailable(OSError):
 
 def cgroup2_mount() -> Path:
     """Return where cgroup v2 is mounted (on hybrid hosts not ``/sys/fs/cgroup``). Raises CgroupUnavailable."""
+    return _mount()[0]
+
+
+def _mount() -> tuple[Path, str]:
+    """Return the mount point, and which cgroup is mounted there, as our cgroup namespace names it."""
     with open("/proc/self/mountinfo", encoding="utf-8") as lines:
         for line in lines:
             before, _, after = line.partition(" - ")
             if after.startswith("cgroup2 "):
-                return Path(before.split()[4].encode().decode("unicode_escape"))
+                fields = before.split()
+                return Path(fields[4].encode().decode("unicode_escape")), fields[3]
     raise CgroupUnavailable(errno.ENOENT, "no cgroup2 file system is mounted (mount -t cgroup2 none /sys/fs/cgroup)")
 
 
 def own_cgroup(pid: int | str = "self") -> Path:
     """Return the directory of a process's cgroup v2. Raises CgroupUnavailable."""
-    mount = cgroup2_mount()
+    mount, root = _mount()
     with open(f"/proc/{pid}/cgroup", encoding="utf-8") as lines:
         for line in lines:
             if line.startswith("0::"):
-                path = mount / line.rstrip("\n")[3:].lstrip("/")
-                if path.is_dir():
-                    return path
-                raise CgroupUnavailable(errno.ENOENT, f"the cgroup of this process is not visible below {mount}")
+                path = PurePosixPath(line.rstrip("\n")[3:])
+                # In a container that was given the host's hierarchy but a cgroup namespace of its own, the root is
+                # "/../..": our cgroup is somewhere below, and nobody can tell where.
+                if path.is_relative_to(root) and ".." not in path.parts and (mount / path.relative_to(root)).is_dir():
+                    return mount / path.relative_to(root)
+                raise CgroupUnavailable(
+                    errno.ENOENT,
+                    f"the cgroup of this process is not visible below {mount} (in a container: --cgroupns=host)",
+                )
     raise CgroupUnavailable(errno.ENOENT, "this process is in no cgroup v2")
 
 
-def make_child(name: str) -> Path:
-    """Make (or reuse) the child ``name`` of our own cgroup and return its directory.
+def enter_child(name: str) -> Path:
+    """Move this process into the child ``name`` of its cgroup, made if it is not there; return where it is now.
 
-    If this process already is in a cgroup of that name, that one is returned.
+    Where cgroups may not be changed (in a container, under systemd's ``ProtectControlGroups=``) it stays, and the
+    cgroup it is in is returned: the one that was made for this service. Sockets that it already has stay where they
+    were.
     """
     own = own_cgroup()
-    child = own if own.name == name else own / name
-    child.mkdir(exist_ok=True)
+    if own.name == name:
+        return own
+    child = own / name
+    try:
+        child.mkdir(exist_ok=True)
+        move_here(child)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        return own
     return child
 
 
 def move_here(cgroup: Path) -> None:
-    """Move this process, with all its threads, into ``cgroup``. Sockets that it already has stay where they were."""
+    """Move this process, with all its threads, into ``cgroup``."""
     (cgroup / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
 
 
