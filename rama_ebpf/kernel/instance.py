@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -55,6 +56,16 @@ class Instance:
     def run_dir(self) -> Path:
         return _run_root() / self.name
 
+    def make_run_dir(self) -> None:
+        """Make :attr:`run_dir`. Raises PermissionError if it, or its parent, belongs to somebody else.
+
+        Without privileges it may lie below ``/tmp``, where anybody could have made it first.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
+        for directory in (self.run_dir.parent, self.run_dir):
+            if directory.lstat().st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, f"{directory} belongs to another user: remove it")
+
     @property
     def control_socket(self) -> Path:
         return self.run_dir / "control.sock"
@@ -80,7 +91,7 @@ class Instance:
     @contextlib.contextmanager
     def policy_lock(self) -> Iterator[None]:
         """Hold the lock of those who change the policy maps. Released by the kernel if the holder dies."""
-        self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
+        self.make_run_dir()
         fd = os.open(self.run_dir / "policy.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -114,7 +125,7 @@ class ServerLock:
     def __enter__(self) -> ServerLock:
         flags = os.O_RDWR | os.O_CLOEXEC
         if self._create:
-            self._instance.run_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
+            self._instance.make_run_dir()
             flags |= os.O_CREAT
         self._fd = os.open(self._instance.run_dir / "server.lock", flags, 0o644)
         try:
