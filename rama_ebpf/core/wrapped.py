@@ -39,6 +39,9 @@ class WrappedStream(Stream):
     def abort(self) -> None:
         self.inner.abort()
 
+    def quiet(self) -> bool:
+        return not self._unread and self.inner.quiet()
+
     @property
     def peer(self) -> SocketAddress | None:
         return self.inner.peer

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from types import TracebackType
-from typing import Final
 
 from ...core.errors import LimitExceeded, PeerClosed
 from ...core.stream import Stream
 
 __all__ = ["DisconnectWatch"]
 
-_DELAY: Final = 1.0
-"""Seconds before a request that is still being served is worth a watching task; most are answered sooner."""
-
 
 class DisconnectWatch:
     """``async with watch:`` cancels its body, and raises :class:`PeerClosed`, when the client closes or resets.
 
     A client that ends its side (FIN) counts as gone: from here it looks the same, and a client that waits for a
-    response has no reason to. What a client sends ahead stays in the stream's buffer. ``may_read`` tells whether the
-    stream is free to be read; while it is not, its reader would notice.
+    response has no reason to. What a client sends ahead stays in the stream's buffer. Within the body the stream is
+    read by :meth:`read` only, which takes turns with the watch. ``delay`` is how many seconds nobody has read before
+    that is worth a watching task.
     """
 
-    def __init__(self, stream: Stream, may_read: Callable[[], bool]) -> None:
+    def __init__(self, stream: Stream, *, delay: float) -> None:
         self._stream = stream
-        self._may_read = may_read
+        self._reading = False
+        self._delay = delay
         self._timer: asyncio.TimerHandle | None = None
         self._reader: asyncio.Task[None] | None = None
         self._watched: asyncio.Task[object] | None = None
@@ -57,16 +54,27 @@ class DisconnectWatch:
             await asyncio.gather(reader, return_exceptions=True)
 
     def _arm(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(_DELAY, self._begin)
+        self._timer = asyncio.get_running_loop().call_later(self._delay, self._begin)
 
     def _begin(self) -> None:
         self._timer = None
-        if self._may_read():
-            self._reader = asyncio.create_task(self._read())
+        if self._reading:
+            self._arm()  # whoever reads will notice
         else:
-            self._arm()
+            self._reader = asyncio.create_task(self._wait())
 
-    async def _read(self) -> None:
+    async def read(self, max_bytes: int) -> bytes:
+        """Read from the stream, in place of the watch."""
+        if self._reader is not None:
+            await self.stop()
+            self._arm()
+        self._reading = True
+        try:
+            return await self._stream.read(max_bytes)
+        finally:
+            self._reading = False
+
+    async def _wait(self) -> None:
         try:
             while await self._stream.fill():
                 pass

@@ -58,7 +58,7 @@ class H1ServerConnection:
         self._timeouts = timeouts
         self._date = date
         self._strict = StrictConnection(Role.SERVER, limits)
-        self._watch = DisconnectWatch(stream, lambda: not self._strict.receiving)
+        self._watch = DisconnectWatch(stream, delay=timeouts.watch)
         self._idle: asyncio.Timeout | None = None
         self._draining = False
         self.continued = False
@@ -115,7 +115,7 @@ class H1ServerConnection:
 
     async def fill(self) -> None:
         """Read once from the client."""
-        self._strict.receive(await self._stream.read(_READ))
+        self._strict.receive(await self._watch.read(_READ))
 
     async def _read_head(self) -> RequestHead | None:
         event = self._strict.next_event()

@@ -48,5 +48,7 @@ class HttpTimeouts:
     """From the end of a request to an upstream's response (504)."""
     expect_continue: float = 1.0
     """How long an upstream's 100 (Continue) is waited for before the body is sent without."""
+    watch: float = 1.0
+    """How long a request is served before it is worth watching whether its client is still there."""
     linger: float = 2.0
     """How long what a client still sends is discarded, so that it can read the response that refused it."""
