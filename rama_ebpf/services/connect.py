@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from ..core.address import Authority, IPAddress, SocketAddress
-from ..core.errors import PolicyDenied, RamaError
+from ..core.errors import AuthFailed, PeerClosed, PolicyDenied, ProtocolError, RamaError
 from ..core.stream import SocketStream, Stream
 from .resolver import ResolveError, Resolver, SystemResolver
 from .socket_options import SocketOptions
 
-__all__ = ["ConnectError", "Connector", "Egress", "ResolveError", "Resolver", "SystemResolver"]
+__all__ = ["ConnectError", "Connector", "Egress", "ResolveError", "Resolver", "SystemResolver", "upstream_failure"]
 
 _MAX_ADDRESSES: Final = 16
 
@@ -33,6 +33,27 @@ class ConnectError(RamaError, OSError):
 
     def __init__(self, number: int, message: str) -> None:
         OSError.__init__(self, number, message)
+
+
+def upstream_failure(error: BaseException, doing: str) -> ConnectError | None:
+    """Return the :class:`ConnectError` that stands for ``error``, met in a handshake with a proxy or server upstream,
+    or None if it is none of that kind.
+
+    The cause keeps its type; the caller's client must not be blamed for it, as it would be for a ProtocolError.
+    """
+    if isinstance(error, PeerClosed):
+        number = errno.ECONNRESET
+    elif isinstance(error, TimeoutError):  # HandshakeTimeout among them
+        number = errno.ETIMEDOUT
+    elif isinstance(error, AuthFailed):
+        number = errno.EKEYREJECTED
+    elif isinstance(error, ProtocolError):
+        number = errno.EPROTO
+    elif isinstance(error, OSError):
+        number = error.errno or errno.EIO
+    else:
+        return None
+    return ConnectError(number, f"{doing}: {error}")
 
 
 class Egress(Protocol):

@@ -13,7 +13,7 @@ from rama_ebpf.core import PeerClosed, PolicyDenied
 from rama_ebpf.services.connect import ConnectError
 from rama_ebpf.services.socks5 import Binder, Socks5Server
 
-from .namespace import network_namespace
+from ..namespace import network_namespace
 from .peers import BIND, GREETING, exchange, failed, read_reply, request, start
 
 

@@ -14,7 +14,7 @@ import pytest
 from rama_ebpf.relay import CloseReason
 from rama_ebpf.services.socks5 import Drop, Socks5Server, UdpAssociator
 
-from .namespace import network_namespace
+from ..namespace import network_namespace
 from .peers import GREETING, UDP_ASSOCIATE, address, domain, exchange, failed, request, start
 
 

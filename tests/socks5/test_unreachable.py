@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .namespace import network_namespace
+from ..namespace import network_namespace
 from .peers import GREETING, exchange, failed, request
 
 pytestmark = pytest.mark.root

@@ -15,9 +15,8 @@ from typing import Final
 from ...core.address import Authority, IPAddress, SocketAddress, unmap
 from ...core.errors import LimitExceeded, PolicyDenied, RamaError
 from ...core.stream import Stream
-from ...policy.egress import EgressPolicy
 from ...relay import CloseReason, TunnelLimits
-from ..connect import Resolver
+from ..connect import Egress, Resolver
 from .ports import advertised, bound_socket
 from .wire import Fragment, MalformedAddress, decode_datagram, encode_datagram
 
@@ -74,7 +73,7 @@ class UdpAssociator:
     def __init__(
         self,
         resolver: Resolver,
-        egress: EgressPolicy,
+        egress: Egress,
         *,
         advertise: Sequence[IPAddress] = (),
         ports: range | None = None,

@@ -12,8 +12,7 @@ from typing import Final, Self
 from ...core.address import Authority, IPAddress, SocketAddress, unmap
 from ...core.errors import PolicyDenied
 from ...core.stream import SocketStream
-from ...policy.egress import EgressPolicy
-from ..connect import Resolver
+from ..connect import Egress, Resolver
 from .ports import advertised, bound_socket, local_address_towards
 
 __all__ = ["Binder", "Listening"]
@@ -35,7 +34,7 @@ class Binder:
     def __init__(
         self,
         resolver: Resolver,
-        egress: EgressPolicy,
+        egress: Egress,
         *,
         timeout: float = 60.0,
         advertise: Sequence[IPAddress] = (),

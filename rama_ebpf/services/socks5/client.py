@@ -11,10 +11,10 @@ from typing import Final
 
 from ...core.address import Authority, SocketAddress
 from ...core.auth import Credentials
-from ...core.errors import AuthFailed, PeerClosed, ProtocolError
+from ...core.errors import PeerClosed
 from ...core.service import Service
 from ...core.stream import Stream
-from ..connect import ConnectError
+from ..connect import ConnectError, upstream_failure
 from .client_machine import MAX_REPLY, ClientMachine, Refused
 from .wire import Command, MalformedAddress, Reply, decode_datagram, encode_datagram
 
@@ -107,25 +107,16 @@ class Socks5Client:
                 machine, bound = await handshake(stream, command, target, self._credentials)
         except BaseException as error:
             await stream.close()
-            if (number := _errno_of(error)) is None:
+            if (failure := _failure(error, f"cannot reach {target} through {self._proxy}")) is None:
                 raise
-            raise ConnectError(number, f"cannot reach {target} through {self._proxy}: {error}") from error
+            raise failure from error
         return stream, machine, bound
 
 
-def _errno_of(error: BaseException) -> int | None:
-    """Return the errno that tells of a failed handshake with a proxy, None for what is no failure of the proxy."""
+def _failure(error: BaseException, doing: str) -> ConnectError | None:
     if isinstance(error, Refused):
-        return _ERRNO[error.reply]
-    if isinstance(error, AuthFailed):
-        return errno.EKEYREJECTED
-    if isinstance(error, ProtocolError):
-        return errno.EPROTO
-    if isinstance(error, PeerClosed):
-        return errno.ECONNRESET
-    if isinstance(error, OSError):
-        return errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno or errno.EIO
-    return None
+        return ConnectError(_ERRNO[error.reply], f"{doing}: {error}")
+    return upstream_failure(error, doing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +135,9 @@ class BoundPort:
                 peer = await _next_grant(self._stream, self._machine)
         except BaseException as error:
             await self._stream.close()
-            if (number := _errno_of(error)) is None:
+            if (failure := _failure(error, f"no peer at {self.address} of {self._proxy}")) is None:
                 raise
-            raise ConnectError(number, f"no peer at {self.address} of {self._proxy}: {error}") from error
+            raise failure from error
         return self._stream, peer
 
     async def close(self) -> None:

@@ -19,6 +19,7 @@ from ...core.errors import (
     LimitExceeded,
     PeerClosed,
     PolicyDenied,
+    ProtocolError,
     RamaError,
 )
 from ...core.extensions import Extensions
@@ -27,7 +28,7 @@ from ...core.service import Service
 from ...core.stream import MAX_UNREAD, Stream
 from ...core.target import Target
 from ...relay import TunnelLimits, TunnelReport, relay
-from ..connect import ConnectError
+from ..connect import ConnectError, upstream_failure
 from .associate import AssociationReport, UdpAssociator
 from .bind import Binder, Listening
 from .machine import MAX_MESSAGE, Event, Request, ServerMachine
@@ -173,19 +174,27 @@ class Socks5Server:
                 del self._connections[user.name]
 
     async def _connect(self, request: Request, stream: Stream, machine: ServerMachine) -> TunnelReport:
-        target = Target(request.target.host, request.target.port, stream.extensions)
         if self._eager:
             machine.reply(Reply.SUCCEEDED)
             await stream.write(machine.data_to_send())
             try:
-                upstream = await self._connector(target)
+                upstream = await self._dial(request.target, stream)
             except (RamaError, OSError):
                 stream.abort()  # the client believes that it is connected: an orderly close would be a false EOF
                 raise
             return await relay(stream, upstream)
-        upstream = await self._connector(target)
+        upstream = await self._dial(request.target, stream)
         machine.reply(Reply.SUCCEEDED, upstream.local)
         return await self._tunnel(stream, upstream, machine)
+
+    async def _dial(self, target: Authority, stream: Stream) -> Stream:
+        try:
+            return await self._connector(Target(target.host, target.port, stream.extensions))
+        except (ProtocolError, AuthFailed, HandshakeTimeout, PeerClosed) as error:
+            # Of somebody upstream. Raised as it is, it would be held against our client.
+            failure = upstream_failure(error, f"cannot connect to {target}")
+            assert failure is not None
+            raise failure from error
 
     async def _bind(self, request: Request, stream: Stream, machine: ServerMachine) -> TunnelReport:
         assert self._binder is not None
