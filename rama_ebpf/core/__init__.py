@@ -18,6 +18,7 @@ from .errors import (
     TunnelTimeout,
 )
 from .extensions import Extensions
+from .graceful import Drain
 from .lifecycle import Lifecycle, Stage
 from .service import Layer, Service, service_fn, stack
 from .stream import SocketStream, Stream
@@ -30,6 +31,7 @@ __all__ = [
     "Authority",
     "ClientAddress",
     "Credentials",
+    "Drain",
     "Extensions",
     "HandshakeTimeout",
     "HasExtensions",

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from ..core.client import ClientAddress, LocalAddress
 from ..core.errors import RamaError
+from ..core.graceful import Drain
 from ..core.service import Service
 from ..core.stream import SocketStream, Stream
 
@@ -62,10 +63,12 @@ class TcpServer:
         self.listener = listener
         self.accepted = 0
         self.resource_errors = 0
+        self._cut = 0
         self._service = service
         self._on_accept = on_accept
         self._connections: dict[asyncio.Task[None], SocketStream] = {}
         self._accepting = False
+        self._drain = Drain()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resume: asyncio.TimerHandle | None = None
 
@@ -97,17 +100,23 @@ class TcpServer:
         task.add_done_callback(self._ended)
 
     async def drain(self, timeout: float) -> int:
-        """Stop accepting, wait up to ``timeout`` seconds for live connections, then cut the rest; return how many
-        were cut."""
+        """Stop accepting, ask live connections to end (:class:`Drain`), wait for them up to ``timeout`` seconds, then
+        cut the rest; return how many were cut. :meth:`cut` ends the wait."""
         self.stop_accepting()
+        self._drain.start()
+        before = self._cut
         if self._connections and timeout > 0:
             await asyncio.wait(set(self._connections), timeout=timeout)
-        remaining = set(self._connections)
-        for task in remaining:
-            task.cancel("drain deadline")
-        if remaining:
-            await asyncio.gather(*remaining, return_exceptions=True)
-        return len(remaining)
+        self.cut("drain deadline")
+        if self._connections:
+            await asyncio.wait(set(self._connections))
+        return self._cut - before
+
+    def cut(self, why: str) -> None:
+        """Abort all live connections (TCP: RST). ``why`` is what their log lines will say."""
+        for task in self._connections:
+            self._cut += not task.cancelling()
+            task.cancel(why)
 
     def _accept_ready(self) -> None:
         for _ in range(_ACCEPTS_PER_WAKE):
@@ -149,6 +158,7 @@ class TcpServer:
         elif stream.socket.family != socket.AF_UNIX:
             stream.abort()  # reset before we could ask who it was: policy could not judge it
             return
+        stream.extensions.add(self._drain)
         if stream.local is not None:
             stream.extensions.add(LocalAddress(stream.local))
         try:

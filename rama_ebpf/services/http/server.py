@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...core.graceful import Drain
 from ...core.service import Service
 from ...core.stream import Stream
 from .h1_server import H1ServerConnection
@@ -48,11 +49,15 @@ class HttpServer:
             timeouts=self._timeouts,
         )
         self._live.add(connection)
+        drain = stream.extensions.get(Drain)
+        unwatch = None if drain is None else drain.watch(connection.drain)
         try:
             if self._draining:
                 connection.drain()
             await connection.serve()
         finally:
+            if unwatch is not None:
+                unwatch()
             self._live.discard(connection)
 
     def drain(self) -> None:

@@ -1,0 +1,93 @@
+"""What a worker gives the application that it loads, and what it gets back."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.errors import RamaError
+from ..core.service import Service
+from ..core.stream import Stream
+from .channel import Channel
+from .plan import Json
+
+__all__ = ["Application", "TargetError", "WorkerContext", "load_application"]
+
+
+class TargetError(RamaError):
+    """The application cannot be loaded: the text names what was looked for and where."""
+
+    kind = "target"
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """Where an application runs.
+
+    ``worker`` counts from 0 to ``workers`` - 1 and is the same for a replacement. ``listeners`` are the names and the
+    indexes of the sockets on which this worker accepts. ``fds`` are the plan's descriptors, numbered as in this
+    process. The application is made before privileges are dropped, so that it may read keys, and before the event
+    loop runs.
+    """
+
+    worker: int
+    workers: int
+    params: Json
+    listeners: Mapping[str, tuple[int, ...]]
+    fds: Mapping[str, int]
+    channel: Channel
+
+
+@dataclass
+class Application:
+    """Services by the name of their listener, and what goes with them.
+
+    ``on_accept`` is called with the name of the listener for each accepted connection. ``start`` and ``close`` are
+    called in the running event loop, before the first connection and after the last.
+    """
+
+    services: Mapping[str, Service[Stream, Any]]
+    on_accept: Callable[[str], None] | None = None
+    start: Callable[[], None] = field(default=lambda: None)
+    close: Callable[[], None] = field(default=lambda: None)
+
+
+def load_application(target: str, directory: str | None, context: WorkerContext) -> Application:
+    """Import ``module:attribute`` and make the application of it. Raises :class:`TargetError`, or what the
+    application itself raises."""
+    if directory is not None and directory not in sys.path:
+        sys.path.insert(0, directory)
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise  # the module is there, but one that it imports is not: that text says more
+        raise TargetError(f"no module {module_name!r} in {', '.join(filter(None, sys.path))}") from error
+    found: Any = module
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise TargetError(f"module {module_name!r} ({module.__file__}) has no {attribute!r}")
+        found = getattr(found, name)
+    made = found if _is_service(found) else _call(found, target, context)
+    if isinstance(made, Application):
+        return made
+    if not _is_service(made):
+        raise TargetError(f"{target} is no service (an async callable) and makes none, but {made!r}")
+    return Application(dict.fromkeys(context.listeners, made))
+
+
+def _is_service(value: Any) -> bool:
+    return inspect.iscoroutinefunction(value) or (
+        not isinstance(value, type) and inspect.iscoroutinefunction(getattr(value, "__call__", None))  # noqa: B004
+    )
+
+
+def _call(factory: Any, target: str, context: WorkerContext) -> Any:
+    if not callable(factory):
+        raise TargetError(f"{target} is {factory!r}: it must be a service or a function that makes one")
+    return factory(context) if inspect.signature(factory).parameters else factory()

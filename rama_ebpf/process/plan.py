@@ -1,0 +1,93 @@
+"""What is to be served: listeners, the application, and the workers that run it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..core.errors import RamaError
+
+__all__ = ["Json", "Listener", "Plan", "PlanError", "UserIds"]
+
+Json = Mapping[str, object]
+
+
+class PlanError(RamaError, ValueError):
+    """A plan cannot be carried out; the text names the value and the remedy."""
+
+    kind = "plan"
+
+
+@dataclass(frozen=True, slots=True)
+class UserIds:
+    """The numbers of an unprivileged user and its primary group."""
+
+    uid: int
+    gid: int
+
+    @classmethod
+    def of(cls, name: str) -> UserIds:
+        """Look up a user by name or number. Raises :class:`PlanError` if there is none, or if it is root."""
+        try:
+            entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+        except KeyError:
+            raise PlanError(f"there is no user {name!r} on this host (getent passwd lists them)") from None
+        if entry.pw_uid == 0:
+            raise PlanError(f"workers must not run as {name!r} (uid 0): name an unprivileged user, e.g. nobody")
+        return cls(entry.pw_uid, entry.pw_gid)
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Listening sockets of one address, under a name that appears in metrics and logs.
+
+    With one socket per worker (SO_REUSEPORT) each worker has an accept queue of its own; with a single socket all
+    share it. Worker ``i`` of ``n`` gets the sockets ``i``, ``i + n``, … or, if there are fewer sockets than workers,
+    socket ``i`` modulo their number: every socket always has a worker that accepts on it.
+    """
+
+    name: str
+    sockets: tuple[socket.socket, ...]
+
+    def for_worker(self, worker: int, workers: int) -> list[tuple[int, socket.socket]]:
+        """Return the indexes and sockets on which ``worker`` (from 0) of ``workers`` accepts."""
+        count = len(self.sockets)
+        indexes = range(worker, count, workers) if worker < count else [worker % count]
+        return [(index, self.sockets[index]) for index in indexes]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a :class:`~.supervisor.Supervisor` is to run.
+
+    ``target`` is ``module:attribute``, a service or a function of a :class:`~.context.WorkerContext` that makes one;
+    ``directory`` is put in front of the module search path. ``params`` is JSON that the function finds in its
+    context. ``user`` is who the workers become (None: they stay who they are). ``fds`` are further descriptors by
+    name that every worker gets. ``drain`` is how many seconds live connections have after SIGTERM, ``watchdog`` after
+    how many seconds of silence a worker is taken for hung and replaced. ``environment`` is added to the workers'.
+    """
+
+    target: str
+    listeners: tuple[Listener, ...]
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    user: UserIds | None = None
+    params: Json = field(default_factory=dict)
+    directory: str | None = None
+    fds: Mapping[str, int] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    drain: float = 30.0
+    watchdog: float = 60.0
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= 1024:
+            raise PlanError(f"workers must be 1-1024, not {self.workers}")
+        names = [listener.name for listener in self.listeners]
+        if len(set(names)) != len(names):
+            raise PlanError(f"two listeners have one name: {', '.join(sorted(names))}")
+        module, colon, attribute = self.target.partition(":")
+        if not (module and colon and attribute):
+            raise PlanError(f"target {self.target!r}: write module:attribute")

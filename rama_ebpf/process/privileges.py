@@ -1,0 +1,54 @@
+"""Becoming an unprivileged user for good."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+from typing import Final
+
+from .plan import UserIds
+
+__all__ = ["die_with_parent", "drop_privileges", "raise_descriptor_limit"]
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_CAPBSET_DROP: Final = 24
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_LAST_CAP_PATH: Final = "/proc/sys/kernel/cap_last_cap"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, argument: int) -> None:
+    if _libc.prctl(option, ctypes.c_ulong(argument), 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}, {argument}): {os.strerror(number)}")
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the limit of open files to the hard limit: each tunnel takes two descriptors, or six with its pipes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, even if it hangs. Call it after a change of user,
+    which clears the setting (prctl(2))."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def drop_privileges(user: UserIds) -> None:
+    """Become ``user`` with no supplementary groups, no capabilities and no way to get any back.
+
+    Order matters: groups before the user, who could not change them any more; all three user ids, so that none is
+    left to return to; and no_new_privs, so that no set-user-ID program restores what is gone. Raises OSError.
+    """
+    with open(_LAST_CAP_PATH, encoding="ascii") as file:
+        last = int(file.read())
+    for capability in range(last + 1):
+        _prctl(_PR_CAPBSET_DROP, capability)
+    os.setgroups([])
+    os.setresgid(user.gid, user.gid, user.gid)
+    os.setresuid(user.uid, user.uid, user.uid)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)

@@ -1,0 +1,363 @@
+"""The supervisor: starts workers, replaces those that die, drains and reloads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final
+
+from ..core.errors import RamaError
+from .channel import Channel, Handler, send_line
+from .plan import Json, Plan
+
+__all__ = ["Supervisor", "WorkersFailed"]
+
+log = logging.getLogger("rama_ebpf.supervisor")
+
+_GRACE_SECONDS: Final = 5.0
+"""How long a worker has to end after its drain's deadline, or a cut, before it is killed."""
+_WATCH_SECONDS: Final = 1.0
+_FIRST_BACK_OFF: Final = 0.1
+_LAST_BACK_OFF: Final = 10.0
+_STABLE_SECONDS: Final = 10.0
+"""A worker that served for so long and then died is replaced at once; one that dies sooner after a growing pause."""
+
+
+class WorkersFailed(RamaError):
+    """The workers did not come up; the text is the first one's own."""
+
+    kind = "workers_failed"
+
+
+class _Worker:
+    """One worker process as the supervisor sees it."""
+
+    def __init__(
+        self, plan: Plan, number: int, identity: str, process: subprocess.Popen[bytes], *, first: bool
+    ) -> None:
+        self.plan = plan
+        self.number = number
+        self.identity = identity
+        self.process = process
+        self.first = first
+        """Whether it was started with its plan, and not as a replacement."""
+        self.channel = Channel()
+        self.started = self.heard = time.monotonic()
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.stopping = False
+        self.draining = asyncio.Event()
+        """Set when it accepts no more."""
+
+    @property
+    def served(self) -> bool:
+        return self.ready.done() and self.ready.exception() is None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def signal(self, number: int) -> None:
+        if not self.ended.done():
+            self.process.send_signal(number)
+
+
+class Supervisor:
+    """Runs the workers of a plan until it is told to stop.
+
+    ``handlers`` answer what workers ask over their channels, by topic. ``reload`` makes the plan for SIGHUP; if it
+    raises a RamaError, or the new workers do not come up, the old ones serve on. ``on_ready`` is called once when all
+    workers serve, ``on_exit`` with the identity of each worker that has ended, before its replacement, which has the
+    same identity, starts.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        handlers: dict[str, Handler] | None = None,
+        reload: Callable[[], Plan] | None = None,
+        on_ready: Callable[[], None] = lambda: None,
+        on_exit: Callable[[str], None] = lambda identity: None,
+    ) -> None:
+        self.plan = plan
+        self.restarts = 0
+        self.reloads = 0
+        self._handlers = handlers or {}
+        self._reload_plan = reload
+        self._on_ready = on_ready
+        self._on_exit = on_exit
+        self._workers: set[_Worker] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = asyncio.Event()
+        self._cutting = asyncio.Event()
+        self._reloading = asyncio.Lock()
+        self._coming: Plan | None = None
+        self._generation = 0
+        self._back_off: dict[int, float] = {}
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The process ids of the workers that serve, by number."""
+        return {worker.number: worker.pid for worker in self._workers if not worker.stopping}
+
+    def stop(self) -> None:
+        """Drain and end; a second call cuts. SIGTERM and SIGINT do this."""
+        (self._cutting if self._stopping.is_set() else self._stopping).set()
+
+    def broadcast(self, topic: str, body: Json) -> None:
+        """Send a message to every worker that serves."""
+        for worker in self._workers:
+            if not worker.stopping:
+                worker.channel.notify(topic, body)
+
+    async def run(self) -> None:
+        """Serve until :meth:`stop`. Raises :class:`WorkersFailed` if the first workers do not come up."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn_task(self._on_hangup()))
+        watchdog = asyncio.create_task(self._watch())
+        try:
+            await self._start_all(self.plan)
+            if not self._stopping.is_set():
+                self._on_ready()
+            await self._stopping.wait()
+            await self._stop_workers(set(self._workers), self.plan.drain)
+        finally:
+            self._stopping.set()
+            watchdog.cancel()
+            for worker in self._workers:
+                worker.signal(signal.SIGKILL)
+            await asyncio.gather(watchdog, *self._tasks, return_exceptions=True)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+
+    async def reload(self) -> None:
+        """Start workers of a new plan and, when all serve, drain those of the old one.
+
+        Raises :class:`RamaError` if the new plan cannot be made or its workers do not come up; then nothing changed.
+        """
+        if self._reload_plan is None:
+            raise RamaError("nothing to reload here")
+        async with self._reloading:
+            plan = self._reload_plan()
+            old = {worker for worker in self._workers if not worker.stopping}
+            self._coming = plan
+            try:
+                await self._start_all(plan)
+            finally:
+                self._coming = None
+            if self._stopping.is_set():
+                return
+            self.plan = plan
+            self.reloads += 1
+            self._spawn_task(self._stop_workers(old, plan.drain))
+            # Until the old ones have stopped to accept, a new connection may still get the old configuration.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GRACE_SECONDS):
+                    for worker in old:
+                        await worker.draining.wait()
+
+    # -- starting ------------------------------------------------------------------------------------------------
+
+    async def _start_all(self, plan: Plan) -> None:
+        self._generation += 1
+        workers = [self._spawn(plan, number, first=True) for number in range(plan.workers)]
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            for worker in workers:
+                either: list[asyncio.Future[Any]] = [worker.ready, stopping]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if worker.ready.done():
+                    worker.ready.result()
+        except WorkersFailed:
+            await self._stop_workers(set(workers), 0)
+            raise
+        finally:
+            stopping.cancel()
+
+    def _spawn(self, plan: Plan, number: int, *, first: bool) -> _Worker:
+        ours, theirs = socket.socketpair()
+        listeners = [(listener.name, listener.for_worker(number, plan.workers)) for listener in plan.listeners]
+        fds = {theirs.fileno(), *plan.fds.values()}
+        fds.update(sock.fileno() for _, sockets in listeners for _, sock in sockets)
+        with theirs:
+            # A fresh interpreter and not a fork of this one: see docs/process.md.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rama_ebpf.process.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=tuple(fds),
+                env={**os.environ, **plan.environment},
+            )
+        worker = _Worker(plan, number, f"{number}g{self._generation}", process, first=first)
+        # The channel is empty and the order fits into its buffer: this does not block.
+        send_line(
+            ours,
+            {
+                "worker": number,
+                "identity": worker.identity,
+                "workers": plan.workers,
+                "target": plan.target,
+                "directory": plan.directory,
+                "params": plan.params,
+                "listeners": [
+                    {"name": name, "sockets": [(index, sock.fileno()) for index, sock in sockets]}
+                    for name, sockets in listeners
+                ],
+                "fds": plan.fds,
+                "user": None if plan.user is None else (plan.user.uid, plan.user.gid),
+                "drain": plan.drain,
+                "log_level": plan.log_level,
+            },
+        )
+        self._workers.add(worker)
+        self._spawn_task(self._look_after(worker, ours))
+        return worker
+
+    def _spawn_task(self, coroutine: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the supervisor itself failed", exc_info=error)
+
+    # -- looking after -------------------------------------------------------------------------------------------
+
+    async def _look_after(self, worker: _Worker, sock: socket.socket) -> None:
+        """Listen to a worker until it ends, then replace it unless it was told to end."""
+        channel = worker.channel
+        for topic, handler in self._handlers.items():
+            channel.on(topic, handler)
+        channel.on("ready", lambda body: self._ready(worker))
+        channel.on("failed", lambda body: self._failed(worker, str(body["text"])))
+        channel.on("draining", lambda body: worker.draining.set())
+        channel.on("drained", lambda body: log.info("worker %d drained: %s", worker.number, _drained(body)))
+        channel.on("alive", lambda body: setattr(worker, "heard", time.monotonic()))
+        with _exit_watch(worker):
+            await channel.open(sock)
+            listening = asyncio.create_task(channel.run())
+            await worker.ended
+            await listening  # the last words
+            await channel.close()
+        self._workers.discard(worker)
+        worker.draining.set()
+        code = worker.ended.result()
+        self._failed(worker, f"worker {worker.number} ended with {_outcome(code)} before it served")
+        self._on_exit(worker.identity)
+        if not worker.stopping and not self._stopping.is_set() and (worker.served or not worker.first):
+            await self._replace(worker, code)
+
+    def _ready(self, worker: _Worker) -> None:
+        worker.started = time.monotonic()
+        if not worker.ready.done():
+            worker.ready.set_result(None)
+            log.debug("worker %d serves (pid %d)", worker.number, worker.pid)
+
+    def _failed(self, worker: _Worker, text: str) -> None:
+        if not worker.ready.done():
+            worker.ready.set_exception(WorkersFailed(text))
+            worker.ready.exception()  # a replacement's failure is logged by its end; nobody else awaits it
+
+    async def _replace(self, worker: _Worker, code: int) -> None:
+        age = time.monotonic() - worker.started
+        last = self._back_off.get(worker.number, 0.0)
+        pause = 0.0 if age >= _STABLE_SECONDS else min(max(last * 2, _FIRST_BACK_OFF), _LAST_BACK_OFF)
+        self._back_off[worker.number] = pause
+        why = "" if worker.served else f": {worker.ready.exception()}"
+        log.error(
+            "worker %d (pid %d) ended with %s after %.1f s%s; its replacement starts in %.1f s",
+            *(worker.number, worker.pid, _outcome(code), age, why, pause),
+        )
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), pause)
+        if not self._stopping.is_set() and worker.plan in (self.plan, self._coming):
+            self.restarts += 1
+            self._spawn(worker.plan, worker.number, first=False)
+
+    async def _watch(self) -> None:
+        """Kill workers whose event loop has not turned for a plan's ``watchdog`` seconds."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(_WATCH_SECONDS)
+            late = time.monotonic() - before - _WATCH_SECONDS
+            for worker in self._workers:
+                worker.heard += late  # while we did not run ourselves nobody could be heard
+                silent = time.monotonic() - worker.heard
+                if silent > worker.plan.watchdog:
+                    log.error("worker %d (pid %d) hangs: silent for %.0f s", worker.number, worker.pid, silent)
+                    worker.signal(signal.SIGKILL)
+
+    async def _on_hangup(self) -> None:
+        try:
+            await self.reload()
+        except RamaError as error:
+            log.error("reload failed, the old configuration stays: %s", error)
+        else:
+            log.info("reloaded")
+
+    # -- stopping ------------------------------------------------------------------------------------------------
+
+    async def _stop_workers(self, workers: set[_Worker], seconds: float) -> None:
+        """Drain ``workers`` for up to ``seconds``, or until the second signal; kill what does not end then."""
+        for worker in workers:
+            worker.stopping = True
+            if worker.served:
+                worker.channel.notify("drain", {"seconds": seconds})
+            else:
+                worker.signal(signal.SIGTERM)
+        cutting = asyncio.create_task(self._cutting.wait())
+        deadline = time.monotonic() + seconds + _GRACE_SECONDS
+        pending = {worker.ended for worker in workers}
+        while pending and not cutting.done() and (left := deadline - time.monotonic()) > 0:
+            either: list[asyncio.Future[Any]] = [*pending, cutting]
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            pending = {ending for ending in pending if not ending.done()}
+        if cutting.done() and pending:
+            for worker in workers:
+                worker.channel.notify("cut")
+            _, pending = await asyncio.wait(pending, timeout=_GRACE_SECONDS)
+        cutting.cancel()
+        for worker in workers:
+            if not worker.ended.done():
+                log.error("worker %d (pid %d) does not end: killed", worker.number, worker.pid)
+                worker.signal(signal.SIGKILL)
+        if pending:
+            await asyncio.wait(pending)
+
+
+def _drained(body: Json) -> str:
+    return f"{body['cut']} connections cut after {body['seconds']:.1f} s"
+
+
+def _outcome(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+@contextlib.contextmanager
+def _exit_watch(worker: _Worker) -> Iterator[None]:
+    """Have ``worker.ended`` set when its process ends."""
+    loop = asyncio.get_running_loop()
+    fd = os.pidfd_open(worker.pid)
+
+    def reap() -> None:
+        loop.remove_reader(fd)
+        worker.ended.set_result(worker.process.wait())
+
+    loop.add_reader(fd, reap)
+    try:
+        yield
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)

@@ -1,0 +1,168 @@
+"""A worker: loads the application, gives up its privileges, serves.
+
+Started as ``python -m rama_ebpf.process.worker FD`` by the supervisor; FD is its end of the channel, whose first line
+says everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+import uvloop
+
+from ..core.errors import PeerClosed, RamaError
+from ..services.tcp import TcpServer
+from .channel import Channel, receive_line, send_line
+from .context import Application, WorkerContext, load_application
+from .plan import UserIds
+from .privileges import die_with_parent, drop_privileges, raise_descriptor_limit
+
+__all__ = ["main"]
+
+log = logging.getLogger("rama_ebpf.worker")
+
+_HEARTBEAT_SECONDS: Final = 1.0
+
+# What the standard library imports only when it is needed: after the change of user the files may be out of reach,
+# where the package is installed under a home directory.
+_LAZY_IMPORTS: Final = ("encodings.idna", "stringprep", "unicodedata", "concurrent.futures.thread", "traceback")
+
+
+def main() -> int:
+    """Serve until the supervisor says otherwise; return the exit code."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.set_inheritable(False)
+    # The terminal sends these to every process of the group; only the supervisor acts on them.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        order = cast("Mapping[str, Any]", receive_line(channel))
+    except PeerClosed:
+        return 0
+    logging.basicConfig(
+        level=str(order["log_level"]).upper(),
+        format=f"%(asctime)s %(levelname)s worker {order['worker']} %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        worker = _Worker(order)
+        worker.prepare()
+    except Exception as error:  # an application may fail to load in any way; the supervisor tells it
+        if isinstance(error, (RamaError, OSError)):
+            text = str(error)
+        else:
+            text = f"{type(error).__name__}: {error} (the worker's log has the traceback)"
+            log.exception("cannot load %s", order["target"])
+        with contextlib.suppress(OSError):  # the supervisor has gone as well: nobody is left to tell
+            send_line(channel, {"topic": "failed", "body": {"text": text}})
+        return 1
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(worker.run(channel))
+
+
+class _Worker:
+    def __init__(self, order: Mapping[str, Any]) -> None:
+        self._order = order
+        self._channel = Channel()
+        self._servers: list[TcpServer] = []
+        self._stop: asyncio.Event | None = None
+        self._drain_seconds = float(order["drain"])
+        self._context = WorkerContext(
+            worker=order["worker"],
+            workers=order["workers"],
+            params=order["params"],
+            listeners={row["name"]: tuple(index for index, _ in row["sockets"]) for row in order["listeners"]},
+            fds=order["fds"],
+            channel=self._channel,
+        )
+        self._application: Application | None = None
+
+    def prepare(self) -> None:
+        """Do what needs privileges, then give them up."""
+        raise_descriptor_limit()
+        for name in _LAZY_IMPORTS:
+            importlib.import_module(name)
+        for fd in self._context.fds.values():
+            os.set_inheritable(fd, False)
+        self._application = load_application(self._order["target"], self._order["directory"], self._context)
+        missing = self._context.listeners.keys() - self._application.services.keys()
+        if missing:
+            raise RamaError(f"{self._order['target']} makes no service for the listener {', '.join(sorted(missing))}")
+        if self._order["user"] is not None:
+            drop_privileges(UserIds(*self._order["user"]))
+        die_with_parent()
+
+    async def run(self, channel: socket.socket) -> int:
+        assert self._application is not None
+        application = self._application
+        self._stop = asyncio.Event()
+        self._channel.on("drain", self._drain)
+        self._channel.on("cut", self._cut)
+        await self._channel.open(channel)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop.set)
+        application.start()
+        for row in self._order["listeners"]:
+            for _, fd in row["sockets"]:
+                self._serve(row["name"], socket.socket(fileno=fd), application)
+        background = {asyncio.create_task(self._listen()), asyncio.create_task(self._heartbeat())}
+        self._channel.notify("ready")
+        await self._stop.wait()
+        for server in self._servers:
+            server.stop_accepting()
+        self._channel.notify("draining")
+        started = time.monotonic()
+        cut = sum(await asyncio.gather(*(server.drain(self._drain_seconds) for server in self._servers)))
+        self._channel.notify("drained", {"cut": cut, "seconds": time.monotonic() - started})
+        application.close()
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        await self._channel.close()
+        return 0
+
+    def _serve(self, name: str, listener: socket.socket, application: Application) -> None:
+        listener.set_inheritable(False)
+        listener.setblocking(False)
+        on_accept = application.on_accept
+        server = TcpServer(
+            listener, application.services[name], on_accept=None if on_accept is None else lambda: on_accept(name)
+        )
+        server.start()
+        self._servers.append(server)
+
+    def _drain(self, body: Mapping[str, object]) -> None:
+        assert self._stop is not None
+        self._drain_seconds = float(cast("float", body["seconds"]))
+        self._stop.set()
+
+    def _cut(self, _body: Mapping[str, object]) -> None:
+        assert self._stop is not None
+        self._drain_seconds = 0.0
+        self._stop.set()
+        for server in self._servers:
+            server.cut("shutdown")
+
+    async def _listen(self) -> None:
+        await self._channel.run()
+        # The supervisor has gone, and with it the gate that it holds: serving on would serve unguarded.
+        log.error("the supervisor has ended: stopping at once")
+        os._exit(1)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            self._channel.notify("alive")
+            await asyncio.sleep(_HEARTBEAT_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

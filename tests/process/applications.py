@@ -1,0 +1,78 @@
+"""Applications that workers load in the tests. They are imported in the workers, by name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from rama_ebpf.core import Service, Stream
+from rama_ebpf.process import Application, WorkerContext
+
+
+async def echo(stream: Stream) -> None:
+    """Send back what comes until EOF."""
+    while data := await stream.read():
+        await stream.write(data)
+
+
+def talk(context: WorkerContext) -> Service[Stream, None]:
+    """Answer lines: ``who`` (worker and pid), ``params``, ``ask …`` (of the supervisor), ``hang``, else
+    echo."""
+
+    async def serve(stream: Stream) -> None:
+        while line := await stream.read():
+            word, _, rest = line.decode().strip().partition(" ")
+            if word == "who":
+                answer: object = {"worker": context.worker, "pid": os.getpid()}
+            elif word == "params":
+                answer = context.params
+            elif word == "ask":
+                try:
+                    answer = await context.channel.request(rest, {"from": context.worker})
+                except Exception as error:  # noqa: BLE001  # the test wants to see whatever it is
+                    answer = {"error": str(error)}
+            elif word == "hang":
+                time.sleep(1000)  # noqa: ASYNC251  # a service that blocks its event loop is what is tested
+            elif word == "resolve":
+                answer = [str(row[4][0]) for row in await asyncio.get_running_loop().getaddrinfo(rest, 80)]
+            else:
+                answer = line.decode()
+            await stream.write(json.dumps(answer).encode() + b"\n")
+
+    return serve
+
+
+def two_services(context: WorkerContext) -> Application:
+    """A different service for each listener."""
+
+    async def hello(stream: Stream) -> None:
+        await stream.write(b"hello\n")
+
+    return Application({"echo": echo, "hello": hello})
+
+
+def broken(context: WorkerContext) -> Service[Stream, None]:
+    """Cannot be made."""
+    raise KeyError("no such setting")
+
+
+def dies_while_loading(context: WorkerContext) -> Service[Stream, None]:
+    """Takes its whole process down."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return echo
+
+
+def broken_from_the_second_start_on(context: WorkerContext) -> Service[Stream, None]:
+    """Works once per worker; for back-off and failed reloads."""
+    marker = Path(str(context.params["directory"])) / f"started-{context.worker}"
+    if marker.exists():
+        raise RuntimeError("will not start again")
+    marker.touch()
+    return talk(context)
+
+
+not_a_service = 42

@@ -1,0 +1,58 @@
+"""A process that runs a supervisor, for tests that send it signals: ``python -m tests.process.supervise JSON``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from rama_ebpf.core import RamaError
+from rama_ebpf.process import Listener, Plan, Supervisor, WorkersFailed
+from rama_ebpf.process.plan import Json, UserIds
+from rama_ebpf.services.tcp import bind_tcp
+
+
+def main() -> int:
+    """Serve the plan of the first argument; print ``ready`` and the addresses."""
+    options: dict[str, Any] = json.loads(sys.argv[1])
+    logging.basicConfig(level="DEBUG", format="%(levelname)s supervisor %(message)s")
+    names = options.pop("listeners", ["main"])
+    sockets = options.pop("sockets", options.get("workers", 2))
+    user = options.pop("user", None)
+    listeners = []
+    for name in names:
+        first = bind_tcp("127.0.0.1", 0, reuse_port=True)
+        more = [bind_tcp(*first.getsockname(), reuse_port=True) for _ in range(sockets - 1)]
+        listeners.append(Listener(name, (first, *more)))
+
+    def plan() -> Plan:
+        override = Path(options["reload_from"]).read_text() if "reload_from" in options else "{}"
+        merged = {**options, **json.loads(override or "{}")}
+        merged.pop("reload_from", None)
+        return Plan(listeners=tuple(listeners), user=None if user is None else UserIds.of(user), **merged)
+
+    def refuse(body: Json) -> Json:
+        raise RamaError(f"worker {body['from']} may not")
+
+    supervisor = Supervisor(
+        plan(),
+        handlers={"sum": lambda body: {"worker": body["from"], "pids": supervisor.pids}, "refuse": refuse},
+        reload=plan,
+        on_ready=lambda: print("ready", json.dumps([li.sockets[0].getsockname()[1] for li in listeners]), flush=True),
+    )
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(supervisor.run())
+    except WorkersFailed as error:
+        print(f"failed {error}", flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
