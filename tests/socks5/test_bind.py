@@ -70,6 +70,20 @@ async def test_peer_that_policy_denies_is_rep_02_and_no_port_is_opened(run_proxy
     assert [type(error) for error in proxy.errors] == [PolicyDenied] * 4
 
 
+@pytest.mark.root
+async def test_any_peer_means_any_that_policy_allows(run_proxy, second_addresses, loopback):
+    proxy = await run_proxy(make=binding(any_peer=True))
+    reader, _writer, (host, port) = await start(proxy, "::" if ":" in loopback else "0.0.0.0", 0, BIND)
+    assert host == loopback
+    denied = "2001:db8::1" if ":" in loopback else "198.18.0.1"
+    denied_reader, _denied = await proxy.dial(host, port, local_addr=(denied, 0))
+    with pytest.raises(ConnectionResetError):
+        assert await denied_reader.read() is None
+    await proxy.dial(host, port)
+    rep, told = await read_reply(reader)
+    assert (rep, told[0]) == (0, loopback)
+
+
 async def test_peer_that_never_comes_is_rep_06_in_the_second_reply(run_proxy, loopback):
     proxy = await run_proxy(make=binding(timeout=0.2))
     reader, _writer, _bound = await start(proxy, loopback, 80, BIND)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, Self
 
 from ...core.address import Authority, IPAddress, SocketAddress, unmap
 from ...core.errors import PolicyDenied
 from ...core.stream import SocketStream
-from ..connect import Egress, Resolver
+from ..connect import Egress, ResolveError, Resolver
 from .ports import advertised, bound_socket, local_address_towards
 
 __all__ = ["Binder", "Listening"]
@@ -27,8 +27,10 @@ class Binder:
 
     Only a peer whose address is the request's target may connect, and only if ``egress`` allows that address; others
     are reset and the wait goes on. The port is not compared: RFC 1928's example, FTP, connects from another one.
-    The server waits ``timeout`` seconds at most. ``advertise`` holds the addresses (one a family) that clients are
-    told instead of our own, for hosts behind NAT; ``ports`` confines the listening ports for a firewall's sake.
+    With ``any_peer`` a request for the unspecified address admits every peer that ``egress`` allows; else it is denied
+    like any address that is not allowed. The server waits ``timeout`` seconds at most. ``advertise`` holds the
+    addresses (one a family) that clients are told instead of our own, for hosts behind NAT; ``ports`` confines the
+    listening ports for a firewall's sake.
     """
 
     def __init__(
@@ -37,19 +39,30 @@ class Binder:
         egress: Egress,
         *,
         timeout: float = 60.0,
+        any_peer: bool = False,
         advertise: Sequence[IPAddress] = (),
         ports: range | None = None,
     ) -> None:
         self._resolver = resolver
         self._egress = egress
         self.timeout = timeout
+        self._any_peer = any_peer
         self._advertise = tuple(advertise)
         self._ports = ports
 
-    async def listen(self, peer: Authority) -> Listening:
-        """Open the listening socket. Raises :class:`PolicyDenied`, :class:`~..connect.ResolveError` or OSError."""
+    async def listen(self, peer: Authority, here: SocketAddress | None = None) -> Listening:
+        """Open the listening socket: on the route to ``peer``, or on the address of ``here`` if any peer may come.
+
+        Raises :class:`PolicyDenied`, :class:`~..connect.ResolveError` or OSError.
+        """
+        if self._any_peer and here is not None and peer.ip is not None and int(peer.ip) == 0:
+            return self._open(here, self._allows)
+        allowed = await self._allowed(peer)
+        return self._open(local_address_towards(allowed[0]), frozenset(allowed).__contains__)
+
+    async def _allowed(self, peer: Authority) -> list[IPAddress]:
         ips = [peer.ip] if peer.ip is not None else await self._resolver.resolve(str(peer.host))
-        allowed: set[IPAddress] = set()
+        allowed: list[IPAddress] = []
         denied: PolicyDenied | None = None
         for ip in ips:
             try:
@@ -57,14 +70,23 @@ class Binder:
             except PolicyDenied as error:
                 denied = error
             else:
-                allowed.add(unmap(ip))
-        if denied is not None and not allowed:
-            raise denied
-        local = local_address_towards(next(ip for ip in map(unmap, ips) if ip in allowed))
+                allowed.append(unmap(ip))
+        if not allowed:
+            raise denied or ResolveError(f"{peer.host} has no address")
+        return allowed
+
+    def _allows(self, ip: IPAddress) -> bool:
+        try:
+            self._egress.check(ip)
+        except PolicyDenied:
+            return False
+        return True
+
+    def _open(self, local: SocketAddress, expected: Callable[[IPAddress], bool]) -> Listening:
         sock = bound_socket(socket.SOCK_STREAM, local, self._ports)
         try:
             sock.listen(_BACKLOG)
-            return Listening(sock, advertised(sock, self._advertise), allowed)
+            return Listening(sock, advertised(sock, self._advertise), expected)
         except BaseException:
             sock.close()
             raise
@@ -73,7 +95,7 @@ class Binder:
 class Listening:
     """One open BIND; ``address`` is where the peer is to connect to. A context manager that closes the socket."""
 
-    def __init__(self, sock: socket.socket, address: SocketAddress, expected: Collection[IPAddress]) -> None:
+    def __init__(self, sock: socket.socket, address: SocketAddress, expected: Callable[[IPAddress], bool]) -> None:
         self.address = address
         self._sock = sock
         self._expected = expected
@@ -100,7 +122,7 @@ class Listening:
             return None
         stream = SocketStream(sock)
         source = SocketAddress.from_sockaddr(raw)
-        if source.ip in self._expected:
+        if self._expected(source.ip):
             return stream
         log.info("%s: not the peer that BIND on %s waits for", source, self.address)
         stream.abort()

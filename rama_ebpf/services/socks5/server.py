@@ -198,7 +198,7 @@ class Socks5Server:
 
     async def _bind(self, request: Request, stream: Stream, machine: ServerMachine) -> TunnelReport:
         assert self._binder is not None
-        with await self._binder.listen(request.target) as listening:
+        with await self._binder.listen(request.target, stream.local) as listening:
             machine.reply(Reply.SUCCEEDED, listening.address, listening=True)
             await stream.write(machine.data_to_send())
             upstream = await self._await_peer(stream, listening)

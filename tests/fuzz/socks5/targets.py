@@ -56,6 +56,7 @@ def _serve(config: int, decision: int, sent: bytes, chunk: int) -> Iterator[obje
     out = b""
     taken = 0
     arrived = 0
+    requested = False
     while machine.state in (State.START, State.CREDENTIALS, State.REQUEST):
         unread = sent[taken:arrived]
         failure: Exception | None = None
@@ -87,9 +88,11 @@ def _serve(config: int, decision: int, sent: bytes, chunk: int) -> Iterator[obje
             else:
                 machine.refuse()
         elif isinstance(event, Request):
-            assert event.command in commands
+            requested = True
             _answer(machine, event, decision)
         out += machine.data_to_send()
+    if requested:
+        _was_legal(sent[:taken], commands)
     assert machine.data_to_send() == b""
     assert _LEGAL_SERVER_OUTPUT.fullmatch(out), out.hex(" ")
     _closed_means_told(machine, sent, out)
@@ -104,6 +107,31 @@ def _answer(machine: ServerMachine, request: Request, decision: int) -> None:
         assert machine.state is State.BOUND
     machine.reply(reply, bound)
     assert machine.state is (State.OPEN if reply is Reply.SUCCEEDED else State.CLOSED)
+
+
+def _was_legal(taken: bytes, commands: list[Command]) -> None:
+    """Check that a handshake which came as far as a request is what the RFCs describe, to the last byte."""
+    if taken[0] == 4:
+        assert taken[1] in commands
+        assert taken[1] in (1, 2)
+        user, *name = taken[8:-1].split(b"\0")
+        named = taken[4:7] == b"\0\0\0" and taken[7] != 0
+        assert taken[-1] == 0
+        assert len(user) <= 255
+        assert len(name) == named
+        assert all(1 <= len(field) <= 255 for field in name)
+        return
+    assert taken[0] == 5
+    assert taken[1] >= 1
+    rest = taken[2 + taken[1] :]
+    if rest[0] == 1:
+        rest = rest[2 + rest[1] :]
+        rest = rest[1 + rest[0] :]
+    assert rest[0] == 5
+    assert rest[1] in commands
+    assert rest[2] == 0
+    assert len(rest) == {1: 10, 3: 7 + rest[4], 4: 22}[rest[3]]
+    assert rest[3] != 3 or rest[4] >= 1
 
 
 def _closed_means_told(machine: ServerMachine, sent: bytes, out: bytes) -> None:
