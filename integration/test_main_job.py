@@ -89,6 +89,29 @@ def test_curl_gets_a_page_by_ipv4_ipv6_and_domain(net: Net, tmp_path: Path) -> N
         assert net.curl(url, proxy=f"[{net.server.ipv6}]:{PORT}").stdout == PAGE, url
 
 
+def test_one_port_speaks_socks_http_and_tls(net: Net, tmp_path: Path) -> None:
+    nginx(net.target, tmp_path / "target")
+    url, address = f"http://{net.target.ipv4}/", f"{net.server.ipv4}:{PORT}"
+    common = ("curl", "--silent", "--show-error", "--max-time", "20")
+    for scheme in ("socks4", "socks4a", "socks5", "socks5h", "http"):
+        result = net.client.run(*common, "--proxy", f"{scheme}://{address}", url, check=False)
+        assert result.stdout == PAGE, (scheme, result.stderr)
+    tunnelled = net.client.run(*common, "--proxytunnel", "--proxy", f"http://{address}", url, check=False)
+    assert tunnelled.stdout == PAGE, tunnelled.stderr
+    # A TLS client is passed through to port 443 of the name in its ClientHello.
+    key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
+    request = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost")
+    subprocess.run([*request, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    serve = ("openssl", "s_server", "-accept", "443", "-key", key, "-cert", certificate, "-www", "-quiet")
+    net.server.popen(*serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def page_over_tls() -> bool:
+        connect = ("--connect-to", f"localhost:443:{address}", "--cacert", certificate, "https://localhost/")
+        return "s_server" in net.client.run(*common, *connect, check=False).stdout
+
+    wait_for(page_over_tls, what="a page over TLS")
+
+
 def test_egress_to_private_ranges_is_refused_unless_the_operator_names_them(lab: Lab, start_proxy: StartProxy) -> None:
     server, client = lab.host("proxy"), lab.host("client")
     start_proxy(server, "--listen", f"{server.ipv4}:{PORT}")
@@ -204,8 +227,7 @@ def test_bad_clients_get_the_right_reply_one_log_line_and_leak_nothing(net: Net)
         (b"\x05\x01\x02", b"\x05\xff"),  # no acceptable method
         (b"\x05\x01\x00\x05\x09\x00\x01\x7f\x00\x00\x01\x00\x50", b"\x05\x00\x05\x07"),  # unknown command
         (b"\x05\x01\x00\x05\x01\x00\x09\x7f\x00\x00\x01\x00\x50", b"\x05\x00\x05\x08"),  # unknown address type
-        (b"GET / HTTP/1.1\r\n\r\n", b""),  # not SOCKS at all
-        (b"\x16\x03\x01\x02\x00\x01\x00", b""),
+        (b"\x00\x01\x02\x03", b""),  # no protocol at all
     ]
     for request, reply in cases:
         with net.client.connect(net.server.ipv4, PORT) as sock:

@@ -36,7 +36,7 @@ from ..policy.rule import Action, PolicyError, parse_network
 from ..policy.store import PolicyStore, Settings
 from ..relay import TunnelLimits
 from ..services.connect import Connector, SystemResolver
-from ..services.socks5 import Socks5Server
+from ..services.proxy import mixed_proxy
 from ..services.tcp import TcpServer, bind_tcp
 from .output import ENVIRONMENT, OK
 
@@ -49,7 +49,7 @@ _SWEEP_SECONDS = 30.0
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
     """Add the command."""
-    text = "load the gate and serve a SOCKS5 proxy"
+    text = "load the gate and serve a SOCKS, HTTP and TLS proxy on one port"
     parser = commands.add_parser("run", parents=[shared], help=text, description=text)
     add = parser.add_argument
     add("--listen", action="append", metavar="ADDR:PORT", help="repeatable (default: 127.0.0.1:1080)")
@@ -230,7 +230,7 @@ async def _serve(
             server.start()
         where = "kernel" if policy.gate is not None else "userspace"
         addresses = ", ".join(str(row["address"]) for row in described)
-        log.info("ready after %.2f s: SOCKS on %s, policy in %s", time.monotonic() - started, addresses, where)
+        log.info("ready after %.2f s: serving %s, policy in %s", time.monotonic() - started, addresses, where)
         await stop.wait()
         for server in servers:
             server.stop_accepting()
@@ -271,14 +271,9 @@ def _application(
     args: argparse.Namespace, options: _Options, policy: _Policy, resolver: SystemResolver
 ) -> Service[Stream, Any]:
     connector = Connector(resolver, options.egress, timeout=args.connect_timeout)
-    socks = Socks5Server(connector, handshake_timeout=args.handshake_timeout)
     limits = TunnelLimits(idle=args.idle_timeout)
-
-    async def with_limits(stream: Stream) -> Any:
-        stream.extensions.add(limits)
-        return await socks(stream)
-
+    proxy = mixed_proxy(connector, handshake_timeout=args.handshake_timeout, tunnel_limits=limits)
     layers: list[object] = [AccessLogLayer()]
     if isinstance(policy.store, LocalStore):
         layers.append(PolicyLayer(CountedPolicy(policy.store)))
-    return stack(*layers, with_limits)
+    return stack(*layers, proxy)

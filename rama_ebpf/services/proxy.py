@@ -1,0 +1,41 @@
+"""The proxy that is served without a configuration: SOCKS4, 4a and 5, HTTP and TLS by server name, on one port."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.address import Authority
+from ..core.service import Service, stack
+from ..core.stream import Stream
+from ..relay import TunnelLimits
+from .http import HttpProxy, HttpTimeouts
+from .router import PeekRouter, is_http, is_socks, is_tls
+from .socks5 import Socks5Server
+from .tls import TlsPassthrough, TlsPeekLayer
+
+__all__ = ["mixed_proxy"]
+
+
+def mixed_proxy(
+    connector: Service[Authority, Stream],
+    *,
+    handshake_timeout: float = 10.0,
+    tunnel_limits: TunnelLimits | None = None,
+) -> Service[Stream, Any]:
+    """Return a service that tells its clients' protocols apart by their first bytes.
+
+    SOCKS clients get CONNECT; HTTP clients a forward proxy with CONNECT; a TLS client is passed through, undecrypted,
+    to port 443 of the server name in its ClientHello.
+    ``handshake_timeout`` (seconds) bounds each protocol's handshake, ``tunnel_limits`` every tunnel.
+    """
+    socks = Socks5Server(connector, handshake_timeout=handshake_timeout)
+    http = HttpProxy(connector, tunnel_limits=tunnel_limits, timeouts=HttpTimeouts(head=handshake_timeout))
+    tls = stack(TlsPeekLayer(timeout=handshake_timeout), TlsPassthrough(connector, port=443))
+    router = PeekRouter((is_socks, socks), (is_tls, tls), (is_http, http), timeout=handshake_timeout)
+
+    async def mixed(stream: Stream) -> Any:
+        if tunnel_limits is not None:
+            stream.extensions.add(tunnel_limits)
+        return await router(stream)
+
+    return mixed
