@@ -1,29 +1,40 @@
 """HTTP: servers, clients and proxies. Services are ``async def app(request: Request) -> Response``."""
 
+from .backends import BackendPool
 from .errors import HttpError, MalformedMessage
+from .forwarded import ForwardedField, ForwardedLayer
 from .headers import Headers
+from .health import HealthCheck, PassiveHealth
 from .limits import HttpLimits, HttpTimeouts
 from .model import Body, BodyTooLarge, Request, Response, Upgrade
 from .pool import ConnectionPool, PoolLimits
 from .proxy import ForwardProxy, HttpProxy
+from .routes import Route, Routes
 from .server import HttpServer
 from .tunnel import Tunnel
 
 __all__ = [
+    "BackendPool",
     "Body",
     "BodyTooLarge",
     "ConnectionPool",
     "ForwardProxy",
+    "ForwardedField",
+    "ForwardedLayer",
     "Headers",
+    "HealthCheck",
     "HttpError",
     "HttpLimits",
     "HttpProxy",
     "HttpServer",
     "HttpTimeouts",
     "MalformedMessage",
+    "PassiveHealth",
     "PoolLimits",
     "Request",
     "Response",
+    "Route",
+    "Routes",
     "Tunnel",
     "Upgrade",
 ]

@@ -243,8 +243,7 @@ class H1ClientConnection:
                 await self.abort()
                 raise HttpError(502, "the upstream switched protocols unasked", proxy_error="http_upgrade_failed")
             self.stream.unread(self._strict.trailing)
-            upgrade = Tunnel(self.stream)
-            self.release()
+            upgrade = Tunnel(self.stream, over=self.release)
         else:
             body = await _ResponseBody.begin(self, head, self._timeouts)
         return Response(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
+from typing import Final
 
 from ...core.address import Authority
 from ...core.service import Service
@@ -12,9 +14,10 @@ from .h1_client import H1ClientConnection, NoResponse
 from .limits import HttpLimits, HttpTimeouts
 from .model import Request, Response
 
-__all__ = ["ConnectionPool", "PoolLimits"]
+__all__ = ["IDEMPOTENT", "ConnectionPool", "PoolLimits", "repeatable"]
 
-_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+"""Methods that may be repeated (RFC 9110 section 9.2.2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,11 @@ class PoolLimits:
 class _Idle:
     connection: H1ClientConnection
     timer: asyncio.TimerHandle
+
+
+def repeatable(request: Request) -> bool:
+    """Whether the same request may be sent again after a first attempt without a response."""
+    return request.method in IDEMPOTENT and request.body.length == 0 and request.upgrade is None
 
 
 class ConnectionPool:
@@ -55,27 +63,43 @@ class ConnectionPool:
         self._closing: set[asyncio.Task[None]] = set()
         self._idle_count = 0
         self._closed = False
+        self._busy: Counter[Authority] = Counter()
+
+    def busy(self, target: Authority) -> int:
+        """How many requests and tunnels to ``target`` are under way."""
+        return self._busy[target]
 
     @property
     def idle(self) -> int:
         """How many connections are kept unused."""
         return self._idle_count
 
-    async def send(self, request: Request, target: Authority) -> Response:
-        """Send ``request`` to ``target``. Raises what connecting raises, or :class:`~.errors.HttpError`."""
-        if request.method in _IDEMPOTENT and request.body.length == 0 and request.upgrade is None:
+    async def send(
+        self, request: Request, target: Authority, *, connector: Service[Authority, Stream] | None = None
+    ) -> Response:
+        """Send ``request`` to ``target``. Raises what connecting raises, or :class:`~.errors.HttpError`.
+
+        ``connector``, if given, connects for this request alone, and its connection is not kept.
+        """
+        if connector is None and repeatable(request):
             kept = self._take(target)
             if kept is not None:
+                self._busy[target] += 1
                 try:
                     return await kept.send(request)
                 except NoResponse:
                     pass  # closed meanwhile: again, on a new one
-        stream = await self._connector(target)
+        self._busy[target] += 1
+        try:
+            stream = await (connector or self._connector)(target)
+        except BaseException:
+            self._unbusy(target)
+            raise
         connection = H1ClientConnection(
             stream,
             limits=self._limits,
             timeouts=self._timeouts,
-            released=lambda connection: self._keep(target, connection),
+            released=lambda connection: self._released(target, connection, keep=connector is None),
         )
         return await connection.send(request)
 
@@ -85,6 +109,10 @@ class ConnectionPool:
         for target in list(self._idle):
             while (connection := self._take(target)) is not None:
                 self._close_unused(connection)
+
+    async def wait_closed(self) -> None:
+        """Return when the connections that :meth:`close` found idle are closed."""
+        await asyncio.gather(*self._closing, return_exceptions=True)
 
     def _take(self, target: Authority) -> H1ClientConnection | None:
         kept = self._idle.get(target)
@@ -99,12 +127,18 @@ class ConnectionPool:
             self._close_unused(idle.connection)
         return None
 
-    def _keep(self, target: Authority, connection: H1ClientConnection) -> None:
+    def _unbusy(self, target: Authority) -> None:
+        self._busy[target] -= 1
+        if not self._busy[target]:
+            del self._busy[target]
+
+    def _released(self, target: Authority, connection: H1ClientConnection, *, keep: bool) -> None:
+        self._unbusy(target)
         if not connection.reusable:
             return
         limits = self._pool_limits
         full = self._idle_count >= limits.idle or len(self._idle.get(target, ())) >= limits.idle_per_origin
-        if self._closed or full:
+        if self._closed or full or not keep:
             self._close_unused(connection)
             return
         timer = asyncio.get_running_loop().call_later(limits.keep, self._expire, target, connection)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...core.stream import Stream
 from ...relay import TunnelLimits, relay
 
@@ -9,19 +11,29 @@ __all__ = ["Tunnel"]
 
 
 class Tunnel:
-    """An :class:`~.model.Upgrade` to a tunnel with ``upstream``; ``limits`` as for :func:`rama_ebpf.relay.relay`."""
+    """An :class:`~.model.Upgrade` to a tunnel with ``upstream``; ``limits`` as for :func:`rama_ebpf.relay.relay`.
 
-    def __init__(self, upstream: Stream, limits: TunnelLimits | None = None) -> None:
+    ``over`` is called once, when the upstream is no longer used.
+    """
+
+    def __init__(
+        self, upstream: Stream, limits: TunnelLimits | None = None, *, over: Callable[[], None] = lambda: None
+    ) -> None:
         self._upstream: Stream | None = upstream
         self._limits = limits
+        self._over = over
 
     async def run(self, client: Stream) -> None:
         """Relay until the tunnel ends; both streams are closed then."""
         upstream, self._upstream = self._upstream, None
         assert upstream is not None
-        await relay(client, upstream, self._limits)
+        try:
+            await relay(client, upstream, self._limits)
+        finally:
+            self._over()
 
     def abandon(self) -> None:
         if self._upstream is not None:
             self._upstream.abort()
             self._upstream = None
+            self._over()

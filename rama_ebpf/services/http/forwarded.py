@@ -1,0 +1,135 @@
+"""Who the client is, behind proxies in front and for servers behind: Forwarded (RFC 7239) and X-Forwarded-For.
+
+These fields are hearsay. What they say is believed only from networks that the operator names, and what anybody else
+sends in them is removed: else a client could choose the address that policy and logs see.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Any, Final
+
+from ...core.address import IPAddress, SocketAddress, unmap
+from ...core.client import ClientAddress, client_address
+from ...core.service import Service
+from .headers import Headers
+from .model import Request, Response
+
+__all__ = ["ForwardedField", "ForwardedLayer"]
+
+_X_FIELDS: Final = ("x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port", "x-real-ip")
+_PAIR: Final = re.compile(
+    r"""[ \t]*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=([!#$%&'*+.^_`|~0-9A-Za-z-]+|"(?:[^"\\]|\\.)*")[ \t]*([;,]|$)"""
+)
+_WITH_PORT: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?")
+
+
+class ForwardedField(enum.Enum):
+    """In which form the client is told."""
+
+    X_FORWARDED = "x-forwarded-for"
+    """X-Forwarded-For, -Proto and -Host: what most software reads."""
+    FORWARDED = "forwarded"
+    """Forwarded, as standardized."""
+
+
+class ForwardedLayer:
+    """Tells the server behind who the client is, in ``field``, or nothing if that is None.
+
+    From a peer within ``trusted`` (CIDR text) the same field is read: the nearest address that is not itself
+    trusted becomes the request's :class:`~rama_ebpf.core.client.ClientAddress`, and the peer is appended to the
+    list. From others, and in the form that is not used, these fields are removed.
+    """
+
+    accepts = Request
+
+    def __init__(
+        self, field: ForwardedField | None = ForwardedField.X_FORWARDED, *, trusted: Iterable[str] = ()
+    ) -> None:
+        self._field = field
+        self._trusted: tuple[IPv4Network | IPv6Network, ...] = tuple(ip_network(text) for text in trusted)
+
+    def __call__(self, inner: Service[Request, Response], /) -> Service[Request, Response]:
+        async def serve(request: Request) -> Any:
+            self._apply(request)
+            return await inner(request)
+
+        return serve
+
+    def _trusts(self, ip: IPAddress) -> bool:
+        return any(ip in network for network in self._trusted)
+
+    def _apply(self, request: Request) -> None:
+        peer = client_address(request)
+        believed = peer is not None and self._trusts(peer.ip)
+        headers = request.headers = request.headers.copy()
+        if not believed or self._field is not ForwardedField.X_FORWARDED:
+            headers.remove(*_X_FIELDS)
+        if not believed or self._field is not ForwardedField.FORWARDED:
+            headers.remove("forwarded")
+        if self._field is None or peer is None:
+            return
+        told = _told(headers) if self._field is ForwardedField.X_FORWARDED else _told_rfc7239(headers)
+        if believed:
+            self._believe(request, told)
+        if self._field is ForwardedField.X_FORWARDED:
+            headers.set("X-Forwarded-For", ", ".join([*headers.get_all("x-forwarded-for"), str(peer.ip)]))
+            for name, value in (("X-Forwarded-Proto", request.scheme), ("X-Forwarded-Host", request.authority)):
+                if name not in headers:
+                    headers.set(name, value)
+        else:
+            element = f"for={_node(peer.ip)};proto={request.scheme}"
+            if request.authority:
+                element += f';host="{request.authority}"'
+            headers.set("Forwarded", ", ".join([*headers.get_all("forwarded"), element]))
+
+    def _believe(self, request: Request, told: list[IPAddress | None]) -> None:
+        client: IPAddress | None = None
+        for ip in reversed(told):
+            if ip is None:
+                break  # obfuscated or malformed: what is further away is known from nobody we trust
+            client = ip
+            if not self._trusts(ip):
+                break
+        if client is not None:
+            request.extensions.add(ClientAddress(SocketAddress(client, 0)))
+
+
+def _told(headers: Headers) -> list[IPAddress | None]:
+    members = [member for value in headers.get_all("x-forwarded-for") for member in value.split(",")]
+    return [_address(member.strip()) for member in members]
+
+
+def _told_rfc7239(headers: Headers) -> list[IPAddress | None]:
+    """Return the ``for`` of each element, None where it is no address; a malformed list ends in None."""
+    text = ", ".join(headers.get_all("forwarded"))
+    told: list[IPAddress | None] = []
+    current: IPAddress | None = None
+    offset = 0
+    while offset < len(text):
+        match = _PAIR.match(text, offset)
+        if match is None:
+            return [*told, None]
+        name, value, delimiter = match.groups()
+        if name.lower() == "for":
+            current = _address(re.sub(r"\\(.)", r"\1", value[1:-1]) if value.startswith('"') else value)
+        if delimiter != ";":
+            told.append(current)
+            current = None
+        offset = match.end()
+    return told
+
+
+def _address(text: str) -> IPAddress | None:
+    match = _WITH_PORT.fullmatch(text)
+    try:
+        return unmap(ip_address(text if match is None else match[1] or match[2]))
+    except ValueError:
+        return None
+
+
+def _node(ip: IPAddress) -> str:
+    return f'"[{ip}]"' if isinstance(ip, IPv6Address) else str(ip)
