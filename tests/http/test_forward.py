@@ -173,6 +173,20 @@ async def test_a_refusal_instead_of_100_continue_ends_the_request_unsent(proxy: 
     )
 
 
+async def test_no_100_continue_follows_a_final_response(run: Run, connector: Service[Authority, Stream]) -> None:
+    async def refuses_slowly(stream: Stream) -> None:
+        await stream.read()
+        await stream.write(b"HTTP/1.1 403 No\r\n" + DATE + b"Transfer-Encoding: chunked\r\n\r\n2\r\nno\r\n")
+        await asyncio.sleep(0.3)
+        await stream.write(b"0\r\n\r\n")
+
+    proxy = run(HttpProxy(connector, timeouts=HttpTimeouts(expect_continue=0.1)))
+    origin = Origin(run(refuses_slowly).port, [], [], False)
+    answer = await proxy.exchange(get(origin, b"Content-Length: 5", b"Expect: 100-continue", method=b"PUT"))
+    assert answer.startswith(b"HTTP/1.1 403 No\r\n")
+    assert answer.endswith(b"\r\n\r\n2\r\nno\r\n0\r\n\r\n")
+
+
 async def test_interim_responses_are_passed_on(proxy: Server, run_origin: RunOrigin) -> None:
     hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n"
     origin = run_origin(hints + OK)

@@ -100,6 +100,7 @@ async def test_backend_connections_are_kept_across_clients(run: Run, pool_of: Ma
         (get("/api/v1?x", "a.test"), b"api"),
         (get("/apix", "a.test"), b"a"),
         (get("/api/v1", "a.test", "POST", "Content-Length: 0"), b"post"),
+        (get("/apix", "a.test", "POST", "Content-Length: 0"), b"a"),
         (get("/", "x.b.test"), b"wild"),
         (get("/", "x.y.b.test"), b"wild"),
         (get("/", "one.b.test"), b"one"),
@@ -295,6 +296,17 @@ def test_health_counts_streaks_and_not_sums() -> None:
         assert not health.passing
     health.probed(True)
     assert health.passing
+
+
+def test_a_success_clears_the_failures_before_it() -> None:
+    health = BackendHealth(None, PassiveHealth(failures=2), lambda: 0.0)
+    for _ in range(5):
+        health.failed()
+        health.succeeded()
+    assert not health.ejected
+    health.failed()
+    health.failed()
+    assert health.ejected
 
 
 async def test_backend_is_told_the_client_by_proxy_protocol_on_a_connection_of_its_own(
