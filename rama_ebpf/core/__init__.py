@@ -3,7 +3,7 @@
 from .address import Authority, IPAddress, SocketAddress
 from .auth import Authenticator, Credentials, User
 from .bucket import TokenBucket
-from .client import ClientAddress, HasExtensions, LocalAddress, client_address, local_address
+from .client import ClientAddress, HasExtensions, ListenerName, LocalAddress, client_address, local_address
 from .errors import (
     AuthFailed,
     HandshakeTimeout,
@@ -40,6 +40,7 @@ __all__ = [
     "Layer",
     "Lifecycle",
     "LimitExceeded",
+    "ListenerName",
     "LocalAddress",
     "PeerClosed",
     "PolicyDenied",

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from .address import SocketAddress
 from .extensions import Extensions
 
-__all__ = ["ClientAddress", "HasExtensions", "LocalAddress", "client_address", "local_address"]
+__all__ = ["ClientAddress", "HasExtensions", "ListenerName", "LocalAddress", "client_address", "local_address"]
 
 
 @runtime_checkable
@@ -35,6 +35,13 @@ class LocalAddress:
     one counts. A TCP server adds its own end."""
 
     address: SocketAddress
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerName:
+    """The name of the listener that a connection came to, as the configuration calls it."""
+
+    name: str
 
 
 def client_address(input: HasExtensions) -> SocketAddress | None:

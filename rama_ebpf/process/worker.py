@@ -15,12 +15,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
 import uvloop
 
 from ..core.errors import PeerClosed, RamaError
+from ..metrics.directory import ENVIRONMENT as METRICS_ENVIRONMENT
+from ..metrics.directory import use_identity
 from ..services.tcp import TcpServer
 from .channel import Channel, receive_line, send_line
 from .context import Application, WorkerContext, load_application
@@ -90,6 +92,7 @@ class _Worker:
     def prepare(self) -> None:
         """Do what needs privileges, then give them up."""
         raise_descriptor_limit()
+        use_identity(self._order["identity"])
         for name in _LAZY_IMPORTS:
             importlib.import_module(name)
         for fd in self._context.fds.values():
@@ -135,7 +138,11 @@ class _Worker:
         listener.setblocking(False)
         on_accept = application.on_accept
         server = TcpServer(
-            listener, application.services[name], on_accept=None if on_accept is None else lambda: on_accept(name)
+            listener,
+            application.services[name],
+            on_accept=None if on_accept is None else lambda: on_accept(name),
+            on_pause=_pause_counter(name),
+            name=name,
         )
         server.start()
         self._servers.append(server)
@@ -162,6 +169,14 @@ class _Worker:
         while True:
             self._channel.notify("alive")
             await asyncio.sleep(_HEARTBEAT_SECONDS)
+
+
+def _pause_counter(listener: str) -> Callable[[], None] | None:
+    if METRICS_ENVIRONMENT not in os.environ:
+        return None
+    from ..metrics.definitions import ACCEPT_PAUSES  # see there why so late
+
+    return ACCEPT_PAUSES.labels(listener).inc
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..core.client import ClientAddress, LocalAddress
+from ..core.client import ClientAddress, ListenerName, LocalAddress
 from ..core.errors import RamaError
 from ..core.graceful import Drain
 from ..core.service import Service
@@ -50,7 +50,8 @@ class TcpServer:
 
     The server closes the stream when its service returns, and aborts it (RST) when the service raises. An error ends
     that connection only. ``on_accept`` is called once per accepted connection (for counters). When the process is
-    out of descriptors the server stops accepting for 100 ms instead of spinning; ``resource_errors`` counts that.
+    out of descriptors the server stops accepting for 100 ms instead of spinning; ``resource_errors`` counts that and
+    ``on_pause`` is told. ``name`` is what the listener is called in metrics.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class TcpServer:
         service: Service[Stream, Any],
         *,
         on_accept: Callable[[], None] | None = None,
+        on_pause: Callable[[], None] | None = None,
+        name: str | None = None,
     ) -> None:
         self.listener = listener
         self.accepted = 0
@@ -66,6 +69,8 @@ class TcpServer:
         self._cut = 0
         self._service = service
         self._on_accept = on_accept
+        self._on_pause = on_pause
+        self._name = None if name is None else ListenerName(name)
         self._connections: dict[asyncio.Task[None], SocketStream] = {}
         self._accepting = False
         self._drain = Drain()
@@ -139,6 +144,8 @@ class TcpServer:
     def _back_off(self, error: OSError) -> None:
         assert self._loop is not None
         self.resource_errors += 1
+        if self._on_pause is not None:
+            self._on_pause()
         log.warning("cannot accept (%s): pausing for %d ms", error.strerror, _BACK_OFF_SECONDS * 1000)
         self._loop.remove_reader(self.listener.fileno())
         self._resume = self._loop.call_later(_BACK_OFF_SECONDS, self._resume_accepting)
@@ -159,6 +166,8 @@ class TcpServer:
             stream.abort()  # reset before we could ask who it was: policy could not judge it
             return
         stream.extensions.add(self._drain)
+        if self._name is not None:
+            stream.extensions.add(self._name)
         if stream.local is not None:
             stream.extensions.add(LocalAddress(stream.local))
         try:

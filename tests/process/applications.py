@@ -9,7 +9,8 @@ import signal
 import time
 from pathlib import Path
 
-from rama_ebpf.core import Service, Stream
+from rama_ebpf.core import Lifecycle, ProtocolError, Service, Stage, Stream, stack
+from rama_ebpf.layers.metrics import MetricsLayer
 from rama_ebpf.process import Application, WorkerContext
 
 
@@ -53,6 +54,20 @@ def two_services(context: WorkerContext) -> Application:
         await stream.write(b"hello\n")
 
     return Application({"echo": echo, "hello": hello})
+
+
+def measured(context: WorkerContext) -> Service[Stream, None]:
+    """``talk`` behind the metrics layer; five bytes are the handshake, and ``fail`` is one that fails."""
+    inner = talk(context)
+
+    async def serve(stream: Stream) -> None:
+        word = await stream.read_exactly(5)
+        if word == b"fail\n":
+            raise ProtocolError("asked for")
+        Lifecycle.of(stream.extensions).reached(Stage.ESTABLISHED)
+        await inner(stream)
+
+    return stack(MetricsLayer(), serve)
 
 
 def broken(context: WorkerContext) -> Service[Stream, None]:

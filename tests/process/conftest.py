@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +49,7 @@ class Supervised:
     """A running supervisor process."""
 
     process: asyncio.subprocess.Process
+    temporary: Path
     ports: list[int] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     failure: str = ""
@@ -78,6 +81,10 @@ class Supervised:
             await asyncio.wait_for(self._news.wait_for(lambda: any(text in line for line in self.log)), 60)
         return next(line for line in self.log if text in line)
 
+    def metrics_files(self) -> list[Path]:
+        """The files in which the workers count."""
+        return sorted(self.temporary.glob("rama-ebpf-metrics-*/*"))
+
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
@@ -106,15 +113,23 @@ Start = Callable[..., Awaitable[Supervised]]
 async def supervise() -> AsyncIterator[Start]:
     """Start a supervisor: ``await supervise("talk", workers=2, …)`` with the fields of a Plan."""
     async with contextlib.AsyncExitStack() as cleanup:
+        # Not tmp_path: unprivileged workers must be able to reach it.
+        parent = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="rama-ebpf-test-"))
+        os.chmod(parent, 0o755)
 
         async def start(application: str = "talk", **options: Any) -> Supervised:
             options["target"] = f"tests.process.applications:{application}"
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tests.process.supervise", json.dumps({"workers": 2, **options})),
+                *(
+                    sys.executable,
+                    "-m",
+                    "tests.process.supervise",
+                    json.dumps({"workers": 2, "parent": parent, **options}),
+                ),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )
-            running = Supervised(process)
+            running = Supervised(process, Path(parent))
             reading = asyncio.create_task(running.read_log())
             cleanup.push_async_callback(asyncio.wait, [reading])
             cleanup.push_async_callback(running.stop)

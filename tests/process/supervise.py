@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import uvloop
 
 from rama_ebpf.core import RamaError
+from rama_ebpf.metrics.directory import MetricsDirectory
+from rama_ebpf.metrics.exposition import MetricsServer, supervisor_collector, verdict_collector
 from rama_ebpf.process import Listener, Plan, Supervisor, WorkersFailed
 from rama_ebpf.process.plan import Json, UserIds
 from rama_ebpf.services.tcp import bind_tcp
@@ -21,6 +25,11 @@ def main() -> int:
     """Serve the plan of the first argument; print ``ready`` and the addresses."""
     options: dict[str, Any] = json.loads(sys.argv[1])
     logging.basicConfig(level="DEBUG", format="%(levelname)s supervisor %(message)s")
+    with_metrics = options.pop("metrics", False)
+    parent = options.pop("parent")
+    if "descriptors" in options:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (options["descriptors"],) * 2)
+        del options["descriptors"]
     names = options.pop("listeners", ["main"])
     sockets = options.pop("sockets", options.get("workers", 2))
     user = options.pop("user", None)
@@ -30,10 +39,16 @@ def main() -> int:
         more = [bind_tcp(*first.getsockname(), reuse_port=True) for _ in range(sockets - 1)]
         listeners.append(Listener(name, (first, *more)))
 
+    cleanup = contextlib.ExitStack()
+    directory = cleanup.enter_context(MetricsDirectory(None if user is None else UserIds.of(user), parent=parent))
+    scraped = bind_tcp("127.0.0.1", 0)
+    ports = [listener.sockets[0].getsockname()[1] for listener in listeners] + [scraped.getsockname()[1]]
+
     def plan() -> Plan:
         override = Path(options["reload_from"]).read_text() if "reload_from" in options else "{}"
         merged = {**options, **json.loads(override or "{}")}
         merged.pop("reload_from", None)
+        merged["environment"] = directory.environment if with_metrics else {}
         return Plan(listeners=tuple(listeners), user=None if user is None else UserIds.of(user), **merged)
 
     def refuse(body: Json) -> Json:
@@ -43,11 +58,20 @@ def main() -> int:
         plan(),
         handlers={"sum": lambda body: {"worker": body["from"], "pids": supervisor.pids}, "refuse": refuse},
         reload=plan,
-        on_ready=lambda: print("ready", json.dumps([li.sockets[0].getsockname()[1] for li in listeners]), flush=True),
+        on_ready=lambda: print("ready", json.dumps(ports), flush=True),
+        on_exit=directory.worker_exited,
     )
+
+    async def serve() -> None:
+        verdicts = verdict_collector(lambda: {("ban", "", "drop"): 3, ("rule", "office", "allow"): 5})
+        metrics = MetricsServer(scraped, directory, [supervisor_collector(supervisor), verdicts])
+        metrics.start()
+        await supervisor.run()
+        await metrics.stop()
+
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(supervisor.run())
+        with cleanup, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve())
     except WorkersFailed as error:
         print(f"failed {error}", flush=True)
         return 2

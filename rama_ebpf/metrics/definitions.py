@@ -1,0 +1,52 @@
+"""The metrics that the layers and the server write. Imported late: prometheus-client decides on import how values are
+kept (``PROMETHEUS_MULTIPROC_DIR``)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge, Histogram
+
+__all__ = [
+    "ACCEPTED",
+    "ACCEPT_PAUSES",
+    "CONNECTIONS",
+    "CONNECTION_SECONDS",
+    "ERRORS",
+    "HANDSHAKES",
+    "HANDSHAKE_SECONDS",
+    "RECEIVED_BYTES",
+    "SENT_BYTES",
+    "TUNNELS",
+    "TUNNELS_CLOSED",
+]
+
+_BY_LISTENER: Final = ("listener",)
+
+ACCEPTED: Final = Counter("rama_accepted_connections", "Connections that reached the services.", _BY_LISTENER)
+CONNECTIONS: Final = Gauge(
+    "rama_connections", "Connections that are being served.", _BY_LISTENER, multiprocess_mode="livesum"
+)
+HANDSHAKES: Final = Counter(
+    "rama_handshakes", "Handshakes by outcome: established, or the kind of error.", ("listener", "outcome")
+)
+HANDSHAKE_SECONDS: Final = Histogram(
+    "rama_handshake_duration_seconds",
+    "From accept until the protocol's handshake was over.",
+    _BY_LISTENER,
+    buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0),
+)
+CONNECTION_SECONDS: Final = Histogram(
+    "rama_connection_duration_seconds",
+    "Age of connections when they ended.",
+    _BY_LISTENER,
+    buckets=(0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0),
+)
+RECEIVED_BYTES: Final = Counter("rama_received_bytes", "Bytes received from clients.", _BY_LISTENER)
+SENT_BYTES: Final = Counter("rama_sent_bytes", "Bytes sent to clients.", _BY_LISTENER)
+TUNNELS: Final = Gauge("rama_tunnels", "Tunnels that are live.", _BY_LISTENER, multiprocess_mode="livesum")
+TUNNELS_CLOSED: Final = Counter("rama_closed_tunnels", "Tunnels that have ended.", ("listener", "relay", "reason"))
+ERRORS: Final = Counter("rama_errors", "Connections that ended with an error, by its kind.", ("listener", "kind"))
+ACCEPT_PAUSES: Final = Counter(
+    "rama_accept_pauses", "Times that accepting paused because the process was out of descriptors.", _BY_LISTENER
+)

@@ -1,0 +1,67 @@
+"""How workers share their counters: files that each maps into its memory, merged when somebody asks.
+
+This is prometheus-client's multiprocess mode. Files are named for a worker's number and generation instead of its
+process id: a replacement counts on in the files of the worker that died, so their number stays bounded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from ..process.plan import UserIds
+
+__all__ = ["ENVIRONMENT", "MetricsDirectory", "use_identity"]
+
+ENVIRONMENT = "PROMETHEUS_MULTIPROC_DIR"
+
+
+class MetricsDirectory:
+    """A private directory for the files of one supervisor's workers; removed on exit.
+
+    ``parent`` must let ``owner``, the workers' user, pass; by default it is ``/run`` for root, which is in memory.
+    """
+
+    def __init__(self, owner: UserIds | None = None, *, parent: str | None = None) -> None:
+        if parent is None and os.geteuid() == 0:
+            parent = "/run"
+        self.path = Path(tempfile.mkdtemp(prefix="rama-ebpf-metrics-", dir=parent))
+        if owner is not None:
+            os.chown(self.path, owner.uid, owner.gid)
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What the workers' environment needs."""
+        return {ENVIRONMENT: str(self.path)}
+
+    def worker_exited(self, identity: str) -> None:
+        """Forget the gauges of a worker that has ended; its counters stay, for they are still true."""
+        for path in self.path.glob(f"gauge_live*_{identity}.db"):
+            path.unlink()
+
+    def __enter__(self) -> MetricsDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.path)
+
+
+def use_identity(identity: str) -> None:
+    """Name this process's files ``identity`` instead of its process id. Does nothing without a metrics directory.
+
+    Raises RuntimeError if a metric was made before: it would have a file of another name.
+    """
+    if ENVIRONMENT not in os.environ:
+        return
+    if "rama_ebpf.metrics.definitions" in sys.modules:
+        raise RuntimeError("the identity must be set before the first metric is made")
+    from prometheus_client import values
+
+    values.ValueClass = values.MultiProcessValue(lambda: identity)  # type: ignore[no-untyped-call]  # has no annotations

@@ -1,0 +1,90 @@
+"""Serving metrics over HTTP, for Prometheus to scrape."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from ..core.service import stack
+from ..layers.concurrency import ConcurrencyLimitLayer
+from ..layers.timeout import TimeoutLayer
+from ..process.supervisor import Supervisor
+from ..services.http import Body, Headers, HttpServer, Request, Response
+from ..services.tcp import TcpServer
+from .directory import MetricsDirectory
+
+__all__ = ["MetricsServer", "supervisor_collector", "verdict_collector"]
+
+Verdicts = Callable[[], Mapping[tuple[str, str, str], int]]
+
+
+class _Collector(Collector):
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterable[Metric]:
+        return self._collect()
+
+
+def verdict_collector(verdicts: Verdicts) -> Collector:
+    """Collect ``rama_verdicts_total`` from a function that returns counts by (stage, rule, action)."""
+
+    def collect() -> Iterable[Metric]:
+        family = CounterMetricFamily("rama_verdicts", "Verdicts on connections.", labels=("stage", "rule", "action"))
+        for labels, count in verdicts().items():
+            family.add_metric(labels, count)
+        yield family
+
+    return _Collector(collect)
+
+
+def supervisor_collector(supervisor: Supervisor) -> Collector:
+    """Collect how many workers serve, were replaced and were reloaded."""
+
+    def collect() -> Iterable[Metric]:
+        yield GaugeMetricFamily("rama_workers", "Workers that serve.", value=len(supervisor.pids))
+        yield CounterMetricFamily("rama_worker_restarts", "Workers that were replaced.", value=supervisor.restarts)
+        yield CounterMetricFamily("rama_reloads", "Reloads that succeeded.", value=supervisor.reloads)
+
+    return _Collector(collect)
+
+
+class MetricsServer:
+    """Serves ``/metrics`` on ``listener``: what the workers write to ``directory``, and what ``collectors`` add."""
+
+    def __init__(
+        self, listener: socket.socket, directory: MetricsDirectory, collectors: Iterable[Collector] = ()
+    ) -> None:
+        self._registry = CollectorRegistry()
+        MultiProcessCollector(self._registry, str(directory.path))  # type: ignore[no-untyped-call]
+        for collector in collectors:
+            self._registry.register(collector)
+        # A scrape reads every worker's files: bounded, so that a scraper gone wild does not become the load.
+        service = stack(ConcurrencyLimitLayer(16), TimeoutLayer(None, idle=60, total=300), HttpServer(self._answer))
+        self._server = TcpServer(listener, service)
+        self._listener = listener
+
+    def start(self) -> None:
+        """Start to serve, on the running event loop."""
+        self._server.start()
+
+    async def stop(self) -> None:
+        """Stop, and close the listening socket."""
+        await self._server.drain(0)
+        self._listener.close()
+
+    async def _answer(self, request: Request) -> Response:
+        if request.path.partition("?")[0] != "/metrics":
+            return Response.text(404, "metrics are at /metrics\n")
+        if request.method not in ("GET", "HEAD"):
+            return Response(405, Headers([("Allow", "GET, HEAD")]))
+        encode, content_type = choose_encoder(request.headers.get("Accept") or "")
+        text: bytes = await asyncio.to_thread(encode, self._registry)
+        return Response(200, Headers([("Content-Type", content_type)]), Body.of(text))

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import urllib.request
+from typing import Any
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from .conftest import Client, Start, Supervised
+
+
+async def scrape(server: Supervised) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return every sample by name and the values of its labels, in the order of their names."""
+    text = await asyncio.to_thread(fetch, server)
+    samples: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            samples.setdefault(sample.name, {})[tuple(value for _, value in sorted(sample.labels.items()))] = (
+                sample.value
+            )
+    return samples
+
+
+def fetch(server: Supervised, path: str = "/metrics", **headers: str) -> str:
+    request = urllib.request.Request(f"http://127.0.0.1:{server.ports[-1]}{path}", headers=headers)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return str(response.read().decode())
+
+
+async def established(server: Supervised, worker: int) -> Client:
+    """A connection to ``worker`` whose handshake is over."""
+    while True:
+        client = await server.open()
+        client.writer.write(b"hello")
+        if (await client.ask("who"))["worker"] == worker:
+            return client
+        await client.close()
+
+
+async def until(server: Supervised, name: str, labels: tuple[str, ...], value: float) -> None:
+    """Wait until a sample has a value."""
+    seen: Any = None
+    for _ in range(300):
+        seen = (await scrape(server)).get(name, {}).get(labels)
+        if seen == value:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{name}{labels} is {seen}, not {value}")
+
+
+async def test_what_all_workers_count_is_added_up(supervise: Start) -> None:
+    server = await supervise("measured", metrics=True, user="nobody")
+    clients = [await established(server, worker) for worker in (0, 1)]
+    await until(server, "rama_connections", ("main",), 2)
+    before = await scrape(server)
+    assert before["rama_handshakes_total"]["main", "established"] == before["rama_accepted_connections_total"]["main",]
+    assert before["rama_workers"][()] == 2
+    failing = await server.open()
+    failing.writer.write(b"fail\n")
+    await failing.ended()
+    for client in clients:
+        await client.close()
+    await until(server, "rama_connections", ("main",), 0)
+    after = await scrape(server)
+    assert after["rama_errors_total"] == {("protocol", "main"): 1}
+    assert after["rama_handshakes_total"]["main", "protocol"] == 1
+    accepted = after["rama_accepted_connections_total"]["main",]
+    # Each established connection sent "hello" and "who\n".
+    assert after["rama_received_bytes_total"]["main",] == (accepted - 1) * 9 + 5
+    assert after["rama_connection_duration_seconds_count"]["main",] == accepted
+
+
+async def test_a_dead_workers_connections_are_forgotten_and_its_counts_are_not(supervise: Start) -> None:
+    server = await supervise("measured", metrics=True, workers=1)
+    await established(server, 0)
+    await until(server, "rama_connections", ("main",), 1)
+    accepted = (await scrape(server))["rama_accepted_connections_total"]["main",]
+    files: set[str] = set()
+    for _ in range(2):
+        client = await server.open()
+        client.writer.write(b"hello")
+        pid = (await client.ask("who"))["pid"]
+        os.kill(pid, signal.SIGKILL)
+        await client.ended()
+        await established(server, 0)
+        accepted += 2
+        await until(server, "rama_connections", ("main",), 1)
+        samples = await scrape(server)
+        assert samples["rama_accepted_connections_total"]["main",] == accepted
+        found = {path.name for path in await asyncio.to_thread(server.metrics_files)}
+        assert not files or found == files  # replacements count on in the same files
+        files = found
+    assert samples["rama_worker_restarts_total"][()] == 2
+
+
+async def test_verdicts_and_both_formats(supervise: Start) -> None:
+    server = await supervise(metrics=True)
+    samples = await scrape(server)
+    assert samples["rama_verdicts_total"] == {("drop", "", "ban"): 3, ("allow", "office", "rule"): 5}
+    text = await asyncio.to_thread(fetch, server, Accept="application/openmetrics-text; version=1.0.0")
+    assert "rama_verdicts" in {family.name for family in parse_openmetrics(text)}
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        await asyncio.to_thread(fetch, server, "/")
+
+
+async def test_running_out_of_descriptors_pauses_and_is_counted(supervise: Start) -> None:
+    server = await supervise("measured", metrics=True, workers=1, descriptors=40)
+    clients = [await server.open() for _ in range(60)]
+    await server.logged("cannot accept (Too many open files)")
+    for client in clients:
+        await client.close()
+    await established(server, 0)
+    assert (await scrape(server))["rama_accept_pauses_total"]["main",] >= 1
+
+
+async def test_nothing_stays_of_the_files(supervise: Start) -> None:
+    server = await supervise("measured", metrics=True, drain=0.1)
+    await established(server, 0)
+    assert await asyncio.to_thread(server.metrics_files)
+    server.signal(signal.SIGTERM)
+    await server.wait()
+    assert not await asyncio.to_thread(server.metrics_files)
