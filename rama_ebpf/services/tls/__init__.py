@@ -1,32 +1,55 @@
 """TLS: look at a ClientHello, route and judge by it, pass through, terminate, originate, intercept."""
 
-from .alert import Alert, AlertError, NotTls
+from .alert import Alert
+from .certs import CertificateStore, ClientAuth, KeyPair, SelectContext, ServerTls, certificate_names
 from .client_hello import ClientHello, ClientHelloParser
+from .errors import AlertError, CertificateRejected, HandshakeFailed, NotTls, TlsError, TlsTruncated
 from .fingerprint import Ja3, Ja4
 from .match import TlsAction, TlsDenied, TlsMatch, TlsPolicyLayer, TlsRoute, TlsRouter, TlsRule, TlsStrike
 from .names import NameMap, NameSet
+from .originate import ClientTls, TlsConnector, spki_sha256
 from .passthrough import TlsPassthrough
 from .peek import TlsPeekLayer, peek_client_hello
+from .stream import TlsParameters, TlsStream
+from .terminate import TlsTerminateLayer
+from .tickets import TicketKeys
 
 __all__ = [
     "Alert",
     "AlertError",
+    "CertificateRejected",
+    "CertificateStore",
+    "ClientAuth",
     "ClientHello",
     "ClientHelloParser",
+    "ClientTls",
+    "HandshakeFailed",
     "Ja3",
     "Ja4",
+    "KeyPair",
     "NameMap",
     "NameSet",
     "NotTls",
+    "SelectContext",
+    "ServerTls",
+    "TicketKeys",
     "TlsAction",
+    "TlsConnector",
     "TlsDenied",
+    "TlsError",
     "TlsMatch",
+    "TlsParameters",
     "TlsPassthrough",
     "TlsPeekLayer",
     "TlsPolicyLayer",
     "TlsRoute",
     "TlsRouter",
     "TlsRule",
+    "TlsStream",
     "TlsStrike",
+    "TlsTerminateLayer",
+    "TlsTruncated",
+    "certificate_names",
     "peek_client_hello",
+    "spki_sha256",
 ]

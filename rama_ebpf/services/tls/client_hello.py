@@ -4,7 +4,7 @@
 message is complete, however it is split over records and segments. Rules:
 
 - Nothing is consumed: the caller keeps the bytes and hands them to whoever speaks TLS afterwards.
-- A byte that no TLS client sends ends the parse at once (:class:`~.alert.NotTls`), so that another protocol on the
+- A byte that no TLS client sends ends the parse at once (:class:`~.errors.NotTls`), so that another protocol on the
   port is told apart after its first bytes and not after a time-out.
 - Every length is checked against what encloses it and nothing may be left over, as RFC 8446 section 4 asks; an
   extension may come once. A message that two parsers could read in two ways is refused, for a policy decided here
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
-from .alert import Alert, AlertError, NotTls
+from .alert import Alert
+from .errors import AlertError, NotTls
 
 __all__ = ["DEFAULT_LIMIT", "ClientHello", "ClientHelloParser", "is_grease"]
 

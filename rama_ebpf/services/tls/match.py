@@ -10,8 +10,9 @@ from typing import Any
 from ...core.errors import PolicyDenied
 from ...core.service import Service
 from ...core.stream import Stream
-from .alert import Alert, AlertError
+from .alert import Alert
 from .client_hello import ClientHello
+from .errors import AlertError
 from .fingerprint import Ja4
 from .names import NameSet
 

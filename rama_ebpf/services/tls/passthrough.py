@@ -7,8 +7,9 @@ from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service
 from ...core.stream import Stream
 from ...relay import TunnelReport, relay
-from .alert import Alert, AlertError
+from .alert import Alert
 from .client_hello import ClientHello
+from .errors import AlertError
 from .names import NameMap
 
 __all__ = ["TlsPassthrough"]

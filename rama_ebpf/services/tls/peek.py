@@ -8,8 +8,8 @@ from typing import Any
 from ...core.errors import HandshakeTimeout, PeerClosed
 from ...core.service import Service
 from ...core.stream import MAX_UNREAD, Stream
-from .alert import AlertError, NotTls
 from .client_hello import DEFAULT_LIMIT, ClientHello, ClientHelloParser
+from .errors import AlertError, NotTls
 from .fingerprint import Ja3, Ja4
 
 __all__ = ["TlsPeekLayer", "peek_client_hello"]

@@ -1,0 +1,90 @@
+"""Terminating TLS: the layer that turns a stream of ciphertext into one of plaintext for the service inside."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ...core.errors import HandshakeTimeout, LimitExceeded
+from ...core.service import Service
+from ...core.stream import Stream
+from .certs import SelectContext
+from .errors import AlertError
+from .peek import peek_client_hello
+from .stream import TlsStream
+
+__all__ = ["TlsTerminateLayer"]
+
+
+class TlsTerminateLayer:
+    """Does the server's side of TLS and hands a :class:`TlsStream` to the service inside.
+
+    ``certificates`` chooses the context from the whole ClientHello before anything is answered, and may wait while
+    it does. ``handshake_timeout`` (seconds) covers everything from the first byte due to the end of the handshake.
+    At most ``max_handshakes`` are under way at once: what comes above that is cut at once (:class:`LimitExceeded`),
+    for to wait in line would only hold more sockets. ``ragged_eof``: see :class:`TlsStream`.
+
+    The ClientHello and the negotiated :class:`~.stream.TlsParameters` are added to the extensions. When the service
+    returns the stream is closed with close_notify, when it raises it is cut. Raises :class:`AlertError` and what
+    :meth:`TlsStream.accept` raises, after the client has been told.
+    """
+
+    accepts = Stream
+    provides = TlsStream
+
+    def __init__(
+        self,
+        certificates: SelectContext,
+        *,
+        handshake_timeout: float = 10.0,
+        max_handshakes: int = 1000,
+        ragged_eof: bool = False,
+    ) -> None:
+        if handshake_timeout <= 0:
+            raise ValueError(f"handshake_timeout must be positive, not {handshake_timeout}")
+        if max_handshakes < 1:
+            raise ValueError(f"max_handshakes must be at least 1, not {max_handshakes}")
+        self._certificates = certificates
+        self._timeout = handshake_timeout
+        self._max_handshakes = max_handshakes
+        self._ragged_eof = ragged_eof
+        self.handshakes = 0
+        """How many handshakes are under way."""
+
+    def __call__(self, inner: Service[TlsStream, Any], /) -> Service[Stream, Any]:
+        async def terminate(stream: Stream, /) -> Any:
+            tls = await self._accept(stream)
+            try:
+                result = await inner(tls)
+            except BaseException:
+                tls.abort()
+                raise
+            await tls.close()
+            return result
+
+        return terminate
+
+    async def _accept(self, stream: Stream) -> TlsStream:
+        if self.handshakes >= self._max_handshakes:
+            raise LimitExceeded(f"{self.handshakes} TLS handshakes are under way")
+        self.handshakes += 1
+        try:
+            async with asyncio.timeout(self._timeout):
+                hello = await peek_client_hello(stream, timeout=self._timeout)
+                if stream.extensions.get(type(hello)) != hello:
+                    stream.extensions.add(hello)
+                context = await self._certificates(hello)
+                return await TlsStream.accept(
+                    stream,
+                    context,
+                    server_name=hello.server_name,
+                    timeout=self._timeout,
+                    ragged_eof=self._ragged_eof,
+                )
+        except AlertError as error:
+            await stream.close_after(error.wire)
+            raise
+        except TimeoutError as error:
+            raise HandshakeTimeout(f"TLS handshake not finished within {self._timeout} s") from error
+        finally:
+            self.handshakes -= 1
