@@ -148,13 +148,9 @@ class Gate:
         """Return the index of a listener in the per-listener maps. Raises KeyError."""
         return self._listeners[address].id
 
-    def accept_counter(self, address: SocketAddress, worker: int = 0) -> AcceptCounter:
-        """Return the shared counter in which ``worker`` (0–63) counts what it accepted on a listener."""
-        per_listener = abi.constants()["SOCKETS_PER_LISTENER"]
-        if not 0 <= worker < per_listener:
-            raise ValueError(f"worker {worker}: use 0 to {per_listener - 1}")
-        entries = self.maps.capacity("accepted")
-        return AcceptCounter(self.maps["accepted"], entries, self.listener_id(address) * per_listener + worker)
+    def accept_slot(self, address: SocketAddress) -> int:
+        """Return the index, in the map ``accepted``, of worker 0 on a listener; the other workers' follow."""
+        return self.listener_id(address) * abi.constants()["SOCKETS_PER_LISTENER"]
 
     # -- end -----------------------------------------------------------------------------------------------------
 
@@ -184,8 +180,8 @@ class Gate:
 class AcceptCounter:
     """One slot of the map ``accepted``, written through shared memory: no system call, and no privilege."""
 
-    def __init__(self, fd: int, entries: int, index: int) -> None:
-        self._memory = mmap.mmap(fd, entries * 8, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    def __init__(self, fd: int, index: int) -> None:
+        self._memory = mmap.mmap(fd, bpf.map_info(fd).max_entries * 8)
         self._slot = memoryview(self._memory).cast("Q")[index : index + 1]
 
     def increment(self) -> None:

@@ -107,5 +107,14 @@ class ProxyProcess:
         return int(rows[0]["hits"])
 
     def descriptors(self) -> int:
-        """How many descriptors the server process has open."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """How many descriptors the server and its workers have open."""
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (self.pid, *self.workers()))
+
+    def programs(self) -> set[int]:
+        """The ids of the BPF programs that the server holds."""
+        texts = [path.read_text() for path in Path(f"/proc/{self.pid}/fdinfo").iterdir()]
+        return {int(number) for text in texts for number in re.findall(r"^prog_id:\s+(\d+)", text, flags=re.M)}
+
+    def workers(self) -> list[int]:
+        """The process ids of the workers."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]

@@ -6,12 +6,21 @@ import ctypes
 import os
 import resource
 import signal
+import struct
 from typing import Final
 
 from .plan import UserIds
 
-__all__ = ["die_with_parent", "drop_privileges", "raise_descriptor_limit"]
+__all__ = [
+    "can_change_user",
+    "die_with_parent",
+    "drop_privileges",
+    "give_up_capabilities",
+    "raise_descriptor_limit",
+]
 
+_CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP = 6, 7, 8
+_CAPABILITY_VERSION_3: Final = 0x20080522
 _PR_SET_PDEATHSIG: Final = 1
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_NO_NEW_PRIVS: Final = 38
@@ -36,6 +45,22 @@ def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, even if it hangs. Call it after a change of user,
     which clears the setting (prctl(2))."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def can_change_user() -> bool:
+    """Whether this process may become another user: it may lack the capabilities even as root, in a container."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        effective = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    return all(effective >> capability & 1 for capability in (_CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP))
+
+
+def give_up_capabilities() -> None:
+    """Give up all capabilities, and the ways to regain them by executing a program, but stay the same user."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    if _libc.capset(header, bytes(24)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")
 
 
 def drop_privileges(user: UserIds) -> None:

@@ -131,6 +131,7 @@ class Supervisor:
             if not self._stopping.is_set():
                 self._on_ready()
             await self._stopping.wait()
+            log.info("stopping: connections have %g s to end (a second signal cuts them)", self.plan.drain)
             await self._stop_workers(set(self._workers), self.plan.drain)
         finally:
             self._stopping.set()

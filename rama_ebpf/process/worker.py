@@ -27,7 +27,7 @@ from ..services.tcp import TcpServer
 from .channel import Channel, receive_line, send_line
 from .context import Application, WorkerContext, load_application
 from .plan import UserIds
-from .privileges import die_with_parent, drop_privileges, raise_descriptor_limit
+from .privileges import die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
 
 __all__ = ["main"]
 
@@ -103,6 +103,8 @@ class _Worker:
             raise RamaError(f"{self._order['target']} makes no service for the listener {', '.join(sorted(missing))}")
         if self._order["user"] is not None:
             drop_privileges(UserIds(*self._order["user"]))
+        else:
+            give_up_capabilities()
         die_with_parent()
 
     async def run(self, channel: socket.socket) -> int:

@@ -218,8 +218,9 @@ def _cgroup_programs(cgroup: Path) -> str:
 
 def test_kill_9_leaves_no_program_and_the_next_start_keeps_the_policy(scene: Scene, start_proxy: StartProxy) -> None:
     scene.proxy.command("block", scene.client.ipv4)
-    ours = {pid for pid, name in _bpf_programs().items() if name.startswith(("gate_", "count_estab"))}
-    assert ours
+    ours = scene.proxy.programs()
+    assert ours <= set(_bpf_programs())
+    assert len(ours) >= 3
     cgroup = Path(scene.proxy.json("status")["cgroup"])
     assert "gate_cgroup" in _cgroup_programs(cgroup)
 
@@ -244,24 +245,16 @@ def test_kill_9_at_any_moment_of_the_start_does_not_hinder_the_next(
 ) -> None:
     server, client = lab.host("proxy"), lab.host("client")
     listen = ("--listen", f"{server.ipv4}:{PORT}")
-    before = set(_bpf_programs())
     victim = server.popen(ProxyProcess.COMMAND, "run", "--instance", instance, *listen, stderr=subprocess.DEVNULL)
     time.sleep(moment)
     victim.kill()
     victim.wait()
     proxy = start_proxy(server, *listen)
     assert Scene(proxy, server, client).greet() == b"\x05\x00"
+    ours = proxy.programs()
     proxy.signal(signal.SIGTERM)
     assert proxy.wait() == 0
-    names = {"gate_cgroup", "gate_lookup", "gate_xdp", "count_establish"}
-    mine = lambda: {n for i, n in _bpf_programs().items() if i not in before and n in names}  # noqa: E731
-    wait_for(lambda: not mine() or _others_run(instance), what="the end of the programs")
-
-
-def _others_run(instance: str) -> bool:
-    """Whether another instance (of a suite that runs beside this one) may own the programs that are there."""
-    root = Instance(instance).run_dir.parent
-    return any(Instance(path.name).serving_pid() is not None for path in root.iterdir() if path.name != instance)
+    wait_for(lambda: not ours & set(_bpf_programs()), what="the end of the programs")
 
 
 def test_clean_stop_and_unload_leave_nothing(scene: Scene, instance: str) -> None:
