@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import resource
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 import pytest
+import uvloop
 
 from rama_ebpf.core import Extensions, IPAddress, RamaError, Service, Stream
 from rama_ebpf.policy.egress import EgressPolicy
@@ -74,6 +75,18 @@ class Proxy:
 
 Target = tuple[str, int]
 StreamHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+_ON_BOTH_LOOPS = {"test_bind", "test_client", "test_udp"}
+"""The modules that test code which registers descriptors with the loop itself."""
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run on the loop that ``rama-ebpf run`` uses, and where loops could differ on Python's own as well."""
+    factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"uvloop": uvloop.new_event_loop}
+    if item.path.stem in _ON_BOTH_LOOPS:
+        factories["asyncio"] = asyncio.new_event_loop
+    return factories
 
 
 @pytest.fixture(params=["127.0.0.1", "::1"], ids=["ipv4", "ipv6"])

@@ -81,3 +81,43 @@ async def only_tom(credentials: Credentials) -> User:
     if credentials != Credentials("tom", "secret"):
         raise AuthFailed(f"wrong user name or password for {credentials.username!r}")
     return User("tom")
+
+
+class Udp:
+    """A UDP socket of a test."""
+
+    def __init__(self, host: str, port: int = 0) -> None:
+        self._sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        self._sock.setblocking(False)
+        try:
+            self._sock.bind((host, port))
+        except OSError:
+            self._sock.close()
+            raise
+        self.address: tuple[str, int] = self._sock.getsockname()[:2]
+
+    def send(self, data: bytes, to: tuple[str, int]) -> None:
+        self._sock.sendto(data, to)
+
+    async def receive(self) -> tuple[bytes, tuple[str, int]]:
+        loop = asyncio.get_running_loop()  # uvloop has no sock_recvfrom()
+        ready = asyncio.Event()
+        loop.add_reader(self._sock, ready.set)
+        try:
+            async with asyncio.timeout(20):
+                await ready.wait()
+        finally:
+            loop.remove_reader(self._sock)
+        data, source = self._sock.recvfrom(65535)
+        return data, source[:2]
+
+    def nothing(self) -> bool:
+        """Whether nothing has arrived."""
+        try:
+            self._sock.recv(65535)
+        except BlockingIOError:
+            return True
+        return False
+
+    def close(self) -> None:
+        self._sock.close()

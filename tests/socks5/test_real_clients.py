@@ -20,7 +20,7 @@ from rama_ebpf.core import User
 from rama_ebpf.services.socks5 import Binder, Request, Socks5Server, UdpAssociator
 
 from .conftest import Proxy
-from .peers import only_tom
+from .peers import Udp, only_tom
 
 PAGE = b"hello from behind the proxy\n"
 
@@ -231,15 +231,14 @@ async def test_npm_socks_connects(proxy, web, npm_socks, version):
 
 
 async def test_npm_socks_sends_datagrams(proxy, npm_socks, loopback):
-    with socket.socket(socket.AF_INET6 if ":" in loopback else socket.AF_INET, socket.SOCK_DGRAM) as target:
-        target.bind((loopback, 0))
-        target.setblocking(False)
-        port = str(target.getsockname()[1])
-        command = ("node", npm_socks, "associate", proxy.host, str(proxy.port), "5", "", "", loopback, port)
-        client = asyncio.create_task(run(*command))
-        data, source = await asyncio.get_running_loop().sock_recvfrom(target, 65535)
-        target.sendto(data.upper(), source)
-        assert await client == b"DATAGRAM FROM NPM"
+    target = Udp(loopback)
+    port = str(target.address[1])
+    command = ("node", npm_socks, "associate", proxy.host, str(proxy.port), "5", "", "", loopback, port)
+    client = asyncio.create_task(run(*command))
+    data, source = await target.receive()
+    target.send(data.upper(), source)
+    assert await client == b"DATAGRAM FROM NPM"
+    target.close()
 
 
 async def test_npm_socks_binds(proxy, npm_socks, loopback):

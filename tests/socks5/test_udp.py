@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
 
@@ -15,7 +14,7 @@ from rama_ebpf.relay import CloseReason
 from rama_ebpf.services.socks5 import Drop, Socks5Server, UdpAssociator
 
 from ..namespace import network_namespace
-from .peers import GREETING, UDP_ASSOCIATE, address, domain, exchange, failed, request, start
+from .peers import GREETING, UDP_ASSOCIATE, Udp, address, domain, exchange, failed, request, start
 
 
 def associating(**options):
@@ -23,39 +22,6 @@ def associating(**options):
         return Socks5Server(connector, udp=UdpAssociator(connector.resolver, connector.egress, **options))
 
     return make
-
-
-class Udp:
-    """A UDP socket of a test."""
-
-    def __init__(self, host: str, port: int = 0) -> None:
-        self._sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-        self._sock.setblocking(False)
-        try:
-            self._sock.bind((host, port))
-        except OSError:
-            self._sock.close()
-            raise
-        self.address: tuple[str, int] = self._sock.getsockname()[:2]
-
-    def send(self, data: bytes, to: tuple[str, int]) -> None:
-        self._sock.sendto(data, to)
-
-    async def receive(self) -> tuple[bytes, tuple[str, int]]:
-        async with asyncio.timeout(20):
-            data, source = await asyncio.get_running_loop().sock_recvfrom(self._sock, 65535)
-        return data, source[:2]
-
-    def nothing(self) -> bool:
-        """Whether nothing has arrived."""
-        try:
-            self._sock.recv(65535)
-        except BlockingIOError:
-            return True
-        return False
-
-    def close(self) -> None:
-        self._sock.close()
 
 
 @pytest.fixture
@@ -293,6 +259,10 @@ async def test_slow_resolver_holds_a_bounded_queue(run_proxy, udp, loopback):
 async def test_thousand_concurrent_associations_each_reach_the_target(run_proxy, udp, loopback, many_descriptors):
     proxy = await run_proxy(make=associating())
     target = udp()
+    _reader, writer, _relay = await start(proxy, UNSPECIFIED[loopback], 0, UDP_ASSOCIATE)
+    writer.close()  # what is opened once is open now
+    await writer.wait_closed()
+    await proxy.idle()
     before = len(os.listdir("/proc/self/fd"))
     opened = []
     for index in range(1000):
