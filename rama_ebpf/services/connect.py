@@ -17,11 +17,21 @@ from typing import Final, Protocol
 
 from ..core.address import Authority, IPAddress, SocketAddress
 from ..core.errors import AuthFailed, PeerClosed, PolicyDenied, ProtocolError, RamaError
+from ..core.service import Service
 from ..core.stream import SocketStream, Stream
 from .resolver import ResolveError, Resolver, SystemResolver
 from .socket_options import SocketOptions
 
-__all__ = ["ConnectError", "Connector", "Egress", "ResolveError", "Resolver", "SystemResolver", "upstream_failure"]
+__all__ = [
+    "ConnectError",
+    "Connector",
+    "Egress",
+    "ResolveError",
+    "Resolver",
+    "SystemResolver",
+    "reach_proxy",
+    "upstream_failure",
+]
 
 _MAX_ADDRESSES: Final = 16
 
@@ -54,6 +64,17 @@ def upstream_failure(error: BaseException, doing: str) -> ConnectError | None:
     else:
         return None
     return ConnectError(number, f"{doing}: {error}")
+
+
+async def reach_proxy(connector: Service[Authority, Stream], proxy: Authority) -> Stream:
+    """Connect to a proxy upstream. Raises :class:`ConnectError` with EIO whatever the reason.
+
+    That our way out is broken says nothing about the target, so it must not look like an answer about the target.
+    """
+    try:
+        return await connector(proxy)
+    except (RamaError, OSError) as error:
+        raise ConnectError(errno.EIO, f"cannot reach the proxy {proxy}: {error}") from error
 
 
 class Egress(Protocol):

@@ -16,18 +16,20 @@ from ..layers.chain import Hop, ProxyChainLayer
 from .connect import ConnectError, Egress, ResolveError, Resolver
 from .http.tunnel_client import HttpTunnelClient
 from .socks5.client import Socks5Client
+from .tls import ClientTls, TlsConnector
 
 __all__ = ["ResolveLayer", "parse_chain", "parse_hop"]
 
-_DEFAULT_PORTS: Final = {"socks5": 1080, "socks5h": 1080, "http": 80}
+_DEFAULT_PORTS: Final = {"socks5": 1080, "socks5h": 1080, "http": 80, "https": 443}
 
 
-def parse_hop(url: str, *, timeout: float = 10.0) -> Hop:
-    """Return the hop that ``url`` names: ``socks5://`` or ``http://`` (CONNECT), as
+def parse_hop(url: str, *, tls: ClientTls | None = None, timeout: float = 10.0) -> Hop:
+    """Return the hop that ``url`` names: ``socks5://``, ``http://`` (CONNECT) or ``https://`` (CONNECT inside TLS), as
     ``scheme://user:password@host:port`` with percent-encoding in user and password.
 
     Names of targets are resolved by the proxy, as ``socks5h://`` says elsewhere; for resolving them here see
-    :class:`ResolveLayer`. ``timeout`` (seconds) bounds a handshake. Raises ValueError; its text holds no password.
+    :class:`ResolveLayer`. ``tls`` are the settings towards an ``https://`` proxy, ``timeout`` (seconds) bounds a
+    handshake. Raises ValueError; its text holds no password.
     """
     try:
         parts = urlsplit(url)
@@ -37,12 +39,12 @@ def parse_hop(url: str, *, timeout: float = 10.0) -> Hop:
     credentials = None
     if parts.username is not None:
         credentials = Credentials(unquote(parts.username), unquote(parts.password or ""))
-    return _HOPS[parts.scheme](proxy, credentials, timeout)
+    return _HOPS[parts.scheme](proxy, credentials, tls, timeout)
 
 
-def parse_chain(urls: Sequence[str], *, timeout: float = 10.0) -> ProxyChainLayer:
+def parse_chain(urls: Sequence[str], *, tls: ClientTls | None = None, timeout: float = 10.0) -> ProxyChainLayer:
     """Return the layer that goes through all these proxies, the first one being the nearest to us."""
-    return ProxyChainLayer(*(parse_hop(url, timeout=timeout) for url in urls))
+    return ProxyChainLayer(*(parse_hop(url, tls=tls, timeout=timeout) for url in urls))
 
 
 def _authority(parts: SplitResult) -> Authority:
@@ -56,18 +58,27 @@ def _authority(parts: SplitResult) -> Authority:
     return Authority.of(parts.hostname, port)
 
 
-def _socks5(proxy: Authority, credentials: Credentials | None, timeout: float) -> Hop:
+def _socks5(proxy: Authority, credentials: Credentials | None, tls: ClientTls | None, timeout: float) -> Hop:
     return lambda inner: Socks5Client(inner, proxy, credentials=credentials, timeout=timeout)
 
 
-def _http(proxy: Authority, credentials: Credentials | None, timeout: float) -> Hop:
+def _http(proxy: Authority, credentials: Credentials | None, tls: ClientTls | None, timeout: float) -> Hop:
     return lambda inner: HttpTunnelClient(inner, proxy, credentials=credentials, timeout=timeout)
 
 
-_HOPS: Final[dict[str, Callable[[Authority, Credentials | None, float], Hop]]] = {
+def _https(proxy: Authority, credentials: Credentials | None, tls: ClientTls | None, timeout: float) -> Hop:
+    def hop(inner: Service[Authority, Stream]) -> Service[Authority, Stream]:
+        secured = TlsConnector(inner, tls, handshake_timeout=timeout)
+        return HttpTunnelClient(secured, proxy, credentials=credentials, timeout=timeout)
+
+    return hop
+
+
+_HOPS: Final[dict[str, Callable[[Authority, Credentials | None, ClientTls | None, float], Hop]]] = {
     "socks5": _socks5,
     "socks5h": _socks5,
     "http": _http,
+    "https": _https,
 }
 
 

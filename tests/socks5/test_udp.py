@@ -10,7 +10,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from rama_ebpf.relay import CloseReason
+from rama_ebpf.relay import CloseReason, TunnelReport
 from rama_ebpf.services.socks5 import Drop, Socks5Server, UdpAssociator
 
 from ..namespace import network_namespace
@@ -59,6 +59,8 @@ async def test_datagrams_are_relayed_both_ways_by_address_and_by_name(run_proxy,
     await proxy.idle()
     (report,) = proxy.results
     assert (report.reason, report.to_targets, report.to_client, report.dropped) == (CloseReason.EOF, 6, 6, {})
+    logged = proxy.extensions[0].require(TunnelReport)
+    assert (logged.to_upstream, logged.to_client, logged.relay) == (32_008, 32_008, "udp")
 
 
 async def test_datagram_from_another_address_than_the_clients_is_dropped(run_proxy, udp, loopback):
@@ -191,6 +193,22 @@ async def test_idle_association_is_closed_and_an_active_one_is_not(run_proxy, ud
         await asyncio.sleep(0.2)
     assert not reading.done(), "1.6 s of activity outlive an idle time-out of 1 s"
     assert await reading == b""
+    await proxy.idle()
+    assert proxy.results[0].reason is CloseReason.IDLE_TIMEOUT
+
+
+async def test_datagrams_of_a_target_do_not_keep_the_association_of_a_silent_client_alive(run_proxy, udp, loopback):
+    proxy = await run_proxy(make=associating(idle_timeout=0.5))
+    target, client = udp(), udp()
+    reader, _writer, relay = await start(proxy, UNSPECIFIED[loopback], 0, UDP_ASSOCIATE)
+    client.send(framed(*target.address, b"subscribe"), relay)
+    _data, outside = await target.receive()
+    closed = asyncio.create_task(reader.read())
+    async with asyncio.timeout(20):
+        while not closed.done():
+            target.send(b"news", outside)
+            await asyncio.wait({closed}, timeout=0.05)
+    assert closed.result() == b""
     await proxy.idle()
     assert proxy.results[0].reason is CloseReason.IDLE_TIMEOUT
 

@@ -17,10 +17,19 @@ from rama_ebpf.services.connect import ConnectError, Connector
 from rama_ebpf.services.http import HttpProxy
 from rama_ebpf.services.http.tunnel_client import HttpTunnelClient
 from rama_ebpf.services.socks5 import Socks5Server
+from rama_ebpf.services.tls import (
+    CertificateRejected,
+    CertificateStore,
+    ClientTls,
+    KeyPair,
+    ServerTls,
+    TlsTerminateLayer,
+)
 from rama_ebpf.services.upstream import ResolveLayer, parse_chain, parse_hop
 
+from ..tls import pki
 from .conftest import ALLOWED, Hosts, echo
-from .peers import GREETING, exchange, failed, only_tom, request
+from .peers import GREETING, closed_port, exchange, failed, only_tom, request
 from .test_client import ask
 
 
@@ -54,6 +63,37 @@ async def test_chain_of_socks_and_http_proxies_reaches_the_target(run_proxy, run
         assert await ask(await connector(Authority.of(name, port)), b"hello") == b"hello"
     assert [proxy.server.accepted for proxy in (first, second, third)] == [2, 2, 2]
     assert [proxy.hosts.asked for proxy in (first, second, third)] == [[], [], ["target.test"]]
+
+
+@pytest.fixture
+def certificates(tmp_path, loopback) -> tuple[pki.Authority, CertificateStore]:
+    """An authority, and a store with the certificate that it gave to our proxy."""
+    authority = pki.Authority(tmp_path)
+    leaf = authority.issue(loopback)
+    return authority, CertificateStore.of_files(ServerTls(), KeyPair(leaf.chain, leaf.key))
+
+
+async def test_https_proxy_is_reached_by_tls_and_must_prove_its_name(run_proxy, run_target, direct, certificates):
+    host, port = await run_target(echo)
+    authority, store = certificates
+    proxy = await run_proxy(make=lambda connector: stack(TlsTerminateLayer(store), HttpProxy(connector)))
+    hop = url("https", proxy.host, proxy.port)
+    trusting = stack(parse_chain([hop], tls=ClientTls(ca=authority.certificate)), direct)
+    for name in (host, "target.test"):
+        assert await ask(await trusting(Authority.of(name, port)), b"hello") == b"hello"
+    with pytest.raises(ConnectError, match="certificate") as caught:
+        await stack(parse_chain([hop]), direct)(Authority.of(host, port))
+    assert caught.value.errno == errno.EIO
+    assert isinstance(caught.value.__cause__, CertificateRejected)
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "http", "https"])
+async def test_way_out_that_is_broken_is_no_answer_about_the_target(run_proxy, direct, loopback, scheme):
+    """The proxy's own refusal, or policy against it, must not reach a client as REP 05 or 02 for its target."""
+    for hop in (url(scheme, loopback, closed_port(loopback)), f"{scheme}://10.0.0.1:1080"):
+        broken = stack(parse_chain([hop]), direct)
+        proxy = await run_proxy(make=lambda connector, way_out=broken: Socks5Server(way_out))
+        assert await exchange(proxy, GREETING + request("target.test", 80)) == failed(1)
 
 
 async def test_client_of_a_socks_server_goes_out_by_its_own_options_and_the_target(run_proxy, run_target, direct):

@@ -13,7 +13,7 @@ from ...core.auth import Credentials
 from ...core.errors import PeerClosed
 from ...core.service import Service
 from ...core.stream import Stream
-from ..connect import ConnectError, ResolveError, upstream_failure
+from ..connect import ConnectError, ResolveError, reach_proxy, upstream_failure
 from .errors import MalformedMessage
 from .heads import head_end, parse_response
 from .limits import HttpLimits
@@ -64,7 +64,7 @@ class HttpTunnelClient:
 
     async def __call__(self, target: Authority, /) -> Stream:
         request = self._request(target)
-        stream = await self._connector(self._proxy)
+        stream = await reach_proxy(self._connector, self._proxy)
         try:
             async with asyncio.timeout(self._timeout):
                 await stream.write(request)

@@ -15,7 +15,7 @@ from typing import Final
 from ...core.address import Authority, IPAddress, SocketAddress, unmap
 from ...core.errors import LimitExceeded, PolicyDenied, RamaError
 from ...core.stream import Stream
-from ...relay import CloseReason, TunnelLimits
+from ...relay import CloseReason, TunnelLimits, TunnelReport
 from ..connect import Egress, Resolver
 from .ports import advertised, bound_socket
 from .wire import Fragment, MalformedAddress, decode_datagram, encode_datagram
@@ -50,7 +50,10 @@ class Drop(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class AssociationReport:
-    """How an association went: datagrams relayed each way, drops by reason, age in seconds."""
+    """How an association went: datagrams relayed each way, drops by reason, age in seconds.
+
+    Logs and metrics find a :class:`~rama_ebpf.relay.TunnelReport` with the bytes of payload beside it.
+    """
 
     reason: CloseReason
     to_targets: int
@@ -66,8 +69,10 @@ class UdpAssociator:
     Each target address is checked by ``egress``, after resolution. Datagrams come back only from the endpoints, at
     most the latest ``max_targets``, to which the client has sent. ``advertise`` holds the addresses (one a family)
     that clients are told instead of our own, for hosts behind NAT; ``ports`` confines the ports that face clients.
-    An association without a datagram for ``idle_timeout`` seconds is closed, unless the stream's
-    :class:`~rama_ebpf.relay.TunnelLimits` say otherwise. At most ``max_associations`` live at once.
+    An association whose client has sent no datagram for ``idle_timeout`` seconds is closed, unless the stream's
+    :class:`~rama_ebpf.relay.TunnelLimits` say otherwise; datagrams from targets do not count, or they could keep the
+    association of a client that has gone alive for ever (RFC 4787 section 4.3). At most ``max_associations`` live at
+    once.
     """
 
     def __init__(
@@ -128,6 +133,8 @@ class Association:
         self._lookups: set[asyncio.Task[None]] = set()
         self._to_targets = 0
         self._to_client = 0
+        self._bytes_out = 0
+        self._bytes_in = 0
         self._dropped: Counter[Drop] = Counter()
         self._last = settings.clock()
         self._closed = False
@@ -148,6 +155,9 @@ class Association:
             age = self._settings.clock() - started
             report = AssociationReport(reason, self._to_targets, self._to_client, dict(self._dropped), age)
             stream.extensions.add(report)
+            drops = " ".join(f"{why.value}={count}" for why, count in report.dropped.items())
+            why = f"dropped {drops}" if drops else ""
+            stream.extensions.add(TunnelReport(reason, self._bytes_out, self._bytes_in, age, "udp", why))
         return report
 
     def close(self) -> None:
@@ -216,10 +226,14 @@ class Association:
             except BlockingIOError:
                 why = Drop.OVERFLOW
                 break
+            except PermissionError:  # the kernel's own egress check, or a firewall
+                why = Drop.POLICY
+                continue
             except OSError:
                 why = Drop.SEND
                 continue
             self._to_targets += 1
+            self._bytes_out += len(payload)
             self._targets[target] = None
             self._targets.move_to_end(target)
             if len(self._targets) > self._settings.max_targets:
@@ -277,7 +291,6 @@ class Association:
             if source not in self._targets or self._client is None:
                 self._dropped[Drop.UNSOLICITED] += 1
                 continue
-            self._last = self._settings.clock()
             try:
                 self._front.sendto(encode_datagram(source, data), self._client.to_sockaddr())
             except BlockingIOError:
@@ -286,6 +299,7 @@ class Association:
                 self._dropped[Drop.SEND] += 1
             else:
                 self._to_client += 1
+                self._bytes_in += len(data)
 
 
 def _datagrams(sock: socket.socket) -> Iterator[tuple[bytes, tuple[object, ...]]]:

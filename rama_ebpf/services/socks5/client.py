@@ -14,7 +14,7 @@ from ...core.auth import Credentials
 from ...core.errors import PeerClosed
 from ...core.service import Service
 from ...core.stream import Stream
-from ..connect import ConnectError, upstream_failure
+from ..connect import ConnectError, reach_proxy, upstream_failure
 from .client_machine import MAX_REPLY, ClientMachine, Refused
 from .wire import Command, MalformedAddress, Reply, decode_datagram, encode_datagram
 
@@ -101,7 +101,7 @@ class Socks5Client:
             raise
 
     async def _request(self, command: Command, target: Authority) -> tuple[Stream, ClientMachine, Authority]:
-        stream = await self._connector(self._proxy)
+        stream = await reach_proxy(self._connector, self._proxy)
         try:
             async with asyncio.timeout(self._timeout):
                 machine, bound = await handshake(stream, command, target, self._credentials)
