@@ -5,9 +5,10 @@ from __future__ import annotations
 from ..core.lifecycle import Lifecycle, Stage
 from ..core.stream import Stream
 from .copy import copy
+from .handler import Move, TunnelHandler
 from .tunnel import CloseReason, TunnelLimits, TunnelReport
 
-__all__ = ["CloseReason", "TunnelLimits", "TunnelReport", "relay"]
+__all__ = ["CloseReason", "Move", "TunnelHandler", "TunnelLimits", "TunnelReport", "relay"]
 
 
 async def relay(client: Stream, upstream: Stream, limits: TunnelLimits | None = None) -> TunnelReport:
@@ -15,9 +16,20 @@ async def relay(client: Stream, upstream: Stream, limits: TunnelLimits | None = 
 
     ``limits`` defaults to the :class:`TunnelLimits` among the client's extensions, or else to its defaults. Both
     streams are closed on return. The report is also appended to the client's extensions, on cancellation too, where
-    the layers outside find it.
+    the layers outside find it. A :class:`TunnelHandler` among the client's extensions is given the streams first.
     """
     Lifecycle.of(client.extensions).reached(Stage.TUNNEL)
-    if limits is None:
-        limits = client.extensions.get(TunnelLimits) or TunnelLimits()
-    return await copy(client, upstream, limits)
+    bounds = limits or client.extensions.get(TunnelLimits) or TunnelLimits()
+
+    async def move(client: Stream, upstream: Stream) -> TunnelReport:
+        return await copy(client, upstream, bounds)
+
+    handler = client.extensions.get(TunnelHandler)
+    if handler is None:
+        return await move(client, upstream)
+    try:
+        return await handler.handle(client, upstream, move)
+    except BaseException:
+        client.abort()
+        upstream.abort()
+        raise
