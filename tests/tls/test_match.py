@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from rama_ebpf.core import PolicyDenied, Stream, stack
+from rama_ebpf.core.names import NameMap, NameSet
 from rama_ebpf.services.tls import (
     Alert,
     AlertError,
-    NameMap,
-    NameSet,
     TlsAction,
     TlsDenied,
     TlsMatch,

@@ -8,9 +8,10 @@ import ssl
 import pytest
 
 from rama_ebpf.core import Authority, stack
+from rama_ebpf.core.names import NameMap
 from rama_ebpf.relay import TunnelReport
 from rama_ebpf.services.connect import ConnectError, Connector
-from rama_ebpf.services.tls import Alert, NameMap, TlsPassthrough, TlsPeekLayer
+from rama_ebpf.services.tls import Alert, TlsPassthrough, TlsPeekLayer
 
 from .conftest import HOST, Serve, TlsTarget
 from .test_match import hello

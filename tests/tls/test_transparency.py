@@ -15,8 +15,9 @@ import pytest
 
 from rama_ebpf.core import Authority as Target
 from rama_ebpf.core import stack
+from rama_ebpf.core.names import NameMap
 from rama_ebpf.services.connect import Connector
-from rama_ebpf.services.tls import NameMap, TlsPassthrough, TlsPeekLayer
+from rama_ebpf.services.tls import TlsPassthrough, TlsPeekLayer
 
 from .conftest import HOST, Serve
 from .pki import Authority

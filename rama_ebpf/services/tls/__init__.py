@@ -6,7 +6,6 @@ from .client_hello import ClientHello, ClientHelloParser
 from .errors import AlertError, CertificateRejected, HandshakeFailed, NotTls, TlsError, TlsTruncated
 from .fingerprint import Ja3, Ja4
 from .match import TlsAction, TlsDenied, TlsMatch, TlsPolicyLayer, TlsRoute, TlsRouter, TlsRule, TlsStrike
-from .names import NameMap, NameSet
 from .originate import ClientTls, TlsConnector, spki_sha256
 from .passthrough import TlsPassthrough
 from .peek import TlsPeekLayer, peek_client_hello
@@ -27,8 +26,6 @@ __all__ = [
     "Ja3",
     "Ja4",
     "KeyPair",
-    "NameMap",
-    "NameSet",
     "NotTls",
     "SelectContext",
     "ServerTls",

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import PolicyDenied
+from ...core.names import NameSet
 from ...core.service import Service
 from ...core.stream import Stream
 from .alert import Alert
 from .client_hello import ClientHello
 from .errors import AlertError
 from .fingerprint import Ja4
-from .names import NameSet
 
 __all__ = ["TlsAction", "TlsDenied", "TlsMatch", "TlsPolicyLayer", "TlsRoute", "TlsRouter", "TlsRule", "TlsStrike"]
 
@@ -22,9 +22,9 @@ __all__ = ["TlsAction", "TlsDenied", "TlsMatch", "TlsPolicyLayer", "TlsRoute", "
 class TlsMatch:
     """A condition on a ClientHello; every part that is given must hold, and an empty match holds always.
 
-    ``sni``: patterns of :class:`~.names.NameMap`, one of which matches the server name. ``alpn``: protocols, one of
-    which is offered. ``ja4``: fingerprints, one of which is the client's; one that ends in ``*`` is a prefix.
-    ``no_sni``: true for clients that name no server.
+    ``sni``: patterns of :class:`~rama_ebpf.core.names.NameMap`, one of which matches the server name.
+    ``alpn``: protocols, one of which is offered. ``ja4``: fingerprints, one of which is the client's; one that ends
+    in ``*`` is a prefix. ``no_sni``: true for clients that name no server.
     """
 
     def __init__(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ...core.address import Authority
 from ...core.lifecycle import Lifecycle, Stage
+from ...core.names import NameMap
 from ...core.service import Service
 from ...core.stream import Stream
 from ...relay import TunnelReport, relay
 from .alert import Alert
 from .client_hello import ClientHello
 from .errors import AlertError
-from .names import NameMap
 
 __all__ = ["TlsPassthrough"]
 
