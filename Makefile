@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: run test lint unit setup setup-test clean help
+.PHONY: run test lint unit setup setup-test docker-test clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,7 +24,11 @@ lint: setup-test ## ruff and mypy --strict
 	$(BIN)/mypy
 
 test: lint ## everything that CI runs; needs root
-	$(PYTEST) tests integration -m "not docker and not vm" $(PYTEST_ARGS)
+	$(PYTEST) tests integration -m "not vm" $(PYTEST_ARGS)
 
-clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+docker-test: setup-test ## the proxy among containers, on a Docker daemon of its own (part of `make test`)
+	@$(BIN)/python -m integration.require docker
+	$(PYTEST) integration/docker $(PYTEST_ARGS)
+
+clean: ## remove the virtual environment and caches (also of images, kernels and boxes)
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache
