@@ -1,0 +1,77 @@
+"""``check``, ``config show`` and ``passwd``: what concerns the configuration and the files it names."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import sys
+from pathlib import Path
+
+from ..config.load import ConfigError, load_config
+from ..config.show import effective, to_toml
+from ..layers.auth import hash_password
+from .output import OK, USAGE, print_json
+
+__all__ = ["register"]
+
+_DEFAULT_FILE = "rama.toml"
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    """Add the commands."""
+    text = "find every mistake in a configuration file"
+    check = commands.add_parser("check", parents=[shared], help=text, description=text)
+    check.add_argument("file", nargs="?", type=Path, default=_DEFAULT_FILE, help=f"default: {_DEFAULT_FILE}")
+    check.set_defaults(main=_check)
+    text = "show a configuration with its defaults filled in"
+    config = commands.add_parser("config", parents=[shared], help=text, description=text)
+    verbs = config.add_subparsers(dest="verb", required=True, metavar="show")
+    show = verbs.add_parser("show", parents=[shared], help=text, description=text)
+    show.add_argument("file", nargs="?", type=Path, default=_DEFAULT_FILE, help=f"default: {_DEFAULT_FILE}")
+    show.set_defaults(main=_show)
+    text = "print a line for a password file: name and scrypt hash; reads the password from the terminal or a pipe"
+    passwd = commands.add_parser("passwd", parents=[shared], help=text, description=text)
+    passwd.add_argument("name", help="the user")
+    passwd.set_defaults(main=_passwd)
+
+
+def _check(args: argparse.Namespace) -> int:
+    try:
+        config = load_config(args.file)
+    except ConfigError as error:
+        if args.json:
+            rows = [{"line": m.line, "setting": m.where, "text": m.text} for m in error.mistakes]
+            print_json({"file": str(args.file), "mistakes": rows})
+        else:
+            print(error, file=sys.stderr)
+        return USAGE
+    if args.json:
+        print_json({"file": str(args.file), "mistakes": []})
+    else:
+        listeners = ", ".join(f"{name} on {listener.address}" for name, listener in config.listeners.items())
+        print(f"{args.file}: good: {listeners}")
+    return OK
+
+
+def _show(args: argparse.Namespace) -> int:
+    values = effective(load_config(args.file))
+    if args.json:
+        print_json(values)
+    else:
+        print(to_toml(values), end="")
+    return OK
+
+
+def _passwd(args: argparse.Namespace) -> int:
+    if not args.name or ":" in args.name or not args.name.isprintable() or args.name.startswith("#"):
+        raise ValueError(f"user {args.name!r}: use a name without colon and control characters, not beginning with #")
+    if sys.stdin.isatty():
+        password = getpass.getpass(f"password of {args.name}: ")
+        if getpass.getpass("once more: ") != password:
+            raise ValueError("the two passwords differ")
+    else:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
+        raise ValueError("the password is empty")
+    print(f"{args.name}:{hash_password(password)}")
+    return OK

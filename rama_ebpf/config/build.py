@@ -1,0 +1,76 @@
+"""Making services of a configuration, in a worker or to see whether it can be done."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.address import IPAddress
+from ..core.errors import RamaError
+from ..core.service import Service, stack
+from ..core.stream import Stream
+from ..layers.strikes import Banner
+from ..services.connect import Egress, Resolver
+from ..services.resolver import SystemResolver
+from .model import Config, StackConfig
+
+__all__ = ["BuildEnvironment", "build_stack", "check_stack"]
+
+
+@dataclass(frozen=True)
+class BuildEnvironment:
+    """What the parts of stacks share. ``directory`` is where modules are looked for first."""
+
+    banner: Banner
+    resolver: Resolver
+    egress: Egress
+    directory: str
+    call: Callable[[Any], Any]
+
+    def load(self, target: str) -> Any:
+        """Import ``module:attribute``. Raises ValueError naming what is missing."""
+        if self.directory not in sys.path:
+            sys.path.insert(0, self.directory)
+        module_name, _, attribute = target.partition(":")
+        try:
+            found: Any = importlib.import_module(module_name)
+            for name in attribute.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot load {target}: {error}") from error
+        return found
+
+
+def build_stack(config: StackConfig, environment: BuildEnvironment) -> Service[Stream, Any]:
+    """Compose one stack. Raises :class:`~rama_ebpf.core.errors.StackError`, ValueError, OSError or RamaError."""
+    connector = config.connect.make(environment)
+    service = config.service.make(environment, connector)
+    return stack(*(layer.make(environment) for layer in config.layers), service)
+
+
+class _NoBanner:
+    def ban(self, ip: IPAddress, *, ttl: float, reason: str) -> None:
+        raise AssertionError("a stack that is only checked serves nobody")
+
+
+def check_stack(config: Config, stack_config: StackConfig, directory: str) -> None:
+    """Compose a stack and throw it away. Raises like :func:`build_stack`."""
+    resolver = SystemResolver(threads=1)
+
+    def only_look(factory: Any) -> Any:
+        if not callable(factory):
+            raise RamaError(f"{factory!r} is neither a service nor a function that makes one")
+
+        async def stand_in(stream: Stream) -> None:
+            raise AssertionError("a stack that is only checked serves nobody")
+
+        return stand_in
+
+    environment = BuildEnvironment(_NoBanner(), resolver, config.egress.policy(), directory, only_look)
+    try:
+        build_stack(stack_config, environment)
+    finally:
+        resolver.close()

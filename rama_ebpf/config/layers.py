@@ -1,0 +1,240 @@
+"""The layers that a configuration can name, and their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from ..core.matchers import ANY, Matcher, Source, TargetHost, TargetNetwork, TargetPort
+from ..core.service import Layer
+from ..layers.concurrency import ConcurrencyLimitLayer
+from ..layers.hijack import FilterLayer
+from ..layers.rate import RateLimitLayer
+from ..layers.source import Key, by_source
+from ..layers.strikes import Banner, StrikeLayer
+from ..layers.throttle import Bandwidth, ThrottleLayer
+from ..layers.timeout import TimeoutLayer
+from ..layers.trace import TraceLayer
+from ..services.proxy_protocol import ProxyProtocolLayer
+from ..services.tls import CertificateStore, KeyPair, ServerTls, TlsTerminateLayer
+from .decode import ListOf, setting
+from .kinds import (
+    BOOLEAN,
+    DURATION,
+    DURATION_OR_OFF,
+    HOST_PATTERN,
+    NETWORK,
+    PORT,
+    RATE,
+    SIZE,
+    TARGET,
+    TEXT,
+    Kind,
+    Rate,
+    choice,
+    file_path,
+    integer,
+)
+
+__all__ = ["LAYERS", "Environment", "LayerSettings", "TargetsSettings"]
+
+_PER: Final[Kind[str]] = choice("listener", "source")
+
+
+class Environment(Protocol):
+    """What layers and services of a configuration find where they run."""
+
+    @property
+    def banner(self) -> Banner: ...
+
+    def load(self, target: str) -> Any:
+        """Import ``module:attribute``."""
+
+
+class LayerSettings(Protocol):
+    """The settings of one layer, which make it."""
+
+    def make(self, environment: Environment) -> Layer: ...
+
+
+def _key(per: str) -> Key | None:
+    return by_source() if per == "source" else None
+
+
+@dataclass(frozen=True)
+class TimeoutSettings:
+    """Time-outs of a connection and of the tunnel that it becomes."""
+
+    handshake: float | None = setting(DURATION_OR_OFF, "from accept until the protocol is established", default=10.0)
+    idle: float | None = setting(DURATION_OR_OFF, "without a byte in either direction", default=300.0)
+    total: float | None = setting(DURATION, "age of a connection (none by default)", default=None)
+
+    def make(self, environment: Environment) -> Layer:
+        return TimeoutLayer(self.handshake, idle=self.idle, total=self.total)
+
+
+@dataclass(frozen=True)
+class ConcurrencySettings:
+    """How many connections are served at once, by each worker."""
+
+    limit: int = setting(integer(1, 10_000_000), "connections")
+    per: str = setting(_PER, "what the limit is for", default="listener")
+    wait: float | None = setting(
+        DURATION, "how long one above the limit waits (refused at once by default)", default=None
+    )
+
+    def make(self, environment: Environment) -> Layer:
+        return ConcurrencyLimitLayer(self.limit, key=_key(self.per), wait=self.wait or 0.0)
+
+
+@dataclass(frozen=True)
+class RateSettings:
+    """How many connections are let in over time, by each worker."""
+
+    rate: Rate = setting(RATE, "connections over time")
+    burst: int = setting(integer(1, 1_000_000), "connections at once", default=10)
+    per: str = setting(_PER, "what the rate is for", default="listener")
+    wait: float | None = setting(DURATION, "longest delay (refused at once by default)", default=None)
+
+    def make(self, environment: Environment) -> Layer:
+        return RateLimitLayer(self.rate.per_second, burst=self.burst, key=_key(self.per), wait=self.wait or 0.0)
+
+
+@dataclass(frozen=True)
+class ThrottleSettings:
+    """Bandwidth in bytes a second."""
+
+    up: int | None = setting(SIZE, "from the client, a second", default=None)
+    down: int | None = setting(SIZE, "to the client, a second", default=None)
+    shared: bool = setting(BOOLEAN, "whether all connections of a worker share it", default=False)
+
+    def make(self, environment: Environment) -> Layer:
+        if self.shared:
+            return ThrottleLayer(
+                up=None if self.up is None else Bandwidth(self.up),
+                down=None if self.down is None else Bandwidth(self.down),
+            )
+        return ThrottleLayer(up=self.up, down=self.down)
+
+
+@dataclass(frozen=True)
+class StrikesSettings:
+    """Ban a source in the kernel that fails again and again."""
+
+    strikes: int = setting(integer(1, 10_000), "failures", default=5)
+    window: float = setting(DURATION, "within this time", default=60.0)
+    ban: float = setting(DURATION, "how long the ban lasts", default=3600.0)
+
+    def make(self, environment: Environment) -> Layer:
+        return StrikeLayer(environment.banner, strikes=self.strikes, window=self.window, ban=self.ban)
+
+
+@dataclass(frozen=True)
+class ProxyProtocolSettings:
+    """Read the PROXY header of load balancers in front."""
+
+    trusted: tuple[IPv4Network | IPv6Network, ...] = setting(ListOf(NETWORK), "who may send one")
+    require: bool = setting(BOOLEAN, "refuse everybody else", default=True)
+
+    def make(self, environment: Environment) -> Layer:
+        return ProxyProtocolLayer(map(str, self.trusted), require=self.require)
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """Log every call at the level debug."""
+
+    def make(self, environment: Environment) -> Layer:
+        return TraceLayer()
+
+
+@dataclass(frozen=True)
+class SourcesSettings:
+    """Serve only clients of these networks; rules of the policy do the same in the kernel."""
+
+    allow: tuple[IPv4Network | IPv6Network, ...] = setting(ListOf(NETWORK), "the networks")
+
+    def make(self, environment: Environment) -> Layer:
+        return FilterLayer(Source(*map(str, self.allow)), "sources")
+
+
+@dataclass(frozen=True)
+class CustomSettings:
+    """A layer of your own."""
+
+    target: str = setting(TARGET, "a layer, or a class of layers that needs no arguments")
+
+    def make(self, environment: Environment) -> Layer:
+        found = environment.load(self.target)
+        layer: Layer = found() if isinstance(found, type) else found
+        return layer
+
+
+@dataclass(frozen=True)
+class TlsSettings:
+    """Terminate TLS."""
+
+    chain: str | None = setting(file_path(), "PEM file of the certificate and its intermediates", default=None)
+    key: str | None = setting(file_path(), "PEM file of its private key", default=None)
+    directory: str | None = setting(file_path(), "directory of certificates, instead of chain and key", default=None)
+    alpn: tuple[str, ...] = setting(ListOf(TEXT), "protocols in order of preference", default=())
+    strict_sni: bool = setting(BOOLEAN, "refuse clients that name none of the servers", default=False)
+    handshake: float = setting(DURATION, "time for the handshake", default=10.0)
+
+    def __post_init__(self) -> None:
+        if (self.directory is None) == (self.chain is None) or (self.chain is None) != (self.key is None):
+            raise ValueError("name chain and key, or a directory")
+
+    def make(self, environment: Environment) -> Layer:
+        settings = ServerTls(alpn=self.alpn)
+        if self.directory is not None:
+            store = CertificateStore.of_directory(settings, Path(self.directory), strict_sni=self.strict_sni)
+        else:
+            pair = KeyPair(Path(self.chain or ""), Path(self.key or ""))
+            store = CertificateStore.of_files(settings, pair, strict_sni=self.strict_sni)
+        return TlsTerminateLayer(store, handshake_timeout=self.handshake)
+
+
+@dataclass(frozen=True)
+class TargetsSettings:
+    """Which targets may be asked for. What no setting allows is refused; what ``deny_*`` names too."""
+
+    allow_hosts: tuple[str, ...] = setting(ListOf(HOST_PATTERN), "names (all by default)", default=())
+    allow_ports: tuple[int, ...] = setting(ListOf(PORT), "ports (all by default)", default=())
+    deny_hosts: tuple[str, ...] = setting(ListOf(HOST_PATTERN), "names", default=())
+    deny_networks: tuple[IPv4Network | IPv6Network, ...] = setting(
+        ListOf(NETWORK), "addresses that clients name (resolved ones are judged by egress)", default=()
+    )
+    deny_ports: tuple[int, ...] = setting(ListOf(PORT), "ports", default=())
+
+    def make(self, environment: Environment) -> Layer:
+        matcher: Matcher = ANY
+        if self.allow_hosts:
+            matcher = matcher & TargetHost(*self.allow_hosts)
+        if self.allow_ports:
+            matcher = matcher & TargetPort(*self.allow_ports)
+        if self.deny_hosts:
+            matcher = matcher & ~TargetHost(*self.deny_hosts)
+        if self.deny_networks:
+            matcher = matcher & ~TargetNetwork(*map(str, self.deny_networks))
+        if self.deny_ports:
+            matcher = matcher & ~TargetPort(*self.deny_ports)
+        return FilterLayer(matcher, "targets")
+
+
+LAYERS: Final[Mapping[str, type]] = {
+    "concurrency": ConcurrencySettings,
+    "custom": CustomSettings,
+    "proxy-protocol": ProxyProtocolSettings,
+    "rate": RateSettings,
+    "sources": SourcesSettings,
+    "strikes": StrikesSettings,
+    "throttle": ThrottleSettings,
+    "timeout": TimeoutSettings,
+    "tls": TlsSettings,
+    "trace": TraceSettings,
+}
+"""Layers around a protocol, by name."""

@@ -1,0 +1,178 @@
+"""The model of ``rama.toml``: every table and setting there is, with its default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+
+from ..policy.egress import EgressPolicy
+from ..policy.rule import Action, PolicyError, Rule, SynLimit, boottime_ns
+from .decode import Choice, ListOf, MapOf, Table, setting
+from .kinds import (
+    BOOLEAN,
+    DURATION,
+    ENDPOINT,
+    LOOPBACK_ENDPOINT,
+    NETWORK,
+    PORT,
+    RATE,
+    TEXT,
+    USER,
+    Endpoint,
+    Rate,
+    choice,
+    integer,
+)
+from .layers import LAYERS, LayerSettings
+from .services import SERVICES, ConnectSettings, ServiceSettings
+
+__all__ = [
+    "Config",
+    "EgressConfig",
+    "LimitsConfig",
+    "ListenerConfig",
+    "LoggingConfig",
+    "PolicyConfig",
+    "ResolverConfig",
+    "RuleConfig",
+    "ServerConfig",
+    "StackConfig",
+]
+
+_NETWORKS = ListOf(NETWORK)
+
+
+def _cpus() -> int:
+    return min(os.cpu_count() or 1, 64)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The process model."""
+
+    workers: int = setting(integer(1, 64), "processes that serve (one a CPU by default)", factory=_cpus)
+    user: str | None = setting(USER, "who the workers become (nobody by default, where root starts them)", default=None)
+    drain: float = setting(DURATION, "time that live connections have after SIGTERM", default=30.0)
+    watchdog: float = setting(DURATION, "a worker that hangs for so long is replaced", default=60.0)
+    metrics: Endpoint | None = setting(LOOPBACK_ENDPOINT, "where metrics are served (nowhere by default)", default=None)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is logged to standard error."""
+
+    level: str = setting(choice("debug", "info", "warning", "error"), "the least that is logged", default="info")
+    access: bool = setting(BOOLEAN, "a line for each connection when it has ended", default=True)
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """A rule for sources, before accept."""
+
+    name: str = setting(TEXT, "appears in counters and log lines")
+    sources: tuple[IPv4Network | IPv6Network, ...] = setting(_NETWORKS, "whom it is for")
+    action: str = setting(choice("allow", "drop", "reject", "limit"), "what happens to their connections")
+    port: int | None = setting(PORT, "only on this port of ours (any by default)", default=None)
+    ttl: float | None = setting(DURATION, "for so long after the start (for ever by default)", default=None)
+    dry_run: bool = setting(BOOLEAN, "count what it would do, and do nothing", default=False)
+    rate: Rate | None = setting(RATE, "of action limit: connections over time for each source", default=None)
+    burst: int = setting(integer(1, 1_000_000), "of action limit: connections at once", default=1)
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources is empty: name at least one network (0.0.0.0/0 and ::/0 are everybody)")
+        self.rule(0)  # raises PolicyError, a ValueError, for what does not go together
+
+    def rule(self, now: int | None = None) -> Rule:
+        """Return it as the policy takes it. ``now`` is CLOCK_BOOTTIME in nanoseconds."""
+        start = boottime_ns() if now is None else now
+        if self.action != "limit" and self.rate is not None:
+            raise PolicyError("rate belongs to action limit")
+        return Rule(
+            name=self.name,
+            sources=self.sources,
+            action=Action[self.action.upper()],
+            port=self.port,
+            expires=None if self.ttl is None else start + round(self.ttl * 1e9),
+            dry_run=self.dry_run,
+            limit=None if self.rate is None else SynLimit(self.rate.per_second, self.burst),
+            origin="file",
+        )
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Who may connect, decided in the kernel."""
+
+    default: str | None = setting(
+        choice("allow", "drop", "reject"), "for clients that no rule names (as pinned, or allow)", default=None
+    )
+    failsafe: tuple[IPv4Network | IPv6Network, ...] | None = setting(
+        _NETWORKS, "clients that nothing can shut out (as pinned)", default=None
+    )
+    require_kernel: bool = setting(BOOLEAN, "exit instead of serving with the policy in userspace", default=False)
+    persist: bool = setting(BOOLEAN, "leave the policy in the kernel when the server stops", default=False)
+    rules: tuple[RuleConfig, ...] = setting(ListOf(Table(RuleConfig)), "rules", default=())
+
+
+@dataclass(frozen=True)
+class EgressConfig:
+    """Where clients may be connected to. Loopback, private and metadata addresses are denied by default."""
+
+    allow: tuple[IPv4Network | IPv6Network, ...] = setting(_NETWORKS, "open these", default=())
+    deny: tuple[IPv4Network | IPv6Network, ...] = setting(_NETWORKS, "close these", default=())
+
+    def policy(self) -> EgressPolicy:
+        """Return it as connectors take it."""
+        return EgressPolicy(self.allow, self.deny)
+
+
+@dataclass(frozen=True)
+class ResolverConfig:
+    """Names to addresses."""
+
+    threads: int = setting(integer(1, 256), "look-ups at once, in each worker", default=8)
+    timeout: float = setting(DURATION, "for one name", default=5.0)
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """Sizes of the policy's tables in the kernel, which cannot grow later."""
+
+    max_rules: int | None = setting(integer(16, 1 << 26), "rules", default=None)
+    max_addresses: int | None = setting(integer(16, 1 << 26), "single addresses in rules", default=None)
+    max_prefixes: int | None = setting(integer(16, 1 << 26), "networks in rules", default=None)
+    max_bans: int | None = setting(integer(16, 1 << 26), "bans", default=None)
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """Layers around a service."""
+
+    service: ServiceSettings = setting(Choice("service", SERVICES), "what is spoken")
+    layers: tuple[LayerSettings, ...] = setting(ListOf(Choice("layer", LAYERS)), "outermost first", default=())
+    connect: ConnectSettings = setting(Table(ConnectSettings), "how targets are reached", factory=ConnectSettings)
+
+
+@dataclass(frozen=True)
+class ListenerConfig:
+    """An address, and the stack that serves it."""
+
+    address: Endpoint = setting(ENDPOINT, "where to listen")
+    stack: str = setting(TEXT, "the name of a stack")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole file."""
+
+    listeners: Mapping[str, ListenerConfig] = setting(MapOf(Table(ListenerConfig)), "by name")
+    stacks: Mapping[str, StackConfig] = setting(MapOf(Table(StackConfig)), "by name")
+    server: ServerConfig = setting(Table(ServerConfig), "processes", factory=ServerConfig)
+    logging: LoggingConfig = setting(Table(LoggingConfig), "log", factory=LoggingConfig)
+    policy: PolicyConfig = setting(Table(PolicyConfig), "who may connect", factory=PolicyConfig)
+    egress: EgressConfig = setting(Table(EgressConfig), "where to", factory=EgressConfig)
+    resolver: ResolverConfig = setting(Table(ResolverConfig), "names", factory=ResolverConfig)
+    limits: LimitsConfig = setting(Table(LimitsConfig), "sizes", factory=LimitsConfig)

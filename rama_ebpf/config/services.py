@@ -1,0 +1,203 @@
+"""The services that a configuration can name, and how they connect to their targets."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from ..core.address import Authority
+from ..core.auth import Authenticator
+from ..core.service import Service, stack
+from ..core.stream import Stream
+from ..layers.auth import PasswordFile
+from ..layers.breaker import CircuitBreakerLayer
+from ..layers.retry import RetryLayer
+from ..relay import relay
+from ..services.connect import ConnectError, Connector, Egress, Resolver
+from ..services.http import HttpProxy
+from ..services.proxy import mixed_proxy
+from ..services.socket_options import SocketOptions
+from ..services.socks5 import Socks5Server
+from ..services.upstream import parse_chain
+from .decode import ListOf, Table, setting
+from .kinds import AUTHORITY, BOOLEAN, DURATION, TARGET, TEXT, file_path, integer, ip_literal
+from .layers import Environment, TargetsSettings
+
+__all__ = ["SERVICES", "ConnectSettings", "ServiceEnvironment", "ServiceSettings"]
+
+
+class ServiceEnvironment(Environment, Protocol):
+    """What services find besides."""
+
+    @property
+    def resolver(self) -> Resolver: ...
+
+    @property
+    def egress(self) -> Egress: ...
+
+    def call(self, factory: Any) -> Any:
+        """Call a function that makes a service."""
+
+
+class ServiceSettings(Protocol):
+    """The settings of one service, which make it around a connector."""
+
+    def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]: ...
+
+
+@dataclass(frozen=True)
+class RetrySettings:
+    """Try again what fails for a moment, under a budget of one retry in ten."""
+
+    attempts: int = setting(integer(1, 10), "tries in all", default=3)
+    backoff: float = setting(DURATION, "longest pause before the second try; it doubles", default=0.05)
+
+
+@dataclass(frozen=True)
+class BreakerSettings:
+    """Leave targets alone that fail again and again."""
+
+    failures: int = setting(integer(1, 1000), "failures in a row", default=5)
+    pause: float = setting(DURATION, "before the next try", default=10.0)
+
+
+@dataclass(frozen=True)
+class ConnectSettings:
+    """How targets are reached."""
+
+    timeout: float = setting(DURATION, "for all attempts together", default=10.0)
+    source_v4: str | None = setting(ip_literal(4), "address of ours to connect from", default=None)
+    source_v6: str | None = setting(ip_literal(6), "address of ours to connect from", default=None)
+    interface: str | None = setting(TEXT, "device that packets must use", default=None)
+    via: tuple[str, ...] = setting(
+        ListOf(TEXT),
+        'proxies to go through, the nearest first: "socks5://user:password@host:1080", "http://…"',
+        default=(),
+    )
+    retry: RetrySettings | None = setting(Table(RetrySettings), "tries", default=None)
+    breaker: BreakerSettings | None = setting(Table(BreakerSettings), "circuit breaker", default=None)
+    targets: TargetsSettings | None = setting(Table(TargetsSettings), "which targets may be asked for", default=None)
+
+    def __post_init__(self) -> None:
+        if self.via:
+            parse_chain(self.via)  # raises ValueError for a URL that is none
+        self._options()
+
+    def _options(self) -> SocketOptions:
+        return SocketOptions(interface=self.interface)
+
+    def make(self, environment: ServiceEnvironment) -> Service[Authority, Stream]:
+        """Compose the connector."""
+        connector = Connector(
+            environment.resolver,
+            environment.egress,
+            timeout=self.timeout,
+            source_v4=self.source_v4,
+            source_v6=self.source_v6,
+            options=self._options(),
+        )
+        layers: list[object] = []
+        if self.targets is not None:
+            layers.append(self.targets.make(environment))
+        if self.breaker is not None:
+            layers.append(CircuitBreakerLayer(ConnectError, failures=self.breaker.failures, pause=self.breaker.pause))
+        if self.retry is not None:
+            layers.append(RetryLayer(ConnectError, attempts=self.retry.attempts, backoff=self.retry.backoff))
+        if self.via:
+            layers.append(parse_chain(self.via))
+        return stack(*layers, connector)
+
+
+def _authenticator(users: str | None) -> Authenticator | None:
+    return None if users is None else PasswordFile(users)
+
+
+@dataclass(frozen=True)
+class Socks5Settings:
+    """SOCKS5, and SOCKS4(a) where no password is demanded."""
+
+    users: str | None = setting(file_path(), "password file: name:hash lines (rama-ebpf passwd)", default=None)
+    auth_optional: bool = setting(BOOLEAN, "serve clients that offer no password too", default=False)
+    handshake: float = setting(DURATION, "time for the handshake", default=10.0)
+
+    def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
+        return Socks5Server(
+            connector,
+            auth=_authenticator(self.users),
+            auth_optional=self.auth_optional,
+            socks4=self.users is None,
+            handshake_timeout=self.handshake,
+        )
+
+
+@dataclass(frozen=True)
+class HttpSettings:
+    """A forward proxy for HTTP, and CONNECT."""
+
+    connect_ports: tuple[int, ...] = setting(
+        ListOf(integer(1, 65535)), "ports that CONNECT may name (all by default)", default=()
+    )
+
+    def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
+        return HttpProxy(connector, connect_ports=self.connect_ports or None)
+
+
+@dataclass(frozen=True)
+class MixedSettings:
+    """SOCKS, HTTP, and TLS by server name, told apart by their first bytes."""
+
+    handshake: float = setting(DURATION, "time for each protocol's handshake", default=10.0)
+
+    def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
+        return mixed_proxy(connector, handshake_timeout=self.handshake)
+
+
+@dataclass(frozen=True)
+class ForwardSettings:
+    """Everything to one target."""
+
+    to: Authority = setting(AUTHORITY, "the target; egress policy judges it as any other")
+
+    def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
+        async def forward(stream: Stream) -> Any:
+            stream.extensions.add(self.to)
+            return await relay(stream, await connector(self.to))
+
+        return forward
+
+
+@dataclass(frozen=True)
+class EchoSettings:
+    """Send back what comes (RFC 862)."""
+
+    def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
+        async def echo(stream: Stream) -> None:
+            while data := await stream.read():
+                await stream.write(data)
+
+        return echo
+
+
+@dataclass(frozen=True)
+class CustomSettings:
+    """A service of your own."""
+
+    target: str = setting(TARGET, "a service, or a function of a WorkerContext that makes one")
+
+    def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
+        found = environment.load(self.target)
+        service: Service[Stream, Any] = found if inspect.iscoroutinefunction(found) else environment.call(found)
+        return service
+
+
+SERVICES: Final[Mapping[str, type]] = {
+    "custom": CustomSettings,
+    "echo": EchoSettings,
+    "forward": ForwardSettings,
+    "http": HttpSettings,
+    "mixed": MixedSettings,
+    "socks5": Socks5Settings,
+}
+"""Services of a stack, by name."""
