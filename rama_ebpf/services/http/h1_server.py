@@ -14,9 +14,9 @@ from ...core.errors import PeerClosed
 from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service
 from ...core.stream import Stream
+from .answer import checked_response
 from .disconnect import DisconnectWatch
 from .errors import REASONS, HttpError, MalformedMessage
-from .gateway import error_response, to_http_error
 from .headers import Headers
 from .heads import RequestHead
 from .limits import HttpLimits, HttpTimeouts
@@ -71,8 +71,8 @@ class H1ServerConnection:
             self._idle.reschedule(0)
 
     async def serve(self) -> None:
-        """Serve until either side closes. Raises OSError or an error of the service that came too late for a
-        response; the caller then aborts the stream."""
+        """Serve until either side closes. Raises :class:`MalformedMessage` after it has been answered and the stream
+        closed, and OSError or what a service raised too late for a response; the caller then aborts the stream."""
         try:
             while await self._serve_one():
                 self._strict.next_cycle()
@@ -80,7 +80,6 @@ class H1ServerConnection:
             log.info("%s: refused a message: %s", self._stream.peer, error)
             if self._strict.may_respond:
                 await self._linger(error.wire)
-                return
             raise
 
     async def _serve_one(self) -> bool:
@@ -95,7 +94,7 @@ class H1ServerConnection:
             self._strict.next_event()  # its end
         request = self._request(head, body)
         async with self._watch:
-            response = await self._call(request)
+            response = await checked_response(self._service, request, self._name, self._stream.peer)
             try:
                 if response.upgrade is None:
                     keep = await self._respond(head, body, response)
@@ -175,22 +174,12 @@ class H1ServerConnection:
 
     # -- responding --------------------------------------------------------------------------------------------
 
-    async def _call(self, request: Request) -> Response:
-        try:
-            response = await self._service(request)
-            await _check(request, response)
-            return response
-        except Exception as error:
-            refusal = to_http_error(error)
-            if refusal.status == 500:
-                log.exception("%s: service failed on %s", self._stream.peer, request.method)
-            else:
-                log.info("%s: %s %s: %s", self._stream.peer, request.method, refusal.status, error)
-            return error_response(refusal, self._name)
-
     async def send_continue(self) -> None:
-        """Tell the client to send its body, unless it was told."""
+        """Tell the client to send its body, unless it was told. Raises :class:`PeerClosed` if it has got a final
+        response instead: such a client does not send it."""
         if not self.continued:
+            if not self._strict.may_respond:
+                raise PeerClosed("a body that was not asked for before the response")
             await self._inform(100, Headers())
 
     async def _inform(self, status: int, headers: Headers) -> None:
@@ -268,20 +257,6 @@ def _own(headers: Headers) -> list[tuple[bytes, bytes]]:
         headers = headers.copy()
         headers.remove(*_OWN_FIELDS)
     return headers.raw
-
-
-async def _check(request: Request, response: Response) -> None:
-    switches = response.upgrade is not None
-    if request.method == "CONNECT":
-        fits = switches == (200 <= response.status < 300)
-    else:
-        fits = switches == (response.status == 101) and not (switches and request.upgrade is None)
-    if fits and (200 <= response.status <= 599 or switches):
-        return
-    await response.body.close()
-    if response.upgrade is not None:
-        response.upgrade.abandon()
-    raise ValueError(f"a {response.status} response {'with' if switches else 'without'} upgrade to {request.method}")
 
 
 def _reason(status: int, reason: str) -> bytes:

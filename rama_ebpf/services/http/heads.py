@@ -16,11 +16,22 @@ from .headers import Headers
 from .limits import HttpLimits
 from .uri import Target, parse_authority, parse_target
 
-__all__ = ["RequestHead", "ResponseHead", "check_field_section", "head_end", "parse_request", "parse_response"]
+__all__ = [
+    "RequestHead",
+    "ResponseHead",
+    "check_field",
+    "check_field_count",
+    "check_field_section",
+    "content_length",
+    "head_end",
+    "parse_request",
+    "parse_response",
+]
 
 _TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 _REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
+_VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _FIELDS: Final = re.compile(rb"(?:" + _TOKEN + rb"+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
 _NEVER: Final = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
@@ -196,16 +207,36 @@ def check_field_section(data: bytes, limits: HttpLimits) -> list[_Field]:
         raise MalformedMessage("a line that is not a header field")
     lines = data.split(b"\r\n")
     lines.pop()
-    if len(lines) > limits.fields:
-        raise MalformedMessage("too many header fields", 431)
+    check_field_count(len(lines), len(data), limits)
     fields: list[_Field] = []
     for line in lines:
         name, _, value = line.partition(b":")
         lowered = name.lower()
-        if b"_" in lowered and lowered.replace(b"_", b"-") in _PROTECTED:
-            raise MalformedMessage("a header name that can be taken for another")
+        _check_lookalike(lowered)
         fields.append((lowered, name, value.strip(b" \t")))
     return fields
+
+
+def check_field_count(count: int, size: int, limits: HttpLimits) -> None:
+    """Raise :class:`MalformedMessage` with 431 for more fields, or bytes of them, than ``limits`` allow."""
+    if count > limits.fields:
+        raise MalformedMessage("too many header fields", 431)
+    if size > limits.head:
+        raise MalformedMessage("header section too large", 431)
+
+
+def check_field(name: bytes, value: bytes) -> None:
+    """Raise :class:`MalformedMessage` unless a field that came without delimiters (HTTP/2) is one in HTTP/1.1."""
+    if _TOKENS.fullmatch(name) is None:
+        raise MalformedMessage("a header name that is not a token")
+    if _VALUE.fullmatch(value) is None or value.strip(b" \t") != value:
+        raise MalformedMessage("a header value with a control character, or a blank at an end")
+    _check_lookalike(name)
+
+
+def _check_lookalike(lowered: bytes) -> None:
+    if b"_" in lowered and lowered.replace(b"_", b"-") in _PROTECTED:
+        raise MalformedMessage("a header name that can be taken for another")
 
 
 def _split(data: bytes, limits: HttpLimits) -> tuple[bytes, list[_Field]]:
@@ -240,13 +271,20 @@ def _length(fields: list[_Field], version: str, default: int | None = 0) -> int 
             raise MalformedMessage("Content-Length beside Transfer-Encoding")
         _check_codings(codings, version)
         return None
-    if not lengths:
-        return default
-    if len(lengths) > 1:
+    length = content_length(lengths)
+    return default if length is None else length
+
+
+def content_length(values: list[bytes]) -> int | None:
+    """Return what the Content-Length fields of a message say, None if there is none. Raises
+    :class:`MalformedMessage` if it is not exactly one plain number."""
+    if not values:
+        return None
+    if len(values) > 1:
         raise MalformedMessage("more than one Content-Length")
-    if _LENGTH.fullmatch(lengths[0]) is None:
+    if _LENGTH.fullmatch(values[0]) is None:
         raise MalformedMessage("Content-Length is not one plain decimal number")
-    return int(lengths[0])
+    return int(values[0])
 
 
 def _check_codings(codings: list[bytes], version: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from ...core.graceful import Drain
 from ...core.service import Service
 from ...core.stream import Stream
+from ..tls.stream import TlsParameters
 from .h1_server import H1ServerConnection
+from .h2_server import H2_PREFACE, H2ServerConnection
 from .limits import HttpLimits, HttpTimeouts
 from .model import Request, Response
 
@@ -17,7 +21,10 @@ class HttpServer:
 
     ``service`` is ``async def app(request: Request) -> Response``, or a stack that ends in one. What it raises
     becomes a response: :class:`~.errors.HttpError` its own, errors of connecting 502, 503 or 504, a bug 500.
-    ``scheme`` is that of the streams, "http" or "https". ``name`` stands in Proxy-Status of error responses.
+    ``name`` stands in Proxy-Status of error responses.
+
+    A TLS stream whose ALPN is ``h2`` gets HTTP/2; with ``h2c`` so does a plain one that begins with the preface
+    ("prior knowledge"). ``scheme`` is that of HTTP/1.1 requests, by default "https" on TLS streams, else "http".
     """
 
     accepts = Stream
@@ -26,28 +33,23 @@ class HttpServer:
         self,
         service: Service[Request, Response],
         *,
-        scheme: str = "http",
+        scheme: str | None = None,
+        h2c: bool = False,
         name: str = "rama-ebpf",
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
     ) -> None:
         self._service = service
         self._scheme = scheme
+        self._h2c = h2c
         self._name = name
         self._limits = HttpLimits() if limits is None else limits
         self._timeouts = HttpTimeouts() if timeouts is None else timeouts
-        self._live: set[H1ServerConnection] = set()
+        self._live: set[H1ServerConnection | H2ServerConnection] = set()
         self._draining = False
 
     async def __call__(self, stream: Stream, /) -> None:
-        connection = H1ServerConnection(
-            stream,
-            self._service,
-            scheme=self._scheme,
-            name=self._name,
-            limits=self._limits,
-            timeouts=self._timeouts,
-        )
+        connection = self._h2(stream) if await self._speaks_h2(stream) else self._h1(stream)
         self._live.add(connection)
         drain = stream.extensions.get(Drain)
         unwatch = None if drain is None else drain.watch(connection.drain)
@@ -59,6 +61,30 @@ class HttpServer:
             if unwatch is not None:
                 unwatch()
             self._live.discard(connection)
+
+    async def _speaks_h2(self, stream: Stream) -> bool:
+        tls = stream.extensions.get(TlsParameters)
+        if tls is not None:
+            return tls.alpn == "h2"
+        if not self._h2c:
+            return False
+        try:
+            async with asyncio.timeout(self._timeouts.idle):
+                while H2_PREFACE.startswith(stream.buffered) and len(stream.buffered) < len(H2_PREFACE):
+                    if not await stream.fill():
+                        break
+        except TimeoutError:
+            return False
+        return stream.buffered.startswith(H2_PREFACE)
+
+    def _h1(self, stream: Stream) -> H1ServerConnection:
+        scheme = self._scheme or ("http" if TlsParameters not in stream.extensions else "https")
+        return H1ServerConnection(
+            stream, self._service, scheme=scheme, name=self._name, limits=self._limits, timeouts=self._timeouts
+        )
+
+    def _h2(self, stream: Stream) -> H2ServerConnection:
+        return H2ServerConnection(stream, self._service, name=self._name, limits=self._limits, timeouts=self._timeouts)
 
     def drain(self) -> None:
         """Close idle connections, and the others after the request they are serving."""

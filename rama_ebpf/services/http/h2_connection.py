@@ -1,0 +1,435 @@
+"""What both sides of an HTTP/2 connection share: one reader, one writer, and channels with flow control end to end.
+
+The reader gives every byte to the frame guard and then to h2, and sorts the events into channels. What a channel has
+received is acknowledged when its consumer takes it, so a slow consumer closes the peer's window and nothing else.
+The writer sends what h2 has queued; who sends DATA waits while too much is queued, and the reader too, so a peer that
+does not read cannot make us hold its answers.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import time
+from collections import deque
+from typing import Final
+
+import h2.config
+import h2.connection
+import h2.errors
+import h2.events
+import h2.exceptions
+import h2.settings
+import hyperframe.frame
+
+from ...core.errors import PeerClosed, ProtocolError
+from ...core.stream import Stream
+from .errors import HttpError, MalformedMessage
+from .h2_fields import Fields, read_trailers
+from .h2_guard import FloodDetected, FrameGuard
+from .headers import Headers
+from .limits import HttpLimits, HttpTimeouts
+from .pace import Pace
+
+__all__ = ["Channel", "H2Connection", "H2Error", "StreamWasReset"]
+
+_READ: Final = 64 * 1024
+_QUEUE_HIGH: Final = 256 * 1024
+_CONNECTION_WINDOW: Final = 1024 * 1024
+_STREAM_WINDOW: Final = 128 * 1024
+_FRAME: Final = 16 * 1024
+
+_Settings = h2.settings.SettingCodes
+_Codes = h2.errors.ErrorCodes
+
+
+class H2Error(ProtocolError):
+    """The connection is over because its peer broke the rules of HTTP/2."""
+
+    kind = "h2"
+
+
+class StreamWasReset(PeerClosed):
+    """The peer reset one stream. ``code`` is its error code (RFC 9113 section 7)."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the peer reset the stream with code {code}")
+        self.code = code
+
+
+class Channel:
+    """One HTTP/2 stream: what was received and not taken yet, and room to send."""
+
+    def __init__(self, connection: H2Connection, stream_id: int) -> None:
+        self.id = stream_id
+        self.trailers: Headers | None = None
+        self.sent_headers = False
+        self.sent_end = False
+        self.received_end = False
+        self.error: Exception | None = None
+        self._connection = connection
+        self._received: deque[tuple[bytes, int]] = deque()
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+
+    # -- told by the reader ------------------------------------------------------------------------------------
+
+    def on_data(self, data: bytes, flow: int) -> None:
+        self._received.append((data, flow))
+        self._changed.set()
+
+    def on_end(self) -> None:
+        self.received_end = True
+        self._changed.set()
+
+    def on_room(self) -> None:
+        self._room.set()
+
+    def on_error(self, error: Exception) -> None:
+        if self.error is None:
+            self.error = error
+        self._changed.set()
+        self._room.set()
+
+    # -- receiving ---------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`receive` would return bytes without waiting."""
+        return bool(self._received)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the peer's side has ended and all of it was taken."""
+        return self.received_end and not self._received
+
+    async def receive(self, pace: Pace | None = None) -> bytes:
+        """Return received bytes, or b"" at the end. Raises what ended the stream before that."""
+        while not self._received:
+            if self.error is not None:
+                raise self.error
+            if self.received_end:
+                return b""
+            self._changed.clear()
+            if pace is None:
+                await self._changed.wait()
+            else:
+                await pace.wait(self._wait_changed)
+        data, flow = self._received.popleft()
+        self._connection.acknowledge(self.id, flow)
+        return data
+
+    async def _wait_changed(self) -> None:
+        await self._changed.wait()
+
+    def drop_received(self) -> None:
+        """Give back the room that untaken bytes hold."""
+        while self._received:
+            self._connection.acknowledge(self.id, self._received.popleft()[1])
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def send_headers(self, fields: Fields, *, end: bool = False, interim: bool = False) -> None:
+        """Queue a header block; ``interim`` is that of a 1xx response."""
+        self._check()
+        self._connection.h2.send_headers(self.id, fields, end_stream=end)
+        self.sent_headers = not interim
+        self.sent_end = end
+        self._connection.flush()
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes as the peer's windows allow. Raises TimeoutError if they do not for long."""
+        view = memoryview(data)
+        while view:
+            self._check()
+            room = min(self._connection.h2.local_flow_control_window(self.id), _FRAME)
+            if room <= 0:
+                self._room.clear()
+                async with asyncio.timeout(self._connection.timeouts.write):
+                    await self._room.wait()
+                continue
+            self._connection.h2.send_data(self.id, bytes(view[:room]))
+            self._connection.guard.data_sent += 1
+            view = view[room:]
+            self._connection.flush()
+            await self._connection.drained()
+
+    def end(self, trailers: Fields | None = None) -> None:
+        """Queue the end of our side, with trailers if there are any. Does nothing if it has ended."""
+        if self.sent_end or self.error is not None:
+            return
+        self.sent_end = True
+        if trailers:
+            self._connection.h2.send_headers(self.id, trailers, end_stream=True)
+        else:
+            self._connection.h2.end_stream(self.id)
+        self._connection.flush()
+
+    def reset(self, code: int) -> None:
+        """End both sides at once, unless both have ended. Idempotent."""
+        if self.error is None and not (self.sent_end and self.received_end):
+            self.on_error(ConnectionAbortedError("the stream was reset by this side"))
+            self._connection.reset_stream(self.id, code)
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class H2Connection(abc.ABC):
+    """The common part of a server's and a client's connection. :meth:`run` reads until it is over."""
+
+    def __init__(
+        self, stream: Stream, *, client: bool, limits: HttpLimits, timeouts: HttpTimeouts, streams: int
+    ) -> None:
+        self.stream = stream
+        self.limits = limits
+        self.timeouts = timeouts
+        self.channels: dict[int, Channel] = {}
+        self.closing = False
+        """No new streams: we or the peer said GOAWAY."""
+        self.h2 = h2.connection.H2Connection(
+            h2.config.H2Configuration(client_side=client, header_encoding=None, validate_outbound_headers=False)
+        )
+        self.h2.local_settings = h2.settings.Settings(
+            client=client,
+            initial_values={
+                _Settings.MAX_CONCURRENT_STREAMS: streams,
+                _Settings.INITIAL_WINDOW_SIZE: _STREAM_WINDOW,
+                _Settings.MAX_HEADER_LIST_SIZE: limits.head,
+                _Settings.ENABLE_CONNECT_PROTOCOL: 0 if client else 1,
+                **({_Settings.ENABLE_PUSH: 0} if client else {}),
+            },
+        )
+        self.guard = FrameGuard(server=not client, header_bytes=2 * limits.head, clock=time.monotonic)
+        self._queue = bytearray()
+        self._queued = asyncio.Event()
+        self._finishing = False
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._idle_since = 0.0
+        self._unfinished_since: float | None = None
+        self._deadline: asyncio.Timeout | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Read and write until the connection is over. Raises :class:`H2Error` or :class:`FloodDetected` after the
+        peer has been told, OSError if the transport fails; returns if it ended in order."""
+        self.h2.initiate_connection()
+        # The limit on what a header block may unpack to is ours to answer with 431; h2's ends the connection.
+        self.h2.decoder.max_header_list_size = 4 * self.limits.head
+        self.h2.increment_flow_control_window(_CONNECTION_WINDOW - 65535)
+        self.flush()
+        writer = asyncio.create_task(self._write())
+        reader = self._reader = asyncio.create_task(self._read())
+        failure: BaseException | None = None
+        try:
+            done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            failure = next((task.exception() for task in done if not task.cancelled()), None)
+        finally:
+            self.closing = True
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+            gone = failure if isinstance(failure, Exception) else PeerClosed("the HTTP/2 connection is over")
+            for channel in list(self.channels.values()):
+                channel.on_error(gone)
+            await self._finish(writer)
+        if failure is not None:
+            raise failure
+
+    @property
+    def running(self) -> bool:
+        """Whether :meth:`run` has begun."""
+        return self._reader is not None
+
+    def stop_reading(self) -> None:
+        """End :meth:`run` in order."""
+        if self._reader is not None:
+            self._reader.cancel()
+
+    async def _finish(self, writer: asyncio.Task[None]) -> None:
+        """Let what is queued, a GOAWAY above all, still be written."""
+        self._finishing = True
+        self._queued.set()
+        await asyncio.wait({writer}, timeout=self.timeouts.linger)
+        writer.cancel()
+        await asyncio.gather(writer, return_exceptions=True)
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._idle_since = loop.time()
+        while True:
+            await self.drained()
+            deadline = self._deadline = asyncio.timeout_at(self._read_deadline())
+            try:
+                async with deadline:
+                    data = await self.stream.read(_READ)
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                self.go_away(_Codes.NO_ERROR)
+                return
+            finally:
+                self._deadline = None
+            if not data:
+                return
+            self._receive(data)
+            if self.closing and not self.channels:
+                return
+
+    def _read_deadline(self) -> float | None:
+        """When to give up waiting for bytes: never while streams are served, for they have time-outs of their own."""
+        if self._unfinished_since is not None and (self.guard.in_header_block or not self.channels):
+            return self._unfinished_since + self.timeouts.head
+        return None if self.channels else self._idle_since + self.timeouts.idle
+
+    def _receive(self, data: bytes) -> None:
+        try:
+            for event in self.h2.receive_data(self.guard.receive(data)):
+                self._dispatch(event)
+            if self.guard.last_stream is not None:
+                self.closing = True
+                self.on_go_away(self.guard.last_stream)
+        except FloodDetected:
+            self.go_away(_Codes.ENHANCE_YOUR_CALM)
+            raise
+        except h2.exceptions.ProtocolError as error:
+            self.flush()  # h2 has queued the GOAWAY
+            raise H2Error(f"the peer broke the rules of HTTP/2: {error}") from error
+        self.flush()
+        now = asyncio.get_running_loop().time()
+        if not self.guard.unfinished:
+            self._unfinished_since = None
+        elif self._unfinished_since is None:
+            self._unfinished_since = now
+
+    def _dispatch(self, event: h2.events.Event) -> None:
+        match event:
+            case h2.events.DataReceived(stream_id=stream_id, data=data, flow_controlled_length=flow):
+                assert stream_id is not None
+                assert flow is not None
+                channel = self.channels.get(stream_id)
+                if channel is None or channel.error is not None or not data:
+                    self.acknowledge(stream_id, flow)
+                else:
+                    channel.on_data(bytes(data), flow)
+            case h2.events.StreamEnded(stream_id=stream_id):
+                if channel := self.channels.get(stream_id or 0):
+                    channel.on_end()
+            case h2.events.TrailersReceived(stream_id=stream_id, headers=fields):
+                self._trailers(stream_id or 0, fields or [])
+            case h2.events.StreamReset(stream_id=stream_id, error_code=code):
+                self.guard.reset()
+                if channel := self.channels.get(stream_id or 0):
+                    self.on_reset(channel, StreamWasReset(int(code or 0)))
+            case h2.events.WindowUpdated(stream_id=stream_id):
+                for channel in list(self.channels.values()) if not stream_id else [self.channels.get(stream_id)]:
+                    if channel is not None:
+                        channel.on_room()
+            case h2.events.RemoteSettingsChanged():
+                for channel in list(self.channels.values()):
+                    channel.on_room()
+            case _:
+                self.on_event(event)
+
+    def _trailers(self, stream_id: int, fields: object) -> None:
+        channel = self.channels.get(stream_id)
+        if channel is None:
+            return
+        try:
+            channel.trailers = read_trailers(fields, self.limits)  # type: ignore[arg-type]
+        except MalformedMessage as error:
+            self.refuse(channel, error)
+
+    @abc.abstractmethod
+    def on_event(self, event: h2.events.Event) -> None:
+        """Handle an event that only one side knows."""
+
+    @abc.abstractmethod
+    def on_go_away(self, last_stream: int) -> None:
+        """The peer will process no stream above ``last_stream``; may be called again."""
+
+    def on_reset(self, channel: Channel, error: StreamWasReset) -> None:
+        """The peer reset a stream."""
+        channel.on_error(error)
+
+    def refuse(self, channel: Channel, error: HttpError) -> None:
+        """End a stream whose message is malformed."""
+        channel.on_error(error)
+        self.reset_stream(channel.id, _Codes.PROTOCOL_ERROR)
+
+    # -- for channels ------------------------------------------------------------------------------------------
+
+    def acknowledge(self, stream_id: int, flow: int) -> None:
+        """Give the peer back ``flow`` bytes of its windows."""
+        if flow and not self._over:
+            self.h2.acknowledge_received_data(flow, stream_id)
+            self.flush()
+
+    def reset_stream(self, stream_id: int, code: int) -> None:
+        """Send RST_STREAM, unless the stream is closed already."""
+        if not self._over:
+            try:
+                self.h2.reset_stream(stream_id, code)
+            except h2.exceptions.StreamClosedError:
+                return
+            self.flush()
+
+    def forget(self, channel: Channel) -> None:
+        """Nobody will use this channel again."""
+        self.channels.pop(channel.id, None)
+        channel.drop_received()
+        if not self.channels:
+            self._idle_since = asyncio.get_running_loop().time()
+            if self._deadline is not None:
+                deadline = self._read_deadline() if not self.closing else self._idle_since
+                self._deadline.reschedule(deadline)
+
+    def go_away(self, code: int) -> None:
+        """Take no new streams from now on; with an error code, end the connection."""
+        self.closing = True
+        if self._over:
+            return
+        if code == _Codes.NO_ERROR:
+            # h2 would take it for the end of the streams under way, too.
+            frame = hyperframe.frame.GoAwayFrame(0, self.h2.highest_inbound_stream_id, code)
+            self.flush(frame.serialize())
+        else:
+            self.h2.close_connection(code)
+            self.flush()
+
+    @property
+    def _over(self) -> bool:
+        return self.h2.state_machine.state is h2.connection.ConnectionState.CLOSED
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def flush(self, more: bytes = b"") -> None:
+        """Hand what h2 has queued, and ``more`` behind it, to the writer."""
+        data = self.h2.data_to_send() + more
+        if data:
+            self._queue += data
+            self._queued.set()
+            if len(self._queue) > _QUEUE_HIGH:
+                self._drained.clear()
+
+    async def drained(self) -> None:
+        """Wait while much is queued that the peer has not taken."""
+        if not self._drained.is_set():
+            async with asyncio.timeout(self.timeouts.write):
+                await self._drained.wait()
+
+    async def _write(self) -> None:
+        while True:
+            await self._queued.wait()
+            self._queued.clear()
+            data = bytes(self._queue)
+            self._queue.clear()
+            async with asyncio.timeout(self.timeouts.write):
+                await self.stream.write(data)
+            if len(self._queue) <= _QUEUE_HIGH:
+                self._drained.set()
+            if self._finishing and not self._queue:
+                return
