@@ -11,8 +11,8 @@
 
 int gate_cgroup(struct __sk_buff *skb)
 {
-	struct packet p = {};
-	struct listener *listener;
+	struct scratch *s;
+	struct packet *p;
 	struct bpf_sock *sk = skb->sk;
 	struct verdict v = {};
 	void *data, *end;
@@ -24,9 +24,13 @@ int gate_cgroup(struct __sk_buff *skb)
 	if (!sk || sk->state != TCP_LISTEN_STATE || sk->protocol != IPPROTO_TCP)
 		return CGROUP_PASS;
 
+	s = begin();
+	if (!s)
+		return CGROUP_DROP;
+	p = &s->packet;
 	data = (void *)(long)skb->data;
 	end = (void *)(long)skb->data_end;
-	kind = skb->protocol == bpf_htons(ETH_P_IP) ? parse_ipv4(data, end, &p) : parse_ipv6(data, end, &p);
+	kind = skb->protocol == bpf_htons(ETH_P_IP) ? parse_ipv4(data, end, p) : parse_ipv6(data, end, p);
 	if (kind != PACKET_TCP) {
 		/* The stack took it for TCP and found one of our listeners. What we cannot judge does not get in. */
 		v.stage = STAGE_PARSE;
@@ -34,13 +38,12 @@ int gate_cgroup(struct __sk_buff *skb)
 		count(&v, HOOK_CGROUP);
 		return CGROUP_DROP;
 	}
-	listener = find_listener(&p);
-	if (!listener)
+	if (!find_listener(p, &s->wildcard))
 		return CGROUP_PASS; /* a listening socket that the proxy did not put under the gate */
 
 	/* The ACK that ends a handshake is judged as well: a source that is blocked after its SYN stays out. */
-	v = verdict(&p, listener, p.syn);
-	if (p.syn)
+	v = verdict(s, p->syn ? CHARGE_ADMIT : CHARGE_NONE);
+	if (p->syn)
 		count(&v, HOOK_CGROUP);
 	return v.action == ACTION_ALLOW ? CGROUP_PASS : CGROUP_DROP;
 }

@@ -13,23 +13,30 @@ static __always_inline void release(struct bpf_sock **sk)
 
 int gate_lookup(struct bpf_sk_lookup *ctx)
 {
-	struct packet p = { .port = ctx->local_port, .syn = 1 };
+	struct scratch *s;
+	struct packet *p;
 	struct listener *listener;
 	struct verdict v;
 	u32 slot, flow;
+	int ipv4;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
-	p.ipv4 = ctx->family == AF_INET;
-	CONTEXT_ADDRESS(&p.source, p.ipv4, ctx->remote_ip4, ctx->remote_ip6);
-	CONTEXT_ADDRESS(&p.target, p.ipv4, ctx->local_ip4, ctx->local_ip6);
-	if (!p.ipv4)
-		p.ipv4 = is_mapped(&p.source);
-	listener = find_listener(&p);
+	s = begin();
+	if (!s)
+		return SK_PASS;
+	p = &s->packet;
+	p->port = ctx->local_port;
+	p->syn = 1;
+	ipv4 = ctx->family == AF_INET;
+	CONTEXT_ADDRESS(&p->source, ipv4, ctx->remote_ip4, ctx->remote_ip6);
+	CONTEXT_ADDRESS(&p->target, ipv4, ctx->local_ip4, ctx->local_ip6);
+	p->ipv4 = is_mapped(&p->source);
+	listener = find_listener(p, &s->wildcard);
 	if (!listener)
 		return SK_PASS;
 
-	v = verdict(&p, listener, 0);
+	v = verdict(s, CHARGE_NONE);
 	if (v.action == ACTION_REJECT) {
 		count(&v, HOOK_LOOKUP);
 		return SK_DROP; /* no socket: the stack answers RST */
@@ -38,7 +45,7 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 		return SK_DROP; /* ours, but nobody serves it: it must not leak to another socket */
 
 	/* Spread by the source port, so that the ACK of a handshake finds the socket that its SYN found. */
-	flow = bpf_ntohs((u16)ctx->remote_port) ^ (mapped_ipv4(&p.source) * 0x9e3779b1u >> 16);
+	flow = bpf_ntohs((u16)ctx->remote_port) ^ (mapped_ipv4(&p->source) * 0x9e3779b1u >> 16);
 	slot = listener->id * SOCKETS_PER_LISTENER + flow % listener->sockets;
 	{
 		struct bpf_sock *sk __attribute__((cleanup(release))) = (void *)sockets.lookup(&slot);

@@ -1,56 +1,54 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
 /*
- * XDP on an interface, opt-in: drops the SYN of a denied source before the stack allocates anything for it. Up to two
- * VLAN tags (802.1Q, 802.1ad) are stepped over. Everything that is not a SYN for one of our listeners passes
- * untouched, and so does a `reject`: its RST comes from sk_lookup.
+ * XDP on an interface, opt-in: drops the SYN of a denied source before the stack allocates anything for it. Everything
+ * that is not a SYN for one of our listeners passes untouched, and so does a `reject`: its RST comes from sk_lookup.
  */
 
-struct vlan_header {
-	__be16 tci;
-	__be16 inner;
-};
+/*
+ * Whether a packet that matches a listener on any address is for this host. On a host that forwards, another host's
+ * port of the same number is none of our business; the routing table knows, so no list of local addresses is kept.
+ */
+static __always_inline int is_transit(struct xdp_md *ctx, const struct packet *p, int ipv4)
+{
+	struct bpf_fib_lookup route = { .ifindex = ctx->ingress_ifindex, .l4_protocol = IPPROTO_TCP };
+
+	if (ipv4) {
+		route.family = AF_INET;
+		route.ipv4_src = mapped_ipv4(&p->source);
+		route.ipv4_dst = mapped_ipv4(&p->target);
+	} else {
+		route.family = AF_INET6;
+		__builtin_memcpy(route.ipv6_src, &p->source, 16);
+		__builtin_memcpy(route.ipv6_dst, &p->target, 16);
+	}
+	/* SUCCESS and NO_NEIGH: a route to another host. An interface that does not forward answers FWD_DISABLED. */
+	switch (bpf_fib_lookup(ctx, &route, sizeof(route), 0)) {
+	case BPF_FIB_LKUP_RET_SUCCESS:
+	case BPF_FIB_LKUP_RET_NO_NEIGH:
+	case BPF_FIB_LKUP_RET_UNSUPP_LWT:
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		return 1;
+	}
+	return 0;
+}
 
 int gate_xdp(struct xdp_md *ctx)
 {
-	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-	struct ethhdr *eth = data;
-	struct packet p = {};
-	struct listener *listener;
+	struct scratch *s = begin();
 	struct verdict v;
-	__be16 protocol;
-	void *at = eth + 1;
-	int kind;
 
-	if (at > end)
-		return XDP_PASS;
-	protocol = eth->h_proto;
-#pragma unroll
-	for (int i = 0; i < 2; i++) {
-		struct vlan_header *tag = at;
-
-		if (protocol != bpf_htons(ETH_P_8021Q) && protocol != bpf_htons(ETH_P_8021AD))
-			break;
-		if ((void *)(tag + 1) > end)
-			return XDP_PASS;
-		protocol = tag->inner;
-		at = tag + 1;
-	}
-	if (protocol == bpf_htons(ETH_P_IP))
-		kind = parse_ipv4(at, end, &p);
-	else if (protocol == bpf_htons(ETH_P_IPV6))
-		kind = parse_ipv6(at, end, &p);
-	else
+	if (!s)
 		return XDP_PASS;
 	/* What cannot be followed here is left to the stack, and then to gate_cgroup, which lets none of it in. */
-	if (kind != PACKET_TCP || !p.syn)
+	if (parse_frame((void *)(long)ctx->data, (void *)(long)ctx->data_end, &s->packet) != PACKET_TCP || !s->packet.syn)
 		return XDP_PASS;
-	listener = find_listener(&p);
-	if (!listener)
+	if (!find_listener(&s->packet, &s->wildcard))
 		return XDP_PASS;
-
-	v = verdict(&p, listener, 0);
+	v = verdict(s, CHARGE_PEEK);
 	if (v.action != ACTION_DROP)
 		return XDP_PASS; /* gate_cgroup judges it again, charges its limits and counts it */
+	if (s->wildcard && is_transit(ctx, &s->packet, is_mapped(&s->packet.target)))
+		return XDP_PASS;
 	count(&v, HOOK_XDP);
 	return XDP_DROP;
 }

@@ -16,10 +16,9 @@ BPF_TABLE_PINNED("percpu_array", u32, u64, established, 1, PIN_DIR "/established
 BPF_TABLE_PINNED("hash", struct address, struct ban, bans, 1, PIN_DIR "/bans");
 BPF_TABLE_PINNED("lpm_trie", struct failsafe_key, u32, failsafe, 1, PIN_DIR "/failsafe");
 BPF_TABLE_PINNED("lru_hash", struct bucket_key, u64, buckets, 1, PIN_DIR "/buckets");
-/* Two sets of rules each: gate.active says which one is in force, the other is where the next one is built. */
-BPF_TABLE_PINNED("array_of_maps", u32, u32, exact4, 2, PIN_DIR "/exact4");
-BPF_TABLE_PINNED("array_of_maps", u32, u32, exact6, 2, PIN_DIR "/exact6");
-BPF_TABLE_PINNED("array_of_maps", u32, u32, prefix4, 2, PIN_DIR "/prefix4");
-BPF_TABLE_PINNED("array_of_maps", u32, u32, prefix6, 2, PIN_DIR "/prefix6");
+BPF_TABLE_PINNED("hash", struct runtime_key, u32, runtime, 1, PIN_DIR "/runtime");
+BPF_TABLE_PINNED("percpu_array", u32, struct scratch, scratch, 1, PIN_DIR "/scratch");
+/* Two sets: gate.active says which one is in force, the other is where the next one is put. */
+BPF_TABLE_PINNED("array_of_maps", u32, u32, sets, 2, PIN_DIR "/sets");
 
 #endif

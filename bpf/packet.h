@@ -6,7 +6,9 @@
  *  - A fragment other than the first has no TCP header and is none of the gate's business (the stack judges the
  *    reassembled packet, and then cgroup_skb sees it whole): PACKET_OTHER. A first fragment likewise, because its TCP
  *    header may lie in the next one.
+ *  - An IPv6 fragment header on a packet that is whole (RFC 6946) is stepped over.
  *  - More than MAX_EXTENSIONS extension headers, or a header that the packet is too short for: PACKET_MALFORMED.
+ *  - Up to two VLAN tags (802.1Q, 802.1ad) are stepped over; behind more, the frame is PACKET_OTHER.
  *  - IPv4-mapped IPv6 addresses on the wire are judged as the IPv4 address that they name.
  */
 #ifndef RAMA_EBPF_PACKET_H
@@ -15,15 +17,6 @@
 #define MAX_EXTENSIONS 6
 
 enum packet_kind { PACKET_TCP = 0, PACKET_OTHER = 1, PACKET_MALFORMED = 2 };
-
-/* One connection attempt. Addresses are IPv4-mapped where ipv4 is set. */
-struct packet {
-	struct address source;
-	struct address target;
-	u16 port; /* of the target, host byte order */
-	u8 ipv4;
-	u8 syn; /* SYN without ACK */
-};
 
 static __always_inline void map_ipv4(struct address *to, u32 ip)
 {
@@ -111,19 +104,64 @@ static __always_inline int parse_ipv6(void *at, void *end, struct packet *p)
 	at = ip + 1;
 #pragma unroll
 	for (int i = 0; i <= MAX_EXTENSIONS; i++) {
-		struct ipv6_opt_hdr *extension = at;
+		struct {
+			u8 next, length;
+			__be16 fragment;
+		} *extension = at;
+		u32 size;
 
 		if (next == IPPROTO_TCP)
 			return parse_tcp(at, end, p);
-		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS && next != IPPROTO_AH)
-			return PACKET_OTHER; /* also a fragment header, "no next header", and other protocols */
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+		    next != IPPROTO_AH && next != IPPROTO_FRAGMENT)
+			return PACKET_OTHER; /* also "no next header" */
 		if ((void *)(extension + 1) > end)
 			return PACKET_MALFORMED;
-		/* The authentication header counts its length in units of 4 (RFC 4302), the others in units of 8. */
-		at += next == IPPROTO_AH ? (extension->hdrlen + 2) * 4 : (extension->hdrlen + 1) * 8;
-		next = extension->nexthdr;
+		if (next == IPPROTO_FRAGMENT) {
+			if (extension->fragment & bpf_htons(0xfff9)) /* an offset or M */
+				return PACKET_OTHER;
+			size = 8;
+		} else if (next == IPPROTO_AH) {
+			size = (extension->length + 2) * 4; /* RFC 4302 counts in units of 4, */
+		} else {
+			size = (extension->length + 1) * 8; /* the others in units of 8 */
+		}
+		at += size;
+		next = extension->next;
 	}
 	return PACKET_MALFORMED;
+}
+
+struct vlan_header {
+	__be16 tci;
+	__be16 inner;
+};
+
+static __always_inline int parse_frame(void *at, void *end, struct packet *p)
+{
+	struct ethhdr *eth = at;
+	__be16 protocol;
+
+	at = eth + 1;
+	if (at > end)
+		return PACKET_MALFORMED;
+	protocol = eth->h_proto;
+#pragma unroll
+	for (int i = 0; i < 2; i++) {
+		struct vlan_header *tag = at;
+
+		if (protocol != bpf_htons(ETH_P_8021Q) && protocol != bpf_htons(ETH_P_8021AD))
+			break;
+		at = tag + 1;
+		if (at > end)
+			return PACKET_MALFORMED;
+		protocol = tag->inner;
+	}
+	if (protocol == bpf_htons(ETH_P_IP))
+		return parse_ipv4(at, end, p);
+	if (protocol == bpf_htons(ETH_P_IPV6))
+		return parse_ipv6(at, end, p);
+	return PACKET_OTHER;
 }
 
 #endif

@@ -41,35 +41,31 @@ enum hook {
 
 enum rule_flag { RULE_DRY_RUN = 1 };
 
-/* Which parts of a set hold anything: a look-up that can find nothing is not made. */
-enum set_flag {
-	SET_EXACT4  = 1,
-	SET_EXACT6  = 2,
-	SET_PREFIX4 = 4,
-	SET_PREFIX6 = 8,
-};
-
+/* What there is to look up: a look-up that can find nothing is not made. */
 enum gate_flag {
-	GATE_BANS     = 1,
-	GATE_FAILSAFE = 2,
-	GATE_TIMED    = 4, /* some rule or ban expires */
+	GATE_BANS          = 1,
+	GATE_FAILSAFE      = 2,
+	GATE_RUNTIME_PORTS = 4, /* some runtime rule is for one port */
 };
 
 enum bound {
-	MAX_CANDIDATES    = 3,  /* rules that one prefix can hold for the case that earlier ones expire or are dry */
-	MAX_LISTENERS     = 64,
+	MAX_LISTENERS        = 64,
 	SOCKETS_PER_LISTENER = 64,
-	SCOPE_ANY         = 0,  /* rules without a port; otherwise the scope is the port itself */
-	SCOPE_BITS        = 16,
-	MAX_STEPS         = 16, /* prefixes of one address that may be passed over because they are dry or expired */
-	ACTION_COUNT      = 5,
-	STAGE_COUNT       = 7,
+	MAX_FAILSAFE_PORTS   = 8,
+	MAX_CHAIN            = 64, /* rules of the set that may apply to one address before one is certain to decide */
+	MAX_RUNTIME_LENGTHS  = 64, /* different prefix lengths that the runtime layer has of one family */
+	MAX_BISECTION        = 24, /* steps: a slot has fewer than 2^24 intervals */
+	ACTION_COUNT         = 5,
+	STAGE_COUNT          = 7,
 };
 
 /* An IPv4 address is kept as IPv4-mapped where both families share a map. */
 struct address {
-	__u8 b[16];
-};
+	union {
+		__u8 b[16];
+		__u64 half[2];
+	};
+} __attribute__((packed, aligned(4)));
 
 struct listener_key {
 	struct address addr; /* 0.0.0.0 (mapped) or ::, any address of that family */
@@ -81,10 +77,15 @@ _Static_assert(sizeof(struct listener_key) == 20, "listener_key");
 struct listener {
 	__u16 id;      /* < MAX_LISTENERS */
 	__u16 sockets; /* how many slots of the SOCKMAP, from id * SOCKETS_PER_LISTENER, are filled */
-	__u16 scoped;  /* whether some rule names this port */
-	__u16 failsafe;
+	__u32 pad;
 };
 _Static_assert(sizeof(struct listener) == 8, "listener");
+
+/*
+ * The rank of a rule among all that apply to a packet: the highest decides. The upper part is the length of the
+ * prefix that matched, the lower four bits are `order` of the rule.
+ */
+enum rank { RANK_LENGTH_SHIFT = 4, ORDER_PORT = 8, ORDER_PRECEDENCE = 2, ORDER_RUNTIME = 1 };
 
 struct rule {
 	__u32 action;
@@ -92,36 +93,55 @@ struct rule {
 	__u64 expires; /* 0: never */
 	__u64 emission; /* limit: nanoseconds between two admitted SYNs at the sustained rate */
 	__u64 tolerance; /* limit: emission * (burst - 1) */
+	__u16 port; /* 0: any */
+	__u16 order;
+	__u32 pad;
 };
-_Static_assert(sizeof(struct rule) == 32, "rule");
+_Static_assert(sizeof(struct rule) == 40, "rule");
 
-/* What a prefix (or an exact address) of a set holds: rule ids in order of precedence, 0 ends the list. */
-struct entry {
-	__u32 rule[MAX_CANDIDATES];
-	__u32 plen; /* bits of the address, without the scope's */
+/* The runtime layer: one rule for each prefix and port, changed one by one. */
+struct runtime_key {
+	__u16 length; /* bits of the IPv4-mapped form */
+	__u16 port; /* 0: any */
+	struct address prefix;
 };
-_Static_assert(sizeof(struct entry) == 16, "entry");
-
-/* Keys of the sets' maps. The IPv4 forms are the first bytes of the IPv6 forms, so that one piece of code serves both. */
-struct exact_key {
-	__u16 scope;
-	__u16 pad;
-	__u8 addr[16]; /* IPv4: the first 4 */
+/* Which prefix lengths the runtime layer has: bit n for length n, in the lowest word 0 to 63. */
+struct lengths {
+	__u64 bits[3];
 };
-_Static_assert(sizeof(struct exact_key) == 20, "exact_key");
+_Static_assert(sizeof(struct runtime_key) == 20, "runtime_key");
 
-struct prefix_key {
-	__u32 plen; /* with SCOPE_BITS */
-	__u16 scope;
-	__u8 addr[16]; /* IPv4: the first 4 */
-} __attribute__((packed));
-_Static_assert(sizeof(struct prefix_key) == 22, "prefix_key");
+/*
+ * The set: everything that was loaded at once, in one array of 64-bit cells, and never changed while it is in force.
+ * Each family's addresses are cut into intervals to all of whose addresses the same rules apply. An index of equal slots leads
+ * to the few intervals that a slot's addresses fall into, and a bisection to the one. Its value is a chain: the rules
+ * that apply, the highest rank first, up to the first that is certain to decide.
+ */
+struct pair {
+	__u32 a, b;
+};
+/* A slot is { first interval, number of intervals }, or { value, 0 } where all its addresses have one value.
+ * An IPv4 interval is { first address, value }. An IPv6 interval is three cells: the high and the low half of its first
+ * address, and { value, 0 }. A chain is a run of { rule id, prefix length | CHAIN_END on the last }; chain 0 is empty. */
+enum chain { CHAIN_LENGTH = 0xff, CHAIN_END = 0x100 };
+
+struct table {
+	__u64 base;      /* an address's slot is (its upper 64 bits >> shift) - base; IPv4 has all its bits there */
+	__u32 shift;
+	__u32 slots;     /* 0: all addresses have the value `below` */
+	__u32 slots_at;  /* cell of the first slot */
+	__u32 bounds_at; /* cell of the first interval */
+	__u32 below;     /* value of the addresses before the first slot, */
+	__u32 above;     /* and of those after the last */
+};
+_Static_assert(sizeof(struct table) == 32, "table");
 
 struct failsafe_key {
-	__u32 plen; /* of the IPv4-mapped form */
+	__u32 plen; /* of all that follows */
+	__u32 ipv4; /* ::/0 does not cover IPv4 */
 	struct address addr;
 };
-_Static_assert(sizeof(struct failsafe_key) == 20, "failsafe_key");
+_Static_assert(sizeof(struct failsafe_key) == 24, "failsafe_key");
 
 struct ban {
 	__u64 expires; /* 0: never */
@@ -140,19 +160,27 @@ struct limit {
 
 struct set_head {
 	__u32 default_action;
-	__u32 flags;
+	__u32 chains_at; /* cell of chain 0 */
 	struct limit per_source; /* per /32 or /64 */
 	struct limit global;
+	struct table tables[2]; /* IPv4, IPv6 */
+	__u32 document_at; /* cell from which on the set is described for userspace, and */
+	__u32 document_size; /* in how many bytes */
 };
-_Static_assert(sizeof(struct set_head) == 40, "set_head");
+_Static_assert(sizeof(struct set_head) == 112, "set_head");
 
 struct gate {
 	__u64 revision;
+	__u64 deadline; /* 0: none; from then on the set `fallback` is in force, because nobody confirmed `active` */
 	__u32 active; /* which of the two sets is in force: read once per packet */
+	__u32 fallback;
 	__u32 flags;
+	__u16 failsafe_ports[MAX_FAILSAFE_PORTS]; /* 0: none */
+	__u32 pad;
+	struct lengths runtime[2]; /* IPv4, IPv6 */
 	struct set_head sets[2];
 };
-_Static_assert(sizeof(struct gate) == 96, "gate");
+_Static_assert(sizeof(struct gate) == 320, "gate");
 
 /* Key of a token bucket: the rule (or BUCKET_SOURCE, BUCKET_GLOBAL) and the source's /32 or /64. */
 struct bucket_key {
@@ -167,5 +195,38 @@ struct rule_hits {
 	__u64 decided;
 	__u64 dry; /* would have decided, were it not a dry run */
 };
+
+/* What one layer says: its first rule that decides, and the first dry run above that. A rank of 0 is none. */
+struct finding {
+	__u32 rank, rule, action;
+	__u32 dry_rank, dry_rule, dry_action;
+};
+
+/* One connection attempt. Addresses are IPv4-mapped where ipv4 is set. */
+struct packet {
+	struct address source;
+	struct address target;
+	__u16 port; /* of the target, host byte order */
+	__u8 ipv4;
+	__u8 syn; /* SYN without ACK */
+};
+_Static_assert(sizeof(struct packet) == 36, "packet");
+
+/*
+ * What the programs work on. It is kept in a map and not on the stack, because of memory in maps the verifier knows
+ * nothing: what it knows of the stack it carries through every turn of a loop, along every path. The hooks run in
+ * softirqs, one at a time on a CPU. (sk_lookup also runs for sock_diag queries, in a process; if packets come in
+ * between, the query may get a wrong answer.)
+ */
+struct scratch {
+	struct packet packet;
+	__u32 wildcard; /* the listener takes any address */
+	__u64 high, low; /* the source's IPv4-mapped form, in host byte order */
+	struct finding loaded, runtime;
+	__u64 word, next, last;
+	struct runtime_key key;
+	__u32 base;
+};
+_Static_assert(sizeof(struct scratch) == 152, "scratch");
 
 #endif

@@ -14,7 +14,9 @@
 #include <linux/ipv6.h>
 #include <linux/tcp.h>
 
-#define AF_INET 2 /* from the libc's headers, which do not compile for BPF */
+/* From the libc's headers, which do not compile for BPF. */
+#define AF_INET 2
+#define AF_INET6 10
 
 #include "policy.h"
 #include "maps.h"
@@ -32,13 +34,13 @@ int count_established(struct bpf_sock_ops *ops)
 	struct packet p = {};
 	struct listener *listener;
 	u64 *total;
-	u32 id;
+	u32 id, wildcard;
 
 	if (ops->op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
 		return 1;
 	p.port = ops->local_port;
 	CONTEXT_ADDRESS(&p.target, ops->family == AF_INET, ops->local_ip4, ops->local_ip6);
-	listener = find_listener(&p);
+	listener = find_listener(&p, &wildcard);
 	if (!listener)
 		return 1;
 	id = listener->id;

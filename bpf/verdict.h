@@ -3,25 +3,27 @@
  * The verdict: one function that every hook calls. Its meaning is defined by rama_ebpf/policy/matcher.py, and a
  * differential test holds the two against each other.
  *
- * Order: failsafe, bans, rules, SYN limits, default. Among rules the longest prefix wins; at the same prefix a rule
- * for the listener's port beats one for any port, and then deny beats limit beats allow (userspace sorts the
- * candidates of a prefix). A rule that has expired or is a dry run lets the next candidate, then the next shorter
- * prefix, decide.
+ * Order: failsafe, bans, rules, SYN limits, default. Rules come from two layers, the set that was best and the runtime layer on
+ * top of it; of all that apply, the one of the highest rank decides (see enum rank). A rule that has expired, or is a
+ * dry run, leaves it to the next.
  */
 #ifndef RAMA_EBPF_VERDICT_H
 #define RAMA_EBPF_VERDICT_H
+
+/* What a hook does about limits: only where a SYN is admitted for good is it charged, once whatever hooks it passed. */
+enum charge { CHARGE_NONE = 0, CHARGE_PEEK = 1, CHARGE_ADMIT = 2 };
 
 struct verdict {
 	u32 action;
 	u32 stage;
 	u32 rule;
-	u32 dry_action; /* what dry-run rules would have decided, ACTION_NONE if they agree or there is none */
+	u32 dry_action; /* what the highest dry-run rule above the decision would have decided */
 	u32 dry_rule;
 };
 
 /* Generic cell rate algorithm (ITU-T I.371): one theoretical arrival time per bucket. Two CPUs may race on one bucket
  * and admit a few SYNs too many; a lock would cost every packet. */
-static __always_inline int exceeds(const struct limit *limit, u32 rule, const struct packet *p)
+static __always_inline int exceeds(u64 emission, u64 tolerance, u32 rule, const struct packet *p, int charge)
 {
 	struct bucket_key key = { .rule = rule };
 	u64 *stored, arrival, next, now = bpf_ktime_get_boot_ns();
@@ -30,9 +32,11 @@ static __always_inline int exceeds(const struct limit *limit, u32 rule, const st
 		__builtin_memcpy(key.source, p->ipv4 ? p->source.b + 8 : p->source.b, 8);
 	stored = buckets.lookup(&key);
 	arrival = stored && *stored > now ? *stored : now;
-	if (arrival - now > limit->tolerance)
+	if (arrival - now > tolerance)
 		return 1;
-	next = arrival + limit->emission;
+	if (charge != CHARGE_ADMIT)
+		return 0;
+	next = arrival + emission;
 	if (stored)
 		*stored = next;
 	else
@@ -52,133 +56,182 @@ static __always_inline void count_rule(u32 id, int dry)
 		hits->decided++;
 }
 
-/* Let the candidates of one entry decide; 1 if one did. */
-static __always_inline int consider(const struct entry *e, struct verdict *v, struct limit *limit, u64 now)
+/* The clock costs as much as a look-up: it is read only for what can expire. */
+static __always_inline int expired(u64 expires)
 {
-#pragma unroll
-	for (int i = 0; i < MAX_CANDIDATES; i++) {
-		u32 id = e->rule[i];
-		struct rule *r;
+	return expires && bpf_ktime_get_boot_ns() >= expires;
+}
 
-		if (!id)
-			return 0;
-		r = rules.lookup(&id);
-		if (!r || r->action == ACTION_NONE || (r->expires && now >= r->expires))
-			continue;
-		if (r->flags & RULE_DRY_RUN) {
-			if (!v->dry_rule) {
-				v->dry_rule = id;
-				v->dry_action = r->action;
-			}
-			continue;
+#define barrier() asm volatile("" ::: "memory")
+
+/* Let a rule that applies by its prefix take part; each layer asks its rules from the highest rank to the lowest.
+ * Returns 1 if this one decides. */
+static __always_inline int consider(struct finding *f, u32 id, u32 length, const struct packet *p)
+{
+	struct rule *r = rules.lookup(&id);
+	u32 rank;
+
+	if (!r || r->action == ACTION_NONE || (r->port && r->port != p->port) || expired(r->expires))
+		return 0;
+	rank = (length + 1) << RANK_LENGTH_SHIFT | r->order;
+	if (r->flags & RULE_DRY_RUN) {
+		if (!f->dry_rank) {
+			f->dry_rank = rank;
+			f->dry_rule = id;
+			f->dry_action = r->action;
 		}
-		v->stage = STAGE_RULE;
-		v->action = r->action;
-		v->rule = id;
-		limit->emission = r->emission;
-		limit->tolerance = r->tolerance;
-		return 1;
+		return 0;
 	}
-	return 0;
+	f->rank = rank;
+	f->rule = id;
+	f->action = r->action;
+	return 1;
 }
 
-/* One family's maps of the set in force, and the keys to look a source up in them. */
-struct source_tables {
-	void *exact, *prefixes; /* NULL where there is nothing to find */
-	u32 bits;
-	struct exact_key exact_key;
-	struct prefix_key prefix_key;
-};
-
-/* Copy what is found into *e and return its length, or -1. Entries are copied because the walk then compares lengths,
- * not pointers that may be null. */
-static __always_inline int take(const struct entry *found, struct entry *e)
+/* The value of the interval of a set's table that holds an address. */
+static __always_inline u32 find_interval(void *set, const struct table *t, int ipv4, u64 high, u64 low)
 {
-	if (!found)
-		return -1;
-	*e = *found;
-	return found->plen;
-}
+	u64 slot = high >> (t->shift & 63);
+	struct pair *cell;
+	u32 at, count;
 
-static __always_inline int fetch_prefix(struct source_tables *t, u16 scope, int plen, struct entry *e)
-{
-	if (plen < 0 || !t->prefixes)
-		return -1;
-	t->prefix_key.scope = scope;
-	t->prefix_key.plen = SCOPE_BITS + plen;
-	return take(bpf_map_lookup_elem(t->prefixes, &t->prefix_key), e);
-}
+	if (slot < t->base)
+		return t->below;
+	slot -= t->base;
+	if (slot >= t->slots)
+		return t->above;
+	at = t->slots_at + slot;
+	cell = bpf_map_lookup_elem(set, &at);
+	if (!cell)
+		return 0;
+	count = cell->b;
+	if (!count)
+		return cell->a;
+	/* The last interval that begins at or before the address; the first one does. */
+	at = cell->a;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < MAX_BISECTION && count > 1; i++) {
+		u32 half = count / 2, middle, index = at + half;
+		u64 *bound;
 
-/* The longest match of all: the exact address if it is there (prefixes of full length are kept in no trie). */
-static __always_inline int fetch_first(struct source_tables *t, u16 scope, struct entry *e)
-{
-	if (t->exact) {
-		struct entry *found;
-
-		t->exact_key.scope = scope;
-		found = bpf_map_lookup_elem(t->exact, &t->exact_key);
-		if (found)
-			return take(found, e);
+		middle = t->bounds_at + (ipv4 ? index : 3 * index);
+		bound = bpf_map_lookup_elem(set, &middle);
+		if (!bound)
+			return 0;
+		if (ipv4) {
+			if ((u32)*bound <= high)
+				at = index;
+		} else if (*bound < high) {
+			at = index;
+		} else if (*bound == high) {
+			middle++;
+			bound = bpf_map_lookup_elem(set, &middle);
+			if (!bound)
+				return 0;
+			if (*bound <= low)
+				at = index;
+		}
+		count -= half;
 	}
-	return fetch_prefix(t, scope, t->bits - 1, e);
+	at = t->bounds_at + (ipv4 ? at : 3 * at + 2);
+	cell = bpf_map_lookup_elem(set, &at);
+	if (!cell)
+		return 0;
+	return ipv4 ? cell->b : cell->a;
+}
+
+static __always_inline void search_set(struct scratch *s, void *set, const struct set_head *head,
+				       const struct packet *p)
+{
+	u32 chain = p->ipv4 ? find_interval(set, &head->tables[0], 1, s->low & 0xffffffff, 0)
+			    : find_interval(set, &head->tables[1], 0, s->high, s->low);
+
+	if (!chain)
+		return;
+	chain += head->chains_at;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < MAX_CHAIN; i++) {
+		u32 at = chain + i;
+		struct pair *item = bpf_map_lookup_elem(set, &at);
+
+		if (!item || consider(&s->loaded, item->a, item->b & CHAIN_LENGTH, p) || item->b & CHAIN_END)
+			return;
+	}
+}
+
+/* Of a word that is not 0. Without a branch: each would double what the verifier has to walk through. */
+static __always_inline u32 highest_bit(u64 word)
+{
+	word |= word >> 1;
+	word |= word >> 2;
+	word |= word >> 4;
+	word |= word >> 8;
+	word |= word >> 16;
+	word |= word >> 32;
+	/* All bits up to the highest are set now: count them. */
+	word -= word >> 1 & 0x5555555555555555ull;
+	word = (word & 0x3333333333333333ull) + (word >> 2 & 0x3333333333333333ull);
+	word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0full;
+	return (word * 0x0101010101010101ull >> 56) - 1;
 }
 
 /*
- * Walk the prefixes that cover the source from the longest to the shortest, those of the port's scope and those of
- * any port merged by length, until a rule decides. An LPM look-up for one bit less than the last match finds the next
- * shorter one, so entries that are expired or dry need no clean-up for the answer to be exact.
+ * The runtime layer, from the longest prefix to the shortest, until one decides or no shorter one could outrank what
+ * the set says. A prefix's rule for the port comes before its rule for any.
  */
-static __always_inline int match(struct source_tables *t, u16 scope, struct verdict *v, struct limit *limit, u64 now)
+static __always_inline void search_runtime(struct scratch *s, const struct gate *g, const struct packet *p)
 {
-	struct entry own = {}, any = {};
-	int own_length = -1, any_length;
+	const struct lengths *present = &g->runtime[!p->ipv4];
 
-	any_length = fetch_first(t, SCOPE_ANY, &any);
-	if (scope)
-		own_length = fetch_first(t, scope, &own);
-	for (int i = 0; i < MAX_STEPS; i++) {
-		int use_own = own_length >= any_length;
-		int length = use_own ? own_length : any_length;
-		struct entry e = use_own ? own : any;
+	s->base = 128;
+	s->word = present->bits[2];
+	s->next = present->bits[1];
+	s->last = present->bits[0];
+	s->key.port = 0;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < MAX_RUNTIME_LENGTHS + 2; i++) {
+		u64 mask, upper;
+		u32 length, *id;
 
-		if (length < 0)
-			return 0;
-		if (consider(&e, v, limit, now))
-			return 1;
-		length = fetch_prefix(t, use_own ? scope : SCOPE_ANY, length - 1, &e);
-		if (use_own) {
-			own = e;
-			own_length = length;
-		} else {
-			any = e;
-			any_length = length;
+		barrier();
+		if (!s->word) {
+			if (!s->base)
+				return;
+			s->base -= 64;
+			s->word = s->next;
+			s->next = s->last;
+			continue;
 		}
+		length = highest_bit(s->word) & 63;
+		s->word &= ~(1ull << length);
+		length += s->base;
+		if (length + 1 < s->loaded.rank >> RANK_LENGTH_SHIFT)
+			return;
+		/* The address's first `length` bits. */
+		mask = ~(~0ull >> (length & 63));
+		upper = -(u64)((length / 64 + 1) >> 1); /* all ones from 64 on */
+		s->key.prefix.half[0] = bpf_htonll(s->high & (mask | upper));
+		s->key.prefix.half[1] = bpf_htonll(s->low & upper & (mask | -(u64)(length / 128)));
+		s->key.length = length;
+		if (g->flags & GATE_RUNTIME_PORTS) {
+			s->key.port = p->port;
+			id = runtime.lookup(&s->key);
+			if (id && consider(&s->runtime, *id, s->key.length, p))
+				return;
+			s->key.port = 0;
+		}
+		id = runtime.lookup(&s->key);
+		if (id && consider(&s->runtime, *id, s->key.length, p))
+			return;
 	}
-	return 0;
 }
 
-static __always_inline void open_tables(struct source_tables *t, u32 set, u32 flags, const struct packet *p)
-{
-	if (p->ipv4) {
-		t->bits = 32;
-		t->exact = flags & SET_EXACT4 ? exact4.lookup(&set) : NULL;
-		t->prefixes = flags & SET_PREFIX4 ? prefix4.lookup(&set) : NULL;
-		__builtin_memcpy(t->exact_key.addr, p->source.b + 12, 4);
-		__builtin_memcpy(t->prefix_key.addr, p->source.b + 12, 4);
-	} else {
-		t->bits = 128;
-		t->exact = flags & SET_EXACT6 ? exact6.lookup(&set) : NULL;
-		t->prefixes = flags & SET_PREFIX6 ? prefix6.lookup(&set) : NULL;
-		__builtin_memcpy(t->exact_key.addr, p->source.b, 16);
-		__builtin_memcpy(t->prefix_key.addr, p->source.b, 16);
-	}
-}
-
-static __always_inline struct listener *find_listener(const struct packet *p)
+static __always_inline struct listener *find_listener(const struct packet *p, u32 *wildcard)
 {
 	struct listener_key key = { .addr = p->target, .port = p->port };
 	struct listener *listener = listeners.lookup(&key);
 
+	*wildcard = !listener;
 	if (listener)
 		return listener;
 	/* The wildcard of the target's family: 0.0.0.0 (mapped) and :: on one port are two listeners. */
@@ -189,41 +242,61 @@ static __always_inline struct listener *find_listener(const struct packet *p)
 	return listeners.lookup(&key);
 }
 
-/*
- * Judge a connection attempt on one of our listeners. `admit` is set where the answer takes effect: there limits are
- * charged; elsewhere a limit counts as within its rate.
- */
-static __always_inline struct verdict verdict(const struct packet *p, const struct listener *listener, int admit)
+static __always_inline int is_failsafe(const struct gate *g, const struct packet *p)
+{
+	struct failsafe_key key = { .plen = 32 + 128, .ipv4 = p->ipv4, .addr = p->source };
+
+#pragma unroll
+	for (int i = 0; i < MAX_FAILSAFE_PORTS; i++)
+		if (g->failsafe_ports[i] == p->port)
+			return 1;
+	return failsafe.lookup(&key) != NULL;
+}
+
+static __always_inline void limit(struct verdict *v, u64 emission, u64 tolerance, u32 bucket, const struct packet *p,
+				  int charge)
+{
+	if (!emission || charge == CHARGE_NONE || !exceeds(emission, tolerance, bucket, p, charge))
+		return;
+	v->action = ACTION_DROP;
+	v->stage = STAGE_LIMIT;
+}
+
+/* A place for a packet, all zero. */
+static __always_inline struct scratch *begin(void)
+{
+	u32 zero = 0;
+	struct scratch *s = scratch.lookup(&zero);
+
+	if (s)
+		__builtin_memset(&s->packet, 0, sizeof(s->packet));
+	return s;
+}
+
+/* Judge the connection attempt in s->packet, on one of our listeners. */
+static __always_inline struct verdict verdict(struct scratch *s, int charge)
 {
 	struct verdict v = { .action = ACTION_ALLOW, .stage = STAGE_DEFAULT };
-	struct limit limit = {};
-	u32 zero = 0, set;
-	u64 now;
+	const struct set_head *head;
+	u32 zero = 0, set, rank;
+	struct finding *f;
+	u64 half, deadline;
+	void *cells;
+	const struct packet *p = &s->packet;
 	struct gate *g = gate.lookup(&zero);
 
 	if (!g)
-		return v;
-	now = g->flags & GATE_TIMED ? bpf_ktime_get_boot_ns() : 0; /* the clock costs more than a look-up */
-	set = *(volatile u32 *)&g->active & 1;
-
-	if (listener->failsafe) {
+		return v; /* cannot be: an array has all its elements */
+	if (g->flags & GATE_FAILSAFE && is_failsafe(g, p)) {
 		v.stage = STAGE_FAILSAFE;
 		return v;
-	}
-	if (g->flags & GATE_FAILSAFE) {
-		struct failsafe_key key = { .plen = 128, .addr = p->source };
-
-		if (failsafe.lookup(&key)) {
-			v.stage = STAGE_FAILSAFE;
-			return v;
-		}
 	}
 	if (g->flags & GATE_BANS) {
 		struct address source = p->source;
 		struct ban *ban = bans.lookup(&source);
 
-		if (ban && (!ban->expires || now < ban->expires)) {
-			if (admit || ban->action == ACTION_REJECT)
+		if (ban && !expired(ban->expires)) {
+			if (charge == CHARGE_ADMIT || ban->action == ACTION_REJECT)
 				__sync_fetch_and_add(&ban->hits, 1);
 			v.stage = STAGE_BAN;
 			v.action = ban->action;
@@ -231,36 +304,45 @@ static __always_inline struct verdict verdict(const struct packet *p, const stru
 		}
 	}
 
-	{
-		const struct set_head *head = &g->sets[set];
-		struct source_tables tables = {};
+	__builtin_memset(&s->loaded, 0, sizeof(s->loaded));
+	__builtin_memset(&s->runtime, 0, sizeof(s->runtime));
+	s->high = bpf_ntohll(p->source.half[0]);
+	s->low = bpf_ntohll(p->source.half[1]);
+	/* The deadline first: who undoes a change moves `active` before taking the deadline away. */
+	deadline = *(volatile u64 *)&g->deadline;
+	set = (deadline && bpf_ktime_get_boot_ns() >= deadline ? g->fallback : *(volatile u32 *)&g->active) & 1;
+	head = &g->sets[set];
+	cells = sets.lookup(&set);
+	if (cells)
+		search_set(s, cells, head, p);
+	search_runtime(s, g, p);
 
-		open_tables(&tables, set, head->flags, p);
-		if (match(&tables, listener->scoped ? p->port : SCOPE_ANY, &v, &limit, now)) {
-			if (v.action == ACTION_LIMIT) {
-				v.action = ACTION_ALLOW;
-				if (admit && exceeds(&limit, v.rule, p)) {
-					v.action = ACTION_DROP;
-					v.stage = STAGE_LIMIT;
-				}
-			}
-			return v;
-		}
-		v.action = head->default_action;
-		if (v.action == ACTION_ALLOW && admit) {
-			limit = head->per_source;
-			if (limit.emission && exceeds(&limit, BUCKET_SOURCE, p)) {
-				v.action = ACTION_DROP;
-				v.stage = STAGE_LIMIT;
-				return v;
-			}
-			limit = head->global;
-			if (limit.emission && exceeds(&limit, BUCKET_GLOBAL, p)) {
-				v.action = ACTION_DROP;
-				v.stage = STAGE_LIMIT;
-			}
-		}
+	barrier();
+	rank = s->loaded.rank > s->runtime.rank ? s->loaded.rank : s->runtime.rank;
+	f = s->loaded.dry_rank > s->runtime.dry_rank ? &s->loaded : &s->runtime;
+	if (f->dry_rank && f->dry_rank >= rank) {
+		v.dry_rule = f->dry_rule;
+		v.dry_action = f->dry_action;
 	}
+	if (rank) {
+		f = s->loaded.rank == rank ? &s->loaded : &s->runtime; /* never both: see ORDER_RUNTIME */
+		v.stage = STAGE_RULE;
+		v.rule = f->rule;
+		v.action = f->action;
+		if (v.action == ACTION_LIMIT) {
+			struct rule *r = rules.lookup(&f->rule);
+
+			v.action = ACTION_ALLOW;
+			if (r)
+				limit(&v, r->emission, r->tolerance, v.rule, p, charge);
+		}
+		return v;
+	}
+	v.action = head->default_action;
+	if (v.action == ACTION_ALLOW)
+		limit(&v, head->per_source.emission, head->per_source.tolerance, BUCKET_SOURCE, p, charge);
+	if (v.action == ACTION_ALLOW)
+		limit(&v, head->global.emission, head->global.tolerance, BUCKET_GLOBAL, p, charge);
 	return v;
 }
 

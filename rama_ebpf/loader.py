@@ -129,8 +129,7 @@ class Gate:
                 self.maps["sockets"], (first + index).to_bytes(4, "little"), sock.fileno().to_bytes(8, "little")
             )
         key = abi.LISTENER_KEY.pack(_mapped(address), address.port, 0)
-        # `scoped` makes the program look for rules of this port; one look-up more, only where a port is under the gate.
-        bpf.map_update(self.maps["listeners"], key, abi.LISTENER.pack(free, len(sockets), 1, 0))
+        bpf.map_update(self.maps["listeners"], key, abi.LISTENER.pack(free, len(sockets), 0))
         self._listeners[address] = _Listener(key, free, len(sockets))
         return address
 

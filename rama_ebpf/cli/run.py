@@ -55,8 +55,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     add("--drain", type=_positive, default=10.0, metavar="S", help="time for live tunnels after SIGTERM (default: 10)")
     sizes = MapSizes()
     add("--max-rules", type=_count, default=sizes.rules, metavar="N", help="default: %(default)s")
-    add("--max-addresses", type=_count, default=sizes.exact, metavar="N", help="default: %(default)s")
-    add("--max-prefixes", type=_count, default=sizes.prefixes, metavar="N", help="default: %(default)s")
     add("--max-bans", type=_count, default=sizes.bans, metavar="N", help="default: %(default)s")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.set_defaults(main=_main)
@@ -130,7 +128,7 @@ def _main(args: argparse.Namespace) -> int:
         drain=args.drain,
         default=None if args.default is None else Action[args.default.upper()],
         failsafe=None if args.failsafe is None else tuple(parse_network(cidr) for cidr in args.failsafe),
-        sizes=MapSizes(rules=args.max_rules, exact=args.max_addresses, prefixes=args.max_prefixes, bans=args.max_bans),
+        sizes=MapSizes(rules=args.max_rules, bans=args.max_bans),
         kernel_headers=args.kernel_headers,
         require_kernel=args.require_kernel,
         persist=args.persist,

@@ -7,7 +7,7 @@ are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import cast
@@ -54,7 +54,7 @@ class ControlApi:
             dry_run=bool(params.get("dry_run", False)),
             reason=_optional_text(params, "reason") or "",
         )
-        return self._rule(self._store.add(rule), (source,), rule.port) | {"revision": self._store.revision}
+        return self._rule(self._store.add(rule), (source,)) | {"revision": self._store.revision}
 
     def remove(self, params: Mapping[str, object]) -> Json:
         """Take the runtime rules, and the ban, of exactly ``source`` (and ``port``) out of force."""
@@ -103,11 +103,11 @@ class ControlApi:
         return result
 
     @staticmethod
-    def _rule(rule: StoredRule, sources: tuple[IPNetwork, ...], port: int | None) -> Json:
+    def _rule(rule: StoredRule, sources: Sequence[IPNetwork]) -> Json:
         return {
             "name": rule.name,
             "sources": [str(source) for source in sources],
-            "port": port,
+            "port": rule.port,
             "action": rule.action.name.lower(),
             "expires_in": _seconds_left(rule.expires),
             "dry_run": rule.dry_run,
@@ -118,7 +118,7 @@ class ControlApi:
 
     def _record(self, record: RuleRecord) -> Json:
         counts: Json = {"hits": record.hits, "dry_hits": record.dry_hits}
-        return self._rule(record.rule, record.sources, record.port) | counts
+        return self._rule(record.rule, record.sources) | counts
 
     @staticmethod
     def _ban(ban: Ban) -> Json:

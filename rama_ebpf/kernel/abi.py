@@ -15,34 +15,36 @@ from typing import Final
 __all__ = [
     "BAN",
     "BUCKET_KEY",
-    "ENTRY",
-    "EXACT_KEY",
     "FAILSAFE_KEY",
     "GATE",
     "LISTENER",
     "LISTENER_KEY",
-    "PREFIX_KEY",
+    "PACKET",
     "RULE",
     "RULE_HITS",
     "RULE_INFO",
+    "RUNTIME_KEY",
+    "SCRATCH",
     "SET_HEAD",
+    "TABLE",
     "constants",
     "possible_cpus",
     "source_dir",
 ]
 
 LISTENER_KEY: Final = struct.Struct("=16sHH")
-LISTENER: Final = struct.Struct("=HHHH")
-RULE: Final = struct.Struct("=IIQQQ")
-ENTRY: Final = struct.Struct("=IIII")
-EXACT_KEY: Final = {4: struct.Struct("=HH4s"), 6: struct.Struct("=HH16s")}  # by IP version
-PREFIX_KEY: Final = {4: struct.Struct("=IH4s"), 6: struct.Struct("=IH16s")}
-FAILSAFE_KEY: Final = struct.Struct("=I16s")
+LISTENER: Final = struct.Struct("=HHI")
+RULE: Final = struct.Struct("=IIQQQHHI")
+RUNTIME_KEY: Final = struct.Struct("=HH16s")
+TABLE: Final = struct.Struct("=QIIIIII")
+SET_HEAD: Final = struct.Struct("=II QQ QQ 32s32s II")
+FAILSAFE_KEY: Final = struct.Struct("=II16s")
 BAN: Final = struct.Struct("=QQQII64s")
-SET_HEAD: Final = struct.Struct("=IIQQQQ")
-GATE: Final = struct.Struct("=QII40s40s")
+GATE: Final = struct.Struct("=QQ III 8H I 3Q 3Q 112s112s")
 BUCKET_KEY: Final = struct.Struct("=II8s")
 RULE_HITS: Final = struct.Struct("=QQ")
+PACKET: Final = struct.Struct("=16s16sHBB")
+SCRATCH: Final = struct.Struct("=36s I QQ 6I 6I 3Q 20s I")
 
 # Read and written by userspace alone (the map rule_info): created (wall clock, ns), name, origin, reason.
 RULE_INFO: Final = struct.Struct("=Q64s32s120s")

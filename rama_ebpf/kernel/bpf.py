@@ -66,6 +66,7 @@ class MapFlags(enum.IntFlag):
     NONE = 0
     NO_PREALLOC = 1
     MMAPABLE = 1 << 10
+    INNER_MAP = 1 << 12
 
 
 class AttachType(enum.IntEnum):

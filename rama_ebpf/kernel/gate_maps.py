@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Final
 
 from . import abi, bpf
 from .bpf import MapFlags, MapType
+from .gate_state import GateState
 
-__all__ = ["GateMaps", "LayoutMismatch", "MapSizes", "MapSpec"]
+__all__ = ["RUNTIME_LENGTHS", "GateMaps", "LayoutMismatch", "MapSizes", "MapSpec", "set_cells"]
 
 
 class LayoutMismatch(RuntimeError):
@@ -23,8 +25,7 @@ class MapSizes:
     """How many entries the maps of a gate hold at most."""
 
     rules: int = 131_072
-    exact: int = 1_048_576
-    prefixes: int = 4_194_304
+    """Of the loaded set and of the runtime layer together. A rule of the set can have any number of sources."""
     bans: int = 1_048_576
     buckets: int = 65_536
 
@@ -46,15 +47,13 @@ class MapSpec:
             return bpf.map_create(
                 self.kind, self.key_size, self.value_size, self.max_entries, flags=self.flags, name=name
             )
-        fd = -1
-        for index in range(self.max_entries):
-            inner_fd = self.inner.create(name + "_set")
-            try:
-                if fd < 0:
-                    fd = bpf.map_create(self.kind, 4, 4, self.max_entries, inner_fd=inner_fd, name=name)
-                bpf.map_update(fd, index.to_bytes(4, "little"), inner_fd.to_bytes(4, "little"))
-            finally:
-                os.close(inner_fd)
+        inner_fd = self.inner.create(name)
+        try:
+            fd = bpf.map_create(self.kind, 4, 4, self.max_entries, inner_fd=inner_fd, name=name)
+            for index in range(self.max_entries):
+                bpf.map_update(fd, index.to_bytes(4, sys.byteorder), inner_fd.to_bytes(4, sys.byteorder))
+        finally:
+            os.close(inner_fd)
         return fd
 
     def check(self, name: str, fd: int) -> None:
@@ -67,16 +66,21 @@ class MapSpec:
 
 
 _HASH: Final = (MapType.HASH, MapFlags.NO_PREALLOC)
+RUNTIME_LENGTHS: Final = 33 + 129
+"""How many prefix lengths there are: those of IPv4, then those of IPv6."""
+
 _LPM: Final = (MapType.LPM_TRIE, MapFlags.NO_PREALLOC)
+
+
+def set_cells(count: int) -> MapSpec:
+    """Layout of a set: ``count`` cells that userspace fills through shared memory. Sets differ in size."""
+    return MapSpec(MapType.ARRAY, 4, 8, count, MapFlags.MMAPABLE | MapFlags.INNER_MAP)
 
 
 def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
     constant = abi.constants()
     listeners = constant["MAX_LISTENERS"]
     stats = constant["HOOK_COUNT"] * constant["STAGE_COUNT"] * constant["ACTION_COUNT"]
-
-    def two_sets(kind: MapType, flags: MapFlags, key_size: int, entries: int) -> MapSpec:
-        return MapSpec(MapType.ARRAY_OF_MAPS, 4, 4, 2, inner=MapSpec(kind, key_size, abi.ENTRY.size, entries, flags))
 
     return {
         "gate": MapSpec(MapType.ARRAY, 4, abi.GATE.size, 1),
@@ -91,10 +95,11 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "bans": MapSpec(_HASH[0], 16, abi.BAN.size, sizes.bans, _HASH[1]),
         "failsafe": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 1024, _LPM[1]),
         "buckets": MapSpec(MapType.LRU_HASH, abi.BUCKET_KEY.size, 8, sizes.buckets),
-        "exact4": two_sets(*_HASH, abi.EXACT_KEY[4].size, sizes.exact),
-        "exact6": two_sets(*_HASH, abi.EXACT_KEY[6].size, sizes.exact),
-        "prefix4": two_sets(*_LPM, abi.PREFIX_KEY[4].size, sizes.prefixes),
-        "prefix6": two_sets(*_LPM, abi.PREFIX_KEY[6].size, sizes.prefixes),
+        "scratch": MapSpec(MapType.PERCPU_ARRAY, 4, abi.SCRATCH.size, 1),
+        "runtime": MapSpec(_HASH[0], abi.RUNTIME_KEY.size, 4, sizes.rules, _HASH[1]),
+        "runtime_lengths": MapSpec(MapType.ARRAY, 4, 4, RUNTIME_LENGTHS),
+        # One index more than there are sets: writing to it waits for all programs that are running (see KernelStore).
+        "sets": MapSpec(MapType.ARRAY_OF_MAPS, 4, 4, 3, inner=set_cells(1)),
     }
 
 
@@ -113,8 +118,7 @@ class GateMaps(Mapping[str, int]):
         try:
             for name, spec in specs.items():
                 maps._fds[name] = spec.create(name)
-            head = abi.SET_HEAD.pack(abi.constants()["ACTION_ALLOW"], 0, 0, 0, 0, 0)
-            bpf.map_update(maps["gate"], bytes(4), abi.GATE.pack(0, 0, 0, head, head))
+            bpf.map_update(maps["gate"], bytes(4), GateState().pack())
             for name, fd in maps.items():
                 bpf.obj_pin(fd, str(directory / name))
         except BaseException:

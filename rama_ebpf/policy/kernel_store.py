@@ -1,55 +1,61 @@
 """A policy in the BPF maps that the kernel programs read.
 
 Any process that may open the pins can change it; a lock file keeps writers apart, and every change is in force when
-the call returns. Rules of the set in force are changed in place, entry by entry: an entry is replaced as a whole, so a
-packet sees the old one or the new one.
+the call returns. A runtime entry is replaced as a whole, so a packet sees the old rule or the new one. A set is built
+in a map of its own and put into force by one number (see :meth:`KernelStore._install`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+import itertools
+import mmap
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from ipaddress import IPv6Network, ip_address
 from typing import Final
 
 from ..core.address import IPAddress, unmap
 from ..kernel import abi, bpf
-from ..kernel.gate_maps import GateMaps
+from ..kernel.gate_maps import GateMaps, set_cells
+from ..kernel.gate_state import GateState, SetHead
 from ..kernel.instance import Instance
-from .rule import Action, IPNetwork, PolicyError, Rule, SynLimit
-from .store import Ban, PolicyStore, Settings, StoredRule
+from . import document
+from .compiler import CHAIN_END, CHAIN_LENGTH, MAPPED, MAX_CHAIN, CompiledSet
+from .counters import GateCounters, number
+from .intervals import Table, find, unpair
+from .prefixes import IPNetwork, unmap_network
+from .rule import Action, PolicyError, Rule, RuleSet, Settings, SynLimit, boottime_ns
+from .store import Ban, PolicyStore, StoredRule
 
 __all__ = ["KernelStore"]
 
-_ZERO: Final = (0).to_bytes(4, "little")
 _RULE_DRY_RUN: Final = 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Gate:
-    """``struct gate``."""
-
-    revision: int
-    active: int
-    flags: int
-    sets: tuple[bytes, bytes]
-
-
-def _id(number: int) -> bytes:
-    return number.to_bytes(4, "little")
+_BARRIER: Final = 2  # an element of `sets` that no program reads
+_CELL: Final = struct.Struct("=Q")
+_FULL: Final = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
 
 
 def _mapped(address: IPAddress) -> bytes:
     return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
 
 
+def _mapped_length(network: IPNetwork) -> int:
+    return network.prefixlen + MAPPED[network.version]
+
+
+def _network(packed: bytes, length: int) -> IPNetwork:
+    return unmap_network(IPv6Network((packed, length)))
+
+
 def _text(raw: bytes) -> str:
     return raw.rstrip(b"\0").decode(errors="replace")
 
 
-class KernelStore(PolicyStore):
+class KernelStore(PolicyStore, GateCounters):
     """The store over an instance's pinned maps. Close it when done."""
 
     kind = "kernel"
@@ -77,33 +83,26 @@ class KernelStore(PolicyStore):
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    # -- the gate ------------------------------------------------------------------------------------------------
-
-    def _gate(self) -> _Gate:
-        raw = bpf.map_lookup(self._maps["gate"], _ZERO, abi.GATE.size)
-        assert raw is not None  # an array has all its elements
-        revision, active, flags, first, second = abi.GATE.unpack(raw)
-        return _Gate(revision, active, flags, (first, second))
-
-    def _put_gate(self, gate: _Gate) -> None:
-        raw = abi.GATE.pack(gate.revision, gate.active, gate.flags, *gate.sets)
-        bpf.map_update(self._maps["gate"], _ZERO, raw)
-
-    def _raise_flag(self, *, gate_flag: int = 0, set_flag: int = 0) -> None:
-        """Tell the programs that there is something to look up. Flags are lowered when a set is replaced."""
-        gate = self._gate()
-        head = list(abi.SET_HEAD.unpack(gate.sets[gate.active]))
-        if gate.flags | gate_flag == gate.flags and head[1] | set_flag == head[1]:
-            return
-        head[1] |= set_flag
-        sets = list(gate.sets)
-        sets[gate.active] = abi.SET_HEAD.pack(*head)
-        self._put_gate(replace(gate, flags=gate.flags | gate_flag, sets=(sets[0], sets[1])))
-
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with self._instance.policy_lock():
             yield
+
+    # -- the gate ------------------------------------------------------------------------------------------------
+
+    def _gate(self) -> GateState:
+        raw = bpf.map_lookup(self._maps["gate"], number(0), abi.GATE.size)
+        assert raw is not None  # an array has all its elements
+        return GateState.unpack(raw)
+
+    def _put_gate(self, gate: GateState) -> None:
+        bpf.map_update(self._maps["gate"], number(0), gate.pack())
+
+    def _flag(self, name: str) -> None:
+        """Tell the programs that there is something to look up. :meth:`sweep` lowers flags again."""
+        gate, flag = self._gate(), self._constant[name]
+        if not gate.flags & flag:
+            self._put_gate(replace(gate, flags=gate.flags | flag))
 
     def _changed(self) -> int:
         gate = self._gate()
@@ -114,180 +113,305 @@ class KernelStore(PolicyStore):
     def revision(self) -> int:
         return self._gate().revision
 
-    def settings(self) -> Settings:
+    @property
+    def pending(self) -> int | None:
         gate = self._gate()
-        action, _, *limits = abi.SET_HEAD.unpack(gate.sets[gate.active])
-        return Settings(Action(action) or Action.ALLOW, _limit(*limits[:2]), _limit(*limits[2:]))
+        return gate.deadline if gate.deadline and boottime_ns() < gate.deadline else None
+
+    def _head(self) -> SetHead:
+        gate = self._gate()
+        return gate.sets[gate.in_force(boottime_ns())]
+
+    def settings(self) -> Settings:
+        head = self._head()
+        return Settings(Action(head.default), _limit(*head.per_source), _limit(*head.overall))
 
     def set_settings(self, settings: Settings) -> None:
-        if settings.default not in (Action.ALLOW, Action.DROP, Action.REJECT):
-            raise PolicyError(f"default {settings.default.name.lower()}: use allow, drop or reject")
         with self._locked():
+            self._settle()
             gate = self._gate()
-            flags = abi.SET_HEAD.unpack(gate.sets[gate.active])[1]
             sets = list(gate.sets)
-            sets[gate.active] = abi.SET_HEAD.pack(
-                settings.default, flags, *_packed(settings.per_source), *_packed(settings.overall)
+            sets[gate.active] = replace(
+                sets[gate.active],
+                default=settings.default,
+                per_source=_packed(settings.per_source),
+                overall=_packed(settings.overall),
             )
             self._put_gate(replace(gate, revision=gate.revision + 1, sets=(sets[0], sets[1])))
 
-    # -- entries -------------------------------------------------------------------------------------------------
+    # -- the set -------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _inner(self, kind: str, version: int) -> Iterator[int]:
-        """Open a map of the set in force."""
-        index = _id(self._gate().active)
-        raw = bpf.map_lookup(self._maps[f"{kind}{version}"], index, 4)
-        assert raw is not None
-        fd = bpf.map_by_id(int.from_bytes(raw, "little"))
+    def _install(self, compiled: CompiledSet, ids: Sequence[int], deadline: int | None) -> int:
+        """Fill a map that nobody reads yet, describe it in the half of ``gate`` that nobody reads, then change the
+        one number that says which half to read."""
+        cells, tail = compiled.cells.tobytes(), compiled.tail(ids)
+        gate = self._gate()
+        slot, settings = 1 - gate.active, compiled.ruleset.settings
+        head = SetHead(
+            int(settings.default),
+            len(compiled.cells),
+            _packed(settings.per_source),
+            _packed(settings.overall),
+            (_pack_table(compiled.tables[0]), _pack_table(compiled.tables[1])),
+            compiled.document_at,
+            compiled.document_size,
+        )
+        size = len(cells) + len(tail)
+        fd = set_cells(size // 8).create("set")
         try:
-            yield fd
+            with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE) as memory:
+                memory[: len(cells)] = cells
+                memory[len(cells) :] = tail
+            bpf.map_update(self._maps["sets"], number(slot), fd.to_bytes(4, sys.byteorder))
+        finally:
+            bpf.close(fd)
+        sets = (head, gate.sets[1]) if slot == 0 else (gate.sets[0], head)
+        gate = replace(gate, sets=sets, fallback=gate.active, deadline=deadline or 0)
+        self._put_gate(gate)
+        gate = replace(gate, active=slot, revision=gate.revision + 1)
+        self._put_gate(gate)
+        if deadline is None:
+            self._retire(1 - slot)
+        return gate.revision
+
+    def _wait_for_programs(self) -> None:
+        """Return when every program that runs now has ended: changing a map of maps waits for an RCU grace period
+        (``maybe_wait_bpf_programs`` in ``kernel/bpf/syscall.c``)."""
+        self._empty_set(_BARRIER)
+
+    def _empty_set(self, slot: int) -> None:
+        fd = set_cells(1).create("set")
+        try:
+            bpf.map_update(self._maps["sets"], number(slot), fd.to_bytes(4, sys.byteorder))
         finally:
             bpf.close(fd)
 
+    def _retire(self, slot: int) -> None:
+        """Free a set that is no longer in force, once no program can be reading it."""
+        self._wait_for_programs()
+        self._empty_set(slot)
+        gate = self._gate()
+        sets = (SetHead(), gate.sets[1]) if slot == 0 else (gate.sets[0], SetHead())
+        self._put_gate(replace(gate, sets=sets))
+        self._free_rules()
+
+    # A trial: `fallback` and `active` are made equal before the deadline is taken away, and programs read the deadline
+    # first, so none of these steps shows a packet anything but the set that is meant.
+
+    def _confirm(self) -> None:
+        gate = self._gate()
+        gate = replace(gate, fallback=gate.active, revision=gate.revision + 1)
+        self._put_gate(gate)
+        self._put_gate(replace(gate, deadline=0))
+        self._retire(1 - gate.active)
+
+    def _roll_back(self) -> None:
+        gate = self._gate()
+        gate = replace(gate, active=gate.fallback, revision=gate.revision + 1)
+        self._put_gate(gate)
+        self._wait_for_programs()
+        self._put_gate(replace(gate, deadline=0))
+        self._retire(1 - gate.active)
+
+    def _settle(self) -> None:
+        gate = self._gate()
+        if gate.deadline and boottime_ns() >= gate.deadline:
+            self._roll_back()
+
+    def _open_set(self, slot: int) -> int:
+        raw = bpf.map_lookup(self._maps["sets"], number(slot), 4)
+        assert raw is not None
+        return bpf.map_by_id(int.from_bytes(raw, sys.byteorder))
+
+    @contextlib.contextmanager
+    def _set_in_force(self) -> Iterator[tuple[SetHead, int]]:
+        """Open the set in force: its head, and a descriptor of its cells, which never change."""
+        while True:
+            gate = self._gate()
+            slot = gate.in_force(boottime_ns())
+            fd = self._open_set(slot)
+            again = self._gate()
+            if again.in_force(boottime_ns()) == slot and again.sets[slot] == gate.sets[slot]:
+                break
+            bpf.close(fd)  # it was replaced meanwhile
+        try:
+            yield gate.sets[slot], fd
+        finally:
+            bpf.close(fd)
+
+    def _chain(self, source: IPAddress) -> list[tuple[int, int]]:
+        with self._set_in_force() as (head, fd):
+
+            def cell(index: int) -> int:
+                raw = bpf.map_lookup(fd, number(index), 8)
+                assert raw is not None
+                return int.from_bytes(raw, sys.byteorder)
+
+            table = Table(*abi.TABLE.unpack(head.tables[0 if source.version == 4 else 1]))
+            at = find(cell, table, source.version, int(source))
+            found: list[tuple[int, int]] = []
+            while at and len(found) < MAX_CHAIN:
+                rule_id, mark = unpair(cell(head.chains_at + at))
+                found.append(((mark & CHAIN_LENGTH) - MAPPED[source.version], rule_id))
+                at = 0 if mark & CHAIN_END else at + 1
+        return found
+
+    def ruleset(self) -> RuleSet:
+        with self._set_in_force() as (head, fd):
+            ruleset = _read_document(head, fd)
+        settings = Settings(Action(head.default), _limit(*head.per_source), _limit(*head.overall))
+        return replace(ruleset, settings=settings)
+
+    def _loaded_ids(self) -> Sequence[int]:
+        with self._set_in_force() as (head, fd):
+            return _read_ids(head, fd)
+
+    # -- the runtime layer ---------------------------------------------------------------------------------------
+
     @staticmethod
-    def _place(network: IPNetwork, scope: int) -> tuple[str, bytes]:
-        """Return which map holds a prefix, and its key there."""
-        version, packed = network.version, network.network_address.packed
-        if network.prefixlen == network.max_prefixlen:
-            return "exact", abi.EXACT_KEY[version].pack(scope, 0, packed)
-        return "prefix", abi.PREFIX_KEY[version].pack(abi.constants()["SCOPE_BITS"] + network.prefixlen, scope, packed)
+    def _runtime_key(network: IPNetwork, port: int) -> bytes:
+        return abi.RUNTIME_KEY.pack(_mapped_length(network), port, _mapped(network.network_address))
 
-    def _entry(self, network: IPNetwork, scope: int) -> tuple[int, ...]:
-        kind, key = self._place(network, scope)
-        with self._inner(kind, network.version) as fd:
-            raw = bpf.map_lookup(fd, key, abi.ENTRY.size)
-        if raw is None:
-            return ()
-        *ids, length = abi.ENTRY.unpack(raw)
-        # A trie answers with the longest prefix, which may be a shorter one than asked for.
-        return tuple(filter(None, ids)) if length == network.prefixlen else ()
+    def _runtime(self, network: IPNetwork, port: int) -> int | None:
+        raw = bpf.map_lookup(self._maps["runtime"], self._runtime_key(network, port), 4)
+        return None if raw is None else int.from_bytes(raw, sys.byteorder)
 
-    def _set_entry(self, network: IPNetwork, scope: int, ids: tuple[int, ...]) -> None:
-        kind, key = self._place(network, scope)
-        with self._inner(kind, network.version) as fd:
-            if not ids:
-                bpf.map_delete(fd, key)
-                return
-            padded = (*ids, 0, 0, 0)[: self._constant["MAX_CANDIDATES"]]
-            try:
-                bpf.map_update(fd, key, abi.ENTRY.pack(*padded, network.prefixlen))
-            except OSError as error:
-                if error.errno not in (errno.E2BIG, errno.ENOSPC, errno.ENOMEM):
-                    raise
-                what = "addresses" if kind == "exact" else "prefixes"
-                option = "--max-addresses" if kind == "exact" else "--max-prefixes"
-                size = bpf.map_info(fd).max_entries
+    def _set_runtime(self, network: IPNetwork, port: int, rule_id: int) -> None:
+        key = self._runtime_key(network, port)
+        new = self._runtime(network, port) is None
+        if new:
+            lengths = self._runtime_lengths(network.version)
+            if len(lengths) >= self._constant["MAX_RUNTIME_LENGTHS"] and network.prefixlen not in lengths:
                 raise PolicyError(
-                    f"cannot add {network}: the policy holds its {size} IPv{network.version} {what} already; remove "
-                    f"some, or restart with {option} above {size}"
-                ) from error
-        self._raise_flag(set_flag=self._constant[f"SET_{kind.upper()}{network.version}"])
+                    f"cannot add {network}: rules at run time have {len(lengths)} different prefix lengths already; "
+                    f"use one of those, or load a set (policy load)"
+                )
+            self._count_length(network, 1)  # first: the programs look only for lengths that are there
+        if port:
+            self._flag("GATE_RUNTIME_PORTS")
+        try:
+            bpf.map_update(self._maps["runtime"], key, number(rule_id))
+        except OSError as error:
+            if new:
+                self._count_length(network, -1)
+            if error.errno not in _FULL:
+                raise
+            raise self._too_many(str(network)) from error
 
-    def _longest(self, source: IPAddress, scope: int, bits: int) -> tuple[int, tuple[int, ...]] | None:
-        version = source.version
-        raw = None
-        if bits == source.max_prefixlen:
-            with self._inner("exact", version) as fd:
-                raw = bpf.map_lookup(fd, abi.EXACT_KEY[version].pack(scope, 0, source.packed), abi.ENTRY.size)
-        if raw is None:
-            key = abi.PREFIX_KEY[version].pack(self._constant["SCOPE_BITS"] + bits, scope, source.packed)
-            with self._inner("prefix", version) as fd:
-                raw = bpf.map_lookup(fd, key, abi.ENTRY.size)
-        if raw is None:
-            return None
-        *ids, length = abi.ENTRY.unpack(raw)
-        return length, tuple(filter(None, ids))
+    def _drop_runtime(self, network: IPNetwork, port: int) -> None:
+        if bpf.map_delete(self._maps["runtime"], self._runtime_key(network, port)):
+            self._count_length(network, -1)
 
-    def _entries(self) -> Iterator[tuple[IPNetwork, int, tuple[int, ...]]]:
-        for version, network in ((4, IPv4Network), (6, IPv6Network)):
-            for kind, layout in (("exact", abi.EXACT_KEY[version]), ("prefix", abi.PREFIX_KEY[version])):
-                with self._inner(kind, version) as fd:
-                    rows = bpf.map_lookup_batch(fd, layout.size, abi.ENTRY.size)
-                for key, value in rows:
-                    fields = layout.unpack(key)
-                    scope, packed = (fields[0], fields[2]) if kind == "exact" else (fields[1], fields[2])
-                    *ids, length = abi.ENTRY.unpack(value)
-                    yield network((packed, length)), scope, tuple(filter(None, ids))
+    def _count_length(self, network: IPNetwork, change: int) -> None:
+        index = network.prefixlen + (0 if network.version == 4 else 33)
+        raw = bpf.map_lookup(self._maps["runtime_lengths"], number(index), 4)
+        assert raw is not None
+        before = int.from_bytes(raw, sys.byteorder)
+        after = max(0, before + change)
+        bpf.map_update(self._maps["runtime_lengths"], number(index), number(after))
+        if bool(before) == bool(after):
+            return
+        gate = self._gate()
+        bits = gate.runtime[network.version == 6] ^ 1 << _mapped_length(network)
+        self._put_gate(
+            replace(gate, runtime=(bits, gate.runtime[1]) if network.version == 4 else (gate.runtime[0], bits))
+        )
+
+    def _runtime_lengths(self, version: int) -> Sequence[int]:
+        bits = self._gate().runtime[version == 6] >> MAPPED[version]
+        return [length for length in range(bits.bit_length() - 1, -1, -1) if bits >> length & 1]
+
+    def _runtime_entries(self) -> list[tuple[IPNetwork, int, int]]:
+        rows = []
+        for key, value in bpf.map_lookup_batch(self._maps["runtime"], abi.RUNTIME_KEY.size, 4):
+            length, port, packed = abi.RUNTIME_KEY.unpack(key)
+            rows.append((_network(packed, length), port, int.from_bytes(value, sys.byteorder)))
+        return rows
 
     # -- rules ---------------------------------------------------------------------------------------------------
 
-    def _new_rule(self, rule: Rule, created: int) -> StoredRule:
+    def _new_rule(self, rule: Rule, created: int) -> int:
         rule_id = self._claim(rule, created)
-        limit = _packed(rule.limit)
-        flags = _RULE_DRY_RUN if rule.dry_run else 0
         hits = bytes(abi.RULE_HITS.size * abi.possible_cpus())
-        bpf.map_update(self._maps["rule_hits"], _id(rule_id), hits)
-        raw = abi.RULE.pack(rule.action, flags, rule.expires or 0, *limit)
-        bpf.map_update(self._maps["rules"], _id(rule_id), raw)
-        if rule.expires is not None:
-            self._raise_flag(gate_flag=self._constant["GATE_TIMED"])
-        stored = self._rule(rule_id)
-        assert stored is not None
-        return stored
+        bpf.map_update(self._maps["rule_hits"], number(rule_id), hits)
+        flags = _RULE_DRY_RUN if rule.dry_run else 0
+        fields = (rule.action, flags, rule.expires or 0, *_packed(rule.limit), rule.port or 0, rule.order, 0)
+        bpf.map_update(self._maps["rules"], number(rule_id), abi.RULE.pack(*fields))
+        return rule_id
 
     def _claim(self, rule: Rule, created: int) -> int:
         """Take a free rule id by creating its description; id 0 is the default's."""
         info = abi.RULE_INFO.pack(created, rule.name.encode(), rule.origin.encode(), rule.reason.encode())
-        for step in range(self._max_rules - 1):
-            rule_id = (self._hint - 1 + step) % (self._max_rules - 1) + 1
-            try:
-                bpf.map_update(self._maps["rule_info"], _id(rule_id), info, bpf.BPF_NOEXIST)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                if error.errno not in (errno.E2BIG, errno.ENOSPC):
-                    raise
+        for freed in (False, True):
+            for rule_id in itertools.chain(range(self._hint, self._max_rules), range(1, self._hint)):
+                try:
+                    bpf.map_update(self._maps["rule_info"], number(rule_id), info, bpf.BPF_NOEXIST)
+                except FileExistsError:
+                    continue
+                except OSError as error:
+                    if error.errno not in _FULL:
+                        raise
+                    break
+                self._hint = rule_id + 1
+                return rule_id
+            if freed or not self._free_rules():
                 break
-            self._hint = rule_id + 1
-            return rule_id
-        raise PolicyError(
-            f"cannot add rule {rule.name}: the policy holds its {self._max_rules - 1} rules already; remove some, or "
-            f"restart with --max-rules above {self._max_rules}"
+        raise self._too_many(f"rule {rule.name}")
+
+    def _too_many(self, what: str) -> PolicyError:
+        limit = self._max_rules - 1
+        return PolicyError(
+            f"cannot add {what}: the policy holds its {limit} rules already; remove some, load many sources as one "
+            f"rule (policy load), or restart with --max-rules above {self._max_rules}"
         )
 
     def _rule(self, rule_id: int) -> StoredRule | None:
-        info = bpf.map_lookup(self._maps["rule_info"], _id(rule_id), abi.RULE_INFO.size)
-        return None if info is None else self._stored(rule_id, info)
-
-    def _stored(self, rule_id: int, info: bytes) -> StoredRule | None:
-        raw = bpf.map_lookup(self._maps["rules"], _id(rule_id), abi.RULE.size)
-        assert raw is not None
-        action, flags, expires, emission, tolerance = abi.RULE.unpack(raw)
+        info = bpf.map_lookup(self._maps["rule_info"], number(rule_id), abi.RULE_INFO.size)
+        raw = bpf.map_lookup(self._maps["rules"], number(rule_id), abi.RULE.size)
+        if info is None or raw is None:
+            return None
+        action, flags, expires, emission, tolerance, port, order, _ = abi.RULE.unpack(raw)
         if action == Action.NONE:
-            return None  # being made by another process
+            return None
         created, name, origin, reason = abi.RULE_INFO.unpack(info)
         return StoredRule(
             rule_id,
             _text(name),
             Action(action),
+            port or None,
             expires or None,
             bool(flags & _RULE_DRY_RUN),
             _limit(emission, tolerance),
             _text(reason),
             _text(origin),
             created,
+            order,
         )
 
-    def _rules(self) -> list[StoredRule]:
-        rows = bpf.map_lookup_batch(self._maps["rule_info"], 4, abi.RULE_INFO.size)
-        stored = (self._stored(int.from_bytes(key, "little"), info) for key, info in rows)
-        return [rule for rule in stored if rule is not None]
-
-    def _drop_rule(self, rule_id: int) -> None:
-        bpf.map_update(self._maps["rules"], _id(rule_id), bytes(abi.RULE.size))
-        bpf.map_delete(self._maps["rule_info"], _id(rule_id))
-        self._hint = min(self._hint, rule_id)
+    def _free_rules(self) -> int:
+        used = {rule_id for _, _, rule_id in self._runtime_entries()}
+        gate = self._gate()
+        for slot in (0, 1):
+            fd = self._open_set(slot)
+            try:
+                used.update(_read_ids(gate.sets[slot], fd))
+            finally:
+                bpf.close(fd)
+        known = bpf.map_lookup_batch(self._maps["rule_info"], 4, abi.RULE_INFO.size)
+        unused = {int.from_bytes(key, sys.byteorder) for key, _ in known} - used
+        if unused:
+            self._wait_for_programs()  # one may have found the rule's id just before it was taken away
+            for rule_id in unused:
+                bpf.map_update(self._maps["rules"], number(rule_id), bytes(abi.RULE.size))
+                bpf.map_delete(self._maps["rule_info"], number(rule_id))
+            self._hint = min(self._hint, *unused)
+        return len(unused)
 
     def _hits(self, rule_id: int) -> tuple[int, int]:
-        raw = bpf.map_lookup(self._maps["rule_hits"], _id(rule_id), abi.RULE_HITS.size * abi.possible_cpus())
+        raw = bpf.map_lookup(self._maps["rule_hits"], number(rule_id), abi.RULE_HITS.size * abi.possible_cpus())
         assert raw is not None
         rows = list(abi.RULE_HITS.iter_unpack(raw))
         return sum(row[0] for row in rows), sum(row[1] for row in rows)
-
-    def default_hits(self) -> int:
-        """How many connection attempts no rule decided."""
-        return self._hits(0)[0]
 
     # -- bans ----------------------------------------------------------------------------------------------------
 
@@ -296,22 +420,29 @@ class KernelStore(PolicyStore):
         return None if raw is None else _ban(address, raw)
 
     def _set_ban(self, ban: Ban) -> None:
-        raw = abi.BAN.pack(ban.expires or 0, ban.created, 0, ban.action, 0, ban.reason.encode()[:63])
+        raw = abi.BAN.pack(ban.expires or 0, ban.created, ban.hits, ban.action, 0, ban.reason.encode()[:63])
         try:
             bpf.map_update(self._maps["bans"], _mapped(ban.address), raw)
         except OSError as error:
-            if error.errno not in (errno.E2BIG, errno.ENOSPC):
+            if error.errno not in _FULL:
                 raise
             size = self._maps.capacity("bans")
             raise PolicyError(
                 f"cannot ban {ban.address}: {size} addresses are banned already; lift some, or restart with --max-bans "
                 f"above {size}"
             ) from error
-        flag = self._constant["GATE_BANS"]
-        self._raise_flag(gate_flag=flag | self._constant["GATE_TIMED"] if ban.expires else flag)
+        self._flag("GATE_BANS")
 
     def _drop_ban(self, address: IPAddress) -> bool:
         return bpf.map_delete(self._maps["bans"], _mapped(address))
+
+    def _drop_expired_bans(self, now: int) -> int:
+        expired = 0
+        for key, raw in bpf.map_lookup_batch(self._maps["bans"], 16, abi.BAN.size):
+            expires = int.from_bytes(raw[:8], sys.byteorder)
+            if expires and now >= expires:
+                expired += bpf.map_delete(self._maps["bans"], key)
+        return expired
 
     def bans(self) -> list[Ban]:
         rows = bpf.map_lookup_batch(self._maps["bans"], 16, abi.BAN.size)
@@ -319,71 +450,75 @@ class KernelStore(PolicyStore):
 
     # -- failsafe ------------------------------------------------------------------------------------------------
 
-    def _in_failsafe(self, source: IPAddress) -> bool:
-        key = abi.FAILSAFE_KEY.pack(128, _mapped(source))
+    def _in_failsafe(self, source: IPAddress, port: int) -> bool:
+        if port in self._gate().failsafe_ports:
+            return True
+        key = abi.FAILSAFE_KEY.pack(32 + 128, source.version == 4, _mapped(source))
         return bpf.map_lookup(self._maps["failsafe"], key, 4) is not None
 
     def failsafe(self) -> list[IPNetwork]:
-        found: list[IPNetwork] = []
-        for key, _ in bpf.map_lookup_batch(self._maps["failsafe"], abi.FAILSAFE_KEY.size, 4):
-            length, packed = abi.FAILSAFE_KEY.unpack(key)
-            address = IPv6Address(packed)
-            if address.ipv4_mapped is not None and length >= 96:
-                found.append(IPv4Network((address.ipv4_mapped, length - 96)))
-            else:
-                found.append(IPv6Network((address, length)))
-        return found
+        rows = bpf.map_lookup_batch(self._maps["failsafe"], abi.FAILSAFE_KEY.size, 4)
+        keys = [abi.FAILSAFE_KEY.unpack(key) for key, _ in rows]
+        return [_network(packed, length - 32) for length, _, packed in keys]
 
-    def set_failsafe(self, networks: list[IPNetwork]) -> None:
+    def set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int] = ()) -> None:
+        most = self._constant["MAX_FAILSAFE_PORTS"]
+        if len(ports) > most:
+            raise PolicyError(f"{len(ports)} failsafe ports: use at most {most}")
         with self._locked():
             wanted = {
-                abi.FAILSAFE_KEY.pack(network.prefixlen + (96 if network.version == 4 else 0), _mapped(address))
-                for network in networks
-                for address in (network.network_address,)
+                abi.FAILSAFE_KEY.pack(32 + _mapped_length(net), net.version == 4, _mapped(net.network_address))
+                for net in map(unmap_network, networks)
             }
-            if wanted:
-                self._raise_flag(gate_flag=self._constant["GATE_FAILSAFE"])
+            if wanted or ports:
+                self._flag("GATE_FAILSAFE")
             for key in wanted:
-                bpf.map_update(self._maps["failsafe"], key, _id(1))
+                bpf.map_update(self._maps["failsafe"], key, number(1))
             for key, _ in bpf.map_lookup_batch(self._maps["failsafe"], abi.FAILSAFE_KEY.size, 4):
                 if key not in wanted:
                     bpf.map_delete(self._maps["failsafe"], key)
-            self._changed()
+            gate = self._gate()
+            self._put_gate(replace(gate, revision=gate.revision + 1, failsafe_ports=tuple(ports)))
 
-    # -- counters ------------------------------------------------------------------------------------------------
+    def sweep(self, *, now: int | None = None) -> int:
+        freed = super().sweep(now=now)
+        with self._locked():
+            gate = self._gate()
+            flags = 0
+            if any(port for _, port, _ in self._runtime_entries()):
+                flags |= self._constant["GATE_RUNTIME_PORTS"]
+            if bpf.map_next_key(self._maps["bans"], None, 16) is not None:
+                flags |= self._constant["GATE_BANS"]
+            if gate.failsafe_ports or bpf.map_next_key(self._maps["failsafe"], None, abi.FAILSAFE_KEY.size):
+                flags |= self._constant["GATE_FAILSAFE"]
+            if flags != gate.flags:
+                self._put_gate(replace(gate, flags=flags))
+        return freed
 
-    def totals(self) -> dict[tuple[str, str, str], int]:
-        """Return how many verdicts took effect by (hook, stage, action), in lower case; zero counts are left out."""
-        constant = self._constant
-        totals: dict[tuple[str, str, str], int] = {}
-        for hook in ("CGROUP", "LOOKUP", "XDP"):
-            for stage in ("FAILSAFE", "BAN", "RULE", "LIMIT", "DEFAULT", "PARSE"):
-                for action in ("ALLOW", "DROP", "REJECT"):
-                    index = constant[f"HOOK_{hook}"] * constant["STAGE_COUNT"] + constant[f"STAGE_{stage}"]
-                    index = index * constant["ACTION_COUNT"] + constant[f"ACTION_{action}"]
-                    value = self._total("gate_stats", index)
-                    if value:
-                        totals[hook.lower(), stage.lower(), action.lower()] = value
-        return totals
 
-    def established(self, listener: int) -> int:
-        """How many handshakes finished on a listener, by its index."""
-        return self._total("established", listener)
+def _read_document(head: SetHead, fd: int) -> RuleSet:
+    if not head.document_size:
+        return RuleSet()
+    size, at = bpf.map_info(fd).max_entries * 8, 8 * head.document_at
+    with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
+        return document.decode(memory[at : at + head.document_size])
 
-    def accepted(self, listener: int) -> int:
-        """How many connections accept(2) returned on a listener, by its index, over all workers."""
-        per_listener = self._constant["SOCKETS_PER_LISTENER"]
-        total = 0
-        for index in range(listener * per_listener, (listener + 1) * per_listener):
-            raw = bpf.map_lookup(self._maps["accepted"], _id(index), 8)
-            assert raw is not None
-            total += int.from_bytes(raw, "little")
-        return total
 
-    def _total(self, name: str, index: int) -> int:
-        raw = bpf.map_lookup(self._maps[name], _id(index), 8 * abi.possible_cpus())
-        assert raw is not None
-        return sum(int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8))
+def _read_ids(head: SetHead, fd: int) -> list[int]:
+    """Return the ids of a set's rules: its last cells, see :meth:`.compiler.CompiledSet.tail`."""
+    if not head.document_size:
+        return []
+    cells = bpf.map_info(fd).max_entries
+    with mmap.mmap(fd, 8 * cells, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
+        (count,) = _CELL.unpack_from(memory, 8 * (cells - 1))
+        ids = memory[8 * (cells - 1 - count) : 8 * (cells - 1)]
+    return [rule_id for (rule_id,) in _CELL.iter_unpack(ids)]
+
+
+def _pack_table(table: Table) -> bytes:
+    return abi.TABLE.pack(
+        table.base, table.shift, table.slots, table.slots_at, table.bounds_at, table.below, table.above
+    )
 
 
 def _ban(address: IPAddress, raw: bytes) -> Ban:

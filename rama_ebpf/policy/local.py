@@ -7,31 +7,53 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
-from ipaddress import IPv4Network, IPv6Network
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..core.address import IPAddress
-from .rule import IPNetwork, PolicyError, Rule, Verdict
-from .store import Ban, PolicyStore, Settings, StoredRule
+from .compiler import CHAIN_END, CHAIN_LENGTH, MAPPED, CompiledSet, compile_rules
+from .intervals import find, unpair
+from .prefixes import IPNetwork, unmap_network
+from .rule import PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns
+from .store import Ban, PolicyStore, StoredRule
 
 __all__ = ["CountedPolicy", "LocalStore"]
 
 
+@dataclass(slots=True)
+class _Loaded:
+    """A set in force: the same cells as in the kernel."""
+
+    compiled: CompiledSet
+    ids: Sequence[int]
+    settings: Settings
+    cells: array[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cells = array("Q", self.compiled.cells)
+        self.cells.frombytes(self.compiled.tail(self.ids))
+
+
 class LocalStore(PolicyStore):
-    """The tables as dictionaries. ``max_entries`` bounds rules, entries and bans alike."""
+    """The tables as dictionaries. ``max_entries`` bounds rules and bans alike."""
 
     kind = "local"
 
     def __init__(self, *, max_entries: int = 1_048_576) -> None:
         self._max = max_entries
         self._lock = threading.RLock()
-        self._tables: dict[tuple[int, int, int], dict[int, tuple[int, ...]]] = {}
+        self._on_top: dict[IPNetwork, dict[int, int]] = {}
+        self._lengths: dict[int, Counter[int]] = {4: Counter(), 6: Counter()}
+        empty = RuleSet()
+        self._set = _Loaded(compile_rules(empty), (), empty.settings)
+        self._trial: tuple[int, _Loaded] | None = None  # deadline, and the set that comes back then
         self._stored: dict[int, StoredRule] = {}
         self._counters: dict[str, list[int]] = {}
         self._banned: dict[IPAddress, Ban] = {}
         self._failsafe: list[IPNetwork] = []
-        self._settings = Settings()
+        self._failsafe_ports: tuple[int, ...] = ()
         self._revision = 0
         self._next_id = 1
 
@@ -40,68 +62,134 @@ class LocalStore(PolicyStore):
         with self._lock:
             yield
 
-    @staticmethod
-    def _key(network: IPNetwork, scope: int) -> tuple[int, int, int]:
-        return (network.version, scope, network.prefixlen)
+    # -- the set -------------------------------------------------------------------------------------------------
 
-    def _entry(self, network: IPNetwork, scope: int) -> tuple[int, ...]:
-        return self._tables.get(self._key(network, scope), {}).get(int(network.network_address), ())
+    def _in_force(self) -> _Loaded:
+        trial = self._trial
+        return trial[1] if trial is not None and boottime_ns() >= trial[0] else self._set
 
-    def _set_entry(self, network: IPNetwork, scope: int, ids: tuple[int, ...]) -> None:
-        key, address = self._key(network, scope), int(network.network_address)
-        if ids:
-            table = self._tables.setdefault(key, {})
-            if address not in table and sum(map(len, self._tables.values())) >= self._max:
-                raise PolicyError(f"the policy holds {self._max} entries already: remove some")
-            table[address] = ids
-        elif key in self._tables:
-            self._tables[key].pop(address, None)
-            if not self._tables[key]:
-                del self._tables[key]
+    def _install(self, compiled: CompiledSet, ids: Sequence[int], deadline: int | None) -> int:
+        loaded = _Loaded(compiled, ids, compiled.ruleset.settings)
+        self._trial = None if deadline is None else (deadline, self._set)
+        self._set = loaded
+        if deadline is None:
+            self._free_rules()
+        return self._changed()
 
-    def _longest(self, source: IPAddress, scope: int, bits: int) -> tuple[int, tuple[int, ...]] | None:
-        value, width = int(source), source.max_prefixlen
-        for length in range(bits, -1, -1):
-            table = self._tables.get((source.version, scope, length))
-            if table is not None:
-                ids = table.get(value >> (width - length) << (width - length))
-                if ids is not None:
-                    return length, ids
-        return None
+    @property
+    def pending(self) -> int | None:
+        trial = self._trial
+        return trial[0] if trial is not None and boottime_ns() < trial[0] else None
 
-    def _entries(self) -> Iterator[tuple[IPNetwork, int, tuple[int, ...]]]:
-        for (version, scope, length), table in self._tables.items():
-            for address, ids in table.items():
-                yield (IPv4Network((address, length)) if version == 4 else IPv6Network((address, length))), scope, ids
+    def _settle(self) -> None:
+        if self._trial is not None and self.pending is None:
+            self._roll_back()
 
-    def _new_rule(self, rule: Rule, created: int) -> StoredRule:
+    def _confirm(self) -> None:
+        self._trial = None
+        self._free_rules()
+        self._changed()
+
+    def _roll_back(self) -> None:
+        assert self._trial is not None
+        self._set, self._trial = self._trial[1], None
+        self._free_rules()
+        self._changed()
+
+    def _chain(self, source: IPAddress) -> list[tuple[int, int]]:
+        loaded = self._in_force()
+        cell = loaded.cells.__getitem__
+        table = loaded.compiled.tables[0 if source.version == 4 else 1]
+        at = find(cell, table, source.version, int(source))
+        found: list[tuple[int, int]] = []
+        while at:
+            rule_id, mark = unpair(cell(len(loaded.compiled.cells) + at))
+            found.append(((mark & CHAIN_LENGTH) - MAPPED[source.version], rule_id))
+            at = 0 if mark & CHAIN_END else at + 1
+        return found
+
+    def ruleset(self) -> RuleSet:
+        loaded = self._in_force()
+        return replace(loaded.compiled.ruleset, settings=loaded.settings)
+
+    def _loaded_ids(self) -> Sequence[int]:
+        return self._in_force().ids
+
+    def settings(self) -> Settings:
+        return self._in_force().settings
+
+    def set_settings(self, settings: Settings) -> None:
+        with self._lock:
+            self._settle()
+            self._set.settings = settings
+            self._changed()
+
+    # -- the runtime layer ---------------------------------------------------------------------------------------
+
+    def _runtime(self, network: IPNetwork, port: int) -> int | None:
+        return self._on_top.get(network, {}).get(port)
+
+    def _set_runtime(self, network: IPNetwork, port: int, rule_id: int) -> None:
+        before = self._on_top.setdefault(network, {}).get(port)
+        if before is None:
+            self._lengths[network.version][network.prefixlen] += 1
+        else:
+            self._forget(before)
+        self._on_top[network][port] = rule_id
+
+    def _drop_runtime(self, network: IPNetwork, port: int) -> None:
+        ports = self._on_top.get(network, {})
+        rule_id = ports.pop(port, None)
+        if rule_id is not None:
+            self._forget(rule_id)
+            self._lengths[network.version] -= Counter((network.prefixlen,))
+        if not ports:
+            self._on_top.pop(network, None)
+
+    def _runtime_lengths(self, version: int) -> Sequence[int]:
+        return sorted(self._lengths[version], reverse=True)
+
+    def _runtime_entries(self) -> list[tuple[IPNetwork, int, int]]:
+        entries = [(network, list(ports.items())) for network, ports in list(self._on_top.items())]
+        return [(network, port, rule_id) for network, items in entries for port, rule_id in items]
+
+    # -- rules ---------------------------------------------------------------------------------------------------
+
+    def _new_rule(self, rule: Rule, created: int) -> int:
         if len(self._stored) >= self._max:
             raise PolicyError(f"the policy holds {self._max} rules already: remove some")
-        stored = StoredRule(
-            self._next_id,
+        rule_id, self._next_id = self._next_id, self._next_id + 1
+        self._stored[rule_id] = StoredRule(
+            rule_id,
             rule.name,
             rule.action,
+            rule.port,
             rule.expires,
             rule.dry_run,
             rule.limit,
             rule.reason,
             rule.origin,
             created,
+            rule.order,
         )
-        self._next_id += 1
-        self._stored[stored.id] = stored
-        return stored
+        return rule_id
 
     def _rule(self, rule_id: int) -> StoredRule | None:
         return self._stored.get(rule_id)
 
-    def _rules(self) -> list[StoredRule]:
-        return list(self._stored.values())
-
-    def _drop_rule(self, rule_id: int) -> None:
+    def _forget(self, rule_id: int) -> None:
         rule = self._stored.pop(rule_id, None)
         if rule is not None:
             self._counters.pop(rule.name, None)
+
+    def _free_rules(self) -> int:
+        used = {rule_id for _, _, rule_id in self._runtime_entries()} | set(self._set.ids)
+        if self._trial is not None:
+            used |= set(self._trial[1].ids)
+        unused = self._stored.keys() - used
+        for rule_id in unused:
+            self._forget(rule_id)
+        return len(unused)
 
     def _hits(self, rule_id: int) -> tuple[int, int]:
         decided, dry = self._counters.get(self._stored[rule_id].name, (0, 0))
@@ -110,6 +198,12 @@ class LocalStore(PolicyStore):
     def _changed(self) -> int:
         self._revision += 1
         return self._revision
+
+    @property
+    def revision(self) -> int:
+        return self._revision
+
+    # -- bans and failsafe ---------------------------------------------------------------------------------------
 
     def _ban(self, address: IPAddress) -> Ban | None:
         return self._banned.get(address)
@@ -122,30 +216,24 @@ class LocalStore(PolicyStore):
     def _drop_ban(self, address: IPAddress) -> bool:
         return self._banned.pop(address, None) is not None
 
-    def _in_failsafe(self, source: IPAddress) -> bool:
-        return any(source in network for network in self._failsafe)
-
-    @property
-    def revision(self) -> int:
-        return self._revision
-
-    def settings(self) -> Settings:
-        return self._settings
-
-    def set_settings(self, settings: Settings) -> None:
-        with self._lock:
-            self._settings = settings
-            self._changed()
+    def _drop_expired_bans(self, now: int) -> int:
+        expired = [ban.address for ban in self.bans() if ban.expires is not None and now >= ban.expires]
+        for address in expired:
+            self._drop_ban(address)
+        return len(expired)
 
     def bans(self) -> list[Ban]:
         return list(self._banned.values())
 
+    def _in_failsafe(self, source: IPAddress, port: int) -> bool:
+        return port in self._failsafe_ports or any(source in network for network in self._failsafe)
+
     def failsafe(self) -> list[IPNetwork]:
         return list(self._failsafe)
 
-    def set_failsafe(self, networks: list[IPNetwork]) -> None:
+    def set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int] = ()) -> None:
         with self._lock:
-            self._failsafe = list(networks)
+            self._failsafe, self._failsafe_ports = [unmap_network(network) for network in networks], tuple(ports)
             self._changed()
 
     def count(self, verdict: Verdict, source: IPAddress) -> None:

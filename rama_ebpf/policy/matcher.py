@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..core.address import IPAddress, unmap
-from .rule import PRECEDENCE, Action, IPNetwork, Rule, Stage, SynLimit, Verdict
+from .prefixes import IPNetwork, unmap_network
+from .rule import Action, Rule, Stage, SynLimit, Verdict
 
 __all__ = ["Policy", "match"]
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A whole policy. ``bans`` maps an address to (action, expiry or None)."""
+    """A whole policy. ``bans`` maps an address (never an IPv4-mapped one) to (action, expiry or None)."""
 
     rules: tuple[Rule, ...] = ()
     failsafe: tuple[IPNetwork, ...] = ()
@@ -33,7 +34,7 @@ def match(policy: Policy, source: IPAddress, port: int, now: int) -> Verdict:
     Rates are not judged here: a limit that decides is reported as allowed, naming its rule.
     """
     source = unmap(source)
-    if port in policy.failsafe_ports or any(source in network for network in policy.failsafe):
+    if port in policy.failsafe_ports or any(source in unmap_network(network) for network in policy.failsafe):
         return Verdict(Action.ALLOW, Stage.FAILSAFE)
     ban = policy.bans.get(source)
     if ban is not None and (ban[1] is None or now < ban[1]):
@@ -47,9 +48,8 @@ def match(policy: Policy, source: IPAddress, port: int, now: int) -> Verdict:
             continue
         for network in rule.sources:
             if source in network:
-                # Longest prefix; then a rule for this port; then deny before limit before allow; then as written.
-                order = (-network.prefixlen, rule.port is None, PRECEDENCE[rule.action], position)
-                candidates.append((order, rule))
+                # The longest prefix; then the order of rules of one prefix; then as written.
+                candidates.append(((-network.prefixlen, -rule.order, position), rule))
     dry: Rule | None = None
     for _, rule in sorted(candidates, key=lambda candidate: candidate[0]):
         if rule.dry_run:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import enum
 import re
 import time
-from dataclasses import dataclass, replace
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_network
 from typing import Final
 
 from ..core.errors import RamaError
+from .prefixes import IPNetwork, Prefixes, unmap_network
 
 __all__ = [
-    "MAX_CANDIDATES",
+    "RUNTIME",
     "Action",
     "IPNetwork",
     "PolicyError",
     "Rule",
+    "RuleSet",
+    "Settings",
     "Stage",
     "SynLimit",
     "Verdict",
@@ -29,10 +33,8 @@ __all__ = [
     "parse_ttl",
 ]
 
-IPNetwork = IPv4Network | IPv6Network
-
-MAX_CANDIDATES: Final = 3
-"""How many rules one prefix can hold for the case that earlier ones expire or are dry runs."""
+RUNTIME: Final = "runtime"
+"""Origin of the rules that are put into force one by one, on top of the set that was loaded."""
 
 
 class PolicyError(RamaError, ValueError):
@@ -64,7 +66,8 @@ class Stage(enum.IntEnum):
     PARSE = 6
 
 
-PRECEDENCE: Final = {Action.DROP: 0, Action.REJECT: 1, Action.LIMIT: 2, Action.ALLOW: 3}
+PRECEDENCE: Final = {Action.DROP: 3, Action.REJECT: 2, Action.LIMIT: 1, Action.ALLOW: 0}
+"""Among rules of one prefix and port the highest decides: deny, then limit, then allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class Rule:
     """
 
     name: str
-    sources: tuple[IPNetwork, ...]
+    sources: Sequence[IPNetwork]
     action: Action
     port: int | None = None
     expires: int | None = None
@@ -112,6 +115,7 @@ class Rule:
     origin: str = "runtime"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", Prefixes.of(self.sources))
         if not re.fullmatch(r"[A-Za-z0-9._:/@+-]{1,63}", self.name):
             raise PolicyError(f"rule name {self.name!r}: use 1 to 63 characters of A-Z a-z 0-9 . _ : / @ + -")
         if self.action is Action.NONE:
@@ -125,9 +129,47 @@ class Rule:
         if len(self.origin.encode()) > 31:
             raise PolicyError(f"origin {self.origin!r}: at most 31 bytes")
 
-    def with_sources(self, *sources: IPNetwork) -> Rule:
-        """Return the same rule for other sources."""
-        return replace(self, sources=sources)
+    def packed(self, version: int) -> Sequence[int]:
+        """The sources of one IP version as :mod:`.prefixes` packs them, sorted."""
+        return Prefixes.of(self.sources).packed(version)
+
+    @property
+    def order(self) -> int:
+        """Rank among the rules of one prefix, 0 to 15: one for this port before one for any, then precedence, then
+        runtime rules before loaded ones. The enumeration ``rank`` of ``policy.h`` in Python."""
+        return 8 * (self.port is not None) + 2 * PRECEDENCE[self.action] + (self.origin == RUNTIME)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a policy says besides its rules: the action for whom no rule names (allow, drop or reject), and limits on
+    the connections that it lets in, per source (/32 or /64) and overall. Raises :class:`PolicyError`."""
+
+    default: Action = Action.ALLOW
+    per_source: SynLimit | None = None
+    overall: SynLimit | None = None
+
+    def __post_init__(self) -> None:
+        if self.default not in (Action.ALLOW, Action.DROP, Action.REJECT):
+            raise PolicyError(f"default {self.default.name.lower()}: use allow, drop or reject")
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSet:
+    """Everything that is loaded at once. Of rules that rank the same, the first decides. Names are unique. Raises
+    :class:`PolicyError`."""
+
+    rules: tuple[Rule, ...] = ()
+    settings: Settings = Settings()
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for rule in self.rules:
+            if rule.name in seen:
+                raise PolicyError(f"two rules are named {rule.name}: names must differ")
+            seen.add(rule.name)
+            if rule.origin == RUNTIME:
+                raise PolicyError(f"rule {rule.name}: a loaded rule needs an origin other than {RUNTIME!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +208,7 @@ def parse_network(text: str) -> IPNetwork:
             widened = ip_network(text.strip(), strict=False)
             raise PolicyError(f"{text!r} has host bits set: write {widened}") from None
         raise PolicyError(f"{text!r} is not an address or CIDR: write for example 192.0.2.7 or 2001:db8::/32") from None
-    if isinstance(network, IPv6Network) and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
-        return IPv4Network((network.network_address.ipv4_mapped, network.prefixlen - 96))
-    return network
+    return unmap_network(network)
 
 
 def parse_ttl(text: str) -> int:

@@ -1,8 +1,9 @@
 """The policy in force: one interface, two places where it can live.
 
-:class:`PolicyStore` holds all the logic (allocating rules, the candidates of a prefix, the walk that decides) on top of
-a handful of table operations. ``KernelStore`` keeps the tables in the BPF maps that the kernel programs read;
-``LocalStore`` keeps them in this process, with the same meaning, for hosts without privileges.
+A policy has two layers. The *set* was loaded as a whole and is replaced as a whole; the *runtime layer* on top of it
+holds the rules that are put into force one by one. Beside them stand bans and the failsafe. :class:`PolicyStore` holds
+all the logic on top of a handful of table operations. ``KernelStore`` keeps the tables in the BPF maps that the kernel
+programs read; ``LocalStore`` keeps them in this process, with the same meaning, for hosts without privileges.
 """
 
 from __future__ import annotations
@@ -10,26 +11,27 @@ from __future__ import annotations
 import abc
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Network, IPv6Network
 
 from ..core.address import IPAddress, unmap
-from .rule import (
-    MAX_CANDIDATES,
-    PRECEDENCE,
-    Action,
-    IPNetwork,
-    PolicyError,
-    Rule,
-    Stage,
-    SynLimit,
-    Verdict,
-    boottime_ns,
-)
+from .compiler import CompiledSet, compile_rules
+from .prefixes import IPNetwork
+from .rule import Action, PolicyError, Rule, RuleSet, Settings, Stage, SynLimit, Verdict, boottime_ns
 
-__all__ = ["Ban", "PolicyStore", "RuleRecord", "Settings", "StoredRule"]
+__all__ = ["Ban", "PolicyStore", "RuleRecord", "Settings", "StaleRevision", "StoredRule"]
 
-RUNTIME = "runtime"
+
+class StaleRevision(PolicyError):
+    """The policy was changed by somebody else meanwhile. ``revision`` is the one in force."""
+
+    def __init__(self, expected: int, revision: int) -> None:
+        super().__init__(
+            f"the policy is at revision {revision}, not {expected}: look at what changed (policy diff, policy log) "
+            f"and try again with --revision {revision}"
+        )
+        self.revision = revision
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +41,23 @@ class StoredRule:
     id: int
     name: str
     action: Action
+    port: int | None
     expires: int | None
     dry_run: bool
     limit: SynLimit | None
     reason: str
     origin: str
     created: int
-
-    def order(self) -> tuple[int, int, int]:
-        """Sort key among the candidates of one prefix."""
-        return (PRECEDENCE[self.action], self.created, self.id)
+    order: int
+    """:attr:`.rule.Rule.order`"""
 
 
 @dataclass(frozen=True, slots=True)
 class RuleRecord:
-    """A rule with its sources, its port and its counters, for listings."""
+    """A rule with its sources and its counters, for listings."""
 
     rule: StoredRule
-    sources: tuple[IPNetwork, ...]
-    port: int | None
+    sources: Sequence[IPNetwork]
     hits: int
     dry_hits: int
 
@@ -74,15 +74,6 @@ class Ban:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a policy says besides its rules."""
-
-    default: Action = Action.ALLOW
-    per_source: SynLimit | None = None
-    overall: SynLimit | None = None
-
-
 class PolicyStore(abc.ABC):
     """A policy that can be asked and changed. All methods may raise OSError where the kernel refuses an operation."""
 
@@ -96,33 +87,42 @@ class PolicyStore(abc.ABC):
         """Keep all other writers out."""
 
     @abc.abstractmethod
-    def _entry(self, network: IPNetwork, scope: int) -> tuple[int, ...]:
-        """Return the rule ids of exactly this prefix and scope."""
+    def _runtime(self, network: IPNetwork, port: int) -> int | None:
+        """Return the id of the runtime rule of exactly this prefix and port (0: any)."""
 
     @abc.abstractmethod
-    def _set_entry(self, network: IPNetwork, scope: int, ids: tuple[int, ...]) -> None:
-        """Replace them; an empty tuple removes the entry. Raises :class:`PolicyError` when the table is full."""
+    def _set_runtime(self, network: IPNetwork, port: int, rule_id: int) -> None:
+        """Set it. Raises :class:`PolicyError` when the table is full."""
 
     @abc.abstractmethod
-    def _longest(self, source: IPAddress, scope: int, bits: int) -> tuple[int, tuple[int, ...]] | None:
-        """Return (length, rule ids) of the longest prefix of at most ``bits`` bits that covers ``source``."""
+    def _drop_runtime(self, network: IPNetwork, port: int) -> None: ...
 
     @abc.abstractmethod
-    def _entries(self) -> Iterator[tuple[IPNetwork, int, tuple[int, ...]]]:
-        """Yield every (network, scope, rule ids)."""
+    def _runtime_lengths(self, version: int) -> Sequence[int]:
+        """Return the prefix lengths that the runtime layer has, the longest first."""
 
     @abc.abstractmethod
-    def _new_rule(self, rule: Rule, created: int) -> StoredRule:
-        """Store a rule under a free id with its counters at zero. Raises :class:`PolicyError` when full."""
+    def _runtime_entries(self) -> list[tuple[IPNetwork, int, int]]:
+        """Return every (prefix, port, rule id)."""
+
+    @abc.abstractmethod
+    def _chain(self, source: IPAddress) -> list[tuple[int, int]]:
+        """Return (prefix length, rule id) of the rules of the set that may decide, in their order."""
+
+    @abc.abstractmethod
+    def _new_rule(self, rule: Rule, created: int) -> int:
+        """Store a rule with its counters at zero and return its id. Raises :class:`PolicyError` when full."""
 
     @abc.abstractmethod
     def _rule(self, rule_id: int) -> StoredRule | None: ...
 
     @abc.abstractmethod
-    def _rules(self) -> list[StoredRule]: ...
+    def _loaded_ids(self) -> Sequence[int]:
+        """Return the id of each rule of the set in force, in the order of :meth:`ruleset`."""
 
     @abc.abstractmethod
-    def _drop_rule(self, rule_id: int) -> None: ...
+    def _free_rules(self) -> int:
+        """Forget the rules that nothing refers to; return how many."""
 
     @abc.abstractmethod
     def _hits(self, rule_id: int) -> tuple[int, int]:
@@ -131,6 +131,20 @@ class PolicyStore(abc.ABC):
     @abc.abstractmethod
     def _changed(self) -> int:
         """Bump and return the revision."""
+
+    @abc.abstractmethod
+    def _install(self, compiled: CompiledSet, ids: Sequence[int], deadline: int | None) -> int:
+        """Put a set into force at once; fall back to the present one at ``deadline``. Return the new revision."""
+
+    @abc.abstractmethod
+    def _settle(self) -> None:
+        """If a deadline has passed unconfirmed, make the fall-back final."""
+
+    @abc.abstractmethod
+    def _confirm(self) -> None: ...
+
+    @abc.abstractmethod
+    def _roll_back(self) -> None: ...
 
     @abc.abstractmethod
     def _ban(self, address: IPAddress) -> Ban | None: ...
@@ -142,14 +156,26 @@ class PolicyStore(abc.ABC):
     def _drop_ban(self, address: IPAddress) -> bool: ...
 
     @abc.abstractmethod
-    def _in_failsafe(self, source: IPAddress) -> bool: ...
+    def _drop_expired_bans(self, now: int) -> int: ...
+
+    @abc.abstractmethod
+    def _in_failsafe(self, source: IPAddress, port: int) -> bool: ...
 
     # -- the whole policy --------------------------------------------------------------------------------------
 
     @property
     @abc.abstractmethod
     def revision(self) -> int:
-        """Grows by one with every change."""
+        """Grows with every change."""
+
+    @property
+    @abc.abstractmethod
+    def pending(self) -> int | None:
+        """When the set that was loaded last will be undone unless it is confirmed, None if it need not be."""
+
+    @abc.abstractmethod
+    def ruleset(self) -> RuleSet:
+        """Return the set in force, with the settings in force."""
 
     @abc.abstractmethod
     def settings(self) -> Settings: ...
@@ -164,8 +190,8 @@ class PolicyStore(abc.ABC):
     def failsafe(self) -> list[IPNetwork]: ...
 
     @abc.abstractmethod
-    def set_failsafe(self, networks: list[IPNetwork]) -> None:
-        """Replace the networks that no rule, ban or default can shut out."""
+    def set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int] = ()) -> None:
+        """Replace the networks, and the listeners' ports (at most 8), that no rule, ban or default can shut."""
 
     # -- asking ------------------------------------------------------------------------------------------------
 
@@ -173,115 +199,140 @@ class PolicyStore(abc.ABC):
         """Judge a connection attempt as the kernel would; rates are reported as within their limit."""
         now = boottime_ns() if now is None else now
         source = unmap(source)
-        if self._in_failsafe(source):
+        if self._in_failsafe(source, port):
             return Verdict(Action.ALLOW, Stage.FAILSAFE)
         ban = self._ban(source)
         if ban is not None and (ban.expires is None or now < ban.expires):
             return Verdict(ban.action, Stage.BAN, "ban")
         dry: StoredRule | None = None
-        for ids in self._walk(source, port):
-            for rule_id in ids:
-                rule = self._rule(rule_id)
-                if rule is None or (rule.expires is not None and now >= rule.expires):
-                    continue
-                if rule.dry_run:
-                    dry = dry or rule
-                    continue
-                action = Action.ALLOW if rule.action is Action.LIMIT else rule.action
-                return _with_dry(Verdict(action, Stage.RULE, rule.name), dry)
+        for rule in self._applicable(source, port, now):
+            if rule.dry_run:
+                dry = dry or rule
+                continue
+            action = Action.ALLOW if rule.action is Action.LIMIT else rule.action
+            return _with_dry(Verdict(action, Stage.RULE, rule.name), dry)
         return _with_dry(Verdict(self.settings().default, Stage.DEFAULT, "default"), dry)
 
-    def _walk(self, source: IPAddress, port: int) -> Iterator[tuple[int, ...]]:
-        bits = source.max_prefixlen
-        own = self._longest(source, port, bits)
-        anyone = self._longest(source, 0, bits)
-        while own is not None or anyone is not None:
-            if own is not None and (anyone is None or own[0] >= anyone[0]):
-                yield own[1]
-                own = self._longest(source, port, own[0] - 1) if own[0] else None
-            elif anyone is not None:
-                yield anyone[1]
-                anyone = self._longest(source, 0, anyone[0] - 1) if anyone[0] else None
+    def _applicable(self, source: IPAddress, port: int, now: int) -> list[StoredRule]:
+        """Return the rules of both layers that apply, the highest rank first."""
+        found: list[tuple[int, int]] = [*self._runtime_matches(source, port), *self._chain(source)]
+        ranked = []
+        for length, rule_id in found:
+            rule = self._rule(rule_id)
+            if rule is None or rule.port not in (None, port) or (rule.expires is not None and now >= rule.expires):
+                continue
+            ranked.append(((length, rule.order), rule))
+        ranked.sort(key=lambda pair: pair[0], reverse=True)  # keeps the order of equals
+        return [rule for _, rule in ranked]
+
+    def _runtime_matches(self, source: IPAddress, port: int) -> Iterator[tuple[int, int]]:
+        for length in self._runtime_lengths(source.version):
+            network = _around(source, length)
+            for key in (port, 0):
+                rule_id = self._runtime(network, key)
+                if rule_id is not None:
+                    yield length, rule_id
 
     def records(self, *, now: int | None = None) -> list[RuleRecord]:
-        """Return all rules that are in force, oldest first."""
+        """Return all rules that are in force: those of the set as it lists them, then the runtime ones by age."""
         now = boottime_ns() if now is None else now
-        rules = {rule.id: rule for rule in self._rules() if rule.expires is None or now < rule.expires}
-        sources: dict[int, list[IPNetwork]] = {}
-        ports: dict[int, int | None] = {}
-        for network, scope, ids in self._entries():
-            for rule_id in ids:
-                sources.setdefault(rule_id, []).append(network)
-                ports[rule_id] = scope or None
-        return [
-            RuleRecord(rule, tuple(sources.get(rule.id, ())), ports.get(rule.id), *self._hits(rule.id))
-            for rule in sorted(rules.values(), key=lambda rule: (rule.created, rule.id))
-        ]
+        records = []
+        for loaded, rule_id in zip(self.ruleset().rules, self._loaded_ids(), strict=True):
+            rule = self._rule(rule_id)
+            if rule is not None:
+                records.append(RuleRecord(rule, loaded.sources, *self._hits(rule_id)))
+        runtime = []
+        for network, _, rule_id in self._runtime_entries():
+            rule = self._rule(rule_id)
+            if rule is not None:
+                runtime.append(RuleRecord(rule, (network,), *self._hits(rule_id)))
+        runtime.sort(key=lambda record: (record.rule.created, record.rule.id))
+        return [record for record in records + runtime if record.rule.expires is None or now < record.rule.expires]
 
     # -- changing ----------------------------------------------------------------------------------------------
 
     def add(self, rule: Rule) -> StoredRule:
-        """Put a rule into force; when this returns, the next packet is judged by it.
+        """Put a runtime rule into force; when this returns, the next packet is judged by it.
 
-        A runtime rule replaces the runtime rules of exactly the same prefix and port. Raises :class:`PolicyError` when
-        a table is full or a prefix holds too many rules; nothing is changed then.
+        It has one source, and replaces the runtime rule of exactly the same prefix and port. Raises
+        :class:`PolicyError` when a table is full; nothing is changed then.
         """
+        if len(rule.sources) != 1:
+            raise PolicyError(f"rule {rule.name}: a rule at run time has one source, not {len(rule.sources)}")
         with self._locked():
-            stored = self._new_rule(rule, time.time_ns())
-            undo: list[tuple[IPNetwork, int, tuple[int, ...]]] = []
-            replaced: set[int] = set()
-            try:
-                for network in rule.sources:
-                    before = self._entry(network, rule.port or 0)
-                    replaced |= self._insert(network, rule.port or 0, before, stored)
-                    undo.append((network, rule.port or 0, before))
-            except BaseException:
-                for network, scope, ids in reversed(undo):
-                    self._set_entry(network, scope, ids)
-                self._drop_rule(stored.id)
-                raise
-            self._drop_orphans(replaced)
+            rule_id = self._new_rule(rule, time.time_ns())
+            self._set_runtime(rule.sources[0], rule.port or 0, rule_id)
+            stored = self._rule(rule_id)
+            assert stored is not None
             self._changed()
             return stored
 
-    def _insert(self, network: IPNetwork, scope: int, before: tuple[int, ...], new: StoredRule) -> set[int]:
-        replaced: set[int] = set()
-        keep = [new]
-        for rule_id in before:
-            rule = self._rule(rule_id)
-            if rule is None or (rule.expires is not None and boottime_ns() >= rule.expires):
-                continue
-            if new.origin == RUNTIME and rule.origin == RUNTIME:
-                replaced.add(rule_id)
-            else:
-                keep.append(rule)
-        if len(keep) > MAX_CANDIDATES:
-            raise PolicyError(
-                f"{network} already has {MAX_CANDIDATES} rules: remove one, or put the address into a wider prefix"
-            )
-        self._set_entry(network, scope, tuple(rule.id for rule in sorted(keep, key=StoredRule.order)))
-        return replaced
-
-    def _drop_orphans(self, ids: set[int]) -> None:
-        """Forget rules that no entry holds any more. A runtime rule has one source, so no search is needed."""
-        for rule_id in ids:
-            self._drop_rule(rule_id)
-
     def remove(self, network: IPNetwork, port: int | None = None) -> list[StoredRule]:
-        """Take the runtime rules of exactly this prefix and port out of force, and the ban of an exact address.
+        """Take the runtime rule of exactly this prefix and port out of force.
 
         Returns the removed rules (empty if there was none).
         """
         with self._locked():
-            before = self._entry(network, port or 0)
-            rules = [rule for rule_id in before if (rule := self._rule(rule_id)) is not None]
-            removed = [rule for rule in rules if rule.origin == RUNTIME]
-            if removed:
-                gone = {rule.id for rule in removed}
-                self._set_entry(network, port or 0, tuple(rule_id for rule_id in before if rule_id not in gone))
-                self._drop_orphans(gone)
-                self._changed()
-            return removed
+            rule_id = self._runtime(network, port or 0)
+            if rule_id is None:
+                return []
+            rule = self._rule(rule_id)
+            self._drop_runtime(network, port or 0)
+            self._changed()
+            return [] if rule is None else [rule]
+
+    def replace(
+        self, ruleset: RuleSet, *, expected_revision: int | None = None, confirm_within: float | None = None
+    ) -> int:
+        """Put a whole set into force at once, in place of the present one; return the new revision.
+
+        Runtime rules, bans and the failsafe stay. No packet is judged by a mix of two sets. A rule whose name and
+        attributes (all but the sources) are unchanged keeps its counters. With ``confirm_within`` (seconds) the
+        present set comes back by itself unless :meth:`confirm` is called in time; the kernel sees to it, whatever
+        becomes of this process. Raises :class:`StaleRevision` if ``expected_revision`` is not the one in force,
+        :class:`PolicyError` for what does not fit; the present set stays in force then.
+        """
+        compiled = compile_rules(ruleset)  # takes a second for a million prefixes; nobody is locked out meanwhile
+        with self._locked():
+            self._settle()
+            if expected_revision is not None and expected_revision != self.revision:
+                raise StaleRevision(expected_revision, self.revision)
+            if self.pending is not None:
+                raise PolicyError("the last change waits to be confirmed: policy confirm, or policy rollback, first")
+            deadline = None if confirm_within is None else boottime_ns() + round(confirm_within * 1e9)
+            return self._install(compiled, self._ids_for(ruleset), deadline)
+
+    def _ids_for(self, ruleset: RuleSet) -> list[int]:
+        """Return an id for each rule: the present one where a rule is unchanged."""
+        present = {
+            replace(rule, sources=()): rule_id
+            for rule, rule_id in zip(self.ruleset().rules, self._loaded_ids(), strict=True)
+        }
+        created = time.time_ns()
+        ids = []
+        for rule in ruleset.rules:
+            rule_id = present.get(replace(rule, sources=()))
+            ids.append(self._new_rule(rule, created) if rule_id is None else rule_id)
+        return ids
+
+    def confirm(self) -> None:
+        """Keep the set that :meth:`replace` put into force for a trial. Raises :class:`PolicyError` if none is on
+        trial, also because its time is over."""
+        with self._locked():
+            self._settle()
+            if self.pending is None:
+                raise PolicyError(
+                    "nothing waits to be confirmed: it was confirmed, or its time is over and it is undone"
+                )
+            self._confirm()
+
+    def roll_back(self) -> None:
+        """Undo the set that is on trial at once. Raises :class:`PolicyError` if none is."""
+        with self._locked():
+            self._settle()
+            if self.pending is None:
+                raise PolicyError("nothing to roll back: no change waits to be confirmed")
+            self._roll_back()
 
     def ban(
         self, address: IPAddress, *, ttl: float | None = None, reason: str = "", action: Action = Action.DROP
@@ -289,7 +340,7 @@ class PolicyStore(abc.ABC):
         """Shut out one address at once, for ``ttl`` seconds or for good. A new ban replaces the old one."""
         now = boottime_ns()
         expires = None if ttl is None else now + round(ttl * 1e9)
-        ban = Ban(unmap(address), action, expires, time.time_ns(), 0, reason[:63])
+        ban = Ban(unmap(address), action, expires, time.time_ns(), 0, reason)
         with self._locked():
             self._set_ban(ban)
             self._changed()
@@ -304,19 +355,22 @@ class PolicyStore(abc.ABC):
             return found
 
     def sweep(self, *, now: int | None = None) -> int:
-        """Forget what has expired; return how much. Only frees room: expired rules decide nothing anyway."""
+        """Forget what has expired and what nothing refers to; return how much. Only frees room: an expired rule
+        decides nothing anyway."""
         now = boottime_ns() if now is None else now
         with self._locked():
-            dead = {rule.id for rule in self._rules() if rule.expires is not None and now >= rule.expires}
-            if dead:
-                for network, scope, ids in list(self._entries()):
-                    if dead.intersection(ids):
-                        self._set_entry(network, scope, tuple(i for i in ids if i not in dead))
-                self._drop_orphans(dead)
-            bans = [ban.address for ban in self.bans() if ban.expires is not None and now >= ban.expires]
-            for address in bans:
-                self._drop_ban(address)
-            return len(dead) + len(bans)
+            self._settle()
+            for network, port, rule_id in self._runtime_entries():
+                rule = self._rule(rule_id)
+                if rule is None or (rule.expires is not None and now >= rule.expires):
+                    self._drop_runtime(network, port)
+            return self._free_rules() + self._drop_expired_bans(now)
+
+
+def _around(source: IPAddress, length: int) -> IPNetwork:
+    width = source.max_prefixlen
+    address = int(source) >> (width - length) << (width - length)
+    return IPv4Network((address, length)) if source.version == 4 else IPv6Network((address, length))
 
 
 def _with_dry(verdict: Verdict, dry: StoredRule | None) -> Verdict:

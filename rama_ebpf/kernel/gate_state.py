@@ -1,0 +1,79 @@
+"""The one element of the map ``gate``: which set is in force, and where in it things are. ``struct gate`` in Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from . import abi
+
+__all__ = ["EMPTY_TABLE", "GateState", "SetHead"]
+
+EMPTY_TABLE = bytes(abi.TABLE.size)
+
+
+@dataclass(frozen=True, slots=True)
+class SetHead:
+    """``struct set_head``. Limits are (emission, tolerance) in nanoseconds; ``tables`` are packed ``struct table``."""
+
+    default: int = abi.constants()["ACTION_ALLOW"]
+    chains_at: int = 0
+    per_source: tuple[int, int] = (0, 0)
+    overall: tuple[int, int] = (0, 0)
+    tables: tuple[bytes, bytes] = (EMPTY_TABLE, EMPTY_TABLE)
+    document_at: int = 0
+    document_size: int = 0
+
+    def pack(self) -> bytes:
+        return abi.SET_HEAD.pack(
+            self.default,
+            self.chains_at,
+            *self.per_source,
+            *self.overall,
+            *self.tables,
+            self.document_at,
+            self.document_size,
+        )
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> SetHead:
+        default, chains_at, emission, tolerance, all_emission, all_tolerance, table4, table6, at, size = (
+            abi.SET_HEAD.unpack(raw)
+        )
+        limits = ((emission, tolerance), (all_emission, all_tolerance))
+        return cls(default, chains_at, *limits, (table4, table6), at, size)
+
+
+@dataclass(frozen=True, slots=True)
+class GateState:
+    """``struct gate``. ``deadline`` is CLOCK_BOOTTIME nanoseconds, 0 for none."""
+
+    revision: int = 0
+    deadline: int = 0
+    active: int = 0
+    fallback: int = 0
+    flags: int = 0
+    failsafe_ports: tuple[int, ...] = ()
+    runtime: tuple[int, int] = (0, 0)
+    """For IPv4 and IPv6, which prefix lengths the runtime layer has: bit n for length n of the IPv4-mapped form."""
+    sets: tuple[SetHead, SetHead] = field(default=(SetHead(), SetHead()))
+
+    def in_force(self, now: int) -> int:
+        """Which of the two sets the programs use at ``now``."""
+        return self.fallback if self.deadline and now >= self.deadline else self.active
+
+    def pack(self) -> bytes:
+        words = [bits >> shift & (1 << 64) - 1 for bits in self.runtime for shift in (0, 64, 128)]
+        ports = (*self.failsafe_ports, *(0,) * 8)[:8]
+        fixed = (self.revision, self.deadline, self.active, self.fallback, self.flags, *ports, 0)
+        return abi.GATE.pack(*fixed, *words, self.sets[0].pack(), self.sets[1].pack())
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> GateState:
+        fields = abi.GATE.unpack(raw)
+        revision, deadline, active, fallback, flags = cast("tuple[int, int, int, int, int]", fields[:5])
+        ports = tuple(port for port in fields[5:13] if port)
+        a, b, c, d, e, f = cast("tuple[int, int, int, int, int, int]", fields[14:20])
+        runtime = (a | b << 64 | c << 128, d | e << 64 | f << 128)
+        sets = (SetHead.unpack(fields[20]), SetHead.unpack(fields[21]))
+        return cls(revision, deadline, active, fallback, flags, ports, runtime, sets)

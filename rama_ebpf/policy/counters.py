@@ -1,0 +1,60 @@
+"""What the gate has counted: verdicts by hook, handshakes that finished, connections that were accepted."""
+
+from __future__ import annotations
+
+import sys
+
+from ..kernel import abi, bpf
+from ..kernel.gate_maps import GateMaps
+
+__all__ = ["GateCounters", "number"]
+
+
+def number(value: int) -> bytes:
+    """A 32-bit key or value of a map."""
+    return value.to_bytes(4, sys.byteorder)
+
+
+class GateCounters:
+    """Reads the counters of a gate's maps."""
+
+    _maps: GateMaps
+
+    def default_hits(self) -> int:
+        """How many connection attempts no rule decided."""
+        raw = bpf.map_lookup(self._maps["rule_hits"], number(0), abi.RULE_HITS.size * abi.possible_cpus())
+        assert raw is not None
+        return sum(decided for decided, _ in abi.RULE_HITS.iter_unpack(raw))
+
+    def totals(self) -> dict[tuple[str, str, str], int]:
+        """Return how many verdicts took effect by (hook, stage, action), in lower case; zero counts are left out."""
+        constant = abi.constants()
+        totals: dict[tuple[str, str, str], int] = {}
+        for hook in ("CGROUP", "LOOKUP", "XDP"):
+            for stage in ("FAILSAFE", "BAN", "RULE", "LIMIT", "DEFAULT", "PARSE"):
+                for action in ("ALLOW", "DROP", "REJECT"):
+                    index = constant[f"HOOK_{hook}"] * constant["STAGE_COUNT"] + constant[f"STAGE_{stage}"]
+                    index = index * constant["ACTION_COUNT"] + constant[f"ACTION_{action}"]
+                    value = self._total("gate_stats", index)
+                    if value:
+                        totals[hook.lower(), stage.lower(), action.lower()] = value
+        return totals
+
+    def established(self, listener: int) -> int:
+        """How many handshakes finished on a listener, by its index."""
+        return self._total("established", listener)
+
+    def accepted(self, listener: int) -> int:
+        """How many connections accept(2) returned on a listener, by its index, over all workers."""
+        per_listener = abi.constants()["SOCKETS_PER_LISTENER"]
+        total = 0
+        for index in range(listener * per_listener, (listener + 1) * per_listener):
+            raw = bpf.map_lookup(self._maps["accepted"], number(index), 8)
+            assert raw is not None
+            total += int.from_bytes(raw, sys.byteorder)
+        return total
+
+    def _total(self, name: str, index: int) -> int:
+        raw = bpf.map_lookup(self._maps[name], number(index), 8 * abi.possible_cpus())
+        assert raw is not None
+        return sum(int.from_bytes(raw[i : i + 8], sys.byteorder) for i in range(0, len(raw), 8))

@@ -1,0 +1,107 @@
+"""The verdict of the real BPF code for a frame, by BPF_PROG_TEST_RUN: nothing is attached anywhere."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv6Address
+from pathlib import Path
+from types import TracebackType
+
+from rama_ebpf.core.address import IPAddress, unmap
+from rama_ebpf.kernel import abi, bpf, bpffs
+from rama_ebpf.kernel.bpf import AttachType
+from rama_ebpf.kernel.compile import Program, amalgamate, compile_and_load
+from rama_ebpf.kernel.gate_maps import GateMaps, MapSizes
+from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.policy.kernel_store import KernelStore
+from rama_ebpf.policy.rule import Action, Stage, Verdict
+
+__all__ = ["Parsed", "Probe", "listen"]
+
+_XDP, _XDP_TX = 6, 3
+_RESULT = struct.Struct("=5I 36s I")
+_KINDS = ("tcp", "other", "malformed")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the parser made of a frame, and the verdict on it (None unless ``kind`` is ``tcp``)."""
+
+    kind: str
+    source: IPAddress
+    target: IPAddress
+    port: int
+    syn: bool
+    verdict: Verdict | None
+
+
+class Probe:
+    """Maps and programs of an instance of its own, judged by test runs. A context manager."""
+
+    def __init__(self, instance: Instance, sizes: MapSizes | None = None, *extra: Program, source: Path | None = None):
+        bpffs.ensure_mounted()
+        self.instance = instance
+        instance.pin_dir.mkdir(parents=True, mode=0o700)
+        self.maps = GateMaps.create(instance.pin_dir, sizes or MapSizes(rules=4096, bans=4096, buckets=4096))
+        self.store = KernelStore(instance, self.maps)
+        text = amalgamate(abi.source_dir() / "sockops_filter.c")
+        text += (source or Path(__file__).with_name("verdict_probe.c")).read_text(encoding="utf-8")
+        programs = [Program("probe_frame", _XDP, AttachType.XDP), *extra]
+        self.programs = compile_and_load(text, programs, cflags=[f'-DPIN_DIR="{instance.pin_dir}"'])
+        self._names: dict[int, str] = {}
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for fd in self.programs.values():
+            os.close(fd)
+        self.maps.close()
+        bpffs.remove_tree(self.instance.pin_root)
+
+    def judge(self, frame: bytes) -> Parsed:
+        """Parse and judge a frame."""
+        code, _, out, _ = bpf.prog_test_run(
+            self.programs["probe_frame"], frame, output=len(frame) + _RESULT.size, repeat=1
+        )
+        assert code == _XDP_TX, f"the probe returned {code}"
+        action, stage, rule, dry_action, dry_rule, packet, kind = _RESULT.unpack_from(out)
+        source, target, port, _, syn = abi.PACKET.unpack(packet)
+        verdict = None
+        if _KINDS[kind] == "tcp":
+            fixed = {Stage.BAN: "ban", Stage.DEFAULT: "default"}
+            name = self._name(rule) if rule else fixed.get(Stage(stage), "")
+            dry_name = self._name(dry_rule) if dry_rule else ""
+            verdict = Verdict(Action(action), Stage(stage), name, dry_name, Action(dry_action))
+        return Parsed(_KINDS[kind], unmap(IPv6Address(source)), unmap(IPv6Address(target)), port, bool(syn), verdict)
+
+    def _name(self, rule_id: int) -> str:
+        if rule_id not in self._names:
+            rule = self.store._rule(rule_id)
+            assert rule is not None, f"the verdict names rule {rule_id}, which is not there"
+            self._names[rule_id] = rule.name
+        return self._names[rule_id]
+
+    def rules_changed(self) -> None:
+        """Forget rules' names: ids are given again."""
+        self._names.clear()
+
+
+@contextmanager
+def listen(probe: Probe, port: int) -> Iterator[None]:
+    """Put a port, on any address, under the gate. No socket serves it."""
+    wildcards = (bytes(16), b"\0" * 10 + b"\xff\xff" + bytes(4))
+    keys = [abi.LISTENER_KEY.pack(address, port, 0) for address in wildcards]
+    for key in keys:
+        bpf.map_update(probe.maps["listeners"], key, abi.LISTENER.pack(0, 0, 0))
+    try:
+        yield
+    finally:
+        for key in keys:
+            bpf.map_delete(probe.maps["listeners"], key)
