@@ -1,4 +1,4 @@
-"""Relay by copying through userspace: works for every kind of stream.
+"""Relay by copying on the :class:`~rama_ebpf.core.stream.Stream` API: works for every kind of stream.
 
 Back-pressure is the stream's own: nothing is read from one side until the other has taken what was read before, so
 a tunnel holds at most one chunk per direction. EOF on one side half-closes the other and the rest still flows.
@@ -7,22 +7,27 @@ a tunnel holds at most one chunk per direction. EOF on one side half-closes the 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from typing import Final
 
+from ..core.client import client_address
 from ..core.stream import Stream
-from .tunnel import CloseReason, TunnelLimits, TunnelReport
+from .registry import FlowSnapshot, tunnels
+from .tunnel import CloseReason, DirectionEnd, TunnelLimits, TunnelReport
 
 __all__ = ["copy"]
 
-_CHUNK = 128 * 1024
+log = logging.getLogger(__name__)
+
+_CHUNK: Final = 64 * 1024
 
 
 class _Direction:
     def __init__(self) -> None:
         self.delivered = 0
         self.last = time.monotonic()
-        self.error: OSError | None = None
-        self.error_on_read = False
+        self.end: DirectionEnd | None = None
 
     async def pump(self, source: Stream, sink: Stream) -> None:
         reading = True
@@ -34,35 +39,66 @@ class _Direction:
                 self.last = time.monotonic()
                 if not data:
                     await sink.write_eof()
+                    self.end = DirectionEnd.EOF
                     return
                 await sink.write(data)
                 self.delivered += len(data)
                 self.last = time.monotonic()
-        except OSError as error:
-            self.error, self.error_on_read = error, reading
+        except OSError:
+            self.end = DirectionEnd.SOURCE_LOST if reading else DirectionEnd.SINK_LOST
             raise
 
 
-async def copy(client: Stream, upstream: Stream, limits: TunnelLimits, *, why: str = "") -> TunnelReport:
+class _Flow:
+    def __init__(self, client: Stream, upstream: Stream, why: str) -> None:
+        self.source, self.target, self.why = client_address(client) or client.peer, upstream.peer, why
+        self.started = time.monotonic()
+        self.up, self.down = _Direction(), _Direction()
+        self.cut_requested: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def snapshot(self) -> FlowSnapshot:
+        age = time.monotonic() - self.started
+        return FlowSnapshot(self.source, self.target, "copy", self.why, self.up.delivered, self.down.delivered, 0, age)
+
+    def report(self, reason: CloseReason) -> TunnelReport:
+        return TunnelReport(
+            reason,
+            self.up.delivered,
+            self.down.delivered,
+            time.monotonic() - self.started,
+            "copy",
+            self.why,
+            self.up.end or DirectionEnd.CUT,
+            self.down.end or DirectionEnd.CUT,
+        )
+
+    def cut(self) -> None:
+        if not self.cut_requested.done():
+            self.cut_requested.set_result(None)
+
+
+async def copy(client: Stream, upstream: Stream, limits: TunnelLimits, *, why: str) -> TunnelReport:
     """Relay until both directions have ended, a side resets, or a time-out of ``limits`` passes.
 
-    Both streams are closed on return: in order after :attr:`CloseReason.EOF`, else aborted (TCP: RST), so that a
-    truncated stream never looks complete. If the caller is cancelled both are aborted and the cancellation goes on.
+    Closes both streams as :func:`rama_ebpf.relay.relay` says, whose part this is for streams that are no sockets.
     """
-    started = time.monotonic()
-    up, down = _Direction(), _Direction()
-    tasks = {
-        asyncio.create_task(up.pump(client, upstream)),
-        asyncio.create_task(down.pump(upstream, client)),
+    flow = _Flow(client, upstream, why)
+    tunnels.add(flow)
+    pumps = {
+        asyncio.create_task(flow.up.pump(client, upstream)),
+        asyncio.create_task(flow.down.pump(upstream, client)),
     }
     reason = CloseReason.CUT
     try:
-        reason = await _supervise(tasks, up, down, started, limits)
+        reason = await _supervise(flow, pumps, limits)
+    except Exception:
+        reason = CloseReason.ERROR
+        raise
     finally:
-        for task in tasks:
-            task.cancel()
+        for pump in pumps:
+            pump.cancel()
         try:
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*pumps, return_exceptions=True)
             if reason is CloseReason.EOF:
                 await client.close()
                 await upstream.close()
@@ -71,36 +107,39 @@ async def copy(client: Stream, upstream: Stream, limits: TunnelLimits, *, why: s
             # this does nothing.
             client.abort()
             upstream.abort()
-            report = TunnelReport(reason, up.delivered, down.delivered, time.monotonic() - started, "copy", why)
+            report = flow.report(reason)
             client.extensions.add(report)
+            tunnels.remove(flow, report)
+            log.info("%s -> %s: %s", flow.source, flow.target, report)
     return report
 
 
-async def _supervise(
-    tasks: set[asyncio.Task[None]], up: _Direction, down: _Direction, started: float, limits: TunnelLimits
-) -> CloseReason:
-    pending = tasks
-    while pending:
+async def _supervise(flow: _Flow, pumps: set[asyncio.Task[None]], limits: TunnelLimits) -> CloseReason:
+    pending: set[asyncio.Future[None]] = {*pumps, flow.cut_requested}
+    while len(pending) > 1:
         deadlines = []
         if limits.idle is not None:
-            deadlines.append((max(up.last, down.last) + limits.idle, CloseReason.IDLE_TIMEOUT))
+            deadlines.append((max(flow.up.last, flow.down.last) + limits.idle, CloseReason.IDLE_TIMEOUT))
         if limits.total is not None:
-            deadlines.append((started + limits.total, CloseReason.TOTAL_TIMEOUT))
+            deadlines.append((flow.started + limits.total, CloseReason.TOTAL_TIMEOUT))
         first = min(deadlines, default=None, key=lambda deadline: deadline[0])
-        if first is not None and first[0] <= time.monotonic():
+        now = time.monotonic()
+        if first is not None and first[0] <= now:
             return first[1]
-        timeout = None if first is None else first[0] - time.monotonic()
-        done, pending = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
-        if any(task.exception() is not None for task in done):
-            return _blame(up, down, done)
+        timeout = None if first is None else first[0] - now
+        done, pending = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if flow.cut_requested in done:
+            return CloseReason.CUT
+        for pump in done:
+            error = pump.exception()
+            if error is not None:
+                return _blame(flow, error)
     return CloseReason.EOF
 
 
-def _blame(up: _Direction, down: _Direction, done: set[asyncio.Task[None]]) -> CloseReason:
-    for task in done:
-        error = task.exception()
-        if error is not None and not isinstance(error, OSError):
-            raise error
+def _blame(flow: _Flow, error: BaseException) -> CloseReason:
+    if not isinstance(error, OSError):
+        raise error
     # A read error is the reading side's reset, a write error the other side's.
-    client_failed = (up.error is not None and up.error_on_read) or (down.error is not None and not down.error_on_read)
-    return CloseReason.CLIENT_RESET if client_failed else CloseReason.UPSTREAM_RESET
+    client_lost = flow.up.end is DirectionEnd.SOURCE_LOST or flow.down.end is DirectionEnd.SINK_LOST
+    return CloseReason.CLIENT_RESET if client_lost else CloseReason.UPSTREAM_RESET

@@ -1,0 +1,158 @@
+"""One direction of a tunnel between two sockets: read, write, and remember what the sink has not taken yet.
+
+Everything here is called when epoll reports a change (edge-triggered), so each step goes on until the kernel says
+EAGAIN. There is no task, no future and no allocation per message, and nothing is held for an idle direction: one
+buffer serves all of them.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Final
+
+from .tunnel import DirectionEnd
+
+if TYPE_CHECKING:
+    from .engine import Tunnel
+
+__all__ = ["BUFFER_SIZE", "TURN", "Direction"]
+
+BUFFER_SIZE: Final = 64 * 1024
+"""Bytes that one read may copy: what a direction holds at most for a sink that does not read."""
+
+TURN: Final = 16 * BUFFER_SIZE
+"""Bytes that one direction moves before the others have their turn; a small read counts as a whole buffer."""
+
+_buffer: Final = memoryview(bytearray(BUFFER_SIZE))
+
+
+class Direction:
+    """Moves the bytes that come from ``source`` to ``sink``, in order, each once, by copying.
+
+    ``delivered`` counts bytes that the kernel has taken for the sink. ``blocked`` is true while the sink is full:
+    then nothing is read, and the source's own window closes.
+    """
+
+    __slots__ = ("_pending", "_read_all", "blocked", "delivered", "end", "sink", "source", "tunnel", "waits_its_turn")
+
+    def __init__(self, tunnel: Tunnel, source: socket.socket, sink: socket.socket) -> None:
+        self.tunnel = tunnel
+        self.source = source
+        self.sink = sink
+        self.delivered = 0
+        self.blocked = False
+        self.end: DirectionEnd | None = None
+        self.waits_its_turn = False
+        self._pending = b""
+        # A short read of TCP means that nothing is left; of a Unix socket it may be a message boundary.
+        self._read_all = source.family == socket.AF_UNIX
+
+    @property
+    def spliced(self) -> bool:
+        """Whether bytes have moved by splice(2)."""
+        return False
+
+    def start(self, unread: bytes) -> None:
+        """Forward what was read ahead of the hand-over; the first event of epoll brings the rest."""
+        if unread:
+            self._flush(unread)
+
+    def readable(self) -> None:
+        """The source has bytes, or has ended."""
+        if not (self.blocked or self.waits_its_turn) and self.end is None:
+            self._move(self._read_all)
+
+    def writable(self) -> None:
+        """The sink has room: write what is held, and read on."""
+        if self.blocked and self._flush_held():
+            self.blocked = False
+            # An edge may have passed unused while the sink was full: read until EAGAIN.
+            self._move(True)
+
+    def resume(self) -> None:
+        """Read until EAGAIN or EOF."""
+        if not (self.blocked or self.waits_its_turn) and self.end is None:
+            self._move(True)
+
+    def urgent(self) -> None:
+        """The source has sent urgent data, which is in line (RFC 6093): a read ends before and after such a byte."""
+        self._read_all = True
+
+    def close(self) -> None:
+        """Drop what is held. The sockets belong to the tunnel."""
+        if self.end is None:
+            self.end = DirectionEnd.CUT
+        self._pending = b""
+
+    def _move(self, read_all: bool) -> None:
+        self._copy(read_all)
+
+    def _copy(self, read_all: bool) -> None:
+        recv_into, send, buffer = self.source.recv_into, self.sink.send, _buffer
+        for _ in range(TURN // BUFFER_SIZE):
+            try:
+                count = recv_into(buffer)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self.lost(DirectionEnd.SOURCE_LOST, error)
+                return
+            if not count:
+                self._end_of_source()
+                return
+            try:
+                sent = send(buffer[:count])
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self.lost(DirectionEnd.SINK_LOST, error)
+                return
+            self.delivered += sent
+            if sent < count and not self._flush(bytes(buffer[sent:count])):
+                return
+            if count < BUFFER_SIZE:
+                if not read_all:
+                    return
+            elif self._filled():
+                return
+        self.tunnel.engine.again(self)
+
+    def _filled(self) -> bool:
+        """A read has filled the buffer; true if another way goes on from here."""
+        return False
+
+    def _flush_held(self) -> bool:
+        return self._flush(self._pending)
+
+    def _flush(self, data: bytes) -> bool:
+        """Write ``data``; true if all of it was taken, else the rest is kept."""
+        view = memoryview(data)
+        try:
+            while view:
+                sent = self.sink.send(view)
+                self.delivered += sent
+                view = view[sent:]
+        except BlockingIOError:
+            self._pending = bytes(view)
+            self.blocked = True
+            return False
+        except OSError as error:
+            self.lost(DirectionEnd.SINK_LOST, error)
+            return False
+        self._pending = b""
+        return True
+
+    def _end_of_source(self) -> None:
+        """Everything that was read is with the sink: tell it that no more follows."""
+        try:
+            self.sink.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.lost(DirectionEnd.SINK_LOST, error)
+            return
+        self.end = DirectionEnd.EOF
+        self.tunnel.direction_ended()
+
+    def lost(self, end: DirectionEnd, error: OSError) -> None:
+        """Reading or writing has failed: the tunnel ends."""
+        self.end = end
+        self.tunnel.lost(self, error)

@@ -1,0 +1,335 @@
+"""The event path of tunnels between two sockets: one epoll instance of its own, beside the event loop's.
+
+Each socket is registered once, edge-triggered, for the life of its tunnel; the epoll descriptor itself is a reader of
+the event loop. A wake-up of the loop so serves many tunnels with one epoll_wait(2), and costs no future, task or
+registration per message. docs/relay.md has the figures of this design and of those beside which it was measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import socket
+import struct
+import weakref
+from typing import Final
+
+from ..core.address import SocketAddress
+from ..core.client import client_address
+from ..core.stream import SocketStream
+from .direction import Direction
+from .registry import FlowSnapshot
+from .splice import PipePool, SpliceDirection
+from .tunnel import CloseReason, DirectionEnd, RelayKind, TunnelLimits, TunnelReport
+from .wheel import TimerWheel
+
+__all__ = ["Engine", "Tunnel"]
+
+log = logging.getLogger(__name__)
+
+_EDGES: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
+_IN: Final = select.EPOLLIN
+_SPECIAL: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
+_EVENTS_PER_WAKE: Final = 256
+_WHEEL_RESOLUTION: Final = 0.1
+_IDLE_CHECKS: Final = 4
+"""How often the counters are looked at within one idle time-out: no clock is read per message."""
+_LINGER_RST: Final = struct.pack("ii", 1, 0)
+
+
+class Tunnel:
+    """Two sockets whose bytes the engine moves; ``done`` is set when it has ended and both are closed."""
+
+    __slots__ = (
+        "_active_at",
+        "_loop",
+        "_seen",
+        "client",
+        "done",
+        "down",
+        "engine",
+        "error",
+        "kind",
+        "limits",
+        "reason",
+        "slot",
+        "source",
+        "started",
+        "target",
+        "up",
+        "upstream",
+    )
+
+    def __init__(
+        self, engine: Engine, client: SocketStream, upstream: SocketStream, kind: RelayKind, limits: TunnelLimits
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.engine = engine
+        self.kind = kind
+        self.limits = limits
+        self.source: SocketAddress | None = client_address(client) or client.peer
+        self.target: SocketAddress | None = upstream.peer
+        self.client = client.socket
+        self.upstream = upstream.socket
+        self.started = self._loop.time()
+        self.done: asyncio.Future[CloseReason] = self._loop.create_future()
+        self.reason: CloseReason | None = None
+        self.error: OSError | None = None
+        self.up: Direction
+        self.down: Direction
+        if kind is RelayKind.COPY:
+            self.up = Direction(self, self.client, self.upstream)
+            self.down = Direction(self, self.upstream, self.client)
+        else:
+            adaptive = kind is RelayKind.AUTO
+            self.up = SpliceDirection(self, self.client, self.upstream, adaptive=adaptive)
+            self.down = SpliceDirection(self, self.upstream, self.client, adaptive=adaptive)
+        self._active_at = self.started
+        self._seen = 0
+        self.slot: int | None = None
+
+    def relay_and_why(self) -> tuple[str, str]:
+        """Return which way the bytes move, or have moved, and why that one."""
+        spliced = self.up.spliced or self.down.spliced
+        if self.kind is RelayKind.AUTO:
+            return ("splice", "auto: reads are large") if spliced else ("copy", "auto: reads are small")
+        if self.kind is RelayKind.SPLICE and not spliced and self.engine.pipes.refused:
+            return "copy", "no pipe to be had"
+        return self.kind.value, "configured"
+
+    def snapshot(self) -> FlowSnapshot:
+        relay, why = self.relay_and_why()
+        age = self._loop.time() - self.started
+        return FlowSnapshot(self.source, self.target, relay, why, self.up.delivered, self.down.delivered, 0, age)
+
+    def report(self) -> TunnelReport:
+        """Say how the tunnel went; for one that has ended."""
+        assert self.reason is not None
+        assert self.up.end is not None
+        assert self.down.end is not None
+        relay, why = self.relay_and_why()
+        age = self._loop.time() - self.started
+        return TunnelReport(
+            self.reason, self.up.delivered, self.down.delivered, age, relay, why, self.up.end, self.down.end
+        )
+
+    def cut(self) -> None:
+        self.finish(CloseReason.CUT)
+
+    def direction_ended(self) -> None:
+        """A direction has delivered its EOF; the other may still flow."""
+        if self.up.end is DirectionEnd.EOF and self.down.end is DirectionEnd.EOF:
+            self.finish(CloseReason.EOF)
+
+    def lost(self, direction: Direction, error: OSError) -> None:
+        """A read or write of ``direction`` failed: that socket's peer is gone, and the other is told by RST."""
+        culprit = direction.source if direction.end is DirectionEnd.SOURCE_LOST else direction.sink
+        self.error = error
+        self.finish(CloseReason.CLIENT_RESET if culprit is self.client else CloseReason.UPSTREAM_RESET)
+
+    def check_time(self, now: float) -> float | None:
+        """End the tunnel if a time-out has passed; else return when to look again, None for never."""
+        limits, when = self.limits, None
+        if limits.total is not None:
+            when = self.started + limits.total
+            if now >= when:
+                self.finish(CloseReason.TOTAL_TIMEOUT)
+                return None
+        if limits.idle is not None:
+            moved = self.up.delivered + self.down.delivered
+            if moved != self._seen:
+                # When in the last interval the bytes moved is not known: assume just now.
+                self._seen, self._active_at = moved, now
+            elif now >= self._active_at + limits.idle:
+                self.finish(CloseReason.IDLE_TIMEOUT)
+                return None
+            look = min(now + limits.idle / _IDLE_CHECKS, self._active_at + limits.idle)
+            when = look if when is None else min(when, look)
+        return when
+
+    def finish(self, reason: CloseReason) -> None:
+        """Close both sockets: in order after EOF, else with RST, so that nothing cut short looks complete."""
+        if self.reason is not None:
+            return
+        self.reason = reason
+        self.up.close()
+        self.down.close()
+        self.engine.forget(self)
+        for sock in (self.client, self.upstream):
+            if reason is not CloseReason.EOF and sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST)
+            sock.close()
+        if not self.done.done():
+            self.done.set_result(reason)
+
+
+class Engine:
+    """All tunnels of one event loop whose two ends are sockets. It holds no descriptor while there is none."""
+
+    def __init__(self, pipes: PipePool | None = None) -> None:
+        self.pipes = PipePool() if pipes is None else pipes
+        self.tunnels: set[Tunnel] = set()
+        self._epoll: select.epoll | None = None
+        self._by_fd: dict[int, tuple[Direction, Direction]] = {}
+        self._again: list[Direction] = []
+        self._wheel: TimerWheel[Tunnel] = TimerWheel(_WHEEL_RESOLUTION)
+        self._timer: asyncio.TimerHandle | None = None
+
+    @staticmethod
+    def current() -> Engine:
+        """Return the engine of the running event loop; the first call makes it."""
+        loop = asyncio.get_running_loop()
+        engine = _engines.get(loop)
+        if engine is None:
+            engine = _engines[loop] = Engine()
+        return engine
+
+    def open(self, client: SocketStream, upstream: SocketStream, kind: RelayKind, limits: TunnelLimits) -> Tunnel:
+        """Take both sockets out of their streams and start to move bytes.
+
+        Raises OSError if the kernel refuses to watch another socket; then both streams are as they were. Raises
+        RuntimeError while a task waits on a stream.
+        """
+        epoll, watched = self._wake(), []
+        try:
+            for stream in (client, upstream):
+                epoll.register(stream.socket.fileno(), _EDGES)
+                watched.append(stream.socket.fileno())
+            tunnel = Tunnel(self, client, upstream, kind, limits)
+            from_client, from_upstream = client.detach()[1], upstream.detach()[1]
+        except BaseException:
+            for fd in watched:
+                epoll.unregister(fd)
+            self._rest()
+            raise
+        self.tunnels.add(tunnel)
+        self._by_fd[watched[0]] = (tunnel.up, tunnel.down)
+        self._by_fd[watched[1]] = (tunnel.down, tunnel.up)
+        self._schedule(tunnel, tunnel.check_time(tunnel.started))
+        for sock in (tunnel.client, tunnel.upstream):
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        tunnel.up.start(from_client)
+        if tunnel.reason is None:
+            tunnel.down.start(from_upstream)
+        return tunnel
+
+    def again(self, direction: Direction) -> None:
+        """Let ``direction`` go on after the others had their turn: it has used up its own."""
+        if not direction.waits_its_turn:
+            direction.waits_its_turn = True
+            if not self._again:
+                asyncio.get_running_loop().call_soon(self._run_again)
+            self._again.append(direction)
+
+    def forget(self, tunnel: Tunnel) -> None:
+        """Drop a tunnel that is ending; its sockets are still open."""
+        epoll = self._wake()
+        self.tunnels.discard(tunnel)
+        for sock in (tunnel.client, tunnel.upstream):
+            epoll.unregister(sock.fileno())
+            del self._by_fd[sock.fileno()]
+        if tunnel.slot is not None:
+            self._wheel.remove(tunnel, tunnel.slot)
+        self._rest()
+
+    def _wake(self) -> select.epoll:
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._run)
+        return self._epoll
+
+    def _rest(self) -> None:
+        """Give everything back if there is no tunnel."""
+        if self.tunnels:
+            return
+        self.pipes.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._epoll is not None:
+            asyncio.get_running_loop().remove_reader(self._epoll.fileno())
+            self._epoll.close()
+            self._epoll = None
+
+    def _run(self) -> None:
+        if self._epoll is None:
+            return
+        by_fd = self._by_fd
+        for fd, events in self._epoll.poll(0, _EVENTS_PER_WAKE):
+            pair = by_fd.get(fd)
+            if pair is None:
+                continue  # an earlier event of this batch has ended the tunnel
+            reading, writing = pair
+            try:
+                if events & _SPECIAL:
+                    self._special(events, reading, writing)
+                    continue
+                if writing.blocked:
+                    writing.writable()
+                if events & _IN:
+                    reading.readable()
+            except Exception:
+                # A bug must not take the events of the other tunnels with it: an edge comes only once.
+                log.exception("relay of %s to %s failed", reading.tunnel.source, reading.tunnel.target)
+                reading.tunnel.finish(CloseReason.ERROR)
+
+    def _special(self, events: int, reading: Direction, writing: Direction) -> None:
+        """The peer has ended its stream, reset it, or sent urgent data."""
+        if events & select.EPOLLERR:
+            # A reset counts at once, also while this direction waits for the other side.
+            code = reading.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                error = OSError(code, os.strerror(code))
+                if reading.end is None:
+                    reading.lost(DirectionEnd.SOURCE_LOST, error)
+                else:
+                    writing.lost(DirectionEnd.SINK_LOST, error)
+                return
+        if events & select.EPOLLPRI:
+            reading.urgent()
+        if writing.blocked:
+            writing.writable()
+        reading.resume()
+
+    def _run_again(self) -> None:
+        turn, self._again = self._again, []
+        for direction in turn:
+            direction.waits_its_turn = False
+            if direction.tunnel.reason is None:
+                try:
+                    direction.resume()
+                except Exception:
+                    log.exception("relay of %s to %s failed", direction.tunnel.source, direction.tunnel.target)
+                    direction.tunnel.finish(CloseReason.ERROR)
+
+    def _schedule(self, tunnel: Tunnel, when: float | None) -> None:
+        if when is None:
+            tunnel.slot = None
+            return
+        tunnel.slot = self._wheel.add(tunnel, when)
+        if self._timer is None or when < self._timer.when():
+            self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self._wheel.next_due()
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        for tunnel in self._wheel.take_due(now):
+            tunnel.slot = None
+            self._schedule(tunnel, tunnel.check_time(now))
+        if self._timer is None:
+            self._arm()
+
+
+_engines: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Engine]] = weakref.WeakKeyDictionary()
