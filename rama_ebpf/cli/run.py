@@ -13,6 +13,7 @@ from ..control.daemon import DaemonOptions, serve
 from ..core.address import Authority
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
+from ..policy.egress import EgressPolicy
 from ..policy.rule import Action, PolicyError, parse_network
 from ..process.plan import UserIds
 from ..process.privileges import can_change_user
@@ -106,25 +107,23 @@ def _main(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    for cidr in (*args.allow_egress, *args.deny_egress):
-        try:
-            parse_network(cidr)
-        except PolicyError as error:
-            raise PolicyError(f"egress: {error}") from None
+    try:
+        egress = EgressPolicy(tuple(map(parse_network, args.allow_egress)), tuple(map(parse_network, args.deny_egress)))
+    except PolicyError as error:
+        raise PolicyError(f"egress: {error}") from None
     options = DaemonOptions(
         instance=args.instance,
         listen=tuple(_listen_address(text) for text in args.listen or ["127.0.0.1:1080"]),
         target=args.app or _DEFAULT_TARGET,
         directory=str(Path.cwd()) if args.app else None,
         params={
-            "allow_egress": args.allow_egress,
-            "deny_egress": args.deny_egress,
             "handshake_timeout": args.handshake_timeout,
             "connect_timeout": args.connect_timeout,
             "idle_timeout": args.idle_timeout,
         },
         workers=args.workers,
         user=_user(args.user),
+        egress=egress,
         drain=args.drain,
         default=None if args.default is None else Action[args.default.upper()],
         failsafe=None if args.failsafe is None else tuple(parse_network(cidr) for cidr in args.failsafe),

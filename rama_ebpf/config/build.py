@@ -52,7 +52,7 @@ def build_stack(config: StackConfig, environment: BuildEnvironment) -> Service[S
 
 
 class _NoBanner:
-    def ban(self, ip: IPAddress, *, ttl: float, reason: str) -> None:
+    async def ban(self, ip: IPAddress, /, *, ttl: float, reason: str) -> None:
         raise AssertionError("a stack that is only checked serves nobody")
 
 

@@ -27,6 +27,7 @@ from ..kernel import abi
 from ..kernel.compile import CompileError
 from ..kernel.gate_maps import MapSizes
 from ..kernel.instance import Instance, ServerLock
+from ..policy.egress import EgressPolicy
 from ..policy.kernel_store import KernelStore
 from ..policy.local import CountedPolicy, LocalStore
 from ..policy.rule import Action, IPNetwork
@@ -54,9 +55,12 @@ class GateUnavailable(RamaError):
 
 @dataclass(frozen=True)
 class DaemonOptions:
-    """What to serve, and how. ``target`` is ``module:attribute`` (see :class:`~rama_ebpf.process.Plan`), found with
-    ``directory`` on the module path; ``params`` is what it is given. ``default`` and ``failsafe`` are left as they
-    are pinned where they are None. ``user`` is who the workers become, None to stay."""
+    """What to serve, and how.
+
+    ``target`` is ``module:attribute`` (see :class:`~rama_ebpf.process.Plan`), found with ``directory`` on the module
+    path; ``params`` is what it is given. ``default`` and ``failsafe`` are left as they are pinned where they are None.
+    ``egress`` is where workers may connect to, ``user`` who they become, None to stay.
+    """
 
     instance: Instance
     listen: tuple[tuple[str, int], ...]
@@ -65,6 +69,7 @@ class DaemonOptions:
     directory: str | None = None
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, abi.constants()["SOCKETS_PER_LISTENER"]))
     user: UserIds | None = None
+    egress: EgressPolicy = field(default_factory=EgressPolicy)
     drain: float = 10.0
     default: Action | None = None
     failsafe: tuple[IPNetwork, ...] | None = None
@@ -169,6 +174,7 @@ async def _supervise(options: DaemonOptions, home: _Home, listeners: list[Listen
             "target": options.target,
             "directory": options.directory,
             "params": options.params,
+            "egress": {"allow": list(map(str, options.egress.allow)), "deny": list(map(str, options.egress.deny))},
             "accept_slots": slots,
             "judge": home.gate is None,
         },

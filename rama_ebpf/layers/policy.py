@@ -30,9 +30,11 @@ class SourceVerdict(Protocol):
 
 
 class SourcePolicy(Protocol):
-    """A policy that can be asked for a source and the port of the listener that it came to."""
+    """A policy that can be asked for a source and the port of the listener that it came to.
 
-    def verdict(self, ip: IPAddress, port: int, /) -> SourceVerdict: ...
+    In a worker of ``rama-ebpf run`` that is ``context.policy``."""
+
+    async def verdict(self, ip: IPAddress, port: int, /) -> SourceVerdict: ...
 
 
 class PolicyLayer:
@@ -50,7 +52,7 @@ class PolicyLayer:
         async def serve(stream: Stream) -> Any:
             client, local = client_address(stream), stream.local
             if client is not None:
-                verdict = self._policy.verdict(client.ip, 0 if local is None else local.port)
+                verdict = await self._policy.verdict(client.ip, 0 if local is None else local.port)
                 if not verdict.allowed:
                     raise PolicyDenied(f"policy refuses {client.ip} (rule {verdict.rule})", rule=verdict.rule)
             return await inner(stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
@@ -21,16 +22,19 @@ log = logging.getLogger(__name__)
 
 
 class Banner(Protocol):
-    """Who can keep an address out: the policy store, or the worker's channel to it."""
+    """Who can keep an address out; in a worker of ``rama-ebpf run`` that is ``context.policy``."""
 
-    def ban(self, ip: IPAddress, *, ttl: float, reason: str) -> None:
-        """Refuse connections of ``ip`` for ``ttl`` seconds. Raises OSError or :class:`RamaError` if that fails."""
+    async def ban(self, ip: IPAddress, /, *, ttl: float, reason: str) -> None:
+        """Refuse connections of ``ip`` for ``ttl`` seconds, from the moment this returns.
+
+        Raises OSError or :class:`RamaError` if that fails.
+        """
 
 
 class _Offender:
     """Added to the extensions, so that a protocol can report what it answered politely instead of raising."""
 
-    def __init__(self, report: Callable[[str], None]) -> None:
+    def __init__(self, report: Callable[[str], object]) -> None:
         self.report = report
 
 
@@ -73,6 +77,7 @@ class StrikeLayer:
         self._max_sources = max_sources
         self._clock = clock
         self._struck: OrderedDict[Hashable, deque[float]] = OrderedDict()
+        self._bans: set[asyncio.Task[None]] = set()
 
     def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
         async def serve(input: HasExtensions) -> Any:
@@ -80,28 +85,37 @@ class StrikeLayer:
             try:
                 return await inner(input)
             except self._on as error:
-                self._strike(input, error.kind if isinstance(error, RamaError) else type(error).__name__)
+                ban = self._strike(input, error.kind if isinstance(error, RamaError) else type(error).__name__)
+                if ban is not None:
+                    await asyncio.shield(ban)  # in force before the connection ends; a cut does not stop it
                 raise
 
         return serve
 
-    def _strike(self, input: HasExtensions, reason: str) -> None:
+    def _strike(self, input: HasExtensions, reason: str) -> asyncio.Task[None] | None:
+        """Count a strike; return the ban that it leads to."""
         address = client_address(input)
         if address is None:
-            return  # a client of a Unix socket has no address that could be banned
+            return None  # a client of a Unix socket has no address that could be banned
         now = self._clock()
         times = self._times(source_prefix(address.ip))
         times.append(now)
         while times[0] <= now - self._window:
             times.popleft()
         if len(times) < self._strikes:
-            return
+            return None
+        ban = asyncio.create_task(self._ban_source(address.ip, f"{len(times)} strikes, the last: {reason}"))
+        self._bans.add(ban)
+        ban.add_done_callback(self._bans.discard)
+        return ban
+
+    async def _ban_source(self, ip: IPAddress, reason: str) -> None:
         try:
-            self._banner.ban(address.ip, ttl=self._ban, reason=f"{len(times)} strikes, the last: {reason}")
+            await self._banner.ban(ip, ttl=self._ban, reason=reason)
         except (OSError, RamaError) as error:
-            log.error("cannot ban %s: %s", address.ip, error)
+            log.error("cannot ban %s: %s", ip, error)
         else:
-            log.info("banned %s for %g s: %d strikes, the last: %s", address.ip, self._ban, len(times), reason)
+            log.info("banned %s for %g s: %s", ip, self._ban, reason)
 
     def _times(self, source: Hashable) -> deque[float]:
         times = self._struck.get(source)

@@ -12,8 +12,13 @@ from typing import Any
 from ..core.errors import RamaError
 from ..core.service import Service
 from ..core.stream import Stream
+from ..policy.egress import EgressPolicy
+from ..services.connect import Connector, Egress
+from ..services.resolver import SystemResolver
+from ..services.socket_options import SocketOptions
 from .channel import Channel
 from .plan import Json
+from .policy import ServerPolicy
 
 __all__ = ["Application", "TargetError", "WorkerContext", "load_application"]
 
@@ -32,6 +37,8 @@ class WorkerContext:
     indexes of the sockets on which this worker accepts. ``fds`` are the plan's descriptors, numbered as in this
     process. The application is made before privileges are dropped, so that it may read keys, and before the event
     loop runs.
+
+    ``policy`` judges and bans sources, ``egress`` says where targets may be, and :meth:`connector` dials them.
     """
 
     worker: int
@@ -40,6 +47,32 @@ class WorkerContext:
     listeners: Mapping[str, tuple[int, ...]]
     fds: Mapping[str, int]
     channel: Channel
+    egress: Egress = field(default_factory=EgressPolicy)
+    resolver: SystemResolver = field(default_factory=SystemResolver)
+
+    @property
+    def policy(self) -> ServerPolicy:
+        """The server's policy for sources."""
+        return ServerPolicy(self.channel)
+
+    def connector(
+        self,
+        *,
+        timeout: float = 10.0,
+        source_v4: str | None = None,
+        source_v6: str | None = None,
+        options: SocketOptions | None = None,
+    ) -> Connector:
+        """A connector under the server's egress policy; arguments as :class:`~rama_ebpf.services.connect.Connector`
+        has them."""
+        return Connector(
+            self.resolver,
+            self.egress,
+            timeout=timeout,
+            source_v4=source_v4,
+            source_v6=source_v6,
+            options=SocketOptions() if options is None else options,
+        )
 
 
 @dataclass

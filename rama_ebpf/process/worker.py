@@ -129,6 +129,7 @@ class _Worker:
         cut = sum(await asyncio.gather(*(server.drain(self._drain_seconds) for server in self._servers)))
         self._channel.notify("drained", {"cut": cut, "seconds": time.monotonic() - started})
         application.close()
+        self._context.resolver.close()
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)

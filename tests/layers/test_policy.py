@@ -22,7 +22,7 @@ class DenyNetwork:
         self.network = ip_network(cidr)
         self.asked: list[tuple[IPAddress, int]] = []
 
-    def verdict(self, ip: IPAddress, port: int, /) -> Judgement:
+    async def verdict(self, ip: IPAddress, port: int, /) -> Judgement:
         self.asked.append((ip, port))
         return Judgement(ip not in self.network, "no-test-net")
 

@@ -18,7 +18,7 @@ class Bans:
         self.made: list[tuple[str, float, str]] = []
         self.full = False
 
-    def ban(self, ip: IPAddress, *, ttl: float, reason: str) -> None:
+    async def ban(self, ip: IPAddress, /, *, ttl: float, reason: str) -> None:
         if self.full:
             raise OSError(7, "the map is full")
         self.made.append((str(ip), ttl, reason))
@@ -82,6 +82,7 @@ async def test_a_protocol_can_strike_without_raising(serve: Serve) -> None:
     bans = Bans()
     server = await serve(stack(StrikeLayer(bans, strikes=1, ban=5), polite))
     assert await (await server.open("127.0.1.1")).ask(b"407") == b"407"
+    await asyncio.sleep(0)
     assert bans.made == [("127.0.1.1", 5, "1 strikes, the last: auth_failed")]
 
 

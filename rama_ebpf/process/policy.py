@@ -1,0 +1,35 @@
+"""The server's policy as a worker sees it."""
+
+from __future__ import annotations
+
+from ..core.address import IPAddress
+from ..policy.rule import Action, Stage, Verdict
+from .channel import Channel
+
+__all__ = ["ServerPolicy"]
+
+
+class ServerPolicy:
+    """The policy that the supervisor holds, asked over the worker's channel.
+
+    A worker may have no right to the maps in the kernel, and without a kernel there is one policy for all workers
+    only there.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    async def verdict(self, source: IPAddress, port: int, /) -> Verdict:
+        """Judge, and count, one connection.
+
+        Raises :class:`~rama_ebpf.core.errors.PeerClosed` if the server has ended.
+        """
+        answer = await self._channel.request("verdict", {"source": str(source), "port": port})
+        return Verdict(Action(int(str(answer["action"]))), Stage(int(str(answer["stage"]))), str(answer["rule"]))
+
+    async def ban(self, source: IPAddress, /, *, ttl: float, reason: str) -> None:
+        """Shut an address out, in the kernel where the gate is; in force when this returns.
+
+        Raises :class:`~.channel.RequestFailed` with the policy's own words, or PeerClosed.
+        """
+        await self._channel.request("ban", {"source": str(source), "ttl": ttl, "reason": reason})
