@@ -18,12 +18,12 @@ from ..core.errors import RamaError
 from ..kernel.compile import CompileError
 from ..kernel.instance import Instance, InstanceBusy
 from ..policy.rule import PolicyError
-from . import config, doctor, lifecycle, policy, run
+from . import ca, config, doctor, lifecycle, policy, run
 from .output import ENVIRONMENT, USAGE
 
 __all__ = ["main"]
 
-_GROUPS = (run, config, policy, lifecycle, doctor)
+_GROUPS = (run, config, policy, lifecycle, ca, doctor)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -142,16 +142,21 @@ class TlsPolicyLayer:
         return self._default, "default"
 
     def __call__(self, inner: Service[Stream, Any], /) -> Service[Stream, Any]:
-        async def check(stream: Stream, /) -> Any:
-            hello = stream.extensions.require(ClientHello)
-            ja4 = stream.extensions.require(Ja4).value
-            action, rule = self.decide(hello, ja4)
-            if action is TlsAction.ALLOW:
-                return await inner(stream)
-            message = f"TLS rule {rule}: server name {hello.server_name}, JA4 {ja4}"
-            if action is TlsAction.STRIKE:
-                raise TlsStrike(message, rule)
-            await stream.close_after(Alert.ACCESS_DENIED.record)
-            raise TlsDenied(message, rule)
+        async def serve(stream: Stream, /) -> Any:
+            await self.check(stream)
+            return await inner(stream)
 
-        return check
+        return serve
+
+    async def check(self, stream: Stream) -> None:
+        """Return if a stream whose ClientHello was looked at may pass; else tell the client, and raise."""
+        hello = stream.extensions.require(ClientHello)
+        ja4 = stream.extensions.require(Ja4).value
+        action, rule = self.decide(hello, ja4)
+        if action is TlsAction.ALLOW:
+            return
+        message = f"TLS rule {rule}: server name {hello.server_name}, JA4 {ja4}"
+        if action is TlsAction.STRIKE:
+            raise TlsStrike(message, rule)
+        await stream.close_after(Alert.ACCESS_DENIED.record)
+        raise TlsDenied(message, rule)

@@ -60,6 +60,11 @@ class ClientTls:
             context.keylog_filename = str(self.key_log)
         return context
 
+    def check_pins(self, certificate: bytes | None, server: str) -> None:
+        """Raise :class:`CertificateRejected` if there are pins and the certificate (DER) has none of these keys."""
+        if self.pins and (certificate is None or spki_sha256(certificate) not in self.pins):
+            raise CertificateRejected(f"the public key of {server} is not one of those that are pinned")
+
 
 def spki_sha256(certificate: bytes) -> bytes:
     """Return the SHA-256 of the public key (SubjectPublicKeyInfo) of a certificate in DER, as in RFC 7469."""
@@ -102,15 +107,8 @@ class TlsConnector:
                 timeout=self._timeout,
                 ragged_eof=self._ragged_eof,
             )
-            self._check_pins(stream, target)
+            self._settings.check_pins(stream.parameters.peer_certificate, str(target))
         except BaseException:
             transport.abort()
             raise
         return stream
-
-    def _check_pins(self, stream: TlsStream, target: Authority) -> None:
-        if not self._settings.pins:
-            return
-        certificate = stream.parameters.peer_certificate
-        if certificate is None or spki_sha256(certificate) not in self._settings.pins:
-            raise CertificateRejected(f"the public key of {target} is not one of those that are pinned")

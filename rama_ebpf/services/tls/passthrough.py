@@ -7,6 +7,7 @@ from ...core.lifecycle import Lifecycle, Stage
 from ...core.names import NameMap
 from ...core.service import Service
 from ...core.stream import Stream
+from ...core.target import Target
 from ...relay import TunnelReport, relay
 from .alert import Alert
 from .client_hello import ClientHello
@@ -46,8 +47,9 @@ class TlsPassthrough:
             error = AlertError(f"no target for server name {name}", Alert.UNRECOGNIZED_NAME)
             await stream.close_after(error.wire)
             raise error
+        stream.extensions.add(Authority(target.host, target.port))
         Lifecycle.of(stream.extensions).reached(Stage.ESTABLISHED)
-        return await relay(stream, await self._connector(target))
+        return await relay(stream, await self._connector(Target(target.host, target.port, stream.extensions)))
 
     def _target(self, name: str | None) -> Authority | None:
         if name is None:

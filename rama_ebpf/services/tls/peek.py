@@ -12,7 +12,7 @@ from .client_hello import DEFAULT_LIMIT, ClientHello, ClientHelloParser
 from .errors import AlertError, NotTls
 from .fingerprint import Ja3, Ja4
 
-__all__ = ["TlsPeekLayer", "peek_client_hello"]
+__all__ = ["TlsPeekLayer", "add_client_hello", "peek_client_hello"]
 
 
 async def peek_client_hello(stream: Stream, *, timeout: float = 10.0, limit: int = DEFAULT_LIMIT) -> ClientHello:
@@ -35,6 +35,14 @@ async def peek_client_hello(stream: Stream, *, timeout: float = 10.0, limit: int
                 news = stream.buffered[-count:]
     except TimeoutError as error:
         raise HandshakeTimeout(f"no complete ClientHello within {timeout} s") from error
+
+
+def add_client_hello(stream: Stream, hello: ClientHello) -> None:
+    """Add ``hello`` and its fingerprints to the stream's extensions, unless they are there already."""
+    if stream.extensions.get(ClientHello) != hello:
+        stream.extensions.add(hello)
+        stream.extensions.add(Ja3.of(hello))
+        stream.extensions.add(Ja4.of(hello))
 
 
 class TlsPeekLayer:
@@ -77,9 +85,7 @@ class TlsPeekLayer:
                 if isinstance(error, AlertError):
                     await stream.close_after(error.wire)
                 raise
-            stream.extensions.add(hello)
-            stream.extensions.add(Ja3.of(hello))
-            stream.extensions.add(Ja4.of(hello))
+            add_client_hello(stream, hello)
             return await inner(stream)
 
         return peek

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ...core.errors import HandshakeTimeout, LimitExceeded
+from ...core.errors import HandshakeTimeout
 from ...core.service import Service
 from ...core.stream import Stream
 from .certs import SelectContext
 from .errors import AlertError
-from .peek import peek_client_hello
+from .limit import HandshakeLimit
+from .peek import add_client_hello, peek_client_hello
 from .stream import TlsStream
 
 __all__ = ["TlsTerminateLayer"]
@@ -21,8 +22,8 @@ class TlsTerminateLayer:
 
     ``certificates`` chooses the context from the whole ClientHello before anything is answered, and may wait while
     it does. ``handshake_timeout`` (seconds) covers everything from the first byte due to the end of the handshake.
-    At most ``max_handshakes`` are under way at once: what comes above that is cut at once (:class:`LimitExceeded`),
-    for to wait in line would only hold more sockets. ``ragged_eof``: see :class:`TlsStream`.
+    At most ``max_handshakes`` are under way at once; what comes above that is cut
+    (:class:`~rama_ebpf.core.errors.LimitExceeded`). ``ragged_eof``: see :class:`TlsStream`.
 
     The ClientHello and the negotiated :class:`~.stream.TlsParameters` are added to the extensions. When the service
     returns the stream is closed with close_notify, when it raises it is cut. Raises :class:`AlertError` and what
@@ -42,14 +43,15 @@ class TlsTerminateLayer:
     ) -> None:
         if handshake_timeout <= 0:
             raise ValueError(f"handshake_timeout must be positive, not {handshake_timeout}")
-        if max_handshakes < 1:
-            raise ValueError(f"max_handshakes must be at least 1, not {max_handshakes}")
         self._certificates = certificates
         self._timeout = handshake_timeout
-        self._max_handshakes = max_handshakes
+        self._limit = HandshakeLimit(max_handshakes)
         self._ragged_eof = ragged_eof
-        self.handshakes = 0
+
+    @property
+    def handshakes(self) -> int:
         """How many handshakes are under way."""
+        return self._limit.live
 
     def __call__(self, inner: Service[TlsStream, Any], /) -> Service[Stream, Any]:
         async def terminate(stream: Stream, /) -> Any:
@@ -65,26 +67,21 @@ class TlsTerminateLayer:
         return terminate
 
     async def _accept(self, stream: Stream) -> TlsStream:
-        if self.handshakes >= self._max_handshakes:
-            raise LimitExceeded(f"{self.handshakes} TLS handshakes are under way")
-        self.handshakes += 1
         try:
-            async with asyncio.timeout(self._timeout):
-                hello = await peek_client_hello(stream, timeout=self._timeout)
-                if stream.extensions.get(type(hello)) != hello:
-                    stream.extensions.add(hello)
-                context = await self._certificates(hello)
-                return await TlsStream.accept(
-                    stream,
-                    context,
-                    server_name=hello.server_name,
-                    timeout=self._timeout,
-                    ragged_eof=self._ragged_eof,
-                )
+            with self._limit:
+                async with asyncio.timeout(self._timeout):
+                    hello = await peek_client_hello(stream, timeout=self._timeout)
+                    add_client_hello(stream, hello)
+                    context = await self._certificates(hello)
+                    return await TlsStream.accept(
+                        stream,
+                        context,
+                        server_name=hello.server_name,
+                        timeout=self._timeout,
+                        ragged_eof=self._ragged_eof,
+                    )
         except AlertError as error:
             await stream.close_after(error.wire)
             raise
         except TimeoutError as error:
             raise HandshakeTimeout(f"TLS handshake not finished within {self._timeout} s") from error
-        finally:
-            self.handshakes -= 1

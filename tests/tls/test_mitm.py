@@ -1,0 +1,544 @@
+"""Interception inside CONNECT, inside SOCKS5 and on a pass-through listener: real clients, real targets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from rama_ebpf.core import SocketStream, Stream, stack
+from rama_ebpf.core.client import ClientAddress
+from rama_ebpf.relay import CloseReason, TunnelReport
+from rama_ebpf.services.connect import Connector
+from rama_ebpf.services.http import HttpProxy
+from rama_ebpf.services.socks5 import Socks5Server
+from rama_ebpf.services.tls import (
+    AlertError,
+    CertificateAuthority,
+    CertificateRejected,
+    CertificateStore,
+    ClientHello,
+    ClientTls,
+    HandshakeFailed,
+    Intercepted,
+    Ja4,
+    KeyPair,
+    LeafIssuer,
+    Rejections,
+    ServerTls,
+    TlsAction,
+    TlsDenied,
+    TlsInterceptor,
+    TlsMatch,
+    TlsPassthrough,
+    TlsPeekLayer,
+    TlsPolicyLayer,
+    TlsRule,
+    TlsStrike,
+    TlsTerminateLayer,
+    TlsTunnelLayer,
+)
+
+from .conftest import HOST, Running, Serve, TlsTarget
+from .pki import Authority
+
+Run = Callable[..., Awaitable[tuple[int, str, str]]]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> CertificateAuthority:
+    return CertificateAuthority.create("interception")
+
+
+@pytest.fixture
+def trusting_us(ours: CertificateAuthority) -> ssl.SSLContext:
+    return ssl.create_default_context(cadata=ours.pem.decode())
+
+
+@pytest.fixture
+def upstream(authority: Authority) -> ClientTls:
+    return ClientTls(ca=authority.certificate, alpn=("h2", "http/1.1"))
+
+
+async def lines_upper(tunnel: Intercepted) -> TunnelReport:
+    """Proof of plaintext: pass the server's greeting on in capitals, then relay."""
+    greeting = await tunnel.upstream.read()
+    await tunnel.client.write(greeting.upper())
+    return await tunnel.move(tunnel.client, tunnel.upstream)
+
+
+def passthrough(connector: Connector, port: int, layer: TlsTunnelLayer) -> object:
+    return stack(TlsPeekLayer(), layer, TlsPassthrough(connector, port=port))
+
+
+async def greeting(running: Running, context: ssl.SSLContext, name: str) -> bytes:
+    reader, writer = await asyncio.open_connection(HOST, running.port, ssl=context, server_hostname=name)
+    try:
+        return await reader.readline()
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def http_target(serve: Serve, authority: Authority, name: str) -> int:
+    """An https server that says which server name and protocol it was asked for."""
+    leaf = authority.issue(name, stem=f"http-{name}")
+    store = CertificateStore.of_files(ServerTls(alpn=("http/1.1",)), KeyPair(leaf.chain, leaf.key))
+
+    async def answer(stream: Stream) -> None:
+        while b"\r\n\r\n" not in stream.buffered and await stream.fill():
+            pass
+        hello = stream.extensions.require(ClientHello)
+        body = f"{hello.server_name} {[p.decode() for p in hello.alpn]}\n".encode()
+        await stream.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body), body)
+
+    return serve(stack(TlsTerminateLayer(store), answer)).port
+
+
+@pytest.mark.parametrize("proxy", ["http", "socks5h", "https"])
+async def test_curl_through_a_proxy_is_decrypted_and_sees_our_certificate(
+    serve: Serve,
+    run: Run,
+    connector: Connector,
+    authority: Authority,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    tmp_path: Path,
+    proxy: str,
+) -> None:
+    port = await http_target(serve, authority, "a.test")
+    seen: list[bytes] = []
+
+    async def inspect(tunnel: Intercepted) -> TunnelReport:
+        seen.append(await tunnel.client.peek(14))
+        return await tunnel.move(tunnel.client, tunnel.upstream)
+
+    layer = TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), upstream, inspect=inspect))
+    if proxy == "socks5h":
+        running = serve(stack(layer, Socks5Server(connector)))
+    elif proxy == "http":
+        running = serve(stack(layer, HttpProxy(connector)))
+    else:
+        front = authority.issue("proxy.test")
+        store = CertificateStore.of_files(ServerTls(), KeyPair(front.chain, front.key))
+        running = serve(stack(TlsTerminateLayer(store), layer, HttpProxy(connector)))
+    (tmp_path / "ca.pem").write_bytes(ours.pem)
+    code, out, err = await run(
+        *("curl", "-sS", "--proxy", f"{proxy}://proxy.test:{running.port}", "--proxy-cacert", authority.certificate),
+        *("--resolve", f"proxy.test:{running.port}:{HOST}", "--cacert", tmp_path / "ca.pem"),
+        f"https://a.test:{port}/",
+    )
+    assert (code, err) == (0, "")
+    assert out == "a.test ['h2', 'http/1.1']\n"
+    assert seen == [b"GET / HTTP/1.1"]
+    await running.idle()
+    assert running.errors == []
+
+
+async def test_a_tunnel_of_clients_that_trust_us_is_plaintext_to_us(
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    trusting_us: ssl.SSLContext,
+) -> None:
+    port = await tls_target("a.test")
+    layer = TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), upstream, inspect=lines_upper))
+    running = serve(passthrough(connector, port, layer))
+    reader, writer = await asyncio.open_connection(HOST, running.port, ssl=trusting_us, server_hostname="a.test")
+    assert await reader.readline() == b"A.TEST\n"
+    payload = bytes(range(256)) * 4000
+    writer.write(payload)
+    assert await reader.readexactly(len(payload)) == payload
+    writer.close()
+    await writer.wait_closed()
+    await running.idle()
+    assert running.errors == []
+
+
+@pytest.mark.parametrize(("offered", "agreed"), [(["h2", "http/1.1"], "h2"), (["http/1.1"], "http/1.1"), ([], None)])
+async def test_the_client_gets_the_protocol_that_the_server_speaks(
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    trusting_us: ssl.SSLContext,
+    offered: list[str],
+    agreed: str | None,
+) -> None:
+    port = await tls_target("a.test", alpn=("h2", "http/1.1"))
+    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), upstream))))
+    if offered:
+        trusting_us.set_alpn_protocols([*offered, "something/else"])
+    reader, writer = await asyncio.open_connection(HOST, running.port, ssl=trusting_us, server_hostname="a.test")
+    assert await reader.readline() == b"a.test\n"
+    assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == agreed
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_server_that_does_not_verify_is_never_vouched_for(
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    trusting_us: ssl.SSLContext,
+) -> None:
+    port = await tls_target("a.test")
+    settings = [
+        (ClientTls(), "a.test"),  # the system's authorities do not know the target's
+        (upstream, "b.test"),
+        (ClientTls(ca=upstream.ca, pins=frozenset([bytes(32)])), "a.test"),
+    ]
+    for tls, name in settings:
+        interceptor = TlsInterceptor(LeafIssuer(ours), tls)
+        running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
+        with pytest.raises(ssl.SSLError, match="BAD_CERTIFICATE"):
+            await greeting(running, trusting_us, name)
+        await running.idle()
+        assert [type(error) for error in running.errors] == [CertificateRejected]
+
+
+async def test_names_on_the_bypass_list_reach_their_server_unopened(
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    trust: ssl.SSLContext,
+) -> None:
+    port = await tls_target("a.test")
+    interceptor = TlsInterceptor(LeafIssuer(ours), upstream, bypass=[".a.test"], inspect=lines_upper)
+    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
+    assert await greeting(running, trust, "a.test") == b"a.test\n"
+
+
+async def test_a_name_whose_client_refuses_us_is_passed_through_from_then_on_for_that_client(
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    trust: ssl.SSLContext,
+    trusting_us: ssl.SSLContext,
+) -> None:
+    def connect(context: ssl.SSLContext) -> bytes:
+        with (
+            socket.create_connection((HOST, running.port), timeout=20) as sock,
+            context.wrap_socket(sock, server_hostname="a.test") as tls,
+        ):
+            return tls.recv(100)
+
+    clock = Clock()
+    port = await tls_target("a.test")
+    rejections = Rejections(ttl=60, clock=clock)
+    interceptor = TlsInterceptor(LeafIssuer(ours), upstream, inspect=lines_upper, rejections=rejections)
+    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await asyncio.to_thread(connect, trust)
+    await running.idle()
+    assert [type(error) for error in running.errors] == [HandshakeFailed]
+    assert await asyncio.to_thread(connect, trust) == b"a.test\n"
+    clock.now += 61
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await asyncio.to_thread(connect, trust)
+    await running.idle()
+    clock.now += 61
+    assert await asyncio.to_thread(connect, trusting_us) == b"A.TEST\n"
+
+
+async def test_clients_that_hang_up_without_a_word_count_at_the_third_time_in_a_row(
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    trust: ssl.SSLContext,
+    trusting_us: ssl.SSLContext,
+) -> None:
+    port = await tls_target("a.test")
+    interceptor = TlsInterceptor(LeafIssuer(ours), upstream, inspect=lines_upper)
+    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
+
+    async def refuse() -> None:
+        with pytest.raises(ssl.SSLCertVerificationError):  # of which asyncio does not tell the server
+            await greeting(running, trust, "a.test")
+        await running.idle()
+
+    await refuse()
+    await refuse()
+    assert await greeting(running, trusting_us, "a.test") == b"A.TEST\n"
+    for _ in range(3):
+        await refuse()
+    assert await greeting(running, trust, "a.test") == b"a.test\n"
+
+
+def test_what_one_client_refuses_is_not_hidden_from_view_for_another() -> None:
+    clock = Clock()
+    rejections = Rejections(ttl=10, limit=2, clock=clock)
+    rejections.refused("10.0.0.1", "a.test")
+    assert rejections.remembers("10.0.0.1", "a.test")
+    assert not rejections.remembers("10.0.0.2", "a.test")
+    assert not rejections.remembers("10.0.0.1", "b.test")
+    clock.now += 10
+    assert not rejections.remembers("10.0.0.1", "a.test")
+    for number in range(3):
+        rejections.refused("10.0.0.1", f"{number}.test")
+    assert [rejections.remembers("10.0.0.1", f"{number}.test") for number in range(3)] == [False, True, True]
+
+
+def test_hang_ups_far_apart_are_not_counted_together() -> None:
+    clock = Clock()
+    rejections = Rejections(ttl=10, hang_ups=2, clock=clock)
+    for _ in range(3):
+        rejections.hung_up("10.0.0.1", "a.test")
+        assert not rejections.remembers("10.0.0.1", "a.test")
+        clock.now += 11
+    rejections.hung_up("10.0.0.1", "a.test")
+    rejections.hung_up("10.0.0.1", "a.test")
+    assert rejections.remembers("10.0.0.1", "a.test")
+
+
+async def test_an_inspection_that_answers_by_itself_ends_in_order_for_the_client(
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    trusting_us: ssl.SSLContext,
+) -> None:
+    async def refuse(tunnel: Intercepted) -> TunnelReport:
+        await tunnel.client.write(b"blocked\n")
+        return TunnelReport(CloseReason.CUT, 0, 8, 0.0, "inspection")
+
+    trusting_us.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    port = await tls_target("a.test")
+    interceptor = TlsInterceptor(LeafIssuer(ours), upstream, inspect=refuse)
+    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
+
+    def connect() -> list[bytes]:
+        with (
+            socket.create_connection((HOST, running.port), timeout=20) as sock,
+            trusting_us.wrap_socket(sock, server_hostname="a.test", suppress_ragged_eofs=False) as tls,
+        ):
+            return [tls.recv(100), tls.recv(100)]
+
+    assert await asyncio.to_thread(connect) == [b"blocked\n", b""]
+
+
+async def test_a_client_that_names_no_server_gets_the_certificate_of_the_target_it_named_to_the_proxy(
+    serve: Serve, connector: Connector, tls_target: TlsTarget, ours: CertificateAuthority, upstream: ClientTls
+) -> None:
+    port = await tls_target("a.test")
+    running = serve(
+        stack(TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), upstream)), Socks5Server(connector))
+    )
+    context = ssl.create_default_context(cadata=ours.pem.decode())
+    context.check_hostname = False
+    reader, writer = await socks(running, port)
+    await writer.start_tls(context)
+    assert await reader.readline() == b"a.test\n"
+    shown = writer.get_extra_info("peercert")
+    assert shown["subjectAltName"] == (("DNS", "a.test"),)
+    writer.close()
+
+
+async def test_a_client_that_names_no_server_is_intercepted_by_the_address_it_asked_for(
+    serve: Serve,
+    connector: Connector,
+    run: Run,
+    authority: Authority,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    tmp_path: Path,
+) -> None:
+    port = await http_target(serve, authority, HOST)
+    (tmp_path / "ca.pem").write_bytes(ours.pem)
+    for scheme, server in (("socks5", Socks5Server(connector)), ("http", HttpProxy(connector))):
+        interceptor = TlsInterceptor(LeafIssuer(ours), upstream)
+        running = serve(stack(TlsTunnelLayer(intercept=interceptor), server))
+        code, out, err = await run(
+            *("curl", "-sS", "--proxy", f"{scheme}://{HOST}:{running.port}", "--cacert", tmp_path / "ca.pem"),
+            f"https://{HOST}:{port}/",
+        )
+        assert (code, err) == (0, "")
+        assert out == "None ['h2', 'http/1.1']\n"
+
+
+async def test_policy_holds_inside_tunnels(serve: Serve, connector: Connector, run: Run, authority: Authority) -> None:
+    port = await http_target(serve, authority, "a.test")
+    policy = TlsPolicyLayer(
+        [
+            TlsRule("no-b", TlsMatch(sni=["b.test"]), TlsAction.CLOSE),
+            TlsRule("no-c", TlsMatch(sni=["c.test"]), TlsAction.STRIKE),
+        ]
+    )
+    for scheme, server in (("socks5h", Socks5Server(connector)), ("http", HttpProxy(connector))):
+        running = serve(stack(TlsTunnelLayer(policy=policy), server))
+
+        async def curl(name: str, scheme: str = scheme, running: Running = running) -> tuple[int, str]:
+            code, _, err = await run(
+                *("curl", "-sS", "--proxy", f"{scheme}://{HOST}:{running.port}", "--cacert", authority.certificate),
+                f"https://{name}:{port}/",
+            )
+            return code, err
+
+        assert await curl("a.test") == (0, "")
+        code, err = await curl("b.test")
+        assert code == 35
+        assert "access denied" in err
+        code, err = await curl("c.test")
+        assert code == 35
+        assert "reset" in err.lower()
+        await running.idle()
+        assert [type(error) for error in running.errors] == [TlsDenied, TlsStrike]
+
+
+async def socks(running: Running, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Open a tunnel to ``a.test`` through SOCKS5."""
+    reader, writer = await running.connect()
+    writer.write(b"\x05\x01\x00" + b"\x05\x01\x00\x03\x06a.test" + port.to_bytes(2, "big"))
+    await reader.readexactly(2 + 10)
+    return reader, writer
+
+
+async def test_a_server_that_speaks_first_is_not_kept_waiting(serve: Serve, connector: Connector) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 ready\r\n")
+        writer.write(await reader.readline())
+        writer.close()
+
+    server = await asyncio.start_server(greet, HOST, 0)
+    running = serve(stack(TlsTunnelLayer(), Socks5Server(connector)))
+    reader, writer = await socks(running, server.sockets[0].getsockname()[1])
+    assert await reader.readline() == b"220 ready\r\n"
+    writer.write(b"EHLO\r\n")
+    assert await reader.read() == b"EHLO\r\n"
+    writer.close()
+    server.close()
+
+
+@pytest.mark.parametrize("data", [b"G", b"GET / HTTP/1.0\r\n\r\n", b"SSH-2.0-x\r\n"])
+async def test_a_tunnel_of_another_protocol_is_relayed_as_it_is(
+    serve: Serve, connector: Connector, data: bytes
+) -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.read())
+        writer.close()
+
+    server = await asyncio.start_server(echo, HOST, 0)
+    running = serve(stack(TlsTunnelLayer(), Socks5Server(connector)))
+    reader, writer = await socks(running, server.sockets[0].getsockname()[1])
+    writer.write(data)
+    writer.write_eof()
+    assert await reader.read() == data
+    writer.close()
+    server.close()
+
+
+async def test_a_hello_that_cannot_be_read_is_refused_or_with_fail_open_relayed(
+    serve: Serve, connector: Connector
+) -> None:
+    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(str(len(await reader.read())).encode())
+        writer.close()
+
+    server = await asyncio.start_server(count, HOST, 0)
+    port = server.sockets[0].getsockname()[1]
+    bad = b"\x16\x03\x01\xff\xff" + bytes(100)
+    for fail_open, answer in ((False, b"\x15\x03\x01\x00\x02\x02\x16"), (True, b"105")):
+        running = serve(stack(TlsTunnelLayer(fail_open=fail_open), Socks5Server(connector)))
+        reader, writer = await socks(running, port)
+        writer.write(bad)
+        writer.write_eof()
+        assert await reader.read() == answer
+        writer.close()
+        await running.idle()
+        assert [type(error) for error in running.errors] == ([] if fail_open else [AlertError])
+    server.close()
+
+
+async def test_silence_is_no_way_around_the_look(serve: Serve, connector: Connector, tls_target: TlsTarget) -> None:
+    port = await tls_target("a.test")
+    layer = TlsTunnelLayer(first_byte_timeout=0.05, timeout=0.05)
+    running = serve(stack(layer, Socks5Server(connector)))
+    for sent in (b"", b"\x16\x03\x01"):
+        reader, writer = await socks(running, port)
+        writer.write(sent)
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+    await running.idle()
+    assert [error.kind for error in running.errors] == ["handshake_timeout"] * 2
+
+
+async def test_a_client_or_server_that_vanishes_before_a_word_ends_the_tunnel(
+    serve: Serve, connector: Connector
+) -> None:
+    async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, HOST, 0)
+    running = serve(stack(TlsTunnelLayer(), Socks5Server(connector)))
+    reader, writer = await socks(running, server.sockets[0].getsockname()[1])
+    assert await reader.read() == b""
+    writer.close()
+    await running.idle()
+    server.close()
+
+
+async def test_what_the_look_finds_is_added_to_the_clients_extensions(
+    serve: Serve, connector: Connector, tls_target: TlsTarget, trust: ssl.SSLContext
+) -> None:
+    port = await tls_target("a.test")
+    streams: list[Stream] = []
+    inner = stack(TlsTunnelLayer(), Socks5Server(connector))
+
+    async def outer(stream: Stream) -> None:
+        streams.append(stream)
+        await inner(stream)
+
+    running = serve(outer)
+    _, writer = await socks(running, port)
+    await writer.start_tls(trust, server_hostname="a.test")
+    writer.close()
+    await running.idle()
+    extensions = streams[0].extensions
+    assert extensions.require(ClientHello).server_name == "a.test"
+    assert extensions.require(Ja4).value.startswith("t13d")
+    assert extensions.get(TunnelReport) is not None
+    assert isinstance(streams[0], SocketStream)
+    assert extensions.get(ClientAddress) is not None
+
+
+async def test_a_certificate_made_up_for_the_name_serves_without_an_upstream(
+    serve: Serve, ours: CertificateAuthority, trusting_us: ssl.SSLContext
+) -> None:
+    issuer = LeafIssuer(ours)
+
+    async def made_up(hello: ClientHello) -> ssl.SSLContext:
+        return issuer.for_name(hello.server_name or HOST)
+
+    async def greet(stream: Stream) -> None:
+        await stream.write(b"hello\n")
+
+    running = serve(stack(TlsTerminateLayer(made_up), greet))
+    for name in ("x.test", "y.test", HOST):
+        assert await greeting(running, trusting_us, name) == b"hello\n"
