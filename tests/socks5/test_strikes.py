@@ -1,0 +1,56 @@
+"""A client that misbehaves is told so, and after a few times is not let in any more."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from rama_ebpf.core import stack
+from rama_ebpf.layers.policy import PolicyLayer
+from rama_ebpf.layers.strikes import StrikeLayer
+from rama_ebpf.policy.local import CountedPolicy, LocalStore
+from rama_ebpf.services.socks5 import Socks5Server
+
+from .peers import GREETING, closed_port, exchange, failed, only_tom, request
+
+WRONG = {
+    "password": (b"\x05\x01\x02\x01\x03tom\x05wrong", b"\x05\x02\x01\x01"),
+    "method": (GREETING, b"\x05\xff"),
+    "command": (b"\x05\x01\x02\x01\x03tom\x06secret\x05\x09\x00\x01" + bytes(6), b"\x05\x02\x01\x00" + failed(7)[2:]),
+    "nonsense": (b"GET / HTTP/1.1\r\n\r\n", b""),
+}
+
+
+@pytest.fixture
+def store() -> LocalStore:
+    return LocalStore()
+
+
+def guarded(store):
+    return lambda connector: stack(
+        PolicyLayer(CountedPolicy(store)), StrikeLayer(store, strikes=3), Socks5Server(connector, auth=only_tom)
+    )
+
+
+@pytest.mark.parametrize(("sent", "answer"), WRONG.values(), ids=WRONG.keys())
+async def test_third_strike_bans_the_client(run_proxy, store, loopback, sent, answer):
+    proxy = await run_proxy(make=guarded(store))
+    for _ in range(3):
+        assert store.bans() == []
+        assert await exchange(proxy, sent) == answer
+        await proxy.idle()
+    assert [str(ban.address) for ban in store.bans()] == [loopback]
+    with contextlib.suppress(ConnectionResetError):
+        assert await exchange(proxy, sent) == b""
+    await proxy.idle()
+    assert proxy.errors[-1].kind == "policy_denied"
+
+
+async def test_target_that_cannot_be_reached_is_no_strike(run_proxy, store, loopback):
+    proxy = await run_proxy(make=guarded(store))
+    login = b"\x05\x01\x02\x01\x03tom\x06secret"
+    for host, port in (("nowhere.test", 80), (loopback, closed_port(loopback)), ("10.0.0.1", 80)) * 2:
+        assert (await exchange(proxy, login + request(host, port)))[:4] == b"\x05\x02\x01\x00"
+    await proxy.idle()
+    assert store.bans() == []
