@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from rama_ebpf.core import AuthFailed, HandshakeTimeout, PeerClosed, PolicyDenied, ProtocolError, User
+from rama_ebpf.core import AuthFailed, HandshakeTimeout, LimitExceeded, PeerClosed, PolicyDenied, ProtocolError, User
 from rama_ebpf.relay import CloseReason, TunnelLimits
 from rama_ebpf.services.socks5 import Command, Socks5Server, UserLimits
 
@@ -45,6 +45,17 @@ async def test_wrong_password_is_rfc_1929_failure_and_an_error_to_strike_for(run
     assert len(caplog.records) == len(attempts)
     assert all(record.exc_info is None for record in caplog.records)
     assert not any("secret" in record.getMessage() for record in caplog.records), "a password was logged"
+
+
+@pytest.mark.parametrize("error", [LimitExceeded("too busy"), ConnectionRefusedError("no database")])
+async def test_authenticator_that_cannot_tell_lets_nobody_in(run_proxy, error):
+    async def broken(credentials):
+        raise error
+
+    proxy = await run_proxy(make=lambda connector: Socks5Server(connector, auth=broken))
+    assert await exchange(proxy, LOGIN + request("target.test", 80)) == b"\x05\x02\x01\x01"
+    await proxy.idle()
+    assert proxy.errors == [error]
 
 
 async def test_right_password_connects_and_the_user_is_known(run_proxy, run_target):

@@ -145,7 +145,7 @@ class Socks5Server:
         assert self._auth is not None
         try:
             user = await self._auth(credentials)
-        except AuthFailed:
+        except (RamaError, OSError):  # AuthFailed, or the authenticator cannot tell: nobody gets in without proof
             machine.refuse()
             raise
         machine.accept()
@@ -261,7 +261,7 @@ async def _while_open(stream: Stream, waiting: Coroutine[None, None, None]) -> N
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)  # the first failure is on its way already
 
 
 async def _watch(stream: Stream) -> None:
