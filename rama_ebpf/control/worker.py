@@ -21,6 +21,7 @@ from ..process import Application, WorkerContext
 from ..process.context import load_application
 from ..relay import TunnelLimits
 from ..services.proxy import mixed_proxy
+from ..services.socks5 import UdpAssociator
 
 __all__ = ["application", "default_proxy"]
 
@@ -58,6 +59,7 @@ def default_proxy(context: WorkerContext) -> Service[Stream, Any]:
     params = cast("Mapping[str, Any]", context.params)
     return mixed_proxy(
         context.connector(timeout=params["connect_timeout"]),
+        udp=UdpAssociator(context.resolver, context.egress),
         handshake_timeout=params["handshake_timeout"],
         tunnel_limits=TunnelLimits(idle=params["idle_timeout"]),
     )

@@ -10,7 +10,7 @@ from ..core.stream import Stream
 from ..relay import TunnelLimits
 from .http import HttpProxy, HttpTimeouts
 from .router import PeekRouter, is_http, is_socks, is_tls
-from .socks5 import Socks5Server
+from .socks5 import Binder, Socks5Server, UdpAssociator
 from .tls import TlsPassthrough, TlsPeekLayer
 
 __all__ = ["mixed_proxy"]
@@ -19,16 +19,19 @@ __all__ = ["mixed_proxy"]
 def mixed_proxy(
     connector: Service[Authority, Stream],
     *,
+    udp: UdpAssociator | None = None,
+    binder: Binder | None = None,
     handshake_timeout: float = 10.0,
     tunnel_limits: TunnelLimits | None = None,
 ) -> Service[Stream, Any]:
     """Return a service that tells its clients' protocols apart by their first bytes.
 
-    SOCKS clients get CONNECT; HTTP clients a forward proxy with CONNECT; a TLS client is passed through, undecrypted,
-    to port 443 of the server name in its ClientHello.
+    SOCKS clients get CONNECT, and UDP ASSOCIATE and BIND where ``udp`` and ``binder`` serve them; HTTP clients a
+    forward proxy with CONNECT; a TLS client is passed through, undecrypted, to port 443 of the server name in its
+    ClientHello.
     ``handshake_timeout`` (seconds) bounds each protocol's handshake, ``tunnel_limits`` every tunnel.
     """
-    socks = Socks5Server(connector, handshake_timeout=handshake_timeout)
+    socks = Socks5Server(connector, udp=udp, binder=binder, handshake_timeout=handshake_timeout)
     http = HttpProxy(connector, tunnel_limits=tunnel_limits, timeouts=HttpTimeouts(head=handshake_timeout))
     tls = stack(TlsPeekLayer(timeout=handshake_timeout), TlsPassthrough(connector, port=443))
     router = PeekRouter((is_socks, socks), (is_tls, tls), (is_http, http), timeout=handshake_timeout)
