@@ -10,7 +10,6 @@ from rama_ebpf.core.matchers import TargetHost, UserOption
 from rama_ebpf.core.routing import Router
 from rama_ebpf.layers.auth import PasswordFile, hash_password
 from rama_ebpf.layers.username import DashedUsername, UsernameOptionsLayer
-from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.services.http import HttpProxy
 from rama_ebpf.services.router import PeekRouter, is_http, is_socks, is_tls
 from rama_ebpf.services.socks5 import Socks5Server
@@ -24,7 +23,7 @@ def test_every_block_of_python_runs(tmp_path, monkeypatch):
     Path("users").write_text(f"tom:{hash_password('secret')}\n")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) >= 4
-    names: dict[str, Any] = {"store": LocalStore()}
+    names: dict[str, Any] = {"policy": None}
     for word in (TargetHost, UserOption, Router, PasswordFile, DashedUsername, UsernameOptionsLayer, HttpProxy):
         names[word.__name__] = word
     for function in (PeekRouter, is_http, is_socks, is_tls, Socks5Server, parse_chain):

@@ -9,7 +9,7 @@ import pytest
 from rama_ebpf.core import stack
 from rama_ebpf.layers.policy import PolicyLayer
 from rama_ebpf.layers.strikes import StrikeLayer
-from rama_ebpf.policy.local import CountedPolicy, LocalStore
+from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.services.socks5 import Socks5Server
 
 from .peers import GREETING, closed_port, exchange, failed, only_tom, request
@@ -27,9 +27,23 @@ def store() -> LocalStore:
     return LocalStore()
 
 
+class Policy:
+    """A store in this process, asked as a worker asks the server's."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+
+    async def verdict(self, ip, port, /):
+        return self._store.verdict(ip, port)
+
+    async def ban(self, ip, /, *, ttl, reason):
+        self._store.ban(ip, ttl=ttl, reason=reason)
+
+
 def guarded(store):
+    policy = Policy(store)
     return lambda connector: stack(
-        PolicyLayer(CountedPolicy(store)), StrikeLayer(store, strikes=3), Socks5Server(connector, auth=only_tom)
+        PolicyLayer(policy), StrikeLayer(policy, strikes=3), Socks5Server(connector, auth=only_tom)
     )
 
 
