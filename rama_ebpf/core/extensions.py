@@ -62,5 +62,10 @@ class Extensions:
         """Return a child: it sees what this one holds now and later, and what is added to it stays in it."""
         return Extensions(self)
 
+    def adopt(self, fork: Extensions) -> None:
+        """Append what was added to a fork of this: a request has become the whole connection (CONNECT, an upgrade)."""
+        for value in fork._values or ():
+            self.add(value)
+
     def __contains__(self, kind: type[object]) -> bool:
         return self.get(kind) is not None

@@ -14,7 +14,7 @@ from ...core.errors import RamaError
 from ...core.service import Service
 from ...core.stream import Stream
 from ..proxy_protocol import ProxyProtocolConnector
-from .duties import answer_max_forwards, forwardable, returned
+from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, returned
 from .errors import HttpError
 from .h1_client import H1ClientConnection
 from .health import BackendHealth, HealthCheck, PassiveHealth
@@ -42,8 +42,11 @@ class BackendPool:
     none is left, or none passes its ``check``, the answer is 503. Backends that only failed requests (``passive``)
     are tried again when there is no better one.
 
-    The client's Host is passed on unless ``own_host``. ``proxy_protocol`` sends a PROXY header first, on a
-    connection per request. Call :meth:`start` to run active checks and :meth:`stop` at the end.
+    ``via`` is our pseudonym in Via, ``upgrades`` are the protocols that may be switched to. The client's Host is
+    passed on unless ``own_host``. ``proxy_protocol`` sends a PROXY header first, on a
+    connection per request. ``upgrade_connector`` and ``h2_prior_knowledge``: see :class:`~.pool.ConnectionPool`.
+    Call :meth:`start` to run active checks, which speak HTTP/1.1 and use ``upgrade_connector`` if there is one, and
+    :meth:`stop` at the end.
     """
 
     accepts = Request
@@ -60,7 +63,10 @@ class BackendPool:
         max_busy: int | None = None,
         own_host: bool = False,
         via: str = "rama-ebpf",
+        upgrades: Collection[str] = DEFAULT_UPGRADES,
         proxy_protocol: ProxyProtocolConnector | None = None,
+        upgrade_connector: Service[Authority, Stream] | None = None,
+        h2_prior_knowledge: bool = False,
         pool_limits: PoolLimits | None = None,
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
@@ -70,17 +76,25 @@ class BackendPool:
         self._backends = [_Backend(target, BackendHealth(check, health, clock)) for target in backends]
         if not self._backends:
             raise ValueError("a pool needs at least one backend")
-        self._connector = connector
         self._check = check
+        self._check_connector = connector if upgrade_connector is None else upgrade_connector
         self._retries = retries
         self._retry_statuses = retry_statuses
         self._max_busy = max_busy
         self._own_host = own_host
         self._via = via
+        self._upgrades = upgrades
         self._proxy_protocol = proxy_protocol
         self._limits = HttpLimits() if limits is None else limits
         self._timeouts = HttpTimeouts() if timeouts is None else timeouts
-        self.connections = ConnectionPool(connector, pool_limits=pool_limits, limits=limits, timeouts=timeouts)
+        self.connections = ConnectionPool(
+            connector,
+            upgrade_connector=upgrade_connector,
+            h2_prior_knowledge=h2_prior_knowledge,
+            pool_limits=pool_limits,
+            limits=limits,
+            timeouts=timeouts,
+        )
         self._checks: list[asyncio.Task[None]] = []
 
     # -- requests ----------------------------------------------------------------------------------------------
@@ -91,7 +105,7 @@ class BackendPool:
         own = answer_max_forwards(request)
         if own is not None:
             return own
-        onward = forwardable(request, self._via)
+        onward = forwardable(request, self._via, self._upgrades)
         tried: set[Authority] = set()
         while True:
             backend = self._pick(tried)
@@ -175,7 +189,7 @@ class BackendPool:
         request = Request("GET", check.host or str(target), check.path)
         try:
             async with asyncio.timeout(check.timeout):
-                stream = await self._connector(target)
+                stream = await self._check_connector(target)
                 try:
                     connection = H1ClientConnection(
                         stream, limits=self._limits, timeouts=self._timeouts, released=lambda _: None

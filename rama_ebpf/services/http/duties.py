@@ -7,6 +7,7 @@ credentials that are for us, Max-Forwards, and a bound on loops.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
@@ -14,10 +15,12 @@ from .errors import HttpError
 from .headers import Headers
 from .model import Body, Request, Response
 
-__all__ = ["MAX_HOPS", "answer_max_forwards", "forwardable", "returned"]
+__all__ = ["DEFAULT_UPGRADES", "MAX_HOPS", "answer_max_forwards", "forwardable", "returned"]
 
 MAX_HOPS: Final = 32
 """How many proxies a request may have passed, by its Via, before it is taken to run in a circle (508)."""
+
+DEFAULT_UPGRADES: Final = frozenset({"websocket"})
 
 # Never told to anyone but us (RFC 9110 section 11.7), nor the answers to it.
 _PROXY_CREDENTIALS: Final = ("proxy-authorization",)
@@ -26,8 +29,13 @@ _SECRET_IN_TRACE: Final = ("authorization", "cookie", "proxy-authorization")
 _NUMBER: Final = re.compile(r"[0-9]{1,9}")
 
 
-def forwardable(request: Request, via: str) -> Request:
-    """Return the request as it goes on. ``via`` is our pseudonym. Raises :class:`HttpError` 508 in a loop."""
+def forwardable(request: Request, via: str, upgrades: Collection[str]) -> Request:
+    """Return the request as it goes on.
+
+    ``via`` is our pseudonym, ``upgrades`` the protocols that it may ask to switch to: a switch to another is not
+    asked for, as if we did not know it (``h2c`` would take what follows out of our sight). Raises
+    :class:`HttpError` 508 in a loop.
+    """
     headers = request.headers.copy()
     hops = len(headers.tokens("via"))
     if hops >= MAX_HOPS:
@@ -38,7 +46,7 @@ def forwardable(request: Request, via: str) -> Request:
         if limit is not None:
             headers.set("Max-Forwards", str(limit - 1))
     _append_via(headers, request.version, via)
-    return replace(request, headers=headers)
+    return replace(request, headers=headers, upgrade=request.upgrade if request.upgrade in upgrades else None)
 
 
 def returned(response: Response, via: str) -> Response:

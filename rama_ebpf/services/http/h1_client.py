@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 from collections.abc import Callable
 from typing import Final
 
@@ -19,10 +17,10 @@ from .model import Body, Request, Response
 from .pace import Pace
 from .strict import NEED_DATA, Content, End, Role, StrictConnection
 from .tunnel import Tunnel
+from .upload import BodyFailed, Upload
+from .websocket import ACCEPT, KEY, accept_for, new_key
 
 __all__ = ["H1ClientConnection", "NoResponse"]
-
-log = logging.getLogger(__name__)
 
 _READ: Final = 64 * 1024
 _SAYS_LENGTH_ZERO: Final = frozenset({"POST", "PUT", "PATCH"})
@@ -33,14 +31,6 @@ class NoResponse(HttpError):
 
     def __init__(self) -> None:
         super().__init__(502, "the upstream closed without a response", proxy_error="connection_terminated")
-
-
-class _BodyFailed(Exception):
-    """Reading the request's body failed with ``error``."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class H1ClientConnection:
@@ -63,10 +53,8 @@ class H1ClientConnection:
         self._timeouts = timeouts
         self._released = released
         self._strict = StrictConnection(Role.CLIENT, limits)
-        self._upload: asyncio.Task[None] | None = None
-        self._progress = 0.0
-        self._continue = asyncio.Event()
-        self._waits_to_continue = False
+        self._upload: Upload | None = None
+        self._key: str | None = None
         self._over = False
 
     @property
@@ -82,18 +70,15 @@ class H1ClientConnection:
         """
         self.reusable = False
         self._over = False
-        self._continue.clear()
-        self._waits_to_continue = False
+        self._upload = upload = Upload(
+            request.body, lambda data: self._send_content(request.body, data), self.stream.abort, self._timeouts
+        )
         try:
             await self._write(self._head(request))
             if request.body.length == 0:
-                await self._write(self._strict.send(h11.EndOfMessage()))
-            else:
-                self._upload = asyncio.create_task(self._send_body(request.body))
-            head = await self._response_head(request)
-            if self._waits_to_continue:
-                await self._stop_upload()  # the final response came instead of 100 (Continue)
-        except _BodyFailed as failed:
+                await self._send_content(request.body, b"")
+            return await self._response(request, await upload.respond(self._read_head(request, upload)))
+        except BodyFailed as failed:
             await self.abort()
             raise failed.error from None
         except MalformedMessage as error:
@@ -107,12 +92,12 @@ class H1ClientConnection:
         except BaseException:
             await self.abort()
             raise
-        return await self._response(request, head)
 
     async def abort(self) -> None:
         """Close at once. Idempotent."""
         self.stream.abort()
-        await self._stop_upload()
+        if self._upload is not None:
+            await self._upload.stop()
         self.release()
 
     def release(self) -> None:
@@ -129,9 +114,13 @@ class H1ClientConnection:
         if request.accepts_trailers:
             options.append(b"TE")
             fields.append((b"TE", b"trailers"))
+        self._key = None
         if request.upgrade is not None:
             options.append(b"Upgrade")
             fields.append((b"Upgrade", request.upgrade.encode("ascii")))
+            if request.upgrade == "websocket" and KEY not in request.headers:
+                self._key = new_key()  # the client's version of HTTP has none
+                fields.append((KEY.encode("ascii"), self._key.encode("ascii")))
         if options:
             fields.append((b"Connection", b", ".join(options)))
         length = request.body.length
@@ -144,37 +133,12 @@ class H1ClientConnection:
         target = request.authority if request.method == "CONNECT" else request.path
         return self._strict.send(h11.Request(method=request.method, target=target, headers=fields))
 
-    async def _send_body(self, body: Body) -> None:
-        """Send ``body``. A failure of the upstream ends this quietly: a response may have come before it, and
-        reading says what became of it. A failure of the body itself is raised, and ends the connection."""
-        if body.expects_continue:
-            self._waits_to_continue = True
-            # RFC 9110 section 10.1.1: 100 (Continue) is not to be waited for indefinitely.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._timeouts.expect_continue):
-                    await self._continue.wait()
-            self._waits_to_continue = False
-        while True:
-            try:
-                chunk = await body.next()
-            except Exception as error:
-                self.stream.abort()
-                raise _BodyFailed(error) from error
-            event = h11.Data(data=chunk) if chunk else h11.EndOfMessage(headers=_trailers(body))
-            try:
-                await self._write(self._strict.send(event))
-            except OSError as error:
-                log.debug("upstream %s takes no more of the request: %s", self.stream.peer, error)
-                return
-            self._progress = asyncio.get_running_loop().time()
-            if not chunk:
-                return
-
-    async def _stop_upload(self) -> None:
-        if self._upload is not None:
-            self._upload.cancel()
-            # What it raised has been seen, or belongs to a client that is being refused for it.
-            await asyncio.gather(self._upload, return_exceptions=True)
+    async def _send_content(self, body: Body, data: bytes) -> None:
+        if data:
+            await self._write(self._strict.send(h11.Data(data=data)))
+        else:
+            trailers = [] if body.trailers is None or body.length is not None else body.trailers.raw
+            await self._write(self._strict.send(h11.EndOfMessage(headers=trailers)))
 
     async def _write(self, chunks: list[bytes]) -> None:
         async with asyncio.timeout(self._timeouts.write):
@@ -182,46 +146,20 @@ class H1ClientConnection:
 
     # -- response ----------------------------------------------------------------------------------------------
 
-    async def _response_head(self, request: Request) -> ResponseHead:
-        if self._upload is None:
-            async with asyncio.timeout(self._timeouts.response):
-                return await self._read_head(request)
-        loop = asyncio.get_running_loop()
-        self._progress = loop.time()
-        reading = loop.create_task(self._read_head(request))
-        waiting: set[asyncio.Task[ResponseHead] | asyncio.Task[None]] = {reading, self._upload}
-        try:
-            while not reading.done():
-                left = self._progress + self._timeouts.response - loop.time()
-                if left <= 0:
-                    raise TimeoutError("neither request nor response moves")
-                await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                if self._upload.done():
-                    self._upload.result()  # the client's failure, not the upstream's
-                    waiting.discard(self._upload)
-            return reading.result()
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
-
-    async def _read_head(self, request: Request) -> ResponseHead:
+    async def _read_head(self, request: Request, upload: Upload) -> ResponseHead:
         while True:
-            event = await self._event()
+            while (event := self._strict.next_event()) is NEED_DATA:
+                await self._fill()
             if not isinstance(event, ResponseHead):
                 raise PeerClosed("the upstream closed without a response")
             if event.status >= 200 or event.status == 101:
                 return event
             if event.status == 100:
-                self._continue.set()
+                upload.proceed()
                 if not request.body.expects_continue:
                     continue
             if request.inform is not None:
                 await request.inform(event.status, event.headers)
-
-    async def _event(self) -> object:
-        while (event := self._strict.next_event()) is NEED_DATA:
-            await self._fill()
-        return event
 
     async def _fill(self) -> None:
         self._strict.receive(await self.stream.read(_READ))
@@ -239,9 +177,8 @@ class H1ClientConnection:
         body: Body = Body.empty()
         upgrade: Tunnel | None = None
         if head.status == 101 or (request.method == "CONNECT" and head.status < 300):
-            if head.status == 101 and (head.upgrade is None or head.upgrade != request.upgrade):
-                await self.abort()
-                raise HttpError(502, "the upstream switched protocols unasked", proxy_error="http_upgrade_failed")
+            if head.status == 101:
+                self._check_switch(request, head)
             self.stream.unread(self._strict.trailing)
             upgrade = Tunnel(self.stream, over=self.release)
         else:
@@ -256,19 +193,25 @@ class H1ClientConnection:
             length_if_known=head.declared,
         )
 
+    def _check_switch(self, request: Request, head: ResponseHead) -> None:
+        fits = head.upgrade is not None and head.upgrade == request.upgrade
+        if self._key is not None:
+            fits = fits and head.headers.get(ACCEPT) == accept_for(self._key)
+            head.headers.remove(ACCEPT)
+        if not fits:
+            raise HttpError(502, "the upstream switched to another protocol", proxy_error="http_upgrade_failed")
+
     async def finish(self) -> None:
         """The response was read to its end: make ready for another request, or close."""
-        uploaded = self._upload is None or (self._upload.done() and not self._upload.cancelled())
-        if self._strict.reusable and uploaded:
-            self._upload = None
+        if self._upload is None or not self._upload.complete:
+            await self.abort()
+        elif self._strict.reusable:
             self._strict.next_cycle()
             self.reusable = True
             self.release()
-        elif uploaded:
+        else:
             await self.stream.close()
             self.release()
-        else:
-            await self.abort()
 
 
 class _ResponseBody(Body):
@@ -325,7 +268,3 @@ class _ResponseBody(Body):
         if not self._over:
             self._over = True
             await self._connection.abort()
-
-
-def _trailers(body: Body) -> list[tuple[bytes, bytes]]:
-    return [] if body.trailers is None or body.length is not None else body.trailers.raw

@@ -99,7 +99,7 @@ class H1ServerConnection:
                 if response.upgrade is None:
                     keep = await self._respond(head, body, response)
                 else:
-                    keep = await self._switch(head, response)
+                    keep = await self._switch(head, request, response)
             finally:
                 await response.body.close()
                 if response.upgrade is not None:
@@ -218,7 +218,7 @@ class H1ServerConnection:
         await self._write(out)
         return not close
 
-    async def _switch(self, head: RequestHead, response: Response) -> bool:
+    async def _switch(self, head: RequestHead, request: Request, response: Response) -> bool:
         assert response.upgrade is not None
         fields = self._fields(response)
         reason = _reason(response.status, response.reason)
@@ -231,6 +231,7 @@ class H1ServerConnection:
         await self._write(out)
         await self._watch.stop()
         self._stream.unread(self._strict.trailing)
+        self._stream.extensions.adopt(request.extensions)
         await response.upgrade.run(self._stream)
         return False
 

@@ -12,6 +12,7 @@ import abc
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 import h2.config
@@ -71,6 +72,11 @@ class Channel:
         self._received: deque[tuple[bytes, int]] = deque()
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
+        self._watcher: Callable[[], None] = lambda: None
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Call ``watcher`` when the peer's side, or the stream, has ended."""
+        self._watcher = watcher
 
     # -- told by the reader ------------------------------------------------------------------------------------
 
@@ -81,6 +87,7 @@ class Channel:
     def on_end(self) -> None:
         self.received_end = True
         self._changed.set()
+        self._watcher()
 
     def on_room(self) -> None:
         self._room.set()
@@ -90,6 +97,7 @@ class Channel:
             self.error = error
         self._changed.set()
         self._room.set()
+        self._watcher()
 
     # -- receiving ---------------------------------------------------------------------------------------------
 
@@ -106,10 +114,10 @@ class Channel:
     async def receive(self, pace: Pace | None = None) -> bytes:
         """Return received bytes, or b"" at the end. Raises what ended the stream before that."""
         while not self._received:
+            if self.received_end:
+                return b""  # though the peer may have reset its side's rest since: RFC 9113 section 8.1
             if self.error is not None:
                 raise self.error
-            if self.received_end:
-                return b""
             self._changed.clear()
             if pace is None:
                 await self._changed.wait()
@@ -214,14 +222,17 @@ class H2Connection(abc.ABC):
 
     # -- life --------------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Read and write until the connection is over. Raises :class:`H2Error` or :class:`FloodDetected` after the
-        peer has been told, OSError if the transport fails; returns if it ended in order."""
+    def open(self) -> None:
+        """Queue the preface and our settings; comes before :meth:`run`."""
         self.h2.initiate_connection()
         # The limit on what a header block may unpack to is ours to answer with 431; h2's ends the connection.
         self.h2.decoder.max_header_list_size = 4 * self.limits.head
         self.h2.increment_flow_control_window(_CONNECTION_WINDOW - 65535)
         self.flush()
+
+    async def run(self) -> None:
+        """Read and write until the connection is over. Raises :class:`H2Error` or :class:`FloodDetected` after the
+        peer has been told, OSError if the transport fails; returns if it ended in order."""
         writer = asyncio.create_task(self._write())
         reader = self._reader = asyncio.create_task(self._read())
         failure: BaseException | None = None
@@ -331,6 +342,7 @@ class H2Connection(abc.ABC):
             case h2.events.RemoteSettingsChanged():
                 for channel in list(self.channels.values()):
                     channel.on_room()
+                self.on_event(event)
             case _:
                 self.on_event(event)
 

@@ -68,6 +68,7 @@ class H2ServerConnection(H2Connection):
     async def serve(self) -> None:
         """Serve until either side closes. Raises as :meth:`run`; the stream has been closed then."""
         refused: H2Error | FloodDetected | None = None
+        self.open()
         try:
             await self.run()
         except (H2Error, FloodDetected) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 
 import h2.errors
 
@@ -15,13 +15,20 @@ __all__ = ["H2Stream"]
 
 
 class H2Stream(Stream):
-    """The bytes of a tunnel inside an HTTP/2 stream. ``over`` tells when neither side will use it again."""
+    """The bytes of a tunnel inside an HTTP/2 stream. ``over`` is called when it is closed."""
 
-    def __init__(self, connection: H2Connection, channel: Channel, extensions: Extensions) -> None:
+    def __init__(
+        self,
+        connection: H2Connection,
+        channel: Channel,
+        extensions: Extensions,
+        *,
+        over: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(extensions)
         self._connection = connection
         self._channel = channel
-        self.over = asyncio.Event()
+        self._over = over
 
     async def _receive(self, max_bytes: int) -> bytes:
         data = await self._channel.receive()
@@ -46,12 +53,12 @@ class H2Stream(Stream):
         self._channel.end()
         if not self._channel.received_end:
             self._channel.reset(h2.errors.ErrorCodes.NO_ERROR)
-        self.over.set()
+        self._over()
 
     def abort(self) -> None:
         # RFC 9113 section 8.5: a TCP error is CONNECT_ERROR, and a RST_STREAM the counterpart of RST.
         self._channel.reset(h2.errors.ErrorCodes.CONNECT_ERROR)
-        self.over.set()
+        self._over()
 
     @property
     def peer(self) -> SocketAddress | None:

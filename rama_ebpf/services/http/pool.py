@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Coroutine, Hashable
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from ...core.address import Authority
 from ...core.service import Service
 from ...core.stream import Stream
+from ...core.target import Target
+from ..tls.stream import TlsParameters
 from .h1_client import H1ClientConnection, NoResponse
+from .h2_client import H2ClientConnection
 from .limits import HttpLimits, HttpTimeouts
 from .model import Request, Response
 
@@ -29,6 +33,9 @@ class PoolLimits:
     keep: float = 15.0
 
 
+_Key = tuple[Authority, Hashable]
+
+
 @dataclass(slots=True)
 class _Idle:
     connection: H1ClientConnection
@@ -41,90 +48,151 @@ def repeatable(request: Request) -> bool:
 
 
 class ConnectionPool:
-    """Sends requests over connections that ``connector`` makes.
+    """Sends requests over connections that ``connector`` makes: HTTP/2 where TLS agreed on it (ALPN ``h2``), or by
+    ``h2_prior_knowledge``, else HTTP/1.1.
 
     A kept connection may have been closed by the upstream a moment ago, so only requests that are safe to repeat are
-    sent on one, and they are repeated, once, on a new one. Others get a new connection.
+    sent on one of HTTP/1.1, and repeated, once, on a new one. Others get a new connection. Upgrades are made on
+    connections of ``upgrade_connector``, if there is one: few upstreams know WebSocket over HTTP/2, and a connection
+    that has agreed on ``h2`` knows no other.
+
+    Requests share connections only within the same ``partition``: where the connector chooses its way by the client,
+    what was opened for one client must not carry another's requests.
     """
 
     def __init__(
         self,
         connector: Service[Authority, Stream],
         *,
+        upgrade_connector: Service[Authority, Stream] | None = None,
+        h2_prior_knowledge: bool = False,
         pool_limits: PoolLimits | None = None,
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
     ) -> None:
         self._connector = connector
+        self._upgrade_connector = upgrade_connector
+        self._h2_prior_knowledge = h2_prior_knowledge
         self._pool_limits = PoolLimits() if pool_limits is None else pool_limits
         self._limits = HttpLimits() if limits is None else limits
         self._timeouts = HttpTimeouts() if timeouts is None else timeouts
-        self._idle: dict[Authority, list[_Idle]] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._idle: dict[_Key, list[_Idle]] = {}
         self._idle_count = 0
+        self._h2: dict[_Key, list[H2ClientConnection]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
         self._busy: Counter[Authority] = Counter()
 
     def busy(self, target: Authority) -> int:
         """How many requests and tunnels to ``target`` are under way."""
-        return self._busy[target]
+        return self._busy[target] + sum(
+            len(connection.channels) for key, live in self._h2.items() if key[0] == target for connection in live
+        )
 
     @property
     def idle(self) -> int:
-        """How many connections are kept unused."""
+        """How many HTTP/1.1 connections are kept unused."""
         return self._idle_count
 
     async def send(
-        self, request: Request, target: Authority, *, connector: Service[Authority, Stream] | None = None
+        self,
+        request: Request,
+        target: Authority,
+        *,
+        partition: Hashable = None,
+        connector: Service[Authority, Stream] | None = None,
     ) -> Response:
         """Send ``request`` to ``target``. Raises what connecting raises, or :class:`~.errors.HttpError`.
 
         ``connector``, if given, connects for this request alone, and its connection is not kept.
         """
-        if connector is None and repeatable(request):
-            kept = self._take(target)
-            if kept is not None:
-                self._busy[target] += 1
-                try:
-                    return await kept.send(request)
-                except NoResponse:
-                    pass  # closed meanwhile: again, on a new one
+        key = (Authority(target.host, target.port), partition)
+        if connector is None and (response := await self._send_on_kept(request, key)) is not None:
+            return response
+        if connector is None and request.upgrade is not None:
+            connector = self._upgrade_connector
         self._busy[target] += 1
         try:
-            stream = await (connector or self._connector)(target)
+            stream = await (connector or self._connector)(Target(target.host, target.port, request.extensions))
         except BaseException:
             self._unbusy(target)
             raise
+        tls = stream.extensions.get(TlsParameters)
+        if tls.alpn == "h2" if tls is not None else (self._h2_prior_knowledge and connector is None):
+            self._unbusy(target)
+            return await self._add_h2(key, stream, keep=connector is None).send(request)
         connection = H1ClientConnection(
             stream,
             limits=self._limits,
             timeouts=self._timeouts,
-            released=lambda connection: self._released(target, connection, keep=connector is None),
+            released=lambda connection: self._released(key, connection, keep=connector is None),
         )
         return await connection.send(request)
+
+    async def _send_on_kept(self, request: Request, key: _Key) -> Response | None:
+        """Send on a connection that is there already; return None if there is none that will do."""
+        may_repeat = repeatable(request)
+        try:
+            if request.upgrade is None or self._upgrade_connector is None:
+                for connection in self._h2.get(key, ()):
+                    if connection.available:
+                        return await connection.send(request)
+            if may_repeat and (kept := self._take(key)) is not None:
+                self._busy[key[0]] += 1
+                return await kept.send(request)
+        except NoResponse:
+            if not may_repeat:
+                raise
+            # Closed meanwhile: again, on a new one.
+        return None
 
     def close(self) -> None:
         """Close what is idle; what is in use is closed after its response."""
         self._closed = True
-        for target in list(self._idle):
-            while (connection := self._take(target)) is not None:
-                self._close_unused(connection)
+        for key in list(self._idle):
+            while (kept := self._take(key)) is not None:
+                self._in_background(kept.stream.close())
+        for live in list(self._h2.values()):
+            for connection in live:
+                self._in_background(connection.retire())
 
     async def wait_closed(self) -> None:
         """Return when the connections that :meth:`close` found idle are closed."""
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        while self._closing:
+            await asyncio.gather(*self._closing, return_exceptions=True)
 
-    def _take(self, target: Authority) -> H1ClientConnection | None:
-        kept = self._idle.get(target)
+    # -- HTTP/2 ------------------------------------------------------------------------------------------------
+
+    def _add_h2(self, key: _Key, stream: Stream, *, keep: bool) -> H2ClientConnection:
+        timeouts = replace(self._timeouts, idle=self._pool_limits.keep)
+        connection = H2ClientConnection(
+            stream, limits=self._limits, timeouts=timeouts, ended=lambda ended: self._remove_h2(key, ended)
+        )
+        if keep and not self._closed:
+            self._h2.setdefault(key, []).append(connection)
+        connection.start()
+        return connection
+
+    def _remove_h2(self, key: _Key, connection: H2ClientConnection) -> None:
+        live = [other for other in self._h2.get(key, ()) if other is not connection]
+        if live:
+            self._h2[key] = live
+        else:
+            self._h2.pop(key, None)
+
+    # -- HTTP/1.1 ----------------------------------------------------------------------------------------------
+
+    def _take(self, key: _Key) -> H1ClientConnection | None:
+        kept = self._idle.get(key)
         while kept:
             idle = kept.pop()
             idle.timer.cancel()
             self._idle_count -= 1
             if not kept:
-                del self._idle[target]
+                del self._idle[key]
             if idle.connection.quiet:
                 return idle.connection
-            self._close_unused(idle.connection)
+            self._in_background(idle.connection.stream.close())
         return None
 
     def _unbusy(self, target: Authority) -> None:
@@ -132,28 +200,28 @@ class ConnectionPool:
         if not self._busy[target]:
             del self._busy[target]
 
-    def _released(self, target: Authority, connection: H1ClientConnection, *, keep: bool) -> None:
-        self._unbusy(target)
+    def _released(self, key: _Key, connection: H1ClientConnection, *, keep: bool) -> None:
+        self._unbusy(key[0])
         if not connection.reusable:
             return
         limits = self._pool_limits
-        full = self._idle_count >= limits.idle or len(self._idle.get(target, ())) >= limits.idle_per_origin
+        full = self._idle_count >= limits.idle or len(self._idle.get(key, ())) >= limits.idle_per_origin
         if self._closed or full or not keep:
-            self._close_unused(connection)
+            self._in_background(connection.stream.close())
             return
-        timer = asyncio.get_running_loop().call_later(limits.keep, self._expire, target, connection)
-        self._idle.setdefault(target, []).append(_Idle(connection, timer))
+        timer = asyncio.get_running_loop().call_later(limits.keep, self._expire, key, connection)
+        self._idle.setdefault(key, []).append(_Idle(connection, timer))
         self._idle_count += 1
 
-    def _expire(self, target: Authority, connection: H1ClientConnection) -> None:
-        kept = self._idle[target]
-        self._idle[target] = [idle for idle in kept if idle.connection is not connection]
-        self._idle_count -= len(kept) - len(self._idle[target])
-        if not self._idle[target]:
-            del self._idle[target]
-        self._close_unused(connection)
+    def _expire(self, key: _Key, connection: H1ClientConnection) -> None:
+        kept = self._idle[key]
+        self._idle[key] = [idle for idle in kept if idle.connection is not connection]
+        self._idle_count -= len(kept) - len(self._idle[key])
+        if not self._idle[key]:
+            del self._idle[key]
+        self._in_background(connection.stream.close())
 
-    def _close_unused(self, connection: H1ClientConnection) -> None:
-        task = asyncio.get_running_loop().create_task(connection.stream.close())
+    def _in_background(self, closing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(closing)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 
 from ...core.address import Authority
+from ...core.lifecycle import Lifecycle
 from ...core.service import Layer, Service, stack
 from ...core.stream import Stream
+from ...core.target import Target
 from ...relay import TunnelLimits
-from .duties import answer_max_forwards, forwardable, returned
+from ..connect import Connector
+from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, returned
 from .errors import HttpError
 from .limits import HttpLimits, HttpTimeouts
 from .model import Request, Response
@@ -25,7 +28,10 @@ class ForwardProxy:
     Absolute-form requests go to their target over pooled connections; CONNECT opens a tunnel, bounded by
     ``tunnel_limits`` (or those among the client's extensions). ``connector`` decides which targets are allowed.
     ``connect_ports``, if given, are the only ports that CONNECT may name (RFC 9110 section 9.3.6 advises it; else
-    403). ``via`` is our pseudonym in Via.
+    403). ``via`` is our pseudonym in Via, ``upgrades`` are the protocols that may be switched to.
+
+    Kept connections to a target are shared between clients if ``share_connections``; by default if the connector is
+    a plain :class:`~..connect.Connector`, which does not choose its way by the client as others may.
     """
 
     accepts = Request
@@ -35,14 +41,18 @@ class ForwardProxy:
         connector: Service[Authority, Stream],
         *,
         via: str = "rama-ebpf",
+        upgrades: Collection[str] = DEFAULT_UPGRADES,
         connect_ports: Collection[int] | None = None,
         tunnel_limits: TunnelLimits | None = None,
+        share_connections: bool | None = None,
         pool_limits: PoolLimits | None = None,
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
     ) -> None:
         self._connector = connector
+        self._share = isinstance(connector, Connector) if share_connections is None else share_connections
         self._via = via
+        self._upgrades = upgrades
         self._connect_ports = connect_ports
         self._tunnel_limits = tunnel_limits
         self.pool = ConnectionPool(connector, pool_limits=pool_limits, limits=limits, timeouts=timeouts)
@@ -57,15 +67,25 @@ class ForwardProxy:
             return own
         if request.scheme != "http":
             raise HttpError(501, "only http targets can be requested in absolute form: use CONNECT")
-        response = await self.pool.send(forwardable(request, self._via), request.target)
+        response = await self.pool.send(
+            forwardable(request, self._via, self._upgrades),
+            request.target,
+            partition=None if self._share else _client(request),
+        )
         return returned(response, self._via)
 
     async def _connect(self, request: Request) -> Response:
         target = request.target
         if self._connect_ports is not None and target.port not in self._connect_ports:
             raise HttpError(403, "CONNECT to this port is not allowed")
-        upstream = await self._connector(target)
+        request.extensions.add(target)
+        upstream = await self._connector(Target(target.host, target.port, request.extensions))
         return Response(200, upgrade=Tunnel(upstream, self._tunnel_limits))
+
+
+def _client(request: Request) -> Hashable:
+    """Return what tells clients apart: the connection, and who spoke on it."""
+    return Lifecycle.of(request.extensions), request.headers.get("proxy-authorization")
 
 
 class HttpProxy:
@@ -82,8 +102,10 @@ class HttpProxy:
         *,
         layers: Collection[Layer] = (),
         via: str = "rama-ebpf",
+        upgrades: Collection[str] = DEFAULT_UPGRADES,
         connect_ports: Collection[int] | None = None,
         tunnel_limits: TunnelLimits | None = None,
+        share_connections: bool | None = None,
         pool_limits: PoolLimits | None = None,
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
@@ -91,8 +113,10 @@ class HttpProxy:
         self.proxy = ForwardProxy(
             connector,
             via=via,
+            upgrades=upgrades,
             connect_ports=connect_ports,
             tunnel_limits=tunnel_limits,
+            share_connections=share_connections,
             pool_limits=pool_limits,
             limits=limits,
             timeouts=timeouts,
