@@ -39,6 +39,8 @@ class WorkerContext:
     loop runs.
 
     ``policy`` judges and bans sources, ``egress`` says where targets may be, and :meth:`connector` dials them.
+    ``secret`` is 32 random bytes that all workers of this server share, replacements too, and nobody else: for
+    session tickets and the like.
     """
 
     worker: int
@@ -47,6 +49,7 @@ class WorkerContext:
     listeners: Mapping[str, tuple[int, ...]]
     fds: Mapping[str, int]
     channel: Channel
+    secret: bytes
     egress: Egress = field(default_factory=EgressPolicy)
     resolver: SystemResolver = field(default_factory=SystemResolver)
 

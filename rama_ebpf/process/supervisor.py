@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -102,6 +103,7 @@ class Supervisor:
         self._reloading = asyncio.Lock()
         self._coming: Plan | None = None
         self._generation = 0
+        self._secret = secrets.token_bytes(32)
         self._back_off: dict[int, float] = {}
 
     @property
@@ -210,6 +212,7 @@ class Supervisor:
                 "target": plan.target,
                 "directory": plan.directory,
                 "params": plan.params,
+                "secret": self._secret.hex(),
                 "listeners": [
                     {"name": name, "sockets": [(index, sock.fileno()) for index, sock in sockets]}
                     for name, sockets in listeners

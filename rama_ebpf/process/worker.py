@@ -83,6 +83,7 @@ class _Worker:
             worker=order["worker"],
             workers=order["workers"],
             params=order["params"],
+            secret=bytes.fromhex(order["secret"]),
             listeners={row["name"]: tuple(index for index, _ in row["sockets"]) for row in order["listeners"]},
             fds=order["fds"],
             channel=self._channel,

@@ -21,7 +21,7 @@ async def echo(stream: Stream) -> None:
 
 
 def talk(context: WorkerContext) -> Service[Stream, None]:
-    """Answer lines: ``who`` (worker and pid), ``params``, ``ask …`` (of the supervisor), ``hang``, else
+    """Answer lines: ``who`` (worker and pid), ``params``, ``secret``, ``ask …`` (of the supervisor), ``hang``, else
     echo."""
 
     async def serve(stream: Stream) -> None:
@@ -31,6 +31,8 @@ def talk(context: WorkerContext) -> Service[Stream, None]:
                 answer: object = {"worker": context.worker, "pid": os.getpid()}
             elif word == "params":
                 answer = context.params
+            elif word == "secret":
+                answer = context.secret.hex()
             elif word == "ask":
                 try:
                     answer = await context.channel.request(rest, {"from": context.worker})

@@ -43,6 +43,19 @@ async def test_params_reach_the_application(supervise: Start) -> None:
     assert await (await (await supervise(params=params)).open()).ask("params") == params
 
 
+async def test_workers_and_their_replacements_share_a_secret_that_another_server_does_not_know(
+    supervise: Start,
+) -> None:
+    server, other = await supervise(workers=2), await supervise()
+    secrets = [await (await server.open_to(worker)).ask("secret") for worker in (0, 1)]
+    os.kill((await server.pids())[0], signal.SIGKILL)
+    await server.logged("its replacement starts")
+    secrets.append(await (await server.open_to(0)).ask("secret"))
+    assert len(set(secrets)) == 1
+    assert len(bytes.fromhex(secrets[0])) == 32
+    assert await (await other.open()).ask("secret") != secrets[0]
+
+
 async def test_a_worker_is_unprivileged_and_holds_only_what_it_needs(supervise: Start) -> None:
     server = await supervise(workers=2, user="nobody", listeners=["one", "two"])
     pid = (await server.pids())[0]
