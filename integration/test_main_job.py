@@ -324,6 +324,13 @@ def _as_nobody(home: Path, *args: str) -> list[str]:
     return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", f"XDG_RUNTIME_DIR={home}", *args]
 
 
+def _command_as_nobody(home: Path, *args: str) -> str:
+    command = _as_nobody(home, ProxyProcess.COMMAND, *args)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, (args, result.stderr)
+    return result.stdout
+
+
 def test_without_privileges_policy_is_local_and_says_so(lab: Lab, unprivileged_home: Path) -> None:
     server, client = lab.host("proxy"), lab.host("client")
     nobody = lambda *args: _as_nobody(unprivileged_home, ProxyProcess.COMMAND, *args)  # noqa: E731
@@ -347,14 +354,14 @@ def test_without_privileges_policy_is_local_and_says_so(lab: Lab, unprivileged_h
             return b""
 
     assert greet() == b"\x05\x00"
-    subprocess.run(nobody("block", client.ipv4), check=True, capture_output=True)
+    _command_as_nobody(unprivileged_home, "block", client.ipv4)
     assert greet() == b""
-    listed = subprocess.run(nobody("list", "--json"), check=True, capture_output=True, text=True).stdout
+    listed = _command_as_nobody(unprivileged_home, "list", "--json")
     assert '"hits": 1' in listed
     assert '"store": "local"' in listed
-    status = subprocess.run(nobody("status", "--json"), check=True, capture_output=True, text=True).stdout
+    status = _command_as_nobody(unprivileged_home, "status", "--json")
     assert '"policy": "local"' in status
-    subprocess.run(nobody("unblock", client.ipv4), check=True, capture_output=True)
+    _command_as_nobody(unprivileged_home, "unblock", client.ipv4)
     assert greet() == b"\x05\x00"
     process.terminate()
     assert process.wait(30) == 0

@@ -38,13 +38,13 @@ def status(instance: Instance) -> Json:
         "instance": instance.name,
         "running": pid is not None,
         "pid": pid,
-        "policy": state.get("policy", "kernel" if instance.pin_dir.is_dir() else None),
+        "policy": state.get("policy", "kernel" if instance.pinned else None),
         "why_local": state.get("why_local"),
         "cgroup": state.get("cgroup"),
         "listeners": [],
         "verdicts": [],
     }
-    if not instance.pin_dir.is_dir():
+    if not instance.pinned:
         result["listeners"] = [{"address": row["address"]} for row in _listeners(state)]
         return result
     with KernelStore(instance) as store:

@@ -22,7 +22,7 @@ def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
 
     Raises :class:`PolicyError` if the instance is not loaded.
     """
-    if instance.pin_dir.is_dir():
+    if instance.pinned:
         with KernelStore(instance) as store:
             return ControlApi(store).call(method, params)
     if instance.control_socket.exists():

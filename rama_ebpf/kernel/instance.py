@@ -53,6 +53,14 @@ class Instance:
         return self.pin_root / f"layout-{abi.constants()['LAYOUT_VERSION']}"
 
     @property
+    def pinned(self) -> bool:
+        """Whether this process finds pinned maps: False too where it may not look, as another user than root."""
+        try:
+            return self.pin_dir.is_dir()
+        except PermissionError:
+            return False
+
+    @property
     def run_dir(self) -> Path:
         return _run_root() / self.name
 
