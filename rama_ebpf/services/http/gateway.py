@@ -7,9 +7,11 @@ answer in time. 403: policy forbids the target.
 from __future__ import annotations
 
 import errno
+import math
 from typing import Final
 
-from ...core.errors import LimitExceeded, PolicyDenied, RamaError
+from ...core.errors import AuthFailed, LimitExceeded, PolicyDenied, RamaError
+from ...layers.rate import RateExceeded
 from ..connect import ConnectError, ResolveError
 from .errors import HttpError
 from .headers import Headers
@@ -29,6 +31,12 @@ def to_http_error(error: Exception) -> HttpError:
         return HttpError(403, "the target is not allowed", proxy_error="destination_ip_prohibited")
     if isinstance(error, BodyTooLarge):
         return HttpError(413, "the body is too large", close=True)
+    if isinstance(error, RateExceeded):
+        return HttpError(
+            429, "too many requests", headers=[("Retry-After", str(math.ceil(min(error.retry_after, 86400))))]
+        )
+    if isinstance(error, AuthFailed):
+        return HttpError(403, "authentication failed")
     if isinstance(error, LimitExceeded):
         return HttpError(503, "a limit is reached", proxy_error="proxy_internal_error")
     if isinstance(error, ResolveError):

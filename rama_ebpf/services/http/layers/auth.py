@@ -1,0 +1,97 @@
+"""Basic authentication (RFC 7617), towards a proxy (407) or an origin (401)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from ....core.auth import Authenticator, Credentials
+from ....core.errors import AuthFailed
+from ....core.service import Service
+from ....layers.strikes import strike
+from ..headers import Headers
+from ..model import Body, Request, Response
+
+__all__ = ["BasicAuthLayer", "ProxyAuthLayer"]
+
+
+class _Basic:
+    def __init__(self, authenticate: Authenticator, realm: str, *, proxy: bool) -> None:
+        if '"' in realm or "\\" in realm or not realm.isascii() or not realm.isprintable():
+            raise ValueError(f"the realm must be plain text, not {realm!r}")
+        self._authenticate = authenticate
+        self._status = 407 if proxy else 401
+        self._field = "Proxy-Authorization" if proxy else "Authorization"
+        self._challenge = (
+            "Proxy-Authenticate" if proxy else "WWW-Authenticate",
+            f'Basic realm="{realm}", charset="UTF-8"',
+        )
+
+    async def refusal(self, request: Request) -> Response | None:
+        """Authenticate ``request`` and add its user to the extensions, or return the response that asks for it."""
+        fields = request.headers.get_all(self._field)
+        if fields:
+            try:
+                request.extensions.add(await self._authenticate(_credentials(fields)))
+            except AuthFailed:
+                strike(request.extensions, AuthFailed.kind)
+            else:
+                return None
+        headers = Headers([("Content-Type", "text/plain; charset=utf-8"), self._challenge])
+        return Response(self._status, headers, Body.of(b"authentication required\n"))
+
+
+class ProxyAuthLayer:
+    """Lets requests through whose Proxy-Authorization ``authenticate`` accepts; the others get 407, and the
+    connection stays open for the next attempt.
+
+    The :class:`~rama_ebpf.core.auth.User` is added to the request's extensions. Wrong credentials count as a strike;
+    none do not, for most clients begin without.
+    """
+
+    accepts = Request
+
+    def __init__(self, authenticate: Authenticator, *, realm: str = "proxy") -> None:
+        self._basic = _Basic(authenticate, realm, proxy=True)
+
+    def __call__(self, inner: Service[Request, Response], /) -> Service[Request, Response]:
+        async def serve(request: Request) -> Response:
+            return await self._basic.refusal(request) or await inner(request)
+
+        return serve
+
+
+class BasicAuthLayer:
+    """As :class:`ProxyAuthLayer`, with Authorization and 401. The field is removed before the request goes on,
+    unless ``forward``."""
+
+    accepts = Request
+
+    def __init__(self, authenticate: Authenticator, *, realm: str = "restricted", forward: bool = False) -> None:
+        self._basic = _Basic(authenticate, realm, proxy=False)
+        self._forward = forward
+
+    def __call__(self, inner: Service[Request, Response], /) -> Service[Request, Response]:
+        async def serve(request: Request) -> Response:
+            refusal = await self._basic.refusal(request)
+            if refusal is not None:
+                return refusal
+            if not self._forward:
+                request.headers = request.headers.copy()
+                request.headers.remove("Authorization")
+            return await inner(request)
+
+        return serve
+
+
+def _credentials(fields: list[str]) -> Credentials:
+    scheme, _, token = fields[0].partition(" ")
+    if len(fields) > 1 or scheme.lower() != "basic":
+        raise AuthFailed("credentials of a scheme other than Basic, or twice")
+    try:
+        username, colon, password = base64.b64decode(token.strip(), validate=True).decode("utf-8").partition(":")
+    except (binascii.Error, UnicodeDecodeError) as error:
+        raise AuthFailed("malformed Basic credentials") from error
+    if not colon:
+        raise AuthFailed("malformed Basic credentials")
+    return Credentials(username, password)
