@@ -355,6 +355,41 @@ async def test_client_that_leaves_ends_the_request_upstream(proxy: Server, run_o
     await eventually(lambda: descriptors() <= before)
 
 
+@pytest.mark.parametrize("chooses", [False, True])
+async def test_connections_are_shared_between_clients_unless_the_connector_may_choose_by_the_client(
+    run: Run, connector: Service[Authority, Stream], run_origin: RunOrigin, chooses: bool
+) -> None:
+    async def choosing(target: Authority) -> Stream:
+        return await connector(target)
+
+    proxy = run(HttpProxy(choosing if chooses else connector))
+    origin = run_origin(OK)
+    for _ in range(3):
+        reader, writer = await proxy.open()
+        for _ in range(2):
+            writer.write(get(origin))
+            assert await reader.readexactly(len(OK_VIA)) == OK_VIA
+        writer.close()
+        await proxy.idle()
+    assert origin.connections == (3 if chooses else 1)
+
+
+async def test_users_on_one_connection_do_not_share_where_the_connector_may_choose(
+    run: Run, connector: Service[Authority, Stream], run_origin: RunOrigin
+) -> None:
+    async def choosing(target: Authority) -> Stream:
+        return await connector(target)
+
+    proxy = run(HttpProxy(choosing))
+    origin = run_origin(OK)
+    reader, writer = await proxy.open()
+    for user in (b"YQ==", b"Yg==", b"YQ=="):
+        writer.write(get(origin, b"Proxy-Authorization: Basic " + user))
+        assert await reader.readexactly(len(OK_VIA)) == OK_VIA
+    writer.close()
+    assert origin.connections == 2
+
+
 async def test_idle_upstream_connections_are_bounded_and_closed(
     run: Run, connector: Service[Authority, Stream], run_origin: RunOrigin
 ) -> None:

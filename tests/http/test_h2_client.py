@@ -324,6 +324,33 @@ async def test_client_that_leaves_cancels_its_stream_only(run: Run, pool_of: Mak
     assert origin.tcp.accepted == 1
 
 
+async def test_client_that_leaves_within_a_response_cancels_its_stream(run: Run, pool_of: MakePool) -> None:
+    given_up = asyncio.Event()
+
+    async def app(request: Request) -> Response:
+        async def trickle() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"x"
+                    await asyncio.sleep(0.01)
+            finally:
+                given_up.set()
+
+        if request.path == "/":
+            return Response.text(200, "ok")
+        return Response(200, Headers(), Body.stream(trickle()))
+
+    origin = run(HttpServer(app, h2c=True))
+    proxy = run(HttpServer(pool_of(origin.port), timeouts=HttpTimeouts(watch=0.05)))
+    reader, writer = await proxy.open()
+    writer.write(get(path="/trickle"))
+    await reader.readuntil(b"x")
+    writer.close()
+    await given_up.wait()
+    assert (await proxy.exchange(get())).endswith(b"ok")
+    assert origin.tcp.accepted == 1
+
+
 async def test_stalled_client_closes_the_window_of_its_stream(run: Run, pool_of: MakePool) -> None:
     produced = 0
 

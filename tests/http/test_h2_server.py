@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import h2.errors
 import h2.events
+import h2.settings
 import pytest
 from hyperframe.frame import (
     ContinuationFrame,
@@ -344,6 +345,31 @@ async def test_a_client_that_takes_nothing_holds_the_service_back(run: Run) -> N
         assert produced <= 65535 + 2 * 16384
         received = sum(len(event.data) for event in client.of(h2.events.DataReceived))
         assert received == 65535
+
+
+async def test_a_client_with_an_endless_window_that_does_not_read_holds_the_service_back(run: Run) -> None:
+    produced = 0
+
+    async def app(request: Request) -> Response:
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal produced
+            while True:
+                produced += 65536
+                yield bytes(65536)
+                await asyncio.sleep(0)
+
+        return Response(200, Headers(), Body.stream(endless()))
+
+    server = run(HttpServer(app, h2c=True, timeouts=HttpTimeouts(write=0.5)))
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
+    client = H2Client(reader, writer)
+    client.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 2**31 - 1})
+    client.h2.increment_flow_control_window(2**31 - 1 - 65535)
+    client.request()
+    await client.flush()
+    await server.idle()
+    assert 1_000_000 < produced < 64 * 1024 * 1024  # what the kernel's socket buffers take, and not 2 GiB
+    writer.transport.abort()
 
 
 async def test_reset_by_the_client_cancels_the_service(run: Run) -> None:
