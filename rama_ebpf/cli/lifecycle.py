@@ -45,23 +45,24 @@ def status(instance: Instance) -> Json:
         "verdicts": [],
     }
     if not instance.pinned:
-        result["listeners"] = [{"address": row["address"]} for row in _listeners(state)]
+        result["listeners"] = [{"name": row["name"], "address": row["address"]} for row in _listeners(state)]
         return result
     with KernelStore(instance) as store:
-        result["listeners"] = [
-            {
-                "address": row["address"],
-                "established": store.established(cast("int", row["id"])),
-                "accepted": store.accepted(cast("int", row["id"])),
-            }
-            for row in _listeners(state)
-        ]
+        result["listeners"] = [_counted(store, row) for row in _listeners(state)]
         result["verdicts"] = [
             {"hook": hook, "stage": stage, "action": action, "count": count}
             for (hook, stage, action), count in sorted(store.totals().items())
         ]
         result["revision"] = store.revision
     return result
+
+
+def _counted(store: KernelStore, row: Json) -> Json:
+    counted: Json = {"name": row["name"], "address": row["address"]}
+    if "id" in row:  # a Unix socket is not under the gate
+        index = cast("int", row["id"])
+        counted |= {"established": store.established(index), "accepted": store.accepted(index)}
+    return counted
 
 
 def _listeners(state: Json) -> list[Json]:

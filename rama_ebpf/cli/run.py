@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..config.kinds import LOOPBACK_ENDPOINT
+from ..config.load import load_config
+from ..config.show import effective
 from ..control.daemon import DaemonOptions, serve
-from ..core.address import Authority
+from ..control.listeners import ListenAt
+from ..core.address import Endpoint
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
 from ..policy.egress import EgressPolicy
@@ -35,7 +40,13 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     add(
         "app", nargs="?", metavar="MODULE:NAME", help="a stack, or a function that makes one (default: the mixed proxy)"
     )
-    add("--listen", action="append", metavar="ADDR:PORT", help="repeatable (default: 127.0.0.1:1080)")
+    add("--config", type=Path, metavar="FILE", help="take everything from a configuration file; SIGHUP reads it again")
+    add(
+        "--listen",
+        action="append",
+        metavar="ADDR:PORT",
+        help="also unix:/path; repeatable (default: 127.0.0.1:1080); NAME=ADDR:PORT names it in metrics",
+    )
     add("--allow-egress", action="append", default=[], metavar="CIDR", help="let clients connect there; repeatable")
     add("--deny-egress", action="append", default=[], metavar="CIDR", help="never connect there; repeatable")
     add(
@@ -55,10 +66,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     add("--idle-timeout", type=_positive, default=300.0, metavar="S", help="of a tunnel (default: %(default)s)")
     add("--drain", type=_positive, default=10.0, metavar="S", help="time for live tunnels after SIGTERM (default: 10)")
     sizes = MapSizes()
+    add("--metrics", metavar="ADDR:PORT", help="serve metrics there, on loopback (default: nowhere)")
     add("--max-rules", type=_count, default=sizes.rules, metavar="N", help="default: %(default)s")
     add("--max-bans", type=_count, default=sizes.bans, metavar="N", help="default: %(default)s")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-    parser.set_defaults(main=_main)
+    parser.set_defaults(main=functools.partial(_main, parser))
 
 
 def _positive(text: str) -> float:
@@ -82,14 +94,17 @@ def _count(text: str) -> int:
     return value
 
 
-def _listen_address(text: str) -> tuple[str, int]:
-    host, separator, port = text.rpartition(":")
-    with contextlib.suppress(ValueError):
-        if separator and port.isdigit():
-            authority = Authority.of(host, int(port))
-            if authority.ip is not None:
-                return str(authority.ip), authority.port
-    raise PolicyError(f"--listen {text!r}: write for example 127.0.0.1:1080 or [::1]:1080")
+def _listen_at(texts: Sequence[str]) -> tuple[ListenAt, ...]:
+    """Parse --listen: an endpoint, or a name and an endpoint; what has no name is called main, main-2, …"""
+    found = []
+    for number, text in enumerate(texts, 1):
+        name, equals, where = text.rpartition("=")
+        name = name if equals else "main" if number == 1 else f"main-{number}"
+        try:
+            found.append(ListenAt(name, Endpoint.of(where)))
+        except ValueError as error:
+            raise PolicyError(f"--listen {text!r}: {error}") from None
+    return tuple(found)
 
 
 def _user(name: str | None) -> UserIds | None:
@@ -103,17 +118,65 @@ def _user(name: str | None) -> UserIds | None:
     return UserIds.of(name or _UNPRIVILEGED)
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    def make() -> DaemonOptions:
+        return _from_arguments(args) if args.config is None else _from_file(parser, args)
+
+    options = make()
     logging.basicConfig(
-        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    serve(options, make)
+    return OK
+
+
+_BESIDE_A_FILE = frozenset({"command", "config", "instance", "json", "kernel_headers", "main"})
+
+
+def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> DaemonOptions:
+    for name, value in vars(args).items():
+        if name not in _BESIDE_A_FILE and value != parser.get_default(name):
+            raise PolicyError(f"--config and {name.replace('_', '-')}: put that into {args.config}")
+    config = load_config(args.config)
+    server, policy, limits = config.server, config.policy, config.limits
+    sizes = MapSizes()
+    return DaemonOptions(
+        instance=args.instance,
+        listen=tuple(
+            ListenAt(name, listener.address, int(listener.mode, 8)) for name, listener in config.listeners.items()
+        ),
+        target="rama_ebpf.config.application:application",
+        params={"config": effective(config), "directory": str(args.config.absolute().parent)},
+        workers=server.workers,
+        user=_user(server.user),
+        egress=config.egress.policy(),
+        drain=server.drain,
+        watchdog=server.watchdog,
+        default=None if policy.default is None else Action[policy.default.upper()],
+        failsafe=policy.failsafe,
+        rules=tuple(rule.rule() for rule in policy.rules),
+        sizes=MapSizes(rules=limits.max_rules or sizes.rules, bans=limits.max_bans or sizes.bans),
+        kernel_headers=args.kernel_headers,
+        require_kernel=policy.require_kernel,
+        persist=policy.persist,
+        metrics=server.metrics,
+        access_log=config.logging.access,
+        log_level=config.logging.level,
+    )
+
+
+def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
     try:
         egress = EgressPolicy(tuple(map(parse_network, args.allow_egress)), tuple(map(parse_network, args.deny_egress)))
     except PolicyError as error:
         raise PolicyError(f"egress: {error}") from None
-    options = DaemonOptions(
+    try:
+        metrics = None if args.metrics is None else LOOPBACK_ENDPOINT.parse(args.metrics)
+    except ValueError as error:
+        raise PolicyError(f"--metrics {args.metrics!r}: {error}") from None
+    return DaemonOptions(
         instance=args.instance,
-        listen=tuple(_listen_address(text) for text in args.listen or ["127.0.0.1:1080"]),
+        listen=_listen_at(args.listen or ["127.0.0.1:1080"]),
         target=args.app or _DEFAULT_TARGET,
         directory=str(Path.cwd()) if args.app else None,
         params={
@@ -131,7 +194,6 @@ def _main(args: argparse.Namespace) -> int:
         kernel_headers=args.kernel_headers,
         require_kernel=args.require_kernel,
         persist=args.persist,
+        metrics=metrics,
         log_level=args.log_level,
     )
-    serve(options)
-    return OK

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Final, Generic, TypeVar
 
-from ..core.address import Authority, SocketAddress
+from ..core.address import Authority, Endpoint
 from ..core.names import NameSet
 from ..policy.rule import PolicyError, parse_network
 from ..process.plan import PlanError, UserIds
@@ -29,7 +29,6 @@ __all__ = [
     "TARGET",
     "TEXT",
     "USER",
-    "Endpoint",
     "Kind",
     "Rate",
     "choice",
@@ -216,31 +215,8 @@ def _network(value: Any) -> IPv4Network | IPv6Network:
 NETWORK: Final = Kind("CIDR", _network, str)
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where to listen: an address and port, or the path of a Unix socket."""
-
-    address: SocketAddress | None
-    path: str = ""
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}" if self.address is None else str(self.address)
-
-
-_ENDPOINT_TEXT: Final = 'for example "127.0.0.1:1080", "[::1]:1080" or "unix:/run/proxy.sock"'
-
-
 def _endpoint(value: Any) -> Endpoint:
-    text = _text(value)
-    if text.startswith("unix:") and len(text) > 5:
-        return Endpoint(None, text[5:])
-    host, colon, port = text.rpartition(":")
-    if colon and port.isdigit() and int(port) <= 65535:
-        found = Authority.of(host, int(port))
-        bracketed = host.startswith("[")
-        if found.ip is not None and bracketed == (found.ip.version == 6):
-            return Endpoint(SocketAddress(found.ip, found.port))
-    raise ValueError(f"write {_ENDPOINT_TEXT}")
+    return Endpoint.of(_text(value))
 
 
 ENDPOINT: Final = Kind("address and port", _endpoint, str)

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 
+from ..core.address import Endpoint
 from ..policy.egress import EgressPolicy
 from ..policy.rule import Action, PolicyError, Rule, SynLimit, boottime_ns
+from ..relay import RelayKind
 from .decode import Choice, ListOf, MapOf, Table, setting
 from .kinds import (
     BOOLEAN,
@@ -20,7 +22,6 @@ from .kinds import (
     RATE,
     TEXT,
     USER,
-    Endpoint,
     Rate,
     choice,
     integer,
@@ -142,8 +143,6 @@ class LimitsConfig:
     """Sizes of the policy's tables in the kernel, which cannot grow later."""
 
     max_rules: int | None = setting(integer(16, 1 << 26), "rules", default=None)
-    max_addresses: int | None = setting(integer(16, 1 << 26), "single addresses in rules", default=None)
-    max_prefixes: int | None = setting(integer(16, 1 << 26), "networks in rules", default=None)
     max_bans: int | None = setting(integer(16, 1 << 26), "bans", default=None)
 
 
@@ -162,6 +161,11 @@ class ListenerConfig:
 
     address: Endpoint = setting(ENDPOINT, "where to listen")
     stack: str = setting(TEXT, "the name of a stack")
+    relay: str = setting(choice(*(kind.value for kind in RelayKind)), "how tunnels' bytes move", default="auto")
+    lossless: tuple[IPv4Network | IPv6Network, ...] = setting(
+        _NETWORKS, "networks without loss, where auto may use sockmap", default=()
+    )
+    mode: str = setting(choice("600", "660", "666"), "of a Unix socket: who may connect", default="660")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
@@ -21,22 +21,25 @@ from typing import Final
 import uvloop
 
 from .. import loader
-from ..core.address import SocketAddress
+from ..core.address import Endpoint
 from ..core.errors import RamaError
 from ..kernel import abi
 from ..kernel.compile import CompileError
 from ..kernel.gate_maps import MapSizes
 from ..kernel.instance import Instance, ServerLock
+from ..metrics.directory import MetricsDirectory
+from ..metrics.exposition import MetricsServer, supervisor_collector, verdict_collector
 from ..policy.egress import EgressPolicy
 from ..policy.kernel_store import KernelStore
 from ..policy.local import CountedPolicy, LocalStore
-from ..policy.rule import Action, IPNetwork
-from ..policy.store import PolicyStore, Settings
-from ..process import Listener, Plan, Supervisor
+from ..policy.rule import Action, IPNetwork, Rule, RuleSet
+from ..policy.store import PolicyStore
+from ..process import Plan, Supervisor
 from ..process.channel import Handler
 from ..process.plan import Json, UserIds
 from ..services.tcp import bind_tcp
 from .api import ControlApi
+from .listeners import ListenAt, Listeners
 from .socket import ControlServer
 
 __all__ = ["DaemonOptions", "GateUnavailable", "serve"]
@@ -58,12 +61,13 @@ class DaemonOptions:
     """What to serve, and how.
 
     ``target`` is ``module:attribute`` (see :class:`~rama_ebpf.process.Plan`), found with ``directory`` on the module
-    path; ``params`` is what it is given. ``default`` and ``failsafe`` are left as they are pinned where they are None.
-    ``egress`` is where workers may connect to, ``user`` who they become, None to stay.
+    path; ``params`` is what it is given. ``default``, ``failsafe`` and ``rules`` are left as they are pinned where
+    they are None. ``egress`` is where workers may connect to, ``user`` who they become, None to stay. ``metrics`` is
+    where metrics are served, nowhere if None. ``access_log``: a line for each connection.
     """
 
     instance: Instance
-    listen: tuple[tuple[str, int], ...]
+    listen: tuple[ListenAt, ...]
     target: str
     params: Json
     directory: str | None = None
@@ -71,13 +75,21 @@ class DaemonOptions:
     user: UserIds | None = None
     egress: EgressPolicy = field(default_factory=EgressPolicy)
     drain: float = 10.0
+    watchdog: float = 60.0
     default: Action | None = None
     failsafe: tuple[IPNetwork, ...] | None = None
+    rules: tuple[Rule, ...] | None = None
     sizes: MapSizes = field(default_factory=MapSizes)
     kernel_headers: Path | None = None
     require_kernel: bool = False
     persist: bool = False
+    metrics: Endpoint | None = None
+    access_log: bool = True
     log_level: str = "info"
+
+
+_FIXED: Final = ("instance", "user", "sizes", "kernel_headers", "require_kernel", "persist", "metrics")
+"""Options that a reload cannot change."""
 
 
 @dataclass
@@ -89,41 +101,18 @@ class _Home:
     why_local: str = ""
 
 
-def serve(options: DaemonOptions) -> None:
-    """Serve until SIGTERM or SIGINT.
+def serve(options: DaemonOptions, reload: Callable[[], DaemonOptions] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. ``reload`` makes the options for SIGHUP; without it they stay the same, and the
+    workers load the application anew.
 
     Raises :class:`~rama_ebpf.kernel.instance.InstanceBusy`, :class:`GateUnavailable`,
     :class:`~rama_ebpf.process.WorkersFailed`, or OSError (a port that is taken, say); nothing stays behind then.
     """
     started = time.monotonic()
-    with ServerLock(options.instance, create=True), _home(options) as home, contextlib.ExitStack() as stack:
-        settings = home.store.settings()
-        if options.default is not None and options.default is not settings.default:
-            home.store.set_settings(Settings(options.default, settings.per_source, settings.overall))
-        if options.failsafe is not None:
-            home.store.set_failsafe(list(options.failsafe))
-        listeners = []
-        for host, port in options.listen:
-            sockets = _bind(host, port, options.workers)
-            for sock in sockets:
-                stack.callback(sock.close)
-            listeners.append(Listener(str(SocketAddress.from_sockaddr(sockets[0].getsockname())), sockets))
+    with ServerLock(options.instance, create=True), _home(options) as home, contextlib.ExitStack() as cleanup:
+        daemon = _Daemon(options, reload or (lambda: options), home, cleanup, started)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_supervise(options, home, listeners, started))
-
-
-def _bind(host: str, port: int, count: int) -> tuple[socket.socket, ...]:
-    """One socket a worker on the same address, so that each worker has an accept queue that outlives it."""
-    first = bind_tcp(host, port, reuse_port=count > 1)
-    sockets = [first]
-    try:
-        while len(sockets) < count:
-            sockets.append(bind_tcp(host, first.getsockname()[1], reuse_port=True))
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        raise
-    return tuple(sockets)
+            runner.run(daemon.run())
 
 
 @contextlib.contextmanager
@@ -153,60 +142,148 @@ def _home(options: DaemonOptions) -> Iterator[_Home]:
     yield _Home(LocalStore(), None, why)
 
 
-async def _supervise(options: DaemonOptions, home: _Home, listeners: list[Listener], started: float) -> None:
-    described: list[dict[str, object]] = []
-    fds: dict[str, int] = {}
-    slots: dict[str, int] = {}
-    for listener in listeners:
-        row: dict[str, object] = {"address": listener.name}
-        if home.gate is not None:
-            address = home.gate.add_listener(listener.sockets)
-            row["id"] = home.gate.listener_id(address)
-            slots[listener.name] = home.gate.accept_slot(address)
-            fds["accepted"] = home.gate.maps["accepted"]
-        described.append(row)
-    plan = Plan(
-        target=_WORKER_TARGET,
-        listeners=tuple(listeners),
-        workers=options.workers,
-        user=options.user,
-        params={
-            "target": options.target,
-            "directory": options.directory,
-            "params": options.params,
-            "egress": {"allow": list(map(str, options.egress.allow)), "deny": list(map(str, options.egress.deny))},
-            "accept_slots": slots,
-            "judge": home.gate is None,
-        },
-        fds=fds,
-        drain=options.drain,
-        log_level=options.log_level,
-    )
-    where = "kernel" if home.gate is not None else "userspace"
+class _Daemon:
+    """One run of the server."""
 
-    def ready() -> None:
-        addresses = ", ".join(listener.name for listener in listeners)
-        seconds = time.monotonic() - started
-        log.info("ready after %.2f s: %d workers on %s, policy in %s", seconds, options.workers, addresses, where)
+    def __init__(
+        self,
+        options: DaemonOptions,
+        reload: Callable[[], DaemonOptions],
+        home: _Home,
+        cleanup: contextlib.ExitStack,
+        started: float,
+    ) -> None:
+        self._options = options
+        self._reload = reload
+        self._home = home
+        self._started = started
+        self._listeners = Listeners(home.gate)
+        cleanup.callback(self._listeners.close)
+        self._metrics: MetricsDirectory | None = None
+        if options.metrics is not None:
+            self._metrics = cleanup.enter_context(MetricsDirectory(options.user))
+        self._apply_policy(options)
+        self._pending = options
+        self._supervisor = Supervisor(
+            self._plan(options),
+            handlers=_handlers(home.store),
+            reload=self._reloaded_plan,
+            on_reloaded=self._after_reload,
+            on_ready=self._ready,
+            on_exit=lambda identity: None if self._metrics is None else self._metrics.worker_exited(identity),
+        )
 
-    supervisor = Supervisor(plan, handlers=_handlers(home.store), on_ready=ready)
-    options.instance.write_state(
-        {
-            "pid": os.getpid(),
-            "policy": home.store.kind,
-            "why_local": home.why_local or None,
-            "cgroup": str(home.gate.cgroup) if home.gate is not None else None,
-            "listeners": described,
-        }
-    )
-    control = ControlServer(options.instance.control_socket, ControlApi(home.store).call)
-    await control.start()
-    sweeper = asyncio.create_task(_sweep(home.store))
-    try:
-        await supervisor.run()
-    finally:
-        sweeper.cancel()
-        await control.stop()
+    async def run(self) -> None:
+        options, home = self._options, self._home
+        control = ControlServer(options.instance.control_socket, ControlApi(home.store).call)
+        await control.start()
+        metrics = self._metrics_server()
+        if metrics is not None:
+            metrics.start()
+        self._write_state()
+        sweeper = asyncio.create_task(_sweep(home.store))
+        try:
+            await self._supervisor.run()
+        finally:
+            sweeper.cancel()
+            if metrics is not None:
+                await metrics.stop()
+            await control.stop()
+
+    def _plan(self, options: DaemonOptions) -> Plan:
+        gate = self._home.gate
+        return Plan(
+            target=_WORKER_TARGET,
+            listeners=self._listeners.want(options.listen, options.workers),
+            workers=options.workers,
+            user=options.user,
+            params={
+                "target": options.target,
+                "directory": options.directory,
+                "params": options.params,
+                "egress": {"allow": list(map(str, options.egress.allow)), "deny": list(map(str, options.egress.deny))},
+                "accept_slots": self._listeners.accept_slots(options.listen),
+                "judge": gate is None,
+                "access_log": options.access_log,
+                "metrics": self._metrics is not None,
+            },
+            fds={} if gate is None else {"accepted": gate.maps["accepted"]},
+            environment={} if self._metrics is None else self._metrics.environment,
+            drain=options.drain,
+            watchdog=options.watchdog,
+            log_level=options.log_level,
+        )
+
+    def _ready(self) -> None:
+        where = "kernel" if self._home.gate is not None else "userspace"
+        addresses = ", ".join(str(row["address"]) for row in self._listeners.described(self._options.listen))
+        seconds, workers = time.monotonic() - self._started, self._options.workers
+        log.info("ready after %.2f s: %d workers on %s, policy in %s", seconds, workers, addresses, where)
+
+    # -- reload --------------------------------------------------------------------------------------------------
+
+    def _reloaded_plan(self) -> Plan:
+        self._pending = options = self._reload()
+        fixed = [name for name in _FIXED if getattr(options, name) != getattr(self._options, name)]
+        if fixed:
+            log.warning("only a restart changes %s", ", ".join(fixed))
+        try:
+            return self._plan(options)
+        except (OSError, ValueError) as error:
+            raise RamaError(str(error)) from error
+
+    def _after_reload(self, succeeded: bool) -> None:
+        if succeeded:
+            self._options = self._pending
+            self._apply_policy(self._options)
+        self._listeners.keep(self._options.listen)
+        self._write_state()
+
+    def _apply_policy(self, options: DaemonOptions) -> None:
+        store = self._home.store
+        settings = store.settings()
+        if options.default is not None and options.default is not settings.default:
+            settings = replace(settings, default=options.default)
+            store.set_settings(settings)
+        if options.failsafe is not None:
+            store.set_failsafe(list(options.failsafe))
+        if options.rules is not None:
+            store.replace(RuleSet(options.rules, settings))
+
+    # -- what is seen from outside -------------------------------------------------------------------------------
+
+    def _write_state(self) -> None:
+        home = self._home
+        self._options.instance.write_state(
+            {
+                "pid": os.getpid(),
+                "policy": home.store.kind,
+                "why_local": home.why_local or None,
+                "cgroup": str(home.gate.cgroup) if home.gate is not None else None,
+                "listeners": self._listeners.described(self._options.listen),
+            }
+        )
+
+    def _metrics_server(self) -> MetricsServer | None:
+        if self._metrics is None or self._options.metrics is None or self._options.metrics.address is None:
+            return None
+        address = self._options.metrics.address
+        collectors = [supervisor_collector(self._supervisor)]
+        store = self._home.store
+        if isinstance(store, KernelStore):
+            collectors.append(verdict_collector(lambda: _verdicts(store)))
+        return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors)
+
+
+def _verdicts(store: KernelStore) -> dict[tuple[str, str, str], int]:
+    """How many verdicts took effect, by (stage, rule, action)."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for (_, stage, action), count in store.totals().items():
+        if stage != "rule":
+            counts[stage, "", action] += count
+    for record in store.records():
+        counts["rule", record.rule.name, record.rule.action.name.lower()] += record.hits
+    return dict(counts)
 
 
 def _handlers(store: PolicyStore) -> dict[str, Handler]:

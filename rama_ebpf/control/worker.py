@@ -1,6 +1,7 @@
 """What runs in each worker of ``rama-ebpf run``: the operator's application, with what the server adds to it.
 
-Every connection is counted for ``status`` and has one line in the access log. Where the policy is not in the kernel,
+Every connection is counted for ``status`` and, where that is wanted, in the metrics, and has a line in the access log.
+Where the policy is not in the kernel,
 each client is judged here, by asking the server process, which holds the policy and its counters for all workers.
 """
 
@@ -13,6 +14,7 @@ from typing import Any, cast
 from ..core.service import Service, stack
 from ..core.stream import Stream
 from ..layers.access_log import AccessLogLayer
+from ..layers.metrics import MetricsLayer
 from ..layers.policy import PolicyLayer
 from ..loader import AcceptCounter
 from ..policy.egress import EgressPolicy
@@ -36,7 +38,11 @@ def application(context: WorkerContext) -> Application:
         egress=EgressPolicy(tuple(map(parse_network, egress["allow"])), tuple(map(parse_network, egress["deny"]))),
     )
     inner = load_application(str(params["target"]), cast("str | None", params["directory"]), inner_context)
-    layers: list[object] = [AccessLogLayer()]
+    layers: list[object] = []
+    if params["metrics"]:
+        layers.append(MetricsLayer())
+    if params["access_log"]:
+        layers.append(AccessLogLayer())
     if params["judge"]:
         layers.append(PolicyLayer(context.policy))
     counters = {

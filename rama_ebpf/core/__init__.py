@@ -1,6 +1,6 @@
 """The framework: services, layers, streams, extensions and errors. Imports nothing else of this package."""
 
-from .address import Authority, IPAddress, SocketAddress
+from .address import Authority, Endpoint, IPAddress, SocketAddress
 from .auth import Authenticator, Credentials, User
 from .bucket import TokenBucket
 from .client import ClientAddress, HasExtensions, ListenerName, LocalAddress, client_address, local_address
@@ -32,6 +32,7 @@ __all__ = [
     "ClientAddress",
     "Credentials",
     "Drain",
+    "Endpoint",
     "Extensions",
     "HandshakeTimeout",
     "HasExtensions",

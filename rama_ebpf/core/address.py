@@ -6,7 +6,7 @@ import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-__all__ = ["Authority", "IPAddress", "SocketAddress", "unmap"]
+__all__ = ["Authority", "Endpoint", "IPAddress", "SocketAddress", "unmap"]
 
 IPAddress = IPv4Address | IPv6Address
 
@@ -72,3 +72,26 @@ class Authority:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if isinstance(self.host, IPv6Address) else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a server listens: an IP address and port, or the path of a Unix socket (``@name``: abstract)."""
+
+    address: SocketAddress | None
+    path: str = ""
+
+    @classmethod
+    def of(cls, text: str) -> Endpoint:
+        """Parse ``127.0.0.1:1080``, ``[::1]:1080`` or ``unix:/run/proxy.sock``. Raises ValueError with the forms."""
+        if text.startswith("unix:") and len(text) > 5:
+            return cls(None, text[5:])
+        host, colon, port = text.rpartition(":")
+        if colon and port.isascii() and port.isdigit() and int(port) <= 65535:
+            found = Authority.of(host, int(port))
+            if found.ip is not None and host.startswith("[") == (found.ip.version == 6):
+                return cls(SocketAddress(found.ip, found.port))
+        raise ValueError('write for example "127.0.0.1:1080", "[::1]:1080" or "unix:/run/proxy.sock"')
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.address is None else str(self.address)

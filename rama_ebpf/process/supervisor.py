@@ -75,7 +75,8 @@ class Supervisor:
     """Runs the workers of a plan until it is told to stop.
 
     ``handlers`` answer what workers ask over their channels, by topic. ``reload`` makes the plan for SIGHUP; if it
-    raises a RamaError, or the new workers do not come up, the old ones serve on. ``on_ready`` is called once when all
+    raises a RamaError, or the new workers do not come up, the old ones serve on. ``on_reloaded`` is told whether it
+    succeeded, when no worker accepts any more on what only the other plan has. ``on_ready`` is called once when all
     workers serve, ``on_exit`` with the identity of each worker that has ended, before its replacement, which has the
     same identity, starts.
     """
@@ -86,6 +87,7 @@ class Supervisor:
         *,
         handlers: dict[str, Handler] | None = None,
         reload: Callable[[], Plan] | None = None,
+        on_reloaded: Callable[[bool], None] = lambda succeeded: None,
         on_ready: Callable[[], None] = lambda: None,
         on_exit: Callable[[str], None] = lambda identity: None,
     ) -> None:
@@ -94,6 +96,7 @@ class Supervisor:
         self.reloads = 0
         self._handlers = handlers or {}
         self._reload_plan = reload
+        self._on_reloaded = on_reloaded
         self._on_ready = on_ready
         self._on_exit = on_exit
         self._workers: set[_Worker] = set()
@@ -152,23 +155,28 @@ class Supervisor:
         if self._reload_plan is None:
             raise RamaError("nothing to reload here")
         async with self._reloading:
-            plan = self._reload_plan()
-            old = {worker for worker in self._workers if not worker.stopping}
-            self._coming = plan
+            succeeded = False
             try:
-                await self._start_all(plan)
+                self._coming = self._reload_plan()
+                await self._take_over(self._coming)
+                succeeded = True
             finally:
                 self._coming = None
-            if self._stopping.is_set():
-                return
-            self.plan = plan
-            self.reloads += 1
-            self._spawn_task(self._stop_workers(old, plan.drain))
-            # Until the old ones have stopped to accept, a new connection may still get the old configuration.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_GRACE_SECONDS):
-                    for worker in old:
-                        await worker.draining.wait()
+                self._on_reloaded(succeeded)
+
+    async def _take_over(self, plan: Plan) -> None:
+        old = {worker for worker in self._workers if not worker.stopping}
+        await self._start_all(plan)
+        if self._stopping.is_set():
+            return
+        self.plan = plan
+        self.reloads += 1
+        self._spawn_task(self._stop_workers(old, plan.drain))
+        # Until the old ones have stopped to accept, a new connection may still get the old configuration.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE_SECONDS):
+                for worker in old:
+                    await worker.draining.wait()
 
     # -- starting ------------------------------------------------------------------------------------------------
 

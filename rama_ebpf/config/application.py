@@ -1,0 +1,37 @@
+"""The application of a configuration file, as workers load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from ..core.service import stack
+from ..layers.mapping import AddExtensionLayer
+from ..process import Application, WorkerContext
+from ..relay import RelayKind, RelayOptions
+from ..services.resolver import SystemResolver
+from .build import BuildEnvironment, build_stack
+from .load import config_of
+
+__all__ = ["application"]
+
+
+def application(context: WorkerContext) -> Application:
+    """Build the stacks of ``context.params["config"]``, an effective configuration."""
+    config = config_of(cast("Mapping[str, Any]", context.params["config"]))
+    resolver = SystemResolver(threads=config.resolver.threads, timeout=config.resolver.timeout)
+    environment = BuildEnvironment(
+        banner=context.policy,
+        resolver=resolver,
+        egress=context.egress,
+        directory=str(context.params["directory"]),
+        call=lambda factory: factory(context),
+    )
+    stacks = {name: build_stack(stack_config, environment) for name, stack_config in config.stacks.items()}
+    services = {
+        name: stack(
+            AddExtensionLayer(RelayOptions(RelayKind(listener.relay), listener.lossless)), stacks[listener.stack]
+        )
+        for name, listener in config.listeners.items()
+    }
+    return Application(services, close=resolver.close)
