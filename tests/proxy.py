@@ -34,6 +34,7 @@ class ProxyProcess:
         self.instance = instance
         self._args = args
         self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
         self.log: list[str] = []
 
     def start(self, timeout: float = 60.0) -> ProxyProcess:
@@ -48,7 +49,8 @@ class ProxyProcess:
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
-        threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
+        self._reader.start()
         wait_for(lambda: self.logged("ready after") or self._ended(), timeout=timeout, what="the proxy's readiness")
         return self
 
@@ -87,6 +89,8 @@ class ProxyProcess:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        if self._reader is not None:
+            self._reader.join(10)  # its workers hold the pipe for a moment longer
 
     def json(self, command: str, *args: str, check: bool = True) -> Any:
         """Run a command on this instance and return its JSON."""

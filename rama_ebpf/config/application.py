@@ -21,7 +21,7 @@ def application(context: WorkerContext) -> Application:
     config = config_of(cast("Mapping[str, Any]", context.params["config"]))
     resolver = SystemResolver(threads=config.resolver.threads, timeout=config.resolver.timeout)
     environment = BuildEnvironment(
-        banner=context.policy,
+        strikes=context.policy,
         resolver=resolver,
         egress=context.egress,
         directory=str(context.params["directory"]),

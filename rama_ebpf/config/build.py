@@ -12,7 +12,7 @@ from ..core.address import IPAddress
 from ..core.errors import RamaError
 from ..core.service import Service, stack
 from ..core.stream import Stream
-from ..layers.strikes import Banner
+from ..layers.strikes import StrikeKeeper, StrikeLimit
 from ..services.connect import Egress, Resolver
 from ..services.resolver import SystemResolver
 from .model import Config, StackConfig
@@ -24,7 +24,7 @@ __all__ = ["BuildEnvironment", "build_stack", "check_stack"]
 class BuildEnvironment:
     """What the parts of stacks share. ``directory`` is where modules are looked for first."""
 
-    banner: Banner
+    strikes: StrikeKeeper
     resolver: Resolver
     egress: Egress
     directory: str
@@ -51,8 +51,8 @@ def build_stack(config: StackConfig, environment: BuildEnvironment) -> Service[S
     return stack(*(layer.make(environment) for layer in config.layers), service)
 
 
-class _NoBanner:
-    async def ban(self, ip: IPAddress, /, *, ttl: float, reason: str) -> None:
+class _NoStrikes:
+    async def strike(self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
         raise AssertionError("a stack that is only checked serves nobody")
 
 
@@ -69,7 +69,7 @@ def check_stack(config: Config, stack_config: StackConfig, directory: str) -> No
 
         return stand_in
 
-    environment = BuildEnvironment(_NoBanner(), resolver, config.egress.policy(), directory, only_look)
+    environment = BuildEnvironment(_NoStrikes(), resolver, config.egress.policy(), directory, only_look)
     try:
         build_stack(stack_config, environment)
     finally:

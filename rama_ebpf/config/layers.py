@@ -14,7 +14,7 @@ from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.hijack import FilterLayer
 from ..layers.rate import RateLimitLayer
 from ..layers.source import Key, by_source
-from ..layers.strikes import Banner, StrikeLayer
+from ..layers.strikes import StrikeKeeper, StrikeLayer
 from ..layers.throttle import Bandwidth, ThrottleLayer
 from ..layers.timeout import TimeoutLayer
 from ..layers.trace import TraceLayer
@@ -48,7 +48,7 @@ class Environment(Protocol):
     """What layers and services of a configuration find where they run."""
 
     @property
-    def banner(self) -> Banner: ...
+    def strikes(self) -> StrikeKeeper: ...
 
     def load(self, target: str) -> Any:
         """Import ``module:attribute``."""
@@ -129,7 +129,7 @@ class StrikesSettings:
     ban: float = setting(DURATION, "how long the ban lasts", default=3600.0)
 
     def make(self, environment: Environment) -> Layer:
-        return StrikeLayer(environment.banner, strikes=self.strikes, window=self.window, ban=self.ban)
+        return StrikeLayer(environment.strikes, strikes=self.strikes, window=self.window, ban=self.ban)
 
 
 @dataclass(frozen=True)

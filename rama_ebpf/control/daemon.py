@@ -27,6 +27,7 @@ from ..kernel import abi
 from ..kernel.compile import CompileError
 from ..kernel.gate_maps import MapSizes
 from ..kernel.instance import Instance, ServerLock
+from ..layers.strikes import StrikeBook, StrikeLimit
 from ..metrics.directory import MetricsDirectory
 from ..metrics.exposition import MetricsServer, supervisor_collector, verdict_collector
 from ..policy.egress import EgressPolicy
@@ -170,6 +171,7 @@ class _Daemon:
             reload=self._reloaded_plan,
             on_reloaded=self._after_reload,
             on_ready=self._ready,
+            on_stopping=self._listeners.close,
             on_exit=lambda identity: None if self._metrics is None else self._metrics.worker_exited(identity),
         )
 
@@ -301,7 +303,15 @@ def _handlers(store: PolicyStore) -> dict[str, Handler]:
         log.warning("banned %s for %g s: %s", done.address, ttl, done.reason)
         return {}
 
-    return {"verdict": verdict, "ban": ban}
+    book = StrikeBook()
+
+    def strike(body: Json) -> Json:
+        limit = StrikeLimit(int(str(body["strikes"])), float(str(body["window"])), float(str(body["ban"])))
+        if book.add(ip_address(str(body["source"])), limit, time.monotonic()):
+            ban({**body, "ttl": limit.ban, "reason": f"{limit.strikes} strikes, the last: {body['reason']}"})
+        return {}
+
+    return {"verdict": verdict, "ban": ban, "strike": strike}
 
 
 async def _sweep(store: PolicyStore) -> None:

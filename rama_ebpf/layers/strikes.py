@@ -7,6 +7,7 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..core.address import IPAddress
@@ -16,19 +17,90 @@ from ..core.extensions import Extensions
 from ..core.service import Service
 from .source import source_prefix
 
-__all__ = ["Banner", "StrikeLayer", "strike"]
+__all__ = ["Banner", "LocalStrikes", "StrikeBook", "StrikeKeeper", "StrikeLayer", "StrikeLimit", "strike"]
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class StrikeLimit:
+    """A source is banned for ``ban`` seconds at its ``strikes``-th strike within ``window`` seconds."""
+
+    strikes: int = 5
+    window: float = 60.0
+    ban: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.strikes <= 10_000:
+            raise ValueError(f"strikes must be 1-10000, not {self.strikes}")
+        if not self.window > 0 or not self.ban > 0:
+            raise ValueError(f"window and ban must be above 0 seconds, not {self.window} and {self.ban}")
+
+
+class StrikeBook:
+    """Counts strikes by source: IPv4 by address, IPv6 by /64. Knows no clock and bans nobody.
+
+    At most ``max_sources`` are remembered, the one quiet for longest is forgotten first.
+    """
+
+    def __init__(self, max_sources: int = 65536) -> None:
+        self._max_sources = max_sources
+        self._struck: OrderedDict[Hashable, deque[float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._struck)
+
+    def add(self, ip: IPAddress, limit: StrikeLimit, now: float) -> bool:
+        """Write down a strike at ``now`` (monotonic seconds); return whether it is enough for a ban."""
+        source = (source_prefix(ip), limit)
+        times = self._struck.get(source)
+        if times is None:
+            if len(self._struck) >= self._max_sources:
+                self._struck.popitem(last=False)
+            times = self._struck[source] = deque(maxlen=limit.strikes)
+        else:
+            self._struck.move_to_end(source)
+        times.append(now)
+        while times[0] <= now - limit.window:
+            times.popleft()
+        return len(times) >= limit.strikes
+
+
+class StrikeKeeper(Protocol):
+    """Who counts strikes and bans; in a worker of ``rama-ebpf run`` that is ``context.policy``, which counts for all
+    workers together."""
+
+    async def strike(self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
+        """Count a strike of ``ip``; if it is the last one allowed, ban it before this returns.
+
+        Raises OSError or :class:`RamaError` if that fails.
+        """
+
+
 class Banner(Protocol):
-    """Who can keep an address out; in a worker of ``rama-ebpf run`` that is ``context.policy``."""
+    """Who can keep an address out."""
 
     async def ban(self, ip: IPAddress, /, *, ttl: float, reason: str) -> None:
         """Refuse connections of ``ip`` for ``ttl`` seconds, from the moment this returns.
 
         Raises OSError or :class:`RamaError` if that fails.
         """
+
+
+class LocalStrikes:
+    """A :class:`StrikeKeeper` that counts in this process and bans through ``banner``."""
+
+    def __init__(
+        self, banner: Banner, *, max_sources: int = 65536, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.book = StrikeBook(max_sources)
+        self._banner = banner
+        self._clock = clock
+
+    async def strike(self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
+        """See :class:`StrikeKeeper`."""
+        if self.book.add(ip, limit, self._clock()):
+            await self._banner.ban(ip, ttl=limit.ban, reason=f"{limit.strikes} strikes, the last: {reason}")
 
 
 class _Offender:
@@ -46,38 +118,26 @@ def strike(extensions: Extensions, reason: str) -> None:
 
 
 class StrikeLayer:
-    """Bans a source for ``ban`` seconds at its ``strikes``-th strike within ``window`` seconds.
+    """Counts a strike against the client for each error of one of the types ``on`` that passes, and has it banned as
+    :class:`StrikeLimit` says. What a strike was for is the error's ``kind``.
 
-    An error of one of the types ``on`` that passes is a strike; what it is counted as is the error's ``kind``. IPv6
-    sources are counted by /64, banned is the address that struck last. At most ``max_sources`` are remembered, the
-    one quiet for longest is forgotten first. A ban that fails is logged as an error and tried again at the next
-    strike; the connection ends as it would have.
+    A ban is in force before the connection ends. One that fails is logged as an error, and the next strike tries it
+    again; the connection ends as it would have.
     """
 
     def __init__(
         self,
-        banner: Banner,
+        keeper: StrikeKeeper,
         *,
         strikes: int = 5,
         window: float = 60.0,
         ban: float = 3600.0,
         on: tuple[type[Exception], ...] = (ProtocolError, AuthFailed, HandshakeTimeout),
-        max_sources: int = 65536,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if strikes < 1:
-            raise ValueError(f"strikes must be at least 1, not {strikes}")
-        if not window > 0 or not ban > 0:
-            raise ValueError(f"window and ban must be above 0 seconds, not {window} and {ban}")
-        self._banner = banner
-        self._strikes = strikes
-        self._window = window
-        self._ban = ban
+        self._keeper = keeper
+        self._limit = StrikeLimit(strikes, window, ban)
         self._on = on
-        self._max_sources = max_sources
-        self._clock = clock
-        self._struck: OrderedDict[Hashable, deque[float]] = OrderedDict()
-        self._bans: set[asyncio.Task[None]] = set()
+        self._reports: set[asyncio.Task[None]] = set()
 
     def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
         async def serve(input: HasExtensions) -> Any:
@@ -85,44 +145,24 @@ class StrikeLayer:
             try:
                 return await inner(input)
             except self._on as error:
-                ban = self._strike(input, error.kind if isinstance(error, RamaError) else type(error).__name__)
-                if ban is not None:
-                    await asyncio.shield(ban)  # in force before the connection ends; a cut does not stop it
+                report = self._strike(input, error.kind if isinstance(error, RamaError) else type(error).__name__)
+                if report is not None:
+                    await asyncio.shield(report)  # a cut of this connection does not stop it
                 raise
 
         return serve
 
     def _strike(self, input: HasExtensions, reason: str) -> asyncio.Task[None] | None:
-        """Count a strike; return the ban that it leads to."""
         address = client_address(input)
         if address is None:
             return None  # a client of a Unix socket has no address that could be banned
-        now = self._clock()
-        times = self._times(source_prefix(address.ip))
-        times.append(now)
-        while times[0] <= now - self._window:
-            times.popleft()
-        if len(times) < self._strikes:
-            return None
-        ban = asyncio.create_task(self._ban_source(address.ip, f"{len(times)} strikes, the last: {reason}"))
-        self._bans.add(ban)
-        ban.add_done_callback(self._bans.discard)
-        return ban
+        report = asyncio.create_task(self._report(address.ip, reason))
+        self._reports.add(report)
+        report.add_done_callback(self._reports.discard)
+        return report
 
-    async def _ban_source(self, ip: IPAddress, reason: str) -> None:
+    async def _report(self, ip: IPAddress, reason: str) -> None:
         try:
-            await self._banner.ban(ip, ttl=self._ban, reason=reason)
+            await self._keeper.strike(ip, self._limit, reason=reason)
         except (OSError, RamaError) as error:
-            log.error("cannot ban %s: %s", ip, error)
-        else:
-            log.info("banned %s for %g s: %s", ip, self._ban, reason)
-
-    def _times(self, source: Hashable) -> deque[float]:
-        times = self._struck.get(source)
-        if times is None:
-            if len(self._struck) >= self._max_sources:
-                self._struck.popitem(last=False)
-            times = self._struck[source] = deque(maxlen=self._strikes)
-        else:
-            self._struck.move_to_end(source)
-        return times
+            log.error("a strike of %s (%s) did not count: %s", ip, reason, error)

@@ -48,7 +48,8 @@ class Channel:
     """One end. Each message has a ``topic``; ``on(topic, handler)`` says what to do with it.
 
     A handler runs in the event loop; what it returns is the answer to a request, and a :class:`RamaError` or OSError
-    that it raises fails the request on the other side with its text. ``run`` ends when the other side closes.
+    that it raises (or what says that the body makes no sense to it) fails the request on the other side with its text.
+    ``run`` ends when the other side closes, or sends what is no message.
     """
 
     def __init__(self) -> None:
@@ -87,8 +88,9 @@ class Channel:
         try:
             while line := await self._reader.readline():
                 self._handle(json.loads(line))
-        except ConnectionError as error:
-            log.debug("channel: %s", error)
+        except (ConnectionError, ValueError, LookupError, TypeError) as error:
+            # Nothing sensible can follow what makes no sense; whoever runs us ends the other side.
+            log.error("channel: %s: %s", type(error).__name__, error)
         finally:
             self._lost()
 
@@ -119,7 +121,8 @@ class Channel:
             if handler is None:
                 raise RequestFailed(f"nobody handles {topic!r} here")
             reply["answer"] = handler(cast("Json", message["body"])) or {}
-        except (RamaError, OSError) as error:
+        except (RamaError, OSError, ValueError, LookupError, TypeError) as error:
+            # Also what a handler could not make sense of: the other side may have been taken over by its peers.
             reply["error"] = str(error)
             if message.get("id") is None:
                 log.error("%s: %s", topic, error)

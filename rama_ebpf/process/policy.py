@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..core.address import IPAddress
+from ..layers.strikes import StrikeLimit
 from ..policy.rule import Action, Stage, Verdict
 from .channel import Channel
 
@@ -33,3 +36,9 @@ class ServerPolicy:
         Raises :class:`~.channel.RequestFailed` with the policy's own words, or PeerClosed.
         """
         await self._channel.request("ban", {"source": str(source), "ttl": ttl, "reason": reason})
+
+    async def strike(self, source: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
+        """Count a strike against an address, over all workers; the ban that it may lead to is in force when this
+        returns. Raises like :meth:`ban`."""
+        body = {"source": str(source), "reason": reason}
+        await self._channel.request("strike", body | dataclasses.asdict(limit))

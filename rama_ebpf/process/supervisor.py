@@ -25,6 +25,8 @@ log = logging.getLogger("rama_ebpf.supervisor")
 
 _GRACE_SECONDS: Final = 5.0
 """How long a worker has to end after its drain's deadline, or a cut, before it is killed."""
+_LEAVE_SECONDS: Final = 1.0
+"""How long a worker may be without its channel: it closes it last of all."""
 _WATCH_SECONDS: Final = 1.0
 _FIRST_BACK_OFF: Final = 0.1
 _LAST_BACK_OFF: Final = 10.0
@@ -78,7 +80,7 @@ class Supervisor:
     raises a RamaError, or the new workers do not come up, the old ones serve on. ``on_reloaded`` is told whether it
     succeeded, when no worker accepts any more on what only the other plan has. ``on_ready`` is called once when all
     workers serve, ``on_exit`` with the identity of each worker that has ended, before its replacement, which has the
-    same identity, starts.
+    same identity, starts. ``on_stopping`` is called when the drain begins: close the listening sockets there.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Supervisor:
         on_reloaded: Callable[[bool], None] = lambda succeeded: None,
         on_ready: Callable[[], None] = lambda: None,
         on_exit: Callable[[str], None] = lambda identity: None,
+        on_stopping: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan = plan
         self.restarts = 0
@@ -99,6 +102,7 @@ class Supervisor:
         self._on_reloaded = on_reloaded
         self._on_ready = on_ready
         self._on_exit = on_exit
+        self._on_stopping = on_stopping
         self._workers: set[_Worker] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
@@ -136,6 +140,7 @@ class Supervisor:
             if not self._stopping.is_set():
                 self._on_ready()
             await self._stopping.wait()
+            self._on_stopping()
             log.info("stopping: connections have %g s to end (a second signal cuts them)", self.plan.drain)
             await self._stop_workers(set(self._workers), self.plan.drain)
         finally:
@@ -259,9 +264,8 @@ class Supervisor:
         channel.on("alive", lambda body: setattr(worker, "heard", time.monotonic()))
         with _exit_watch(worker):
             await channel.open(sock)
-            listening = asyncio.create_task(channel.run())
-            await worker.ended
-            await listening  # the last words
+            await channel.run()  # until it ends, its last words included
+            await self._ending(worker)
             await channel.close()
         self._workers.discard(worker)
         worker.draining.set()
@@ -270,6 +274,15 @@ class Supervisor:
         self._on_exit(worker.identity)
         if not worker.stopping and not self._stopping.is_set() and (worker.served or not worker.first):
             await self._replace(worker, code)
+
+    async def _ending(self, worker: _Worker) -> None:
+        """Wait for the end of a worker that does not speak to us any more."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(worker.ended), _LEAVE_SECONDS)
+            return
+        log.error("worker %d (pid %d) has left its channel: killed", worker.number, worker.pid)
+        worker.signal(signal.SIGKILL)
+        await worker.ended
 
     def _ready(self, worker: _Worker) -> None:
         worker.started = time.monotonic()

@@ -124,7 +124,10 @@ class _Worker:
         self._channel.notify("ready")
         await self._stop.wait()
         for server in self._servers:
+            # Closed, not only left alone: or else clients would still be let into a queue that nobody serves. What is
+            # in it already stays with the supervisor, for those who come after us.
             server.stop_accepting()
+            server.listener.close()
         self._channel.notify("draining")
         started = time.monotonic()
         cut = sum(await asyncio.gather(*(server.drain(self._drain_seconds) for server in self._servers)))

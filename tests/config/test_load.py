@@ -141,7 +141,7 @@ def test_every_mistake_is_told_with_its_line_and_what_is_allowed(write: Write) -
         r"5: server\.metrics: \"0\.0\.0\.0:9464\": .*loopback only.*127\.0\.0\.1:9464",
         r"6: server\.drain: \"10 parsecs\": write a time such as .*\"1h30m\"",
         r"7: listeners\.socks\.address: this setting is needed \(address and port\)",
-        r"8: listeners\.socks\.adress: .*did you mean \"address\"\?; there are address, stack",
+        r"8: listeners\.socks\.adress: .*did you mean \"address\"\?; there are address, .*stack",
         r"11: listeners\.web\.address: \"::1:80\": write for example .*\[::1\]:1080",
         r"14: stacks\.office\.service: there is no service \"sock5\": did you mean \"socks5\"\?; there are .*mixed",
         r"15: stacks\.office\.layers\[0\]: there is no layer \"tmeout\": did you mean \"timeout\"\?; there are ",

@@ -9,8 +9,9 @@ import signal
 import time
 from pathlib import Path
 
-from rama_ebpf.core import Lifecycle, ProtocolError, Service, Stage, Stream, stack
+from rama_ebpf.core import Lifecycle, PolicyDenied, ProtocolError, Service, Stage, Stream, stack
 from rama_ebpf.layers.metrics import MetricsLayer
+from rama_ebpf.layers.strikes import StrikeLayer
 from rama_ebpf.process import Application, WorkerContext
 
 
@@ -21,8 +22,8 @@ async def echo(stream: Stream) -> None:
 
 
 def talk(context: WorkerContext) -> Service[Stream, None]:
-    """Answer lines: ``who`` (worker and pid), ``params``, ``secret``, ``ask …`` (of the supervisor), ``hang``, else
-    echo."""
+    """Answer lines: ``who`` (worker and pid), ``params``, ``secret``, ``ask …`` (of the supervisor), ``garble …`` (the
+    channel), ``hang``, else echo."""
 
     async def serve(stream: Stream) -> None:
         while line := await stream.read():
@@ -38,6 +39,9 @@ def talk(context: WorkerContext) -> Service[Stream, None]:
                     answer = await context.channel.request(rest, {"from": context.worker})
                 except Exception as error:  # noqa: BLE001  # the test wants to see whatever it is
                     answer = {"error": str(error)}
+            elif word == "garble":
+                context.channel._writer.write(rest.encode() + b"\n")  # type: ignore[union-attr]
+                answer = "done"
             elif word == "hang":
                 time.sleep(1000)  # noqa: ASYNC251  # a service that blocks its event loop is what is tested
             elif word == "resolve":
@@ -93,3 +97,30 @@ def broken_from_the_second_start_on(context: WorkerContext) -> Service[Stream, N
 
 
 not_a_service = 42
+
+
+class Refuse:
+    """A layer of one's own: refuses whoever begins with ``refuse``."""
+
+    accepts = Stream
+
+    def __call__(self, inner: Service[Stream, object]) -> Service[Stream, object]:
+        async def serve(stream: Stream) -> object:
+            await stream.fill()
+            if stream.buffered.startswith(b"refuse"):
+                raise PolicyDenied("you asked for it", rule="refuse")
+            return await inner(stream)
+
+        return serve
+
+
+def strict(context: WorkerContext) -> Service[Stream, object]:
+    """Two strikes for ``nonsense``, and the source is out."""
+
+    async def serve(stream: Stream) -> None:
+        word = await stream.read()
+        if word == b"nonsense":
+            raise ProtocolError("nonsense")
+        await stream.write(word)
+
+    return stack(StrikeLayer(context.policy, strikes=2), serve)

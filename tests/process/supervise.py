@@ -60,6 +60,7 @@ def main() -> int:
         reload=plan,
         on_ready=lambda: print("ready", json.dumps(ports), flush=True),
         on_exit=directory.worker_exited,
+        on_stopping=lambda: [sock.close() for listener in listeners for sock in listener.sockets] and None,
     )
 
     async def serve() -> None:

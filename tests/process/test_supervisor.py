@@ -14,7 +14,7 @@ from rama_ebpf.process import Listener, Plan
 from rama_ebpf.process.plan import PlanError, UserIds
 from rama_ebpf.services.tcp import bind_tcp
 
-from .conftest import Start, gone, status
+from .conftest import Start, Supervised, gone, status
 
 
 def _descriptors(pid: int) -> list[str]:
@@ -123,12 +123,23 @@ async def test_workers_that_keep_dying_are_started_ever_more_slowly(supervise: S
     assert (await other.ask("who"))["worker"] == 1
 
 
+async def refused(server: Supervised) -> None:
+    """Wait until new connections are refused."""
+    for _ in range(600):
+        try:
+            await (await server.open()).close()
+        except ConnectionRefusedError:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("new connections are still taken")
+
+
 async def test_a_drain_waits_for_live_connections_and_takes_no_new_ones(supervise: Start) -> None:
     server = await supervise(drain=60)
     live = await server.open()
     await live.ask("who")
     server.signal(signal.SIGTERM)
-    await server.logged("worker")
+    await refused(server)
     assert await live.ask("still here?") == "still here?\n"
     await live.close()
     assert await server.wait() == 0
@@ -235,6 +246,22 @@ async def test_workers_ask_the_supervisor(supervise: Start) -> None:
     assert (await client.ask("ask sum"))["worker"] == 0
     assert await client.ask("ask refuse") == {"error": "worker 0 may not"}
     assert await client.ask("ask nonsense") == {"error": "nobody handles 'nonsense' here"}
+
+
+@pytest.mark.parametrize("garbage", ["{", "null", '{"id": 5, "answer": {}, "error": 0}'])
+async def test_a_worker_that_garbles_its_channel_is_replaced_and_harms_nobody(supervise: Start, garbage: str) -> None:
+    server = await supervise(workers=2, watchdog=30)
+    other = await server.open_to(1)
+    bad = await server.open_to(0)
+    before = await server.pids()
+    await bad.ask(f"garble {garbage}")
+    if garbage.startswith('{"'):  # it reads as a message: an unknown one
+        assert await server.pids() == before
+    else:
+        await server.logged("has left its channel")
+        await bad.ended()
+        assert (await (await server.open_to(0)).ask("who"))["pid"] != before[0]
+    assert (await other.ask("who"))["pid"] == before[1]
 
 
 def test_bad_plans_are_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from rama_ebpf.core import stack
 from rama_ebpf.layers.policy import PolicyLayer
-from rama_ebpf.layers.strikes import StrikeLayer
+from rama_ebpf.layers.strikes import LocalStrikes, StrikeLayer
 from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.services.socks5 import Socks5Server
 
@@ -43,7 +43,7 @@ class Policy:
 def guarded(store):
     policy = Policy(store)
     return lambda connector: stack(
-        PolicyLayer(policy), StrikeLayer(policy, strikes=3), Socks5Server(connector, auth=only_tom)
+        PolicyLayer(policy), StrikeLayer(LocalStrikes(policy), strikes=3), Socks5Server(connector, auth=only_tom)
     )
 
 

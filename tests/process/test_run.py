@@ -1,0 +1,194 @@
+"""``rama-ebpf run`` as operators start it: a configuration file, an application of one's own, reload."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from ..conftest import StartProxy
+from ..lab import Host, Lab, wait_for
+from ..proxy import rama_ebpf
+
+CONFIG = """
+[server]
+workers = 2
+drain = "60s"
+metrics = "127.0.0.1:9464"
+
+[listeners.{name}]
+address = "{address}"
+stack = "talk"
+
+[listeners.local]
+address = "unix:{directory}/proxy.sock"
+stack = "talk"
+mode = "666"
+
+[stacks.talk]
+service = {{ custom = {{ target = "{service}" }} }}
+layers = [{{ timeout = {{ handshake = "off" }} }}, {{ custom = {{ target = "tests.process.applications:Refuse" }} }}]
+
+[[policy.rules]]
+name = "{rule}"
+sources = ["127.0.9.0/24"]
+action = "drop"
+"""
+
+
+class ConfigFile:
+    """A configuration that a test changes bit by bit."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "rama.toml"
+        self.values = {
+            "name": "talk",
+            "address": "127.0.0.1:1080",
+            "directory": str(directory),
+            "service": "tests.process.applications:talk",
+            "rule": "first",
+        }
+        self.write()
+
+    def write(self, **changes: str) -> None:
+        self.values |= changes
+        self.path.write_text(CONFIG.format(**self.values))
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ConfigFile:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    return ConfigFile(tmp_path)
+
+
+@pytest.fixture
+def host(lab: Lab) -> Host:
+    return lab.host("proxy")
+
+
+def ask(sock: socket.socket, line: str) -> object:
+    sock.sendall(line.encode() + b"\n")
+    return json.loads(sock.makefile().readline())
+
+
+def test_a_configuration_file_is_served_judged_and_measured(
+    host: Host, start_proxy: StartProxy, config: ConfigFile
+) -> None:
+    proxy = start_proxy(host, "--config", str(config.path))
+    with host.connect("127.0.0.1", 1080) as client:
+        assert isinstance(ask(client, "who"), dict)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        client.connect(str(config.path.parent / "proxy.sock"))
+        assert isinstance(ask(client, "who"), dict)
+    with pytest.raises(TimeoutError):
+        host.connect("127.0.0.1", 1080, source="127.0.9.1", timeout=0.5)
+    with host.connect("127.0.0.1", 1080) as client:  # the layer of our own: see Refuse
+        client.sendall(b"refuse me")
+        with pytest.raises(ConnectionResetError):
+            client.recv(100)
+
+    def scrape() -> str:
+        with urllib.request.urlopen("http://127.0.0.1:9464/metrics", timeout=10) as response:
+            return str(response.read().decode())
+
+    def counted() -> str | None:
+        text = host.call(scrape)
+        return text if 'rama_errors_total{kind="policy_denied",listener="talk"} 1.0' in text else None
+
+    text = wait_for(counted, what="the refusal's count")
+    assert 'rama_accepted_connections_total{listener="talk"} 2.0' in text
+    assert 'rama_accepted_connections_total{listener="local"} 1.0' in text
+    dropped = [line for line in text.splitlines() if 'rule="first"' in line]
+    assert dropped
+    assert not dropped[0].endswith(" 0.0")
+    assert "127." not in text  # no label holds an address
+    proxy.signal(signal.SIGTERM)
+    assert proxy.wait() == 0
+    assert not (config.path.parent / "proxy.sock").exists()
+
+
+def test_reload_changes_addresses_rules_and_services_and_keeps_live_connections(
+    host: Host, start_proxy: StartProxy, config: ConfigFile
+) -> None:
+    proxy = start_proxy(host, "--config", str(config.path))
+    old = host.connect("127.0.0.1", 1080)
+    assert ask(old, "hello") == "hello\n"
+    config.write(address="127.0.0.1:1081", rule="second", name="renamed")
+    proxy.signal(signal.SIGHUP)
+    wait_for(lambda: proxy.logged("reloaded"), timeout=60, what="the reload")
+    with host.connect("127.0.0.1", 1081) as new:
+        assert ask(new, "hello") == "hello\n"
+    with pytest.raises(ConnectionRefusedError):
+        host.connect("127.0.0.1", 1080)
+    assert ask(old, "still here") == "still here\n"
+    assert [rule["name"] for rule in proxy.json("list")["rules"]] == ["second"]
+    assert {row["name"] for row in proxy.json("status")["listeners"]} == {"renamed", "local"}
+    with pytest.raises(TimeoutError):
+        host.connect("127.0.0.1", 1081, source="127.0.9.1", timeout=0.5)
+    old.close()
+    wait_for(lambda: len(proxy.workers()) == 2, timeout=60, what="the end of the old workers")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"service": "tests.process.applications:broken"}, "no such setting"),
+        ({"rule": "not a name"}, r"rama\.toml:\d+: policy\.rules\[0\]: rule name 'not a name'"),
+        ({"address": "198.18.255.1:1080"}, "cannot listen on 198.18.255.1"),
+    ],
+)
+def test_a_reload_that_fails_leaves_everything_as_it_was(
+    host: Host, start_proxy: StartProxy, config: ConfigFile, changes: dict[str, str], message: str
+) -> None:
+    proxy = start_proxy(host, "--config", str(config.path))
+    before, workers = proxy.json("status"), proxy.workers()
+    config.write(**changes)
+    proxy.signal(signal.SIGHUP)
+    wait_for(lambda: proxy.logged("the old configuration stays"), timeout=60, what="the refusal")
+    assert proxy.logged(message), "\n".join(proxy.log)
+    wait_for(lambda: proxy.workers() == workers, timeout=60, what="the end of the new workers")
+    assert proxy.json("status")["listeners"] == before["listeners"]
+    assert [rule["name"] for rule in proxy.json("list")["rules"]] == ["first"]
+    with host.connect("127.0.0.1", 1080) as client:
+        assert ask(client, "hello") == "hello\n"
+
+
+def test_an_application_of_ones_own_bans_in_the_kernel(
+    host: Host, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    proxy = start_proxy(host, "--listen", "127.0.0.1:1080", "tests.process.applications:strict")
+    for _ in range(2):
+        with host.connect("127.0.0.1", 1080, source="127.0.7.7") as client:
+            client.sendall(b"nonsense")
+            with pytest.raises(ConnectionResetError):
+                client.recv(100)
+    with pytest.raises(TimeoutError):
+        host.connect("127.0.0.1", 1080, source="127.0.7.7", timeout=0.5)
+    (ban,) = proxy.json("list")["bans"]
+    assert (ban["address"], ban["reason"]) == ("127.0.7.7", "2 strikes, the last: protocol")
+    with host.connect("127.0.0.1", 1080, source="127.0.7.8") as client:
+        client.sendall(b"hello")
+        assert client.recv(100) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config", "{file}", "--listen", "127.0.0.1:1"), "--config and listen: put that into"),
+        (("--config", "{file}", "app:main"), "--config and app: put that into"),
+        (("--config", "nowhere.toml"), "nowhere.toml:1: cannot be read: No such file"),
+        (("--metrics", "0.0.0.0:1"), "loopback only"),
+        (("--listen", "here"), "--listen 'here': write for example"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(config: ConfigFile, arguments: tuple[str, ...], message: str) -> None:
+    done = rama_ebpf("run", *(argument.format(file=config.path) for argument in arguments), check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
