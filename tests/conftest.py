@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -47,8 +48,8 @@ def start_proxy(instance: str) -> Iterator[StartProxy]:
     """Start ``rama-ebpf run`` with arguments in a lab host; it is ended after the test."""
     started: list[ProxyProcess] = []
 
-    def start(host: Host, *args: str) -> ProxyProcess:
-        proxy = ProxyProcess(host, instance, *args).start()
+    def start(host: Host, *args: str, cwd: Path | None = None) -> ProxyProcess:
+        proxy = ProxyProcess(host, instance, *args, cwd=cwd).start()
         started.append(proxy)
         return proxy
 

@@ -29,10 +29,11 @@ class ProxyProcess:
 
     COMMAND = str(Path(sys.executable).with_name("rama-ebpf"))
 
-    def __init__(self, host: Host, instance: str, *args: str) -> None:
+    def __init__(self, host: Host, instance: str, *args: str, cwd: Path | None = None) -> None:
         self.host = host
         self.instance = instance
         self._args = args
+        self._cwd = cwd
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self.log: list[str] = []
@@ -48,6 +49,7 @@ class ProxyProcess:
             *self._args,
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            cwd=self._cwd,
         )
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()

@@ -14,9 +14,10 @@ from ..core.stream import Stream
 from ..layers.auth import PasswordFile
 from ..layers.breaker import CircuitBreakerLayer
 from ..layers.retry import RetryLayer
-from ..relay import relay
 from ..services.connect import ConnectError, Connector, Egress, Resolver
+from ..services.forward import Forward
 from ..services.http import HttpProxy
+from ..services.http.layers import ProxyAuthLayer
 from ..services.proxy import mixed_proxy
 from ..services.socket_options import SocketOptions
 from ..services.socks5 import Socks5Server
@@ -136,12 +137,15 @@ class Socks5Settings:
 class HttpSettings:
     """A forward proxy for HTTP, and CONNECT."""
 
+    users: str | None = setting(file_path(), "password file: name:hash lines (rama-ebpf passwd)", default=None)
     connect_ports: tuple[int, ...] = setting(
         ListOf(integer(1, 65535)), "ports that CONNECT may name (all by default)", default=()
     )
 
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
-        return HttpProxy(connector, connect_ports=self.connect_ports or None)
+        authenticate = _authenticator(self.users)
+        layers = [] if authenticate is None else [ProxyAuthLayer(authenticate)]
+        return HttpProxy(connector, layers=layers, connect_ports=self.connect_ports or None)
 
 
 @dataclass(frozen=True)
@@ -161,11 +165,7 @@ class ForwardSettings:
     to: Authority = setting(AUTHORITY, "the target; egress policy judges it as any other")
 
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
-        async def forward(stream: Stream) -> Any:
-            stream.extensions.add(self.to)
-            return await relay(stream, await connector(self.to))
-
-        return forward
+        return Forward(connector, self.to)
 
 
 @dataclass(frozen=True)

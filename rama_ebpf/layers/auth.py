@@ -174,6 +174,7 @@ class PasswordFile:
         self._key = secrets.token_bytes(32)
         self._good: OrderedDict[bytes, float] = OrderedDict()
         self._nobody = _parse_hash(_NOBODY)
+        self._complaint = ""
         self._stamp = self._stat()
         self._users = self._read()
 
@@ -224,8 +225,11 @@ class PasswordFile:
             self._stamp = stamp
             self._users = self._read()
         except PasswordFileError as error:
-            log.error("password file not reloaded, the last good one stays: %s", error)
+            if str(error) != self._complaint:  # once, not for every client
+                self._complaint = str(error)
+                log.error("password file not reloaded, the last good one stays: %s", error)
         else:
+            self._complaint = ""
             self._good.clear()
             log.info("password file %s reloaded: %d users", self._path, len(self._users))
 

@@ -9,13 +9,13 @@ from rama_ebpf.core import Authority, LimitExceeded, Stream, User, stack
 from rama_ebpf.layers.access_log import AccessLogLayer, AccessRecord
 
 from .conftest import Serve, echo
-from .tunnel import TunnelTo
+from .tunnel import tunnel_to
 
 
 async def test_a_tunnels_line_says_who_where_why_how_much_and_how_long(
     serve: Serve, echo_target: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tunnel = TunnelTo(echo_target)
+    tunnel = tunnel_to(echo_target)
 
     async def as_tom(stream: Stream) -> object:
         stream.extensions.add(User("tom"))
@@ -62,7 +62,7 @@ async def test_a_bug_in_a_service_is_named(serve: Serve, caplog: pytest.LogCaptu
 
 async def test_a_drain_that_cuts_says_so(serve: Serve, echo_target: int) -> None:
     records: list[AccessRecord] = []
-    server = await serve(stack(AccessLogLayer(records.append), TunnelTo(echo_target)))
+    server = await serve(stack(AccessLogLayer(records.append), tunnel_to(echo_target)))
     client = await server.open()
     assert await client.ask(b"live") == b"live"
     draining = asyncio.create_task(server.server.drain(0.3))

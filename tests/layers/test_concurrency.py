@@ -10,7 +10,7 @@ from rama_ebpf.layers.source import by_source
 from rama_ebpf.relay import CloseReason
 
 from .conftest import Serve, echo
-from .tunnel import TunnelTo
+from .tunnel import tunnel_to
 
 
 async def test_what_is_above_the_limit_is_refused_at_once(serve: Serve) -> None:
@@ -24,7 +24,7 @@ async def test_what_is_above_the_limit_is_refused_at_once(serve: Serve) -> None:
 
 async def test_a_tunnel_holds_its_place_for_as_long_as_it_lives(serve: Serve, echo_target: int) -> None:
     layer = ConcurrencyLimitLayer(1)
-    server = await serve(stack(layer, TunnelTo(echo_target)))
+    server = await serve(stack(layer, tunnel_to(echo_target)))
     first = await server.open()
     assert await first.ask(b"tunnel") == b"tunnel"
     await server.open()

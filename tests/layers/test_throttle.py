@@ -8,7 +8,7 @@ from rama_ebpf.core import Stream, stack
 from rama_ebpf.layers.throttle import Bandwidth, ThrottleLayer
 
 from .conftest import Client, Serve, echo
-from .tunnel import TunnelTo
+from .tunnel import tunnel_to
 
 KB = 1024
 
@@ -25,14 +25,14 @@ async def send_and_receive(client: Client, data: bytes) -> float:
 async def test_a_live_tunnel_is_held_to_its_rate_byte_for_byte(serve: Serve, echo_target: int) -> None:
     # 64 KiB pass at once, the other 128 KiB at 256 KiB/s: no load can make this faster than half a second.
     layer = ThrottleLayer(up=Bandwidth(256 * KB, 64 * KB))
-    server = await serve(stack(layer, TunnelTo(echo_target)))
+    server = await serve(stack(layer, tunnel_to(echo_target)))
     data = bytes(range(256)) * (192 * KB // 256)
     assert await send_and_receive(await server.open(), data) >= 0.45
 
 
 async def test_what_is_written_to_the_client_is_held_to_its_rate(serve: Serve, echo_target: int) -> None:
     layer = ThrottleLayer(down=Bandwidth(256 * KB, 64 * KB))
-    server = await serve(stack(layer, TunnelTo(echo_target)))
+    server = await serve(stack(layer, tunnel_to(echo_target)))
     assert await send_and_receive(await server.open(), bytes(192 * KB)) >= 0.45
 
 

@@ -10,7 +10,7 @@ from rama_ebpf.layers.timeout import TimeoutLayer
 from rama_ebpf.relay import CloseReason, TunnelLimits, TunnelReport
 
 from .conftest import Serve, echo
-from .tunnel import TunnelTo
+from .tunnel import tunnel_to
 
 
 async def establish_and_echo(stream: Stream) -> str:
@@ -60,7 +60,7 @@ async def test_total_bounds_every_stage(serve: Serve, service: object) -> None:
 async def test_tunnel_past_its_handshake_is_still_under_the_idle_timeout(serve: Serve, echo_target: int) -> None:
     records: list[AccessRecord] = []
     layers = AccessLogLayer(records.append), TimeoutLayer(5, idle=0.2)
-    server = await serve(stack(*layers, TunnelTo(echo_target)))
+    server = await serve(stack(*layers, tunnel_to(echo_target)))
     client = await server.open()
     assert await client.ask(b"hello") == b"hello"
     report = await server.outcome()
@@ -75,7 +75,7 @@ async def test_tunnel_past_its_handshake_is_still_under_the_idle_timeout(serve: 
 async def test_tunnel_past_its_handshake_is_still_under_what_is_left_of_the_total(
     serve: Serve, echo_target: int
 ) -> None:
-    tunnel = TunnelTo(echo_target)
+    tunnel = tunnel_to(echo_target)
 
     async def slow_handshake(stream: Stream) -> TunnelReport:
         await asyncio.sleep(0.2)
@@ -92,7 +92,7 @@ async def test_tunnel_past_its_handshake_is_still_under_what_is_left_of_the_tota
 
 
 async def test_tighter_limits_from_inside_are_kept(serve: Serve, echo_target: int) -> None:
-    tunnel = TunnelTo(echo_target)
+    tunnel = tunnel_to(echo_target)
 
     async def limited(stream: Stream) -> TunnelReport:
         stream.extensions.add(TunnelLimits(idle=0.1, total=60))
