@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -309,15 +310,11 @@ def test_occupied_port_is_said_and_leaves_nothing(lab: Lab, instance: str) -> No
 
 
 @pytest.fixture
-def unprivileged_home(tmp_path: Path) -> Path:
-    home = tmp_path / "home"
-    home.mkdir(mode=0o700)
-    os.chown(home, 65534, 65534)
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent == Path("/tmp"):
-            break
-        parent.chmod(0o755)
-    return home
+def unprivileged_home() -> Iterator[Path]:
+    """A directory of nobody's. Not below pytest's own, which every pytest run beside this one closes to others."""
+    with tempfile.TemporaryDirectory(prefix="rama-ebpf-home-") as home:
+        os.chown(home, 65534, 65534)
+        yield Path(home)
 
 
 def _as_nobody(home: Path, *args: str) -> list[str]:
@@ -331,17 +328,20 @@ def _command_as_nobody(home: Path, *args: str) -> str:
     return result.stdout
 
 
-def test_without_privileges_policy_is_local_and_says_so(lab: Lab, unprivileged_home: Path) -> None:
+def test_without_privileges_policy_is_local_and_says_so(lab: Lab, unprivileged_home: Path, tmp_path: Path) -> None:
     server, client = lab.host("proxy"), lab.host("client")
     nobody = lambda *args: _as_nobody(unprivileged_home, ProxyProcess.COMMAND, *args)  # noqa: E731
     refused = server.run(*nobody("run", "--require-kernel"), check=False)
     assert refused.returncode == 3
     assert len(refused.stderr.strip().splitlines()) == 1
 
-    log = unprivileged_home.parent / "log"
+    log = tmp_path / "log"
     with log.open("w", encoding="utf-8") as stderr:
         process = server.popen(*nobody("run", "--listen", f"{server.ipv4}:{PORT}"), stderr=stderr)
-    wait_for(lambda: "ready after" in log.read_text(encoding="utf-8"), timeout=60, what="readiness")
+    try:
+        wait_for(lambda: "ready after" in log.read_text(encoding="utf-8"), timeout=60, what="readiness")
+    except AssertionError:
+        pytest.fail(f"not ready (exit code {process.poll()}):\n{log.read_text(encoding='utf-8')}")
     loud = [line for line in log.read_text(encoding="utf-8").splitlines() if "POLICY IS NOT IN THE KERNEL" in line]
     assert len(loud) == 1
 

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,19 +320,17 @@ def test_commands_without_a_server_say_so() -> None:
     assert result.stderr == "rama-ebpf list: instance 'nobody-runs-this' is not loaded: start it with rama-ebpf run\n"
 
 
-def test_run_directory_that_somebody_else_made_is_refused(lab: Lab, tmp_path: Path) -> None:
+def test_run_directory_that_somebody_else_made_is_refused(lab: Lab) -> None:
     # As without XDG_RUNTIME_DIR, below a directory that anybody can write to.
-    planted = tmp_path / "rama-ebpf"
-    planted.mkdir()
-    for directory in (tmp_path, *tmp_path.parents):
-        if directory == Path("/tmp"):
-            break
-        directory.chmod(0o777)
-    planted.chmod(0o777)
-    result = lab.host("proxy").run(
-        *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", f"XDG_RUNTIME_DIR={tmp_path}"),
-        *(ProxyProcess.COMMAND, "run", "--listen", "127.0.0.1:1080"),
-        check=False,
-    )
+    with tempfile.TemporaryDirectory(prefix="rama-ebpf-shared-") as shared:
+        Path(shared).chmod(0o777)
+        planted = Path(shared) / "rama-ebpf"
+        planted.mkdir()
+        planted.chmod(0o777)
+        result = lab.host("proxy").run(
+            *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", f"XDG_RUNTIME_DIR={shared}"),
+            *(ProxyProcess.COMMAND, "run", "--listen", "127.0.0.1:1080"),
+            check=False,
+        )
     assert result.returncode == 3
     assert f"{planted} belongs to another user" in result.stderr
