@@ -21,6 +21,12 @@ def _commands() -> list[str]:
     return [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
 
 
+def test_readme_shows_the_example_as_it_is() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert blocks == [(ROOT / "examples" / "newcomer.py").read_text(encoding="utf-8")]
+
+
 def test_readme_commands_do_what_they_say(lab: Lab, instance: str, tmp_path: Path) -> None:
     host = lab.host("readme")
     environment = {**os.environ, "RAMA_EBPF_INSTANCE": instance}
