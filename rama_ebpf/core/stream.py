@@ -22,13 +22,23 @@ from .extensions import Extensions
 
 _socket = socket.socket  # the property `socket` hides the module inside the class body
 
-__all__ = ["MAX_UNREAD", "SocketStream", "Stream"]
+__all__ = ["MAX_UNREAD", "SocketStream", "Stream", "reset_on_close"]
 
 MAX_UNREAD: Final = 64 * 1024
 """Upper bound in bytes of what a stream holds read ahead (peeked but not consumed)."""
 
 _READ_SIZE: Final = 64 * 1024
 _LINGER_RST: Final = struct.pack("ii", 1, 0)
+_LINGER_OFF: Final = struct.pack("ii", 0, 0)
+
+
+def reset_on_close(sock: socket.socket, on: bool) -> None:
+    """Say how the connection of ``sock`` ends when its last descriptor is closed: with RST, or in order.
+
+    Unix sockets know no reset; for them this does nothing.
+    """
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST if on else _LINGER_OFF)
 
 
 class Stream(abc.ABC):
@@ -163,6 +173,9 @@ class Stream(abc.ABC):
 class SocketStream(Stream):
     """A stream over a connected non-blocking stream socket (TCP or Unix).
 
+    Only :meth:`close` ends a TCP connection in order. If the process dies, by whatever signal, its kernel resets the
+    connection: a peer must not take what was cut short for the whole.
+
     ``original_destination`` is where the client meant to connect: our local address, unless the connection was
     steered or redirected here.
     """
@@ -170,6 +183,7 @@ class SocketStream(Stream):
     def __init__(self, sock: socket.socket, extensions: Extensions | None = None) -> None:
         super().__init__(extensions)
         sock.setblocking(False)
+        reset_on_close(sock, True)
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | None = None
@@ -240,11 +254,11 @@ class SocketStream(Stream):
             raise ConnectionResetError(error.errno, f"cannot half-close: {error.strerror}") from error
 
     async def close(self) -> None:
+        if not self._closed:
+            reset_on_close(self._sock, False)
         self._close()
 
     def abort(self) -> None:
-        if not self._closed and self._sock.family != socket.AF_UNIX:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST)
         self._close()
 
     def quiet(self) -> bool:
@@ -261,8 +275,8 @@ class SocketStream(Stream):
     def detach(self) -> tuple[_socket, bytes]:
         """Take the socket out: return it with the bytes that were read ahead; the stream is closed from then on.
 
-        The caller owns the socket and must forward those bytes first. Raises RuntimeError while a task is waiting
-        on the stream.
+        The caller owns the socket and must forward those bytes first. Closing it resets the connection unless
+        :func:`reset_on_close` says otherwise. Raises RuntimeError while a task is waiting on the stream.
         """
         self._check_open()
         if self._reader is not None or self._writer is not None:

@@ -12,13 +12,12 @@ import logging
 import os
 import select
 import socket
-import struct
 import weakref
 from typing import Final
 
 from ..core.address import SocketAddress
 from ..core.client import client_address
-from ..core.stream import SocketStream
+from ..core.stream import SocketStream, reset_on_close
 from .direction import Direction
 from .registry import FlowSnapshot
 from .splice import PipePool, SpliceDirection
@@ -36,7 +35,6 @@ _EVENTS_PER_WAKE: Final = 256
 _WHEEL_RESOLUTION: Final = 0.1
 _IDLE_CHECKS: Final = 4
 """How often the counters are looked at within one idle time-out: no clock is read per message."""
-_LINGER_RST: Final = struct.pack("ii", 1, 0)
 
 
 class Tunnel:
@@ -158,8 +156,8 @@ class Tunnel:
         self.down.close()
         self.engine.forget(self)
         for sock in (self.client, self.upstream):
-            if reason is not CloseReason.EOF and sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST)
+            if reason is CloseReason.EOF:
+                reset_on_close(sock, False)  # a socket that comes out of a stream is reset otherwise
             sock.close()
         if not self.done.done():
             self.done.set_result(reason)

@@ -14,7 +14,7 @@ import pytest
 
 from rama_ebpf.core import AuthFailed, Authority, Credentials, Service, Stream, User, stack
 from rama_ebpf.layers.rate import RateLimitLayer
-from rama_ebpf.layers.strikes import StrikeLayer
+from rama_ebpf.layers.strikes import LocalStrikes, StrikeLayer
 from rama_ebpf.services.http import (
     BackendPool,
     Body,
@@ -147,7 +147,9 @@ async def test_wrong_credentials_are_strikes_and_none_are_not(run: Run, connecto
         def ban(self, ip: object, *, ttl: float, reason: str) -> None:
             banned.append(reason)
 
-    proxy = run(stack(StrikeLayer(Banner(), strikes=2), HttpProxy(connector, layers=[ProxyAuthLayer(only_tom)])))
+    proxy = run(
+        stack(StrikeLayer(LocalStrikes(Banner)(), strikes=2), HttpProxy(connector, layers=[ProxyAuthLayer(only_tom)]))
+    )
     request = b"GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
     for _ in range(5):
         await proxy.exchange(request + b"\r\n")
