@@ -6,17 +6,20 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
 
-from rama_ebpf.core import Authority, RamaError, Service, Stream
+from rama_ebpf.core import Authority, IPAddress, RamaError, Service, Stream
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import Connector, SystemResolver
 from rama_ebpf.services.http import HttpProxy
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
+
+from ..tls import pki as pki_of_tests
 
 DATE = b"Date: Thu, 01 Jan 2026 00:00:00 GMT\r\n"
 
@@ -89,9 +92,22 @@ async def run() -> AsyncIterator[Run]:
         yield start
 
 
+class Loopback(SystemResolver):
+    """Every name under ``.test`` is loopback; the others are the system's."""
+
+    async def resolve(self, name: str) -> Sequence[IPAddress]:
+        return [ip_address("127.0.0.1")] if name.endswith(".test") else await super().resolve(name)
+
+
 @pytest.fixture
 def connector() -> Service[Authority, Stream]:
-    return Connector(SystemResolver(), EgressPolicy.of(["127.0.0.0/8", "::1/128"]), timeout=5.0)
+    return Connector(Loopback(), EgressPolicy.of(["127.0.0.0/8", "::1/128"]), timeout=5.0)
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> pki_of_tests.Authority:
+    """The authority that signs the certificates of the tests' servers."""
+    return pki_of_tests.Authority(tmp_path_factory.mktemp("pki"))
 
 
 @dataclass

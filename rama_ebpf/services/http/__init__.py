@@ -1,10 +1,11 @@
 """HTTP: servers, clients and proxies. Services are ``async def app(request: Request) -> Response``."""
 
 from .backends import BackendPool
-from .errors import HttpError, MalformedMessage
+from .errors import ConnectionDropped, HttpError, MalformedMessage
 from .forwarded import ForwardedField, ForwardedLayer
 from .headers import Headers
 from .health import HealthCheck, PassiveHealth
+from .intercept import HttpInspector
 from .limits import HttpLimits, HttpTimeouts
 from .model import Body, BodyTooLarge, Request, Response, Upgrade
 from .pool import ConnectionPool, PoolLimits
@@ -17,6 +18,7 @@ __all__ = [
     "BackendPool",
     "Body",
     "BodyTooLarge",
+    "ConnectionDropped",
     "ConnectionPool",
     "ForwardProxy",
     "ForwardedField",
@@ -24,6 +26,7 @@ __all__ = [
     "Headers",
     "HealthCheck",
     "HttpError",
+    "HttpInspector",
     "HttpLimits",
     "HttpProxy",
     "HttpServer",

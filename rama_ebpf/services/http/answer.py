@@ -6,6 +6,7 @@ import logging
 
 from ...core.address import SocketAddress
 from ...core.service import Service
+from .errors import ConnectionDropped
 from .gateway import error_response, to_http_error
 from .model import Request, Response
 
@@ -20,12 +21,14 @@ async def checked_response(
     """Return the service's response to ``request``, or the error response for what it raised.
 
     A response that does not fit, such as 101 to a request that asked for no upgrade, is a bug of the service: 500.
-    ``name`` stands in Proxy-Status, ``peer`` in the log.
+    ``name`` stands in Proxy-Status, ``peer`` in the log. Raises :class:`ConnectionDropped` if the service did.
     """
     try:
         response = await service(request)
         await _check(request, response)
         return response
+    except ConnectionDropped:
+        raise
     except Exception as error:
         refusal = to_http_error(error)
         if refusal.status == 500:

@@ -29,12 +29,12 @@ _SECRET_IN_TRACE: Final = ("authorization", "cookie", "proxy-authorization")
 _NUMBER: Final = re.compile(r"[0-9]{1,9}")
 
 
-def forwardable(request: Request, via: str, upgrades: Collection[str]) -> Request:
+def forwardable(request: Request, via: str | None, upgrades: Collection[str]) -> Request:
     """Return the request as it goes on.
 
-    ``via`` is our pseudonym, ``upgrades`` the protocols that it may ask to switch to: a switch to another is not
-    asked for, as if we did not know it (``h2c`` would take what follows out of our sight). Raises
-    :class:`HttpError` 508 in a loop.
+    ``via`` is our pseudonym (None: we do not show), ``upgrades`` the protocols that it may ask to switch to: a
+    switch to another is not asked for, as if we did not know it (``h2c`` would take what follows out of our sight).
+    Raises :class:`HttpError` 508 in a loop.
     """
     headers = request.headers.copy()
     hops = len(headers.tokens("via"))
@@ -45,14 +45,16 @@ def forwardable(request: Request, via: str, upgrades: Collection[str]) -> Reques
         limit = _max_forwards(request)
         if limit is not None:
             headers.set("Max-Forwards", str(limit - 1))
-    _append_via(headers, request.version, via)
+    if via is not None:
+        _append_via(headers, request.version, via)
     return replace(request, headers=headers, upgrade=request.upgrade if request.upgrade in upgrades else None)
 
 
-def returned(response: Response, via: str) -> Response:
+def returned(response: Response, via: str | None) -> Response:
     """Mark a response on its way back to the client, in place, and return it."""
     response.headers.remove(*_PROXY_CHALLENGES)
-    _append_via(response.headers, response.version, via)
+    if via is not None:
+        _append_via(response.headers, response.version, via)
     return response
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Final
 
-from ...core.errors import ProtocolError
+from ...core.errors import ProtocolError, RamaError
 
-__all__ = ["REASONS", "HttpError", "MalformedMessage"]
+__all__ = ["REASONS", "ConnectionDropped", "HttpError", "MalformedMessage"]
 
 REASONS: Final[dict[int, str]] = {status.value: status.phrase for status in HTTPStatus} | {
     # The names of RFC 9110 where Python 3.11 has older ones.
@@ -66,3 +66,9 @@ class MalformedMessage(HttpError):
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(status, message, close=True)
+
+
+class ConnectionDropped(RamaError):
+    """A service raises it to close the client's connection (HTTP/2: reset the stream) without a response."""
+
+    kind = "http_dropped"

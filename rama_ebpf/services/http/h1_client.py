@@ -50,6 +50,8 @@ class H1ClientConnection:
     ) -> None:
         self.stream = stream
         self.reusable = False
+        self.persistent = True
+        """The latest response lets the connection live on."""
         self._timeouts = timeouts
         self._released = released
         self._strict = StrictConnection(Role.CLIENT, limits)
@@ -174,6 +176,7 @@ class H1ClientConnection:
         return event
 
     async def _response(self, request: Request, head: ResponseHead) -> Response:
+        self.persistent = head.persistent
         body: Body = Body.empty()
         upgrade: Tunnel | None = None
         if head.status == 101 or (request.method == "CONNECT" and head.status < 300):

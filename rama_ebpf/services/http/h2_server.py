@@ -16,7 +16,7 @@ from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service
 from ...core.stream import Stream
 from .answer import checked_response
-from .errors import HttpError, MalformedMessage
+from .errors import ConnectionDropped, HttpError, MalformedMessage
 from .gateway import error_response
 from .h2_connection import Channel, H2Connection, H2Error, StreamWasReset
 from .h2_fields import Fields, H2RequestHead, read_request, response_fields, trailer_fields
@@ -138,6 +138,9 @@ class H2ServerConnection(H2Connection):
         except asyncio.CancelledError:
             channel.reset(_Codes.CANCEL)
             raise
+        except ConnectionDropped as error:
+            log.info("%s: %s", self.stream.peer, error)
+            channel.reset(_Codes.REFUSED_STREAM)  # nothing was done: the client may try again
         except (HttpError, OSError) as error:
             log.info("%s: %s %s broke off: %s", self.stream.peer, head.method, head.path, error)
             channel.reset(_Codes.INTERNAL_ERROR)
@@ -175,6 +178,7 @@ class H2ServerConnection(H2Connection):
             body=body,
             scheme=head.scheme,
             version="2",
+            absolute=True,
             upgrade=head.protocol,
             accepts_trailers=head.accepts_trailers,
             extensions=self.stream.extensions.fork(),

@@ -101,7 +101,8 @@ class RequestHead:
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
     """A response's header section. ``length`` is None for a body that is chunked or, if ``until_close``, ends with
-    the connection. ``declared`` is the Content-Length of a response that has no body (HEAD, 304)."""
+    the connection. ``declared`` is the Content-Length of a response that has no body (HEAD, 304). ``persistent``
+    tells that the connection may live on."""
 
     status: int
     reason: str
@@ -111,6 +112,7 @@ class ResponseHead:
     until_close: bool
     declared: int | None
     upgrade: str | None
+    persistent: bool
 
 
 def head_end(data: bytearray, searched: int, limits: HttpLimits, *, request: bool) -> int:
@@ -196,8 +198,9 @@ def parse_response(data: bytes, limits: HttpLimits, *, method: str) -> ResponseH
         if method == "HEAD" or status == 304:
             declared = length
         length, until_close = 0, False
+    persistent = version == "1.1" and b"close" not in nominated and not until_close
     return ResponseHead(
-        status, (reason or b"").decode("latin-1"), version, headers, length, until_close, declared, upgrade
+        status, (reason or b"").decode("latin-1"), version, headers, length, until_close, declared, upgrade, persistent
     )
 
 

@@ -154,9 +154,10 @@ class Request:
 
     ``authority`` is the host (and port, unless it is the scheme's default) as the client named it, "" if an HTTP/1.0
     client named none. ``path`` begins with ``/`` and includes the query; it is ``*`` for OPTIONS of a whole server
-    and "" for CONNECT. ``absolute`` tells that the client addressed a proxy (absolute-form). ``upgrade`` is the
-    protocol that the client asks to switch to, in lower case, also for RFC 8441 over h2. ``accepts_trailers`` is
-    ``TE: trailers``. ``extensions`` is a fork of the connection's.
+    and "" for CONNECT. ``absolute`` tells that the client named scheme and host in the target, as one does to a
+    proxy (absolute-form; in HTTP/2 always). ``upgrade`` is the protocol that the client asks to switch to, in lower
+    case, also for RFC 8441 over h2. ``accepts_trailers`` is ``TE: trailers``. ``extensions`` is a fork of the
+    connection's.
     """
 
     method: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...core.stream import Stream
-from ...relay import TunnelLimits, relay
+from ...relay import Move, TunnelLimits, relay
 
 __all__ = ["Tunnel"]
 
@@ -22,15 +22,23 @@ class Tunnel:
         self._upstream: Stream | None = upstream
         self._limits = limits
         self._over = over
+        self._move: Move | None = None
 
     async def run(self, client: Stream) -> None:
         """Relay until the tunnel ends; both streams are closed then."""
         upstream, self._upstream = self._upstream, None
         assert upstream is not None
         try:
-            await relay(client, upstream, self._limits)
+            if self._move is None:
+                await relay(client, upstream, self._limits)
+            else:
+                await self._move(client, upstream)
         finally:
             self._over()
+
+    def move_by(self, move: Move) -> None:
+        """Have the bytes moved by ``move``: this is a tunnel in a tunnel, and looking into it has been done."""
+        self._move = move
 
     def abandon(self) -> None:
         if self._upstream is not None:

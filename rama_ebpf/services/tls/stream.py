@@ -138,6 +138,10 @@ class TlsStream(Stream):
     def local(self) -> SocketAddress | None:
         return self._transport.local
 
+    def quiet(self) -> bool:
+        waiting = self._unread or self._incoming.pending or self._tls.pending()
+        return not (self._closed or self._eof_received or waiting) and self._transport.quiet()
+
     # -- handshake ---------------------------------------------------------------------------------------------
 
     async def _handshake(self, timeout: float) -> None:
