@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from rama_ebpf.core import AuthFailed, Authority, Credentials, Service, Stream, User, stack
+from rama_ebpf.core import AuthFailed, Authority, Credentials, IPAddress, Service, Stream, User, stack
 from rama_ebpf.layers.rate import RateLimitLayer
-from rama_ebpf.layers.strikes import LocalStrikes, StrikeLayer
+from rama_ebpf.layers.strikes import StrikeLayer, StrikeLimit
 from rama_ebpf.services.http import (
     BackendPool,
     Body,
@@ -141,22 +141,21 @@ async def test_malformed_credentials_get_407(run: Run, connector: Connect, value
 
 
 async def test_wrong_credentials_are_strikes_and_none_are_not(run: Run, connector: Connect) -> None:
-    banned: list[str] = []
+    struck: list[str] = []
 
-    class Banner:
-        def ban(self, ip: object, *, ttl: float, reason: str) -> None:
-            banned.append(reason)
+    class Keeper:
+        async def strike(self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
+            struck.append(reason)
 
-    proxy = run(
-        stack(StrikeLayer(LocalStrikes(Banner)(), strikes=2), HttpProxy(connector, layers=[ProxyAuthLayer(only_tom)]))
-    )
+    proxy = run(stack(StrikeLayer(Keeper()), HttpProxy(connector, layers=[ProxyAuthLayer(only_tom)])))
     request = b"GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-    for _ in range(5):
-        await proxy.exchange(request + b"\r\n")
-    assert banned == []
-    for _ in range(2):
-        await proxy.exchange(request + b"Proxy-Authorization: Basic eDp5\r\n\r\n")
-    assert len(banned) == 1
+    await proxy.exchange(request + b"\r\n")
+    assert struck == []
+    await proxy.exchange(request + b"Proxy-Authorization: Basic eDp5\r\n\r\n")
+    assert struck == ["auth_failed"]
+    await proxy.exchange(b"GET / HTTP/9.9\r\n\r\n")
+    await proxy.idle()
+    assert struck == ["auth_failed", "http_malformed"]
 
 
 async def test_401_is_for_origins_and_the_field_goes_no_further(run: Run) -> None:
