@@ -13,6 +13,7 @@ from rama_ebpf.core import Lifecycle, PolicyDenied, ProtocolError, Service, Stag
 from rama_ebpf.layers.metrics import MetricsLayer
 from rama_ebpf.layers.strikes import StrikeLayer
 from rama_ebpf.process import Application, WorkerContext
+from rama_ebpf.services.tls import CertificateStore, KeyPair, ServerTls, TicketKeys, TlsParameters, TlsTerminateLayer
 
 
 async def echo(stream: Stream) -> None:
@@ -51,6 +52,20 @@ def talk(context: WorkerContext) -> Service[Stream, None]:
             await stream.write(json.dumps(answer).encode() + b"\n")
 
     return serve
+
+
+def resuming(context: WorkerContext) -> Service[Stream, None]:
+    """TLS that says who serves and whether the session was resumed; ``params`` are chain and key."""
+    settings = ServerTls(ticket_keys=TicketKeys(context.secret))
+    pair = KeyPair(Path(str(context.params["chain"])), Path(str(context.params["key"])))
+
+    async def say(stream: Stream) -> None:
+        resumed = stream.extensions.require(TlsParameters).resumed
+        await stream.write(
+            json.dumps({"worker": context.worker, "pid": os.getpid(), "resumed": resumed}).encode() + b"\n"
+        )
+
+    return stack(TlsTerminateLayer(CertificateStore.of_files(settings, pair)), say)
 
 
 def two_services(context: WorkerContext) -> Application:

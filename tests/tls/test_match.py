@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from rama_ebpf.core import PolicyDenied, Stream, stack
+from rama_ebpf.core import IPAddress, PolicyDenied, Stream, stack
 from rama_ebpf.core.names import NameMap, NameSet
+from rama_ebpf.layers.policy import PolicyLayer
+from rama_ebpf.layers.strikes import StrikeLayer
+from rama_ebpf.policy.local import LocalStore
+from rama_ebpf.policy.rule import Verdict
 from rama_ebpf.services.tls import (
     Alert,
     AlertError,
@@ -128,3 +132,31 @@ async def test_a_policy_that_denies_by_default_names_the_default(serve: Serve) -
     assert await exchange(running, hello(b"www.ours.test")) == b"in"
     assert await exchange(running, hello(b"theirs.test")) == Alert.ACCESS_DENIED.record
     assert [error.rule for error in running.errors if isinstance(error, TlsDenied)] == ["default"]
+
+
+class Server:
+    """A server's policy as its workers have it, without the channel between."""
+
+    def __init__(self) -> None:
+        self.store = LocalStore()
+        self.store.set_failsafe([])  # loopback is in it by default
+
+    async def ban(self, ip: IPAddress, /, *, ttl: float, reason: str) -> None:
+        self.store.ban(ip, ttl=ttl, reason=reason)
+
+    async def verdict(self, ip: IPAddress, port: int, /) -> Verdict:
+        return self.store.verdict(ip, port)
+
+
+async def test_a_struck_client_is_banned_and_its_next_connection_refused(serve: Serve) -> None:
+    server = Server()
+    policy = TlsPolicyLayer([TlsRule("scanner", TlsMatch(sni=["bad.test"]), TlsAction.STRIKE)])
+    inside = stack(TlsPeekLayer(), policy, answering("in"))
+    running = serve(stack(StrikeLayer(server, strikes=1), PolicyLayer(server), inside))
+    assert await exchange(running, hello(b"good.test")) == b"in"
+    for name in (b"bad.test", b"good.test"):
+        with pytest.raises(ConnectionResetError):
+            await exchange(running, hello(name))
+    await running.idle()
+    kinds = [error.kind for error in running.errors if isinstance(error, PolicyDenied)]
+    assert kinds == ["tls_strike", "policy_denied"]

@@ -11,6 +11,7 @@ from ...core.errors import PolicyDenied
 from ...core.names import NameSet
 from ...core.service import Service
 from ...core.stream import Stream
+from ...layers.strikes import strike
 from .alert import Alert
 from .client_hello import ClientHello
 from .errors import AlertError
@@ -98,7 +99,8 @@ class TlsAction(enum.Enum):
     CLOSE = "close"
     """Send the alert ``access_denied`` and close."""
     STRIKE = "strike"
-    """Raise :class:`TlsStrike`: the server cuts the connection, a strike layer bans the source in the kernel."""
+    """Cut the connection (:class:`TlsStrike`) and count a strike with the
+    :class:`~rama_ebpf.layers.strikes.StrikeLayer` outside, which bans the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ class TlsPolicyLayer:
             return
         message = f"TLS rule {rule}: server name {hello.server_name}, JA4 {ja4}"
         if action is TlsAction.STRIKE:
+            strike(stream.extensions, f"TLS rule {rule}")
             raise TlsStrike(message, rule)
         await stream.close_after(Alert.ACCESS_DENIED.record)
         raise TlsDenied(message, rule)
