@@ -15,7 +15,7 @@ message is complete, however it is split over records and segments. Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import struct
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
@@ -23,7 +23,7 @@ from typing import Final
 from .alert import Alert
 from .errors import AlertError, NotTls
 
-__all__ = ["DEFAULT_LIMIT", "ClientHello", "ClientHelloParser", "is_grease"]
+__all__ = ["DEFAULT_LIMIT", "GREASE", "ClientHello", "ClientHelloParser"]
 
 DEFAULT_LIMIT: Final = 32 * 1024
 """Default bound of a ClientHello in bytes. Today's largest are about 2 KiB (ML-KEM key shares), or a few KiB where a
@@ -33,6 +33,8 @@ _HANDSHAKE: Final = 22
 _MAX_FRAGMENT: Final = 1 << 14
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
+_EXTENSION: Final = struct.Struct(">HH")
+
 _SERVER_NAME: Final = 0
 _SUPPORTED_GROUPS: Final = 10
 _EC_POINT_FORMATS: Final = 11
@@ -41,6 +43,10 @@ _ALPN: Final = 16
 _SUPPORTED_VERSIONS: Final = 43
 _KEY_SHARE: Final = 51
 _ENCRYPTED_CLIENT_HELLO: Final = 0xFE0D
+
+
+GREASE: Final = frozenset(0x0101 * (high << 4 | 0x0A) for high in range(16))
+"""The code points of RFC 8701: 0x0A0A, 0x1A1A, … 0xFAFA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +76,7 @@ class ClientHello:
     @property
     def version(self) -> int:
         """The highest version the client offers: 0x0303 is TLS 1.2, 0x0304 is TLS 1.3."""
-        return max((v for v in self.supported_versions if not is_grease(v)), default=self.legacy_version)
-
-
-def is_grease(value: int) -> bool:
-    """Whether a 16-bit code point is one of the sixteen of RFC 8701 (0x0A0A, 0x1A1A, … 0xFAFA)."""
-    return value & 0x0F0F == 0x0A0A and value >> 8 == value & 0xFF
+        return max((v for v in self.supported_versions if v not in GREASE), default=self.legacy_version)
 
 
 class ClientHelloParser:
@@ -191,7 +192,7 @@ class _Reader:
         data = self.vector(width, least=2)
         if len(data) % 2:
             raise AlertError(f"{self._what}: odd length", Alert.DECODE_ERROR)
-        return tuple(data[i] << 8 | data[i + 1] for i in range(0, len(data), 2))
+        return struct.unpack(f">{len(data) // 2}H", data)
 
     def end(self) -> None:
         if self:
@@ -206,7 +207,7 @@ def _parse(body: bytes, wire_length: int) -> ClientHello:
     cipher_suites = reader.numbers(2)
     compression_methods = reader.vector(1, least=1)
     # Before TLS 1.3 the whole block may be missing (RFC 5246 section 7.4.1.2).
-    extensions = dict(_extensions(reader.vector(2, least=0))) if reader else {}
+    extensions = _extensions(reader.vector(2, least=0)) if reader else {}
     reader.end()
     ech = extensions.get(_ENCRYPTED_CLIENT_HELLO)
     return ClientHello(
@@ -227,15 +228,21 @@ def _parse(body: bytes, wire_length: int) -> ClientHello:
     )
 
 
-def _extensions(data: bytes) -> Iterator[tuple[int, bytes]]:
-    reader = _Reader(data, "extensions")
-    seen = set()
-    while reader:
-        kind = reader.number(2)
-        if kind in seen:
+def _extensions(data: bytes) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    at = 0
+    while at < len(data):
+        start = at + 4
+        if start > len(data):
+            raise AlertError("extensions are shorter than they say", Alert.DECODE_ERROR)
+        kind, length = _EXTENSION.unpack_from(data, at)
+        at = start + length
+        if at > len(data):
+            raise AlertError(f"extension {kind} is shorter than it says", Alert.DECODE_ERROR)
+        if kind in found:
             raise AlertError(f"extension {kind} twice", Alert.ILLEGAL_PARAMETER)
-        seen.add(kind)
-        yield kind, reader.vector(2, least=0)
+        found[kind] = data[start:at]
+    return found
 
 
 def _numbers(data: bytes | None, what: str, width: int) -> tuple[int, ...]:

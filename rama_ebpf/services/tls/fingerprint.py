@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from .client_hello import ClientHello, is_grease
+from .client_hello import GREASE, ClientHello
 
 __all__ = ["Ja3", "Ja4"]
 
@@ -77,11 +77,11 @@ class Ja4:
 
 
 def _decimal(values: Iterable[int]) -> str:
-    return "-".join(str(value) for value in values if not is_grease(value))
+    return "-".join(str(value) for value in values if value not in GREASE)
 
 
 def _hex(values: Iterable[int]) -> list[str]:
-    return [f"{value:04x}" for value in values if not is_grease(value)]
+    return [f"{value:04x}" for value in values if value not in GREASE]
 
 
 def _digest(text: str) -> str:

@@ -9,9 +9,10 @@ from ...core.errors import HandshakeTimeout
 from ...core.service import Service
 from ...core.stream import Stream
 from .certs import SelectContext
+from .client_hello import ClientHello
 from .errors import AlertError
 from .limit import HandshakeLimit
-from .peek import add_client_hello, peek_client_hello
+from .peek import peek_client_hello
 from .stream import TlsStream
 
 __all__ = ["TlsTerminateLayer"]
@@ -71,7 +72,8 @@ class TlsTerminateLayer:
             with self._limit:
                 async with asyncio.timeout(self._timeout):
                     hello = await peek_client_hello(stream, timeout=self._timeout)
-                    add_client_hello(stream, hello)
+                    if stream.extensions.get(ClientHello) != hello:
+                        stream.extensions.add(hello)
                     context = await self._certificates(hello)
                     return await TlsStream.accept(
                         stream,

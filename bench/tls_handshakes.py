@@ -1,0 +1,58 @@
+"""Full TLS handshakes per second, and per CPU second of the server: ``python -m bench.tls_handshakes [SECONDS]``.
+
+The client is ``openssl s_time -new``: connect, handshake, close. It shares the host with the server, so the figure for
+a CPU second is the one to compare.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.tls.pki import Authority
+
+from .tls_servers import NAMES, Contestant, serving
+
+ROUNDS = 3
+CLIENTS = 2
+VERSIONS = ("-tls1_2", "-tls1_3")
+
+
+def connect(server: Contestant, version: str, seconds: int) -> tuple[float, float]:
+    """Return handshakes per second, and per CPU second of the server."""
+    argv = ["openssl", "s_time", "-connect", f"127.0.0.1:{server.port}", "-new", version, "-time", str(seconds)]
+    before = server.cpu()
+    clients = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(CLIENTS)]
+    done = 0
+    for client in clients:
+        out, _ = client.communicate()
+        found = re.search(r"(\d+) connections in \d+ real seconds", out)
+        if found is None:
+            raise RuntimeError(out)
+        done += int(found[1])
+    return done / seconds, done / (server.cpu() - before)
+
+
+def main() -> None:
+    seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    with tempfile.TemporaryDirectory() as directory:
+        leaf = Authority(Path(directory)).issue("bench.test")
+        print(f"{'':10}{'version':>8}{'per second':>12}{'per CPU second':>16}")
+        for version in VERSIONS:
+            rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
+            for _ in range(ROUNDS):
+                for name in NAMES:  # in turn: what else the host does hits all of them alike
+                    with serving(name, 0, leaf.chain, leaf.key) as server:
+                        connect(server, version, 1)  # warm
+                        rounds[name].append(connect(server, version, seconds))
+            for name in NAMES:
+                wall, cpu = (statistics.median(column) for column in zip(*rounds[name], strict=True))
+                print(f"{name:10}{version[1:]:>8}{wall:12.0f}{cpu:16.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
