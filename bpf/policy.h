@@ -39,7 +39,10 @@ enum hook {
 	HOOK_COUNT  = 3,
 };
 
-enum rule_flag { RULE_DRY_RUN = 1 };
+enum rule_flag {
+	RULE_DRY_RUN = 1,
+	RULE_CERTAIN = 2, /* for any port, without an end, no dry run: if it is reached it decides */
+};
 
 /* What there is to look up: a look-up that can find nothing is not made. */
 enum gate_flag {
@@ -54,7 +57,6 @@ enum bound {
 	MAX_FAILSAFE_PORTS   = 8,
 	MAX_CHAIN            = 64, /* rules of the set that may apply to one address before one is certain to decide */
 	MAX_RUNTIME_LENGTHS  = 64, /* different prefix lengths that the runtime layer has of one family */
-	MAX_BISECTION        = 24, /* steps: a slot has fewer than 2^24 intervals */
 	ACTION_COUNT         = 5,
 	STAGE_COUNT          = 7,
 };
@@ -112,29 +114,50 @@ struct lengths {
 _Static_assert(sizeof(struct runtime_key) == 20, "runtime_key");
 
 /*
- * The set: everything that was loaded at once, in one array of 64-bit cells, and never changed while it is in force.
- * Each family's addresses are cut into intervals to all of whose addresses the same rules apply. An index of equal slots leads
- * to the few intervals that a slot's addresses fall into, and a bisection to the one. Its value is a chain: the rules
- * that apply, the highest rank first, up to the first that is certain to decide.
+ * The set: everything that was loaded at once, and never changed while it is in force. Each family's addresses are cut
+ * into intervals to all of whose addresses the same rules apply. An index of equal slots leads to the few intervals
+ * that a slot's addresses fall into, and a bisection to the one. Its value is a chain: the rules that apply, the
+ * highest rank first, up to the first that is certain to decide.
+ *
+ * Slots and chains of both sets are in the maps `slots` and `chains`, the intervals in an array of pages for each set.
  */
-struct pair {
-	__u32 a, b;
+enum page { PAGE_BYTES = 4096 };
+
+enum set_size { MAX_SLOTS = 65536, MAX_CHAIN_ITEMS = 65536 };
+
+struct slot {
+	__u32 first; /* interval; if count is 0, the value of all the slot's addresses */
+	__u32 count;
 };
-/* A slot is { first interval, number of intervals }, or { value, 0 } where all its addresses have one value.
- * An IPv4 interval is { first address, value }. An IPv6 interval is three cells: the high and the low half of its first
- * address, and { value, 0 }. A chain is a run of { rule id, prefix length | CHAIN_END on the last }; chain 0 is empty. */
-enum chain { CHAIN_LENGTH = 0xff, CHAIN_END = 0x100 };
+_Static_assert(sizeof(struct slot) == 8, "slot");
+
+/* An interval's value is where its chain begins. Value 0 is no chain. */
+struct chain_item {
+	__u32 rule;
+	__u16 length; /* of the prefix, in the IPv4-mapped form */
+	__u16 end;    /* 1: the chain's last */
+};
+_Static_assert(sizeof(struct chain_item) == 8, "chain_item");
+
+/* How an interval is kept. Its value takes 16 bits, and within a slot the upper bits of its first address are known. */
+enum layout_kind {
+	LAYOUT_SHORT = 0, /* IPv4: the address's lower 16 bits, and the value, in 32 */
+	LAYOUT_LONG  = 1, /* IPv6 without prefixes longer than /64: the upper half's lower 48 bits, and the value, in 64 */
+	LAYOUT_FULL  = 2, /* IPv6: the address's halves, the value, nothing, in 64 each */
+};
 
 struct table {
 	__u64 base;      /* an address's slot is (its upper 64 bits >> shift) - base; IPv4 has all its bits there */
 	__u32 shift;
 	__u32 slots;     /* 0: all addresses have the value `below` */
-	__u32 slots_at;  /* cell of the first slot */
-	__u32 bounds_at; /* cell of the first interval */
+	__u32 page;      /* of the first interval */
 	__u32 below;     /* value of the addresses before the first slot, */
 	__u32 above;     /* and of those after the last */
+	__u32 layout;
+	__u32 zero;
+	__u32 pad;
 };
-_Static_assert(sizeof(struct table) == 32, "table");
+_Static_assert(sizeof(struct table) == 40, "table");
 
 struct failsafe_key {
 	__u32 plen; /* of all that follows */
@@ -160,14 +183,14 @@ struct limit {
 
 struct set_head {
 	__u32 default_action;
-	__u32 chains_at; /* cell of chain 0 */
+	__u32 pad;
 	struct limit per_source; /* per /32 or /64 */
 	struct limit global;
 	struct table tables[2]; /* IPv4, IPv6 */
-	__u32 document_at; /* cell from which on the set is described for userspace, and */
-	__u32 document_size; /* in how many bytes */
+	__u32 document_at; /* the description of the set, for userspace, in bytes from the first page */
+	__u32 document_size;
 };
-_Static_assert(sizeof(struct set_head) == 112, "set_head");
+_Static_assert(sizeof(struct set_head) == 128, "set_head");
 
 struct gate {
 	__u64 revision;
@@ -180,7 +203,7 @@ struct gate {
 	struct lengths runtime[2]; /* IPv4, IPv6 */
 	struct set_head sets[2];
 };
-_Static_assert(sizeof(struct gate) == 320, "gate");
+_Static_assert(sizeof(struct gate) == 352, "gate");
 
 /* Key of a token bucket: the rule (or BUCKET_SOURCE, BUCKET_GLOBAL) and the source's /32 or /64. */
 struct bucket_key {

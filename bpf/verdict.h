@@ -71,16 +71,20 @@ static __always_inline int consider(struct finding *f, u32 id, u32 length, const
 	struct rule *r = rules.lookup(&id);
 	u32 rank;
 
-	if (!r || r->action == ACTION_NONE || (r->port && r->port != p->port) || expired(r->expires))
+	if (!r)
 		return 0;
 	rank = (length + 1) << RANK_LENGTH_SHIFT | r->order;
-	if (r->flags & RULE_DRY_RUN) {
-		if (!f->dry_rank) {
-			f->dry_rank = rank;
-			f->dry_rule = id;
-			f->dry_action = r->action;
+	if (!(r->flags & RULE_CERTAIN)) {
+		if (r->action == ACTION_NONE || (r->port && r->port != p->port) || expired(r->expires))
+			return 0;
+		if (r->flags & RULE_DRY_RUN) {
+			if (!f->dry_rank) {
+				f->dry_rank = rank;
+				f->dry_rule = id;
+				f->dry_action = r->action;
+			}
+			return 0;
 		}
-		return 0;
 	}
 	f->rank = rank;
 	f->rule = id;
@@ -88,73 +92,123 @@ static __always_inline int consider(struct finding *f, u32 id, u32 length, const
 	return 1;
 }
 
-/* The value of the interval of a set's table that holds an address. */
-static __always_inline u32 find_interval(void *set, const struct table *t, int ipv4, u64 high, u64 low)
+static __always_inline void *page(void *set, u32 index)
 {
-	u64 slot = high >> (t->shift & 63);
-	struct pair *cell;
-	u32 at, count;
-
-	if (slot < t->base)
-		return t->below;
-	slot -= t->base;
-	if (slot >= t->slots)
-		return t->above;
-	at = t->slots_at + slot;
-	cell = bpf_map_lookup_elem(set, &at);
-	if (!cell)
-		return 0;
-	count = cell->b;
-	if (!count)
-		return cell->a;
-	/* The last interval that begins at or before the address; the first one does. */
-	at = cell->a;
-#pragma clang loop unroll(disable)
-	for (int i = 0; i < MAX_BISECTION && count > 1; i++) {
-		u32 half = count / 2, middle, index = at + half;
-		u64 *bound;
-
-		middle = t->bounds_at + (ipv4 ? index : 3 * index);
-		bound = bpf_map_lookup_elem(set, &middle);
-		if (!bound)
-			return 0;
-		if (ipv4) {
-			if ((u32)*bound <= high)
-				at = index;
-		} else if (*bound < high) {
-			at = index;
-		} else if (*bound == high) {
-			middle++;
-			bound = bpf_map_lookup_elem(set, &middle);
-			if (!bound)
-				return 0;
-			if (*bound <= low)
-				at = index;
-		}
-		count -= half;
-	}
-	at = t->bounds_at + (ipv4 ? at : 3 * at + 2);
-	cell = bpf_map_lookup_elem(set, &at);
-	if (!cell)
-		return 0;
-	return ipv4 ? cell->b : cell->a;
+	return bpf_map_lookup_elem(set, &index);
 }
 
-static __always_inline void search_set(struct scratch *s, void *set, const struct set_head *head,
-				       const struct packet *p)
+static __always_inline u32 interval_size(u32 layout)
 {
-	u32 chain = p->ipv4 ? find_interval(set, &head->tables[0], 1, s->low & 0xffffffff, 0)
-			    : find_interval(set, &head->tables[1], 0, s->high, s->low);
+	return layout == LAYOUT_SHORT ? 4 : layout == LAYOUT_LONG ? 8 : 32;
+}
+
+/* All ones if the interval at p begins at or before the address, of which `high` has the bits that the layout keeps,
+ * else zero. Which it is cannot be predicted, so the short layouts take no branch. */
+static __always_inline u32 begins_before(const void *p, u32 layout, u64 high, u64 low)
+{
+	const u64 *full = p;
+	s64 difference;
+
+	if (layout == LAYOUT_FULL)
+		return full[0] < high || (full[0] == high && full[1] <= low) ? ~0u : 0;
+	difference = (layout == LAYOUT_SHORT ? *(const u32 *)p >> 16 : *full >> 16) - high - 1;
+	asm volatile("%0 s>>= 63" : "+r"(difference)); /* clang would make it a branch */
+	return difference;
+}
+
+/*
+ * The value of the interval that holds an address, of `count` intervals of which the one at index `at` begins before
+ * it. First among the pages that they are on, then on the one.
+ */
+static __always_inline u32 bisect(void *set, const struct table *t, u32 at, u32 count, u32 layout, u64 high, u64 low)
+{
+	const u32 size = interval_size(layout), per_page = PAGE_BYTES / size, last = (at + count - 1) / per_page;
+	/* `zero` makes values unknown to the verifier, which otherwise walks a loop anew for every range it can tell. */
+	u32 first = (at / per_page) ^ t->zero, end = at + count, left = (last - first) ^ t->zero;
+	void *p;
+
+	/* A slot of IPv4 has at most 2^16 intervals on 64 pages; no array has 2^16 pages. */
+	const int page_steps = layout == LAYOUT_SHORT ? 7 : 16;
+
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < page_steps && left; i++) {
+		u32 half = (left + 1) / 2;
+
+		p = page(set, t->page + first + half);
+		if (!p)
+			return 0;
+		if (begins_before(p, layout, high, low)) {
+			first += half;
+			left -= half;
+		} else {
+			left = half - 1;
+		}
+	}
+	p = page(set, t->page + first);
+	if (!p)
+		return 0;
+	at = at > first * per_page ? at - first * per_page : 0;
+	end -= first * per_page;
+	end = end < per_page ? end : per_page;
+	count = (end - at) ^ t->zero;
+	at ^= t->zero;
+	/* at < per_page, and at + half stays below it; the masks tell the verifier. */
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < 10 && count > 1; i++) {
+		u32 half = count / 2;
+
+		at += half & begins_before(p + ((at + half) & (per_page - 1)) * size, layout, high, low);
+		count -= half;
+	}
+	p += (at & (per_page - 1)) * size;
+	if (layout == LAYOUT_SHORT)
+		return *(u32 *)p & 0xffff;
+	if (layout == LAYOUT_LONG)
+		return *(u64 *)p & 0xffff;
+	return ((u64 *)p)[2];
+}
+
+/* The value of the interval that holds the source, of the set whose number and pages are given. */
+static __always_inline u32 find_interval(const struct gate *g, u32 set, void *pages, const struct scratch *s)
+{
+	u32 family = !s->packet.ipv4, index, first, count;
+	const struct table *t = &g->sets[set].tables[family];
+	u64 high = family ? s->high : s->low & 0xffffffff, at = high >> (t->shift & 63);
+	struct slot *slot;
+
+	if (at < t->base)
+		return t->below;
+	at -= t->base;
+	if (at >= t->slots)
+		return t->above;
+	index = (set * 2 + family) * MAX_SLOTS + at;
+	slot = slots.lookup(&index);
+	if (!slot)
+		return 0;
+	first = slot->first;
+	count = slot->count;
+	if (!count)
+		return first;
+	if (!family)
+		return bisect(pages, t, first, count, LAYOUT_SHORT, high & 0xffff, 0);
+	if (t->layout == LAYOUT_LONG)
+		return bisect(pages, t, first, count, LAYOUT_LONG, high & 0xffffffffffff, 0);
+	return bisect(pages, t, first, count, LAYOUT_FULL, high, s->low);
+}
+
+static __always_inline void search_set(struct scratch *s, const struct gate *g, u32 set, void *pages)
+{
+	u32 chain = find_interval(g, set, pages, s);
 
 	if (!chain)
 		return;
-	chain += head->chains_at;
+	chain += set * MAX_CHAIN_ITEMS;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < MAX_CHAIN; i++) {
 		u32 at = chain + i;
-		struct pair *item = bpf_map_lookup_elem(set, &at);
+		struct chain_item *item = chains.lookup(&at);
 
-		if (!item || consider(&s->loaded, item->a, item->b & CHAIN_LENGTH, p) || item->b & CHAIN_END)
+		if (!item || consider(&s->loaded, item->rule, item->length, &s->packet) || item->end)
 			return;
 	}
 }
@@ -183,6 +237,8 @@ static __always_inline void search_runtime(struct scratch *s, const struct gate 
 {
 	const struct lengths *present = &g->runtime[!p->ipv4];
 
+	if (!(present->bits[0] | present->bits[1] | present->bits[2]))
+		return;
 	s->base = 128;
 	s->word = present->bits[2];
 	s->next = present->bits[1];
@@ -281,7 +337,7 @@ static __always_inline struct verdict verdict(struct scratch *s, int charge)
 	u32 zero = 0, set, rank;
 	struct finding *f;
 	u64 half, deadline;
-	void *cells;
+	void *pages;
 	const struct packet *p = &s->packet;
 	struct gate *g = gate.lookup(&zero);
 
@@ -312,9 +368,9 @@ static __always_inline struct verdict verdict(struct scratch *s, int charge)
 	deadline = *(volatile u64 *)&g->deadline;
 	set = (deadline && bpf_ktime_get_boot_ns() >= deadline ? g->fallback : *(volatile u32 *)&g->active) & 1;
 	head = &g->sets[set];
-	cells = sets.lookup(&set);
-	if (cells)
-		search_set(s, cells, head, p);
+	pages = sets.lookup(&set);
+	if (pages)
+		search_set(s, g, set, pages);
 	search_runtime(s, g, p);
 
 	barrier();

@@ -142,7 +142,7 @@ class ResolverConfig:
 class LimitsConfig:
     """Sizes of the policy's tables in the kernel, which cannot grow later."""
 
-    max_rules: int | None = setting(integer(16, 1 << 26), "rules", default=None)
+    max_rules: int | None = setting(integer(16, 1 << 26), "rules, each with any number of sources", default=None)
     max_bans: int | None = setting(integer(16, 1 << 26), "bans", default=None)
 
 

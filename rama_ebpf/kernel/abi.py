@@ -15,6 +15,7 @@ from typing import Final
 __all__ = [
     "BAN",
     "BUCKET_KEY",
+    "CHAIN_ITEM",
     "FAILSAFE_KEY",
     "GATE",
     "LISTENER",
@@ -26,6 +27,7 @@ __all__ = [
     "RUNTIME_KEY",
     "SCRATCH",
     "SET_HEAD",
+    "SLOT",
     "TABLE",
     "constants",
     "possible_cpus",
@@ -35,12 +37,14 @@ __all__ = [
 LISTENER_KEY: Final = struct.Struct("=16sHH")
 LISTENER: Final = struct.Struct("=HHI")
 RULE: Final = struct.Struct("=IIQQQHHI")
+SLOT: Final = struct.Struct("=II")
+CHAIN_ITEM: Final = struct.Struct("=IHH")
 RUNTIME_KEY: Final = struct.Struct("=HH16s")
-TABLE: Final = struct.Struct("=QIIIIII")
-SET_HEAD: Final = struct.Struct("=II QQ QQ 32s32s II")
+TABLE: Final = struct.Struct("=QIIIIIIII")
+SET_HEAD: Final = struct.Struct("=II QQ QQ 40s40s II")
 FAILSAFE_KEY: Final = struct.Struct("=II16s")
 BAN: Final = struct.Struct("=QQQII64s")
-GATE: Final = struct.Struct("=QQ III 8H I 3Q 3Q 112s112s")
+GATE: Final = struct.Struct("=QQ III 8H I 3Q 3Q 128s128s")
 BUCKET_KEY: Final = struct.Struct("=II8s")
 RULE_HITS: Final = struct.Struct("=QQ")
 PACKET: Final = struct.Struct("=16s16sHBB")

@@ -13,7 +13,7 @@ from . import abi, bpf
 from .bpf import MapFlags, MapType
 from .gate_state import GateState
 
-__all__ = ["RUNTIME_LENGTHS", "GateMaps", "LayoutMismatch", "MapSizes", "MapSpec", "set_cells"]
+__all__ = ["RUNTIME_LENGTHS", "GateMaps", "LayoutMismatch", "MapSizes", "MapSpec", "set_pages"]
 
 
 class LayoutMismatch(RuntimeError):
@@ -72,9 +72,10 @@ RUNTIME_LENGTHS: Final = 33 + 129
 _LPM: Final = (MapType.LPM_TRIE, MapFlags.NO_PREALLOC)
 
 
-def set_cells(count: int) -> MapSpec:
-    """Layout of a set: ``count`` cells that userspace fills through shared memory. Sets differ in size."""
-    return MapSpec(MapType.ARRAY, 4, 8, count, MapFlags.MMAPABLE | MapFlags.INNER_MAP)
+def set_pages(count: int) -> MapSpec:
+    """Layout of a set: ``count`` pages that userspace fills through shared memory. Sets differ in size."""
+    flags = MapFlags.MMAPABLE | MapFlags.INNER_MAP
+    return MapSpec(MapType.ARRAY, 4, abi.constants()["PAGE_BYTES"], count, flags)
 
 
 def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
@@ -98,8 +99,10 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "scratch": MapSpec(MapType.PERCPU_ARRAY, 4, abi.SCRATCH.size, 1),
         "runtime": MapSpec(_HASH[0], abi.RUNTIME_KEY.size, 4, sizes.rules, _HASH[1]),
         "runtime_lengths": MapSpec(MapType.ARRAY, 4, 4, RUNTIME_LENGTHS),
+        "slots": MapSpec(MapType.ARRAY, 4, abi.SLOT.size, 4 * constant["MAX_SLOTS"], MapFlags.MMAPABLE),
+        "chains": MapSpec(MapType.ARRAY, 4, abi.CHAIN_ITEM.size, 2 * constant["MAX_CHAIN_ITEMS"], MapFlags.MMAPABLE),
         # One index more than there are sets: writing to it waits for all programs that are running (see KernelStore).
-        "sets": MapSpec(MapType.ARRAY_OF_MAPS, 4, 4, 3, inner=set_cells(1)),
+        "sets": MapSpec(MapType.ARRAY_OF_MAPS, 4, 4, 3, inner=set_pages(1)),
     }
 
 

@@ -17,7 +17,6 @@ class SetHead:
     """``struct set_head``. Limits are (emission, tolerance) in nanoseconds; ``tables`` are packed ``struct table``."""
 
     default: int = abi.constants()["ACTION_ALLOW"]
-    chains_at: int = 0
     per_source: tuple[int, int] = (0, 0)
     overall: tuple[int, int] = (0, 0)
     tables: tuple[bytes, bytes] = (EMPTY_TABLE, EMPTY_TABLE)
@@ -27,7 +26,7 @@ class SetHead:
     def pack(self) -> bytes:
         return abi.SET_HEAD.pack(
             self.default,
-            self.chains_at,
+            0,
             *self.per_source,
             *self.overall,
             *self.tables,
@@ -37,11 +36,11 @@ class SetHead:
 
     @classmethod
     def unpack(cls, raw: bytes) -> SetHead:
-        default, chains_at, emission, tolerance, all_emission, all_tolerance, table4, table6, at, size = (
-            abi.SET_HEAD.unpack(raw)
+        default, _, emission, tolerance, all_emission, all_tolerance, table4, table6, at, size = abi.SET_HEAD.unpack(
+            raw
         )
         limits = ((emission, tolerance), (all_emission, all_tolerance))
-        return cls(default, chains_at, *limits, (table4, table6), at, size)
+        return cls(default, *limits, (table4, table6), at, size)
 
 
 @dataclass(frozen=True, slots=True)

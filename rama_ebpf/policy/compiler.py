@@ -8,21 +8,19 @@ run. What comes after it can never matter and is left out, so most chains have o
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from ..kernel import abi
 from . import document
-from .intervals import Table, append_table, pair_bytes
+from .intervals import MAX_VALUE, PAGE, Table, build_table
 from .prefixes import unpack_network
 from .rule import PolicyError, Rule, RuleSet
 
-__all__ = ["CHAIN_END", "CHAIN_LENGTH", "MAPPED", "MAX_CHAIN", "CompiledSet", "compile_rules"]
+__all__ = ["MAPPED", "MAX_CHAIN", "CompiledSet", "compile_rules", "read_chain"]
 
-# The enumerations `bound` and `chain` of policy.h.
-MAX_CHAIN: Final = 64
-CHAIN_LENGTH: Final = 0xFF
-CHAIN_END: Final = 0x100
+MAX_CHAIN: Final = 64  # as in policy.h
 
 _RULE_BITS: Final = 20  # an IPv4 key then fits into 60 bits
 
@@ -39,19 +37,25 @@ class CompiledSet:
 
     ruleset: RuleSet
     tables: tuple[Table, Table]
-    cells: array[int]
-    """Intervals of both families, then the encoded rule set."""
-    chain_rules: array[int]
-    """The chains, as indices of rules, and"""
-    chain_marks: array[int]
-    """prefix lengths with their marks."""
+    slots: tuple[array[int], array[int]]
+    """The slots of both families, two numbers each."""
+    pages: bytes
+    """The intervals of both families, then the encoded rule set."""
     document_at: int
     document_size: int
+    chain: tuple[tuple[int, int, bool], ...]
+    """All chains' items: index of a rule (-1 for none), prefix length, whether it is the last."""
 
-    def tail(self, ids: Sequence[int]) -> bytes:
-        """Return the cells that come after :attr:`cells`, given the rules' ids: the chains, the ids, how many."""
-        chains = pair_bytes([ids[index] if index >= 0 else 0 for index in self.chain_rules], self.chain_marks)
-        return chains + array("Q", (*ids, len(ids))).tobytes()
+    def chains(self, ids: Sequence[int]) -> bytes:
+        """Return the chains (``struct chain_item``), given the rules' ids."""
+        return b"".join(
+            abi.CHAIN_ITEM.pack(ids[index] if index >= 0 else 0, length, end) for index, length, end in self.chain
+        )
+
+    def all_pages(self, ids: Sequence[int]) -> bytes:
+        """Return the pages, ended by the rules' ids and how many there are."""
+        end = array("Q", (*ids, len(ids))).tobytes()
+        return self.pages + bytes(-(len(self.pages) + len(end)) % PAGE) + end
 
 
 @dataclass(slots=True)
@@ -59,8 +63,7 @@ class _Chains:
     """All chains that occur, each once, one after the other in the cells. Chain 0 is the empty one."""
 
     rules: Sequence[Rule]
-    indices: array[int] = field(default_factory=lambda: array("i", (-1,)))
-    marks: array[int] = field(default_factory=lambda: array("I", (CHAIN_END,)))
+    cells: list[tuple[int, int, bool]] = field(default_factory=lambda: [(-1, 0, True)])
     _at: dict[_Chain, int] = field(default_factory=dict)
     _items: dict[int, _Chain] = field(default_factory=lambda: {0: ()})
     _step: dict[int, int] = field(default_factory=dict)
@@ -81,12 +84,14 @@ class _Chains:
                     f"{len(chain)} rules may apply to {network} depending on port, time or dry runs: the kernel looks "
                     f"at {MAX_CHAIN} at most; drop some rules that expire, are dry runs or name a port"
                 )
-            at = self._at[chain] = len(self.indices)
+            at = self._at[chain] = len(self.cells)
+            if at + len(chain) > MAX_VALUE:
+                raise PolicyError(
+                    f"the rules make more than {MAX_VALUE} combinations of rule and prefix length: put sources "
+                    f"that share an action into one rule"
+                )
             self._items[at] = chain
-            for length, index in chain:
-                self.indices.append(index)
-                self.marks.append(length)
-            self.marks[-1] |= CHAIN_END
+            self.cells += [(index, length, (length, index) == chain[-1]) for length, index in chain]
         return at
 
     def _prune(self, chain: Sequence[tuple[int, int]]) -> _Chain:
@@ -105,20 +110,40 @@ class _Chains:
         return tuple(kept)
 
 
+def read_chain(item: Callable[[int], bytes], value: int, version: int) -> list[tuple[int, int]]:
+    """Return the chain of an interval's value as (prefix length, rule id); ``item(i)`` is a ``struct chain_item``."""
+    found: list[tuple[int, int]] = []
+    end = not value
+    while not end:
+        rule_id, length, end = abi.CHAIN_ITEM.unpack(item(value))
+        found.append((length - MAPPED[version], rule_id))
+        value += 1
+    return found
+
+
 def compile_rules(ruleset: RuleSet) -> CompiledSet:
     """Compile a set. Raises :class:`PolicyError` for what the kernel cannot express."""
     if len(ruleset.rules) >= 1 << _RULE_BITS:
         raise PolicyError(f"{len(ruleset.rules)} rules: use fewer than {1 << _RULE_BITS}; a rule can have many sources")
     chains = _Chains(ruleset.rules)
-    cells = array("Q")
-    tables = []
+    pages = bytearray()
+    tables, slots = [], []
     for version in (4, 6):
         starts, values = _sweep(_keys(ruleset.rules, version), chains, version)
-        tables.append(append_table(cells, version, starts, values))
-    encoded = document.encode(ruleset)
-    document_at = len(cells)
-    cells.frombytes(encoded + bytes(-len(encoded) % 8))
-    return CompiledSet(ruleset, (tables[0], tables[1]), cells, chains.indices, chains.marks, document_at, len(encoded))
+        table, pairs = build_table(pages, version, starts, values)
+        tables.append(table)
+        slots.append(pairs)
+    document_at = len(pages)
+    pages.extend(document.encode(ruleset))
+    return CompiledSet(
+        ruleset,
+        (tables[0], tables[1]),
+        (slots[0], slots[1]),
+        bytes(pages) + bytes(-len(pages) % 8),
+        document_at,
+        len(pages) - document_at,
+        tuple(chains.cells),
+    )
 
 
 def _keys(rules: Sequence[Rule], version: int) -> list[int]:
@@ -130,7 +155,7 @@ def _keys(rules: Sequence[Rule], version: int) -> list[int]:
     return keys
 
 
-def _sweep(keys: list[int], chains: _Chains, version: int) -> tuple[Sequence[int], Sequence[int]]:
+def _sweep(keys: list[int], chains: _Chains, version: int) -> tuple[Sequence[int], array[int]]:
     """Walk the prefixes in order of address and cut the space where the chain changes.
 
     One pass with a stack of the prefixes that are open. This loop is most of the time that a large set takes to

@@ -20,22 +20,21 @@ from typing import Final
 
 from ..core.address import IPAddress, unmap
 from ..kernel import abi, bpf
-from ..kernel.gate_maps import GateMaps, set_cells
+from ..kernel.gate_maps import GateMaps, set_pages
 from ..kernel.gate_state import GateState, SetHead
 from ..kernel.instance import Instance
 from . import document
-from .compiler import CHAIN_END, CHAIN_LENGTH, MAPPED, MAX_CHAIN, CompiledSet
+from .compiler import MAPPED, CompiledSet, read_chain
 from .counters import GateCounters, number
-from .intervals import Table, find, unpair
+from .intervals import PAGE, Layout, Table, find
 from .prefixes import IPNetwork, unmap_network
 from .rule import Action, PolicyError, Rule, RuleSet, Settings, SynLimit, boottime_ns
 from .store import Ban, PolicyStore, StoredRule
 
 __all__ = ["KernelStore"]
 
-_RULE_DRY_RUN: Final = 1
 _BARRIER: Final = 2  # an element of `sets` that no program reads
-_CELL: Final = struct.Struct("=Q")
+_WORD: Final = struct.Struct("=Q")
 _FULL: Final = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
 
 
@@ -69,6 +68,7 @@ class KernelStore(PolicyStore, GateCounters):
         self._owned = maps is None
         self._maps = GateMaps.open(instance.pin_dir) if maps is None else maps
         self._constant = abi.constants()
+        self._chains_size = self._constant["MAX_CHAIN_ITEMS"] * abi.CHAIN_ITEM.size
         self._max_rules = self._maps.capacity("rules")
         self._hint = 1
 
@@ -144,27 +144,27 @@ class KernelStore(PolicyStore, GateCounters):
     def _install(self, compiled: CompiledSet, ids: Sequence[int], deadline: int | None) -> int:
         """Fill a map that nobody reads yet, describe it in the half of ``gate`` that nobody reads, then change the
         one number that says which half to read."""
-        cells, tail = compiled.cells.tobytes(), compiled.tail(ids)
         gate = self._gate()
         slot, settings = 1 - gate.active, compiled.ruleset.settings
         head = SetHead(
             int(settings.default),
-            len(compiled.cells),
             _packed(settings.per_source),
             _packed(settings.overall),
             (_pack_table(compiled.tables[0]), _pack_table(compiled.tables[1])),
             compiled.document_at,
             compiled.document_size,
         )
-        size = len(cells) + len(tail)
-        fd = set_cells(size // 8).create("set")
+        pages = compiled.all_pages(ids)
+        fd = set_pages(len(pages) // PAGE).create("set")
         try:
-            with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE) as memory:
-                memory[: len(cells)] = cells
-                memory[len(cells) :] = tail
+            _write(fd, 0, pages)
             bpf.map_update(self._maps["sets"], number(slot), fd.to_bytes(4, sys.byteorder))
         finally:
             bpf.close(fd)
+        for family, pairs in enumerate(compiled.slots):
+            first = (2 * slot + family) * self._constant["MAX_SLOTS"]
+            _write(self._maps["slots"], first * abi.SLOT.size, pairs.tobytes())
+        _write(self._maps["chains"], slot * self._chains_size, compiled.chains(ids))
         sets = (head, gate.sets[1]) if slot == 0 else (gate.sets[0], head)
         gate = replace(gate, sets=sets, fallback=gate.active, deadline=deadline or 0)
         self._put_gate(gate)
@@ -180,7 +180,7 @@ class KernelStore(PolicyStore, GateCounters):
         self._empty_set(_BARRIER)
 
     def _empty_set(self, slot: int) -> None:
-        fd = set_cells(1).create("set")
+        fd = set_pages(1).create("set")
         try:
             bpf.map_update(self._maps["sets"], number(slot), fd.to_bytes(4, sys.byteorder))
         finally:
@@ -224,8 +224,8 @@ class KernelStore(PolicyStore, GateCounters):
         return bpf.map_by_id(int.from_bytes(raw, sys.byteorder))
 
     @contextlib.contextmanager
-    def _set_in_force(self) -> Iterator[tuple[SetHead, int]]:
-        """Open the set in force: its head, and a descriptor of its cells, which never change."""
+    def _set_in_force(self) -> Iterator[tuple[int, SetHead, int]]:
+        """Yield which set is in force, its head, and a descriptor of its pages, which never change."""
         while True:
             gate = self._gate()
             slot = gate.in_force(boottime_ns())
@@ -235,35 +235,43 @@ class KernelStore(PolicyStore, GateCounters):
                 break
             bpf.close(fd)  # it was replaced meanwhile
         try:
-            yield gate.sets[slot], fd
+            yield slot, gate.sets[slot], fd
         finally:
             bpf.close(fd)
 
     def _chain(self, source: IPAddress) -> list[tuple[int, int]]:
-        with self._set_in_force() as (head, fd):
+        family = 0 if source.version == 4 else 1
+        with self._set_in_force() as (slot, head, fd):
 
-            def cell(index: int) -> int:
-                raw = bpf.map_lookup(fd, number(index), 8)
-                assert raw is not None
-                return int.from_bytes(raw, sys.byteorder)
+            def slot_at(index: int) -> tuple[int, int]:
+                key = (2 * slot + family) * self._constant["MAX_SLOTS"] + index
+                first, count = abi.SLOT.unpack(self._element("slots", key, abi.SLOT.size))
+                return first, count
 
-            table = Table(*abi.TABLE.unpack(head.tables[0 if source.version == 4 else 1]))
-            at = find(cell, table, source.version, int(source))
-            found: list[tuple[int, int]] = []
-            while at and len(found) < MAX_CHAIN:
-                rule_id, mark = unpair(cell(head.chains_at + at))
-                found.append(((mark & CHAIN_LENGTH) - MAPPED[source.version], rule_id))
-                at = 0 if mark & CHAIN_END else at + 1
-        return found
+            def read(at: int, size: int) -> int:
+                page = bpf.map_lookup(fd, number(at // PAGE), PAGE)
+                assert page is not None
+                return int.from_bytes(page[at % PAGE : at % PAGE + size], sys.byteorder)
+
+            def item(index: int) -> bytes:
+                return self._element("chains", slot * self._constant["MAX_CHAIN_ITEMS"] + index, abi.CHAIN_ITEM.size)
+
+            value = find(slot_at, read, _unpack_table(head.tables[family]), source.version, int(source))
+            return read_chain(item, value, source.version)
+
+    def _element(self, name: str, index: int, size: int) -> bytes:
+        raw = bpf.map_lookup(self._maps[name], number(index), size)
+        assert raw is not None  # an array has all its elements
+        return raw
 
     def ruleset(self) -> RuleSet:
-        with self._set_in_force() as (head, fd):
+        with self._set_in_force() as (_, head, fd):
             ruleset = _read_document(head, fd)
         settings = Settings(Action(head.default), _limit(*head.per_source), _limit(*head.overall))
         return replace(ruleset, settings=settings)
 
     def _loaded_ids(self) -> Sequence[int]:
-        with self._set_in_force() as (head, fd):
+        with self._set_in_force() as (_, head, fd):
             return _read_ids(head, fd)
 
     # -- the runtime layer ---------------------------------------------------------------------------------------
@@ -334,7 +342,8 @@ class KernelStore(PolicyStore, GateCounters):
         rule_id = self._claim(rule, created)
         hits = bytes(abi.RULE_HITS.size * abi.possible_cpus())
         bpf.map_update(self._maps["rule_hits"], number(rule_id), hits)
-        flags = _RULE_DRY_RUN if rule.dry_run else 0
+        certain = rule.port is None and rule.expires is None and not rule.dry_run
+        flags = self._constant["RULE_DRY_RUN"] * rule.dry_run | self._constant["RULE_CERTAIN"] * certain
         fields = (rule.action, flags, rule.expires or 0, *_packed(rule.limit), rule.port or 0, rule.order, 0)
         bpf.map_update(self._maps["rules"], number(rule_id), abi.RULE.pack(*fields))
         return rule_id
@@ -380,7 +389,7 @@ class KernelStore(PolicyStore, GateCounters):
             Action(action),
             port or None,
             expires or None,
-            bool(flags & _RULE_DRY_RUN),
+            bool(flags & self._constant["RULE_DRY_RUN"]),
             _limit(emission, tolerance),
             _text(reason),
             _text(origin),
@@ -496,29 +505,43 @@ class KernelStore(PolicyStore, GateCounters):
         return freed
 
 
+def _write(fd: int, at: int, data: bytes) -> None:
+    """Write into an array map that has MMAPABLE."""
+    info = bpf.map_info(fd)
+    with mmap.mmap(fd, info.max_entries * info.value_size) as memory:
+        memory[at : at + len(data)] = data
+
+
+@contextlib.contextmanager
+def _mapped_set(fd: int) -> Iterator[mmap.mmap]:
+    with mmap.mmap(fd, bpf.map_info(fd).max_entries * PAGE, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
+        yield memory
+
+
 def _read_document(head: SetHead, fd: int) -> RuleSet:
     if not head.document_size:
         return RuleSet()
-    size, at = bpf.map_info(fd).max_entries * 8, 8 * head.document_at
-    with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
-        return document.decode(memory[at : at + head.document_size])
+    with _mapped_set(fd) as memory:
+        return document.decode(memory[head.document_at : head.document_at + head.document_size])
 
 
 def _read_ids(head: SetHead, fd: int) -> list[int]:
-    """Return the ids of a set's rules: its last cells, see :meth:`.compiler.CompiledSet.tail`."""
+    """Return the ids of a set's rules: its end, see :meth:`.compiler.CompiledSet.all_pages`."""
     if not head.document_size:
         return []
-    cells = bpf.map_info(fd).max_entries
-    with mmap.mmap(fd, 8 * cells, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
-        (count,) = _CELL.unpack_from(memory, 8 * (cells - 1))
-        ids = memory[8 * (cells - 1 - count) : 8 * (cells - 1)]
-    return [rule_id for (rule_id,) in _CELL.iter_unpack(ids)]
+    with _mapped_set(fd) as memory:
+        (count,) = _WORD.unpack_from(memory, len(memory) - 8)
+        ids = memory[len(memory) - 8 - 8 * count : len(memory) - 8]
+    return [rule_id for (rule_id,) in _WORD.iter_unpack(ids)]
 
 
-def _pack_table(table: Table) -> bytes:
-    return abi.TABLE.pack(
-        table.base, table.shift, table.slots, table.slots_at, table.bounds_at, table.below, table.above
-    )
+def _pack_table(t: Table) -> bytes:
+    return abi.TABLE.pack(t.base, t.shift, t.slots, t.page, t.below, t.above, t.layout, 0, 0)
+
+
+def _unpack_table(raw: bytes) -> Table:
+    base, shift, slots, page, below, above, layout, *_ = abi.TABLE.unpack(raw)
+    return Table(base, shift, slots, page, below, above, Layout(layout))
 
 
 def _ban(address: IPAddress, raw: bytes) -> Ban:

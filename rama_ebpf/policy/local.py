@@ -6,15 +6,16 @@ It decides after accept(2), so a denied client costs a descriptor for a moment a
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..core.address import IPAddress
-from .compiler import CHAIN_END, CHAIN_LENGTH, MAPPED, CompiledSet, compile_rules
-from .intervals import find, unpair
+from ..kernel import abi
+from .compiler import CompiledSet, compile_rules, read_chain
+from .intervals import find
 from .prefixes import IPNetwork, unmap_network
 from .rule import PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns
 from .store import Ban, PolicyStore, StoredRule
@@ -24,16 +25,28 @@ __all__ = ["CountedPolicy", "LocalStore"]
 
 @dataclass(slots=True)
 class _Loaded:
-    """A set in force: the same cells as in the kernel."""
+    """A set in force: the same tables as in the kernel."""
 
     compiled: CompiledSet
     ids: Sequence[int]
     settings: Settings
-    cells: array[int] = field(init=False)
+    chains: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cells = array("Q", self.compiled.cells)
-        self.cells.frombytes(self.compiled.tail(self.ids))
+        self.chains = self.compiled.chains(self.ids)
+
+    def chain(self, source: IPAddress) -> list[tuple[int, int]]:
+        """Return (prefix length, rule id) of the rules that may decide."""
+        family = 0 if source.version == 4 else 1
+        slots, pages, size = self.compiled.slots[family], self.compiled.pages, abi.CHAIN_ITEM.size
+        value = find(
+            lambda index: (slots[2 * index], slots[2 * index + 1]),
+            lambda at, count: int.from_bytes(pages[at : at + count], sys.byteorder),
+            self.compiled.tables[family],
+            source.version,
+            int(source),
+        )
+        return read_chain(lambda index: self.chains[size * index : size * (index + 1)], value, source.version)
 
 
 class LocalStore(PolicyStore):
@@ -97,16 +110,7 @@ class LocalStore(PolicyStore):
         self._changed()
 
     def _chain(self, source: IPAddress) -> list[tuple[int, int]]:
-        loaded = self._in_force()
-        cell = loaded.cells.__getitem__
-        table = loaded.compiled.tables[0 if source.version == 4 else 1]
-        at = find(cell, table, source.version, int(source))
-        found: list[tuple[int, int]] = []
-        while at:
-            rule_id, mark = unpair(cell(len(loaded.compiled.cells) + at))
-            found.append(((mark & CHAIN_LENGTH) - MAPPED[source.version], rule_id))
-            at = 0 if mark & CHAIN_END else at + 1
-        return found
+        return self._in_force().chain(source)
 
     def ruleset(self) -> RuleSet:
         loaded = self._in_force()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv6Address
@@ -42,14 +42,26 @@ class Parsed:
 class Probe:
     """Maps and programs of an instance of its own, judged by test runs. A context manager."""
 
-    def __init__(self, instance: Instance, sizes: MapSizes | None = None, *extra: Program, source: Path | None = None):
+    def __init__(
+        self,
+        instance: Instance,
+        sizes: MapSizes | None = None,
+        *extra: Program,
+        source: Path | None = None,
+        before_load: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Load ``extra`` programs of the unit, and of ``source`` if it is given, beside the probe. ``before_load`` runs
+        when the maps are pinned."""
         bpffs.ensure_mounted()
         self.instance = instance
         instance.pin_dir.mkdir(parents=True, mode=0o700)
         self.maps = GateMaps.create(instance.pin_dir, sizes or MapSizes(rules=4096, bans=4096, buckets=4096))
         self.store = KernelStore(instance, self.maps)
         text = amalgamate(abi.source_dir() / "sockops_filter.c")
-        text += (source or Path(__file__).with_name("verdict_probe.c")).read_text(encoding="utf-8")
+        text += Path(__file__).with_name("verdict_probe.c").read_text(encoding="utf-8")
+        if source is not None:
+            text += source.read_text(encoding="utf-8")
+        before_load()
         programs = [Program("probe_frame", _XDP, AttachType.XDP), *extra]
         self.programs = compile_and_load(text, programs, cflags=[f'-DPIN_DIR="{instance.pin_dir}"'])
         self._names: dict[int, str] = {}

@@ -19,7 +19,7 @@ from .frames import DST_OPTIONS, HOP_BY_HOP, QINQ, VLAN, ethernet, extension, ip
 from .probe import Probe
 from .scenario import PORTS, Scenario
 
-PAIRS = int(os.environ.get("RAMA_EBPF_DIFFERENTIAL_PAIRS", "100000"))
+PAIRS = int(os.environ.get("RAMA_EBPF_DIFFERENTIAL_PAIRS", "20000"))
 PER_SCENARIO = 500
 TARGETS = {4: IPv4Address("198.18.0.1"), 6: IPv6Address("2001:db8::1")}
 

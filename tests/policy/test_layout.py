@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rama_ebpf.kernel import abi
-from rama_ebpf.policy import compiler
+from rama_ebpf.policy import compiler, intervals
 from rama_ebpf.policy.prefixes import Prefixes
 from rama_ebpf.policy.rule import PRECEDENCE, RUNTIME, Action, Rule, Stage
 
@@ -19,8 +19,11 @@ def test_actions_and_stages_are_those_of_the_header() -> None:
 def test_chains_are_laid_out_as_in_the_header() -> None:
     constant = abi.constants()
     assert constant["MAX_CHAIN"] == compiler.MAX_CHAIN
-    assert constant["CHAIN_LENGTH"] == compiler.CHAIN_LENGTH
-    assert constant["CHAIN_END"] == compiler.CHAIN_END
+    assert constant["MAX_CHAIN_ITEMS"] == intervals.MAX_VALUE + 1
+    assert constant["MAX_SLOTS"] == intervals.MAX_SLOTS
+    assert constant["PAGE_BYTES"] == intervals.PAGE
+    for layout in intervals.Layout:
+        assert constant[f"LAYOUT_{layout.name}"] == layout
 
 
 def test_a_rule_s_order_is_made_of_the_bits_of_the_header() -> None:
