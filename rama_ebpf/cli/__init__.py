@@ -7,10 +7,11 @@ something, or the kernel refused.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from .. import __version__
 from ..control.socket import ControlUnavailable
@@ -18,12 +19,19 @@ from ..core.errors import RamaError
 from ..kernel.compile import CompileError
 from ..kernel.instance import Instance, InstanceBusy
 from ..policy.rule import PolicyError
-from . import ca, config, doctor, lifecycle, policy, run
 from .output import ENVIRONMENT, USAGE
 
 __all__ = ["main"]
 
-_GROUPS = (run, config, policy, lifecycle, ca, doctor)
+_GROUPS: Final = {
+    "run": ("run",),
+    "config": ("check", "config", "passwd"),
+    "policy": ("block", "allow", "unblock", "list", "test"),
+    "lifecycle": ("status", "unload"),
+    "ca": ("ca",),
+    "doctor": ("doctor",),
+}
+"""The modules and their commands. Only the module of the given command is imported: some bring in half the package."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,7 +42,13 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(USAGE)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _groups(argv: Sequence[str]) -> list[str]:
+    """The modules that may be needed: the command's, or all for help and for a command that is not known."""
+    command = next((word for word in argv if not word.startswith("-")), None)
+    return [group for group, commands in _GROUPS.items() if command in commands] or list(_GROUPS)
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog="rama-ebpf", description="A proxy whose unwanted clients are turned away before accept(2).")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     shared = argparse.ArgumentParser(add_help=False)
@@ -46,14 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--json", action="store_true", help="machine-readable output")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for group in _GROUPS:
-        group.register(commands, shared)
+    for group in _groups(argv):
+        importlib.import_module(f"{__name__}.{group}").register(commands, shared)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv).parse_args(argv)
     prefix = f"rama-ebpf {args.command}"
     try:
         args.instance = Instance(args.instance)

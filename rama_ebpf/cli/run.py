@@ -10,9 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config.kinds import LOOPBACK_ENDPOINT
-from ..config.load import load_config
-from ..config.show import effective
 from ..control.daemon import DaemonOptions, serve
 from ..control.listeners import ListenAt
 from ..core.address import Endpoint
@@ -137,6 +134,10 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
     for name, value in vars(args).items():
         if name not in _BESIDE_A_FILE and value != parser.get_default(name):
             raise PolicyError(f"--config and {name.replace('_', '-')}: put that into {args.config}")
+    # Imported only where there is a file: the model knows every service, and takes half a second to import them all.
+    from ..config.load import load_config
+    from ..config.show import effective
+
     config = load_config(args.config)
     server, policy, limits = config.server, config.policy, config.limits
     sizes = MapSizes()
@@ -170,10 +171,14 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
         egress = EgressPolicy(tuple(map(parse_network, args.allow_egress)), tuple(map(parse_network, args.deny_egress)))
     except PolicyError as error:
         raise PolicyError(f"egress: {error}") from None
-    try:
-        metrics = None if args.metrics is None else LOOPBACK_ENDPOINT.parse(args.metrics)
-    except ValueError as error:
-        raise PolicyError(f"--metrics {args.metrics!r}: {error}") from None
+    metrics = None
+    if args.metrics is not None:
+        from ..config.kinds import LOOPBACK_ENDPOINT  # see _from_file
+
+        try:
+            metrics = LOOPBACK_ENDPOINT.parse(args.metrics)
+        except ValueError as error:
+            raise PolicyError(f"--metrics {args.metrics!r}: {error}") from None
     return DaemonOptions(
         instance=args.instance,
         listen=_listen_at(args.listen or ["127.0.0.1:1080"]),
