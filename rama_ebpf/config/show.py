@@ -9,7 +9,7 @@ from typing import Any, cast
 from .decode import Table, encode
 from .model import Config
 
-__all__ = ["effective", "to_toml"]
+__all__ = ["effective", "inline", "to_toml"]
 
 
 def effective(config: Config) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def _table(path: tuple[str, ...], values: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if path and (plain or not tables):
         lines += ["", f"[{'.'.join(map(_key, path))}]"]
-    lines += [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
+    lines += [f"{_key(key)} = {inline(value)}" for key, value in plain.items()]
     for key, value in tables.items():
         lines += _table((*path, key), value)
     return lines
@@ -40,16 +40,17 @@ def _key(key: str) -> str:
     return key if bare else _string(key)
 
 
-def _value(value: Any) -> str:
+def inline(value: Any) -> str:
+    """Write one plain value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return _string(value)
     if isinstance(value, Mapping):
-        inside = ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items())
+        inside = ", ".join(f"{_key(key)} = {inline(item)}" for key, item in value.items())
         return f"{{ {inside} }}" if inside else "{}"
     if isinstance(value, list):
-        items = [_value(item) for item in value]
+        items = [inline(item) for item in value]
         line = f"[{', '.join(items)}]"
         return line if len(line) <= 90 else "[\n" + "".join(f"    {item},\n" for item in items) + "]"
     return str(value)
