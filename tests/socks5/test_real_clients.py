@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import socket
 import subprocess
@@ -65,7 +66,7 @@ async def run(*command: str | Path, stdin: bytes = b"") -> bytes:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+        env={"PATH": os.environ["PATH"]},  # and no proxy settings
     )
     out, err = await process.communicate(stdin)
     assert process.returncode == 0, err.decode()

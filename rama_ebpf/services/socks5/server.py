@@ -51,7 +51,10 @@ class ReplyTiming(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class UserLimits:
     """What one user may do: ``connections`` at a time (None: any number), ``commands``, and the bounds of each of
-    its tunnels and associations (None: those that apply to everybody)."""
+    its tunnels and associations (None: those that apply to everybody).
+
+    Connections are counted by each :class:`Socks5Server`, so with several worker processes by each of them.
+    """
 
     connections: int | None = None
     commands: frozenset[Command] = frozenset(Command)
