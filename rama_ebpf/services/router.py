@@ -20,7 +20,6 @@ __all__ = ["PeekMatcher", "PeekRouter", "is_http", "is_socks", "is_tls"]
 
 PeekMatcher = Callable[[bytes], bool | None]
 
-_MAX_METHOD: Final = 24
 _METHOD: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,24} ")
 _METHOD_START: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{0,24}")
 
@@ -42,7 +41,7 @@ def is_http(data: bytes) -> bool | None:
     data = data.lstrip(b"\r\n")
     if _METHOD.match(data):
         return True
-    return None if len(data) <= _MAX_METHOD and _METHOD_START.fullmatch(data) else False
+    return None if _METHOD_START.fullmatch(data) else False
 
 
 class PeekRouter:
