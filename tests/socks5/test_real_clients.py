@@ -68,7 +68,12 @@ async def run(*command: str | Path, stdin: bytes = b"") -> bytes:
         stderr=asyncio.subprocess.PIPE,
         env={"PATH": os.environ["PATH"]},  # and no proxy settings
     )
-    out, err = await process.communicate(stdin)
+    try:
+        out, err = await process.communicate(stdin)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     assert process.returncode == 0, err.decode()
     return out
 
