@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 
 _CLONE_NEWNET = 0x40000000
@@ -16,6 +17,14 @@ def _check(result: int) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def _wait_until_local(address: str) -> None:
+    """The kernel makes the local route of a new IPv6 address in a work queue, also when ``nodad`` spares the probes."""
+    deadline = time.monotonic() + 10
+    while not subprocess.check_output(["ip", "route", "get", address], text=True).startswith("local "):
+        assert time.monotonic() < deadline, f"no local route to {address}"
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -29,6 +38,9 @@ def network_namespace(*commands: str) -> Iterator[None]:
         try:
             for command in ("link set lo up", *commands):
                 subprocess.run(["ip", *command.split()], check=True)
+            added = [command.split("address add ")[1] for command in commands if "address add" in command]
+            for address in ("::1", *added):
+                _wait_until_local(address.split("/")[0])
             yield
         finally:
             _check(_libc.setns(home.fileno(), _CLONE_NEWNET))

@@ -94,7 +94,10 @@ async def test_binds(run_proxy, direct, loopback):
     assert caught.value.errno == errno.ETIMEDOUT
 
 
-async def udp_echo(loopback: str) -> tuple[asyncio.DatagramTransport, int]:
+@pytest.fixture
+async def udp_echo(loopback: str) -> AsyncIterator[int]:
+    """The port of a UDP server that answers in capital letters."""
+
     class Echo(asyncio.DatagramProtocol):
         def connection_made(self, transport):
             self.transport = transport
@@ -103,17 +106,17 @@ async def udp_echo(loopback: str) -> tuple[asyncio.DatagramTransport, int]:
             self.transport.sendto(data.upper(), source)
 
     transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(Echo, local_addr=(loopback, 0))
-    return transport, transport.get_extra_info("sockname")[1]
+    yield transport.get_extra_info("sockname")[1]
+    transport.close()
 
 
-async def test_sends_and_receives_datagrams(run_proxy, direct, loopback):
-    transport, port = await udp_echo(loopback)
+async def test_sends_and_receives_datagrams(run_proxy, direct, udp_echo, loopback):
     proxy = await run_proxy(make=everything)
     client = Socks5Client(direct, Authority.of(proxy.host, proxy.port), credentials=TOM)
     udp = await client.associate()
     for name in (loopback, "target.test"):
-        udp.send(b"hello", Authority.of(name, port))
-        assert await udp.receive() == (b"HELLO", Authority.of(loopback, port))
+        udp.send(b"hello", Authority.of(name, udp_echo))
+        assert await udp.receive() == (b"HELLO", Authority.of(loopback, udp_echo))
     waiting = asyncio.create_task(udp.receive())
     await asyncio.sleep(0)
     await udp.close()
@@ -124,7 +127,6 @@ async def test_sends_and_receives_datagrams(run_proxy, direct, loopback):
     with pytest.raises(ConnectionResetError):
         await udp.closed()
     await udp.close()
-    transport.close()
 
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -240,7 +242,7 @@ async def danted(tmp_path) -> AsyncIterator[Authority]:
 
 
 @pytest.mark.parametrize("loopback", ["127.0.0.1"], indirect=True, ids=["ipv4"])
-async def test_dante_connects_binds_and_relays_datagrams(danted, run_proxy, run_target, direct, loopback):
+async def test_dante_connects_binds_and_relays_datagrams(danted, run_target, direct, udp_echo, loopback):
     host, port = await run_target(echo)
     client = Socks5Client(direct, danted)
     assert await ask(await client(Authority.of(host, port)), b"hello") == b"hello"
@@ -253,9 +255,7 @@ async def test_dante_connects_binds_and_relays_datagrams(danted, run_proxy, run_
         assert await stream.read() == b"from the peer"
         await stream.close()
 
-    transport, port = await udp_echo(loopback)
     udp = await client.associate()
-    udp.send(b"hello", Authority.of(loopback, port))
-    assert await udp.receive() == (b"HELLO", Authority.of(loopback, port))
+    udp.send(b"hello", Authority.of(loopback, udp_echo))
+    assert await udp.receive() == (b"HELLO", Authority.of(loopback, udp_echo))
     await udp.close()
-    transport.close()
