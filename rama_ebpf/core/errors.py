@@ -13,6 +13,7 @@ __all__ = [
     "LimitExceeded",
     "PeerClosed",
     "PolicyDenied",
+    "PolicyStrike",
     "ProtocolError",
     "RamaError",
     "StackError",
@@ -60,6 +61,12 @@ class PolicyDenied(RamaError):
     def __init__(self, message: str, rule: str = "") -> None:
         super().__init__(message)
         self.rule = rule
+
+
+class PolicyStrike(PolicyDenied):
+    """Policy refuses the client and holds it against its address: a strike."""
+
+    kind = "policy_strike"
 
 
 class AuthFailed(RamaError):

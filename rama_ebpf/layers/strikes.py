@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ..core.address import IPAddress
 from ..core.client import HasExtensions, client_address
-from ..core.errors import AuthFailed, HandshakeTimeout, ProtocolError, RamaError
+from ..core.errors import AuthFailed, HandshakeTimeout, PolicyStrike, ProtocolError, RamaError
 from ..core.extensions import Extensions
 from ..core.service import Service
 from .source import source_prefix
@@ -132,7 +132,7 @@ class StrikeLayer:
         strikes: int = 5,
         window: float = 60.0,
         ban: float = 3600.0,
-        on: tuple[type[Exception], ...] = (ProtocolError, AuthFailed, HandshakeTimeout),
+        on: tuple[type[Exception], ...] = (ProtocolError, AuthFailed, HandshakeTimeout, PolicyStrike),
     ) -> None:
         self._keeper = keeper
         self._limit = StrikeLimit(strikes, window, ban)

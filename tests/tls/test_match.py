@@ -7,7 +7,7 @@ import pytest
 from rama_ebpf.core import IPAddress, PolicyDenied, Stream, stack
 from rama_ebpf.core.names import NameMap, NameSet
 from rama_ebpf.layers.policy import PolicyLayer
-from rama_ebpf.layers.strikes import StrikeLayer
+from rama_ebpf.layers.strikes import LocalStrikes, StrikeLayer
 from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.rule import Verdict
 from rama_ebpf.services.tls import (
@@ -152,7 +152,7 @@ async def test_a_struck_client_is_banned_and_its_next_connection_refused(serve: 
     server = Server()
     policy = TlsPolicyLayer([TlsRule("scanner", TlsMatch(sni=["bad.test"]), TlsAction.STRIKE)])
     inside = stack(TlsPeekLayer(), policy, answering("in"))
-    running = serve(stack(StrikeLayer(server, strikes=1), PolicyLayer(server), inside))
+    running = serve(stack(StrikeLayer(LocalStrikes(server), strikes=1), PolicyLayer(server), inside))
     assert await exchange(running, hello(b"good.test")) == b"in"
     for name in (b"bad.test", b"good.test"):
         with pytest.raises(ConnectionResetError):

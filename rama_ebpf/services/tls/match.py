@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.errors import PolicyDenied
+from ...core.errors import PolicyDenied, PolicyStrike
 from ...core.names import NameSet
 from ...core.service import Service
 from ...core.stream import Stream
-from ...layers.strikes import strike
 from .alert import Alert
 from .client_hello import ClientHello
 from .errors import AlertError
@@ -118,7 +117,7 @@ class TlsDenied(PolicyDenied):
     kind = "tls_denied"
 
 
-class TlsStrike(PolicyDenied):
+class TlsStrike(PolicyStrike):
     """Policy refuses a client for what its ClientHello shows, and holds it against its address."""
 
     kind = "tls_strike"
@@ -159,7 +158,6 @@ class TlsPolicyLayer:
             return
         message = f"TLS rule {rule}: server name {hello.server_name}, JA4 {ja4}"
         if action is TlsAction.STRIKE:
-            strike(stream.extensions, f"TLS rule {rule}")
             raise TlsStrike(message, rule)
         await stream.close_after(Alert.ACCESS_DENIED.record)
         raise TlsDenied(message, rule)
