@@ -25,6 +25,9 @@ def test_newcomer_fits_on_a_page_and_does_what_it_says(
     assert through("tom:secret") == web
     for _ in range(3):
         assert through("tom:guess", "127.0.3.9") == ""
+    # curl ends at the refusal; the ban is in force before the proxy ends its side.
+    bans = wait_for(lambda: proxy.json("list")["bans"], what="the ban")
+    assert [ban["address"] for ban in bans] == ["127.0.3.9"]
     assert dropped(host, 1080, "127.0.3.9")
     assert through("tom:secret") == web
     metrics = wait_for(lambda: str(curl("http://127.0.0.1:9464/metrics").stdout), what="metrics")
