@@ -22,6 +22,7 @@ def application(context: WorkerContext) -> Application:
     resolver = SystemResolver(threads=config.resolver.threads, timeout=config.resolver.timeout)
     environment = BuildEnvironment(
         strikes=context.policy,
+        secret=context.secret,
         resolver=resolver,
         egress=context.egress,
         directory=str(context.params["directory"]),

@@ -25,6 +25,7 @@ class BuildEnvironment:
     """What the parts of stacks share. ``directory`` is where modules are looked for first."""
 
     strikes: StrikeKeeper
+    secret: bytes
     resolver: Resolver
     egress: Egress
     directory: str
@@ -69,7 +70,7 @@ def check_stack(config: Config, stack_config: StackConfig, directory: str) -> No
 
         return stand_in
 
-    environment = BuildEnvironment(_NoStrikes(), resolver, config.egress.policy(), directory, only_look)
+    environment = BuildEnvironment(_NoStrikes(), bytes(32), resolver, config.egress.policy(), directory, only_look)
     try:
         build_stack(stack_config, environment)
     finally:

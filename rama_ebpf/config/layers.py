@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ..core.matchers import ANY, Matcher, Source, TargetHost, TargetNetwork, TargetPort
@@ -19,7 +18,6 @@ from ..layers.throttle import Bandwidth, ThrottleLayer
 from ..layers.timeout import TimeoutLayer
 from ..layers.trace import TraceLayer
 from ..services.proxy_protocol import ProxyProtocolLayer
-from ..services.tls import CertificateStore, KeyPair, ServerTls, TlsTerminateLayer
 from .decode import ListOf, setting
 from .kinds import (
     BOOLEAN,
@@ -31,13 +29,12 @@ from .kinds import (
     RATE,
     SIZE,
     TARGET,
-    TEXT,
     Kind,
     Rate,
     choice,
-    file_path,
     integer,
 )
+from .tls import TlsSettings, TlsTunnelSettings
 
 __all__ = ["LAYERS", "Environment", "LayerSettings", "TargetsSettings"]
 
@@ -49,6 +46,10 @@ class Environment(Protocol):
 
     @property
     def strikes(self) -> StrikeKeeper: ...
+
+    @property
+    def secret(self) -> bytes:
+        """32 random bytes that all workers share."""
 
     def load(self, target: str) -> Any:
         """Import ``module:attribute``."""
@@ -174,31 +175,6 @@ class CustomSettings:
 
 
 @dataclass(frozen=True)
-class TlsSettings:
-    """Terminate TLS."""
-
-    chain: str | None = setting(file_path(), "PEM file of the certificate and its intermediates", default=None)
-    key: str | None = setting(file_path(), "PEM file of its private key", default=None)
-    directory: str | None = setting(file_path(), "directory of certificates, instead of chain and key", default=None)
-    alpn: tuple[str, ...] = setting(ListOf(TEXT), "protocols in order of preference", default=())
-    strict_sni: bool = setting(BOOLEAN, "refuse clients that name none of the servers", default=False)
-    handshake: float = setting(DURATION, "time for the handshake", default=10.0)
-
-    def __post_init__(self) -> None:
-        if (self.directory is None) == (self.chain is None) or (self.chain is None) != (self.key is None):
-            raise ValueError("name chain and key, or a directory")
-
-    def make(self, environment: Environment) -> Layer:
-        settings = ServerTls(alpn=self.alpn)
-        if self.directory is not None:
-            store = CertificateStore.of_directory(settings, Path(self.directory), strict_sni=self.strict_sni)
-        else:
-            pair = KeyPair(Path(self.chain or ""), Path(self.key or ""))
-            store = CertificateStore.of_files(settings, pair, strict_sni=self.strict_sni)
-        return TlsTerminateLayer(store, handshake_timeout=self.handshake)
-
-
-@dataclass(frozen=True)
 class TargetsSettings:
     """Which targets may be asked for. What no setting allows is refused; what ``deny_*`` names too."""
 
@@ -235,6 +211,7 @@ LAYERS: Final[Mapping[str, type]] = {
     "throttle": ThrottleSettings,
     "timeout": TimeoutSettings,
     "tls": TlsSettings,
+    "tls-tunnel": TlsTunnelSettings,
     "trace": TraceSettings,
 }
 """Layers around a protocol, by name."""

@@ -25,6 +25,7 @@ from ..services.upstream import parse_chain
 from .decode import ListOf, Table, setting
 from .kinds import AUTHORITY, BOOLEAN, DURATION, TARGET, TEXT, file_path, integer, ip_literal
 from .layers import Environment, TargetsSettings
+from .tls import TlsPassthroughSettings
 
 __all__ = ["SERVICES", "ConnectSettings", "ServiceEnvironment", "ServiceSettings"]
 
@@ -199,5 +200,6 @@ SERVICES: Final[Mapping[str, type]] = {
     "http": HttpSettings,
     "mixed": MixedSettings,
     "socks5": Socks5Settings,
+    "tls-passthrough": TlsPassthroughSettings,
 }
 """Services of a stack, by name."""

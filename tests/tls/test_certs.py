@@ -202,7 +202,7 @@ def test_what_cannot_be_served_is_refused_at_start(own: Authority, tmp_path: Pat
     with pytest.raises(FileNotFoundError):
         CertificateStore.of_files(ServerTls(), KeyPair(tmp_path / "no.crt", tmp_path / "no.key"))
     leaf, other = own.issue("a.test"), own.issue("b.test")
-    with pytest.raises(ssl.SSLError, match="KEY_VALUES_MISMATCH"):
+    with pytest.raises(ValueError, match=r"a\.test\.crt.*: the key does not belong"):
         CertificateStore.of_files(ServerTls(), KeyPair(leaf.chain, other.key))
     key = serialization.load_pem_private_key(leaf.key.read_bytes(), None)
     leaf.key.write_bytes(
@@ -214,6 +214,15 @@ def test_what_cannot_be_served_is_refused_at_start(own: Authority, tmp_path: Pat
     )
     with pytest.raises(ValueError, match="encrypted"):
         CertificateStore.of_files(ServerTls(), pair(leaf))
+
+
+def test_files_that_hold_something_else_are_named(own: Authority) -> None:
+    leaf = own.issue("a.test")
+    with pytest.raises(ValueError, match=r"a\.test\.key.*not a PEM certificate"):
+        ServerTls().context(KeyPair(leaf.key, leaf.key))
+    settings = ServerTls(client_auth=ClientAuth.REQUIRED, client_ca=leaf.key)
+    with pytest.raises(ValueError, match=r"a\.test\.key: no PEM certificate"):
+        settings.context(pair(leaf))
 
 
 def test_settings_that_contradict_each_other_are_refused(own: Authority) -> None:

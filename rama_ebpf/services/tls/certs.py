@@ -21,7 +21,15 @@ from .errors import AlertError
 from .openssl import OpenSslUnavailable, set_groups
 from .tickets import TicketKeys
 
-__all__ = ["CertificateStore", "ClientAuth", "KeyPair", "SelectContext", "ServerTls", "certificate_names"]
+__all__ = [
+    "CertificateStore",
+    "ClientAuth",
+    "KeyPair",
+    "SelectContext",
+    "ServerTls",
+    "certificate_names",
+    "load_authorities",
+]
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +66,12 @@ class KeyPair:
     key: Path
 
     def load_into(self, context: ssl.SSLContext) -> None:
-        """Give them to a context. Raises OSError, :class:`ssl.SSLError`, or ValueError for an encrypted key."""
-        context.load_cert_chain(self.chain, self.key, password=_no_passphrase)
+        """Give them to a context. Raises OSError, or ValueError naming the files if they are unfit."""
+        try:
+            context.load_cert_chain(self.chain, self.key, password=_no_passphrase)
+        except ssl.SSLError as error:
+            what = {"KEY_VALUES_MISMATCH": "the key does not belong to the certificate"}.get(error.reason)
+            raise ValueError(f"{self.chain}, {self.key}: {what or 'not a PEM certificate and key'}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +104,7 @@ class ServerTls:
         return tuple(path for path in (self.client_ca, self.client_crl) if path is not None)
 
     def context(self, pair: KeyPair) -> ssl.SSLContext:
-        """Return a context for one certificate. Raises OSError, ssl.SSLError or ValueError."""
+        """Return a context for one certificate. Raises OSError, or ValueError naming the file that is unfit."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = self.minimum_version
         context.set_ciphers(_TLS12_CIPHERS)
@@ -109,9 +121,9 @@ class ServerTls:
         if self.client_ca is not None:
             required = self.client_auth is ClientAuth.REQUIRED
             context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
-            context.load_verify_locations(cafile=self.client_ca)
+            load_authorities(context, self.client_ca)
         if self.client_crl is not None:
-            context.load_verify_locations(cafile=self.client_crl)
+            load_authorities(context, self.client_crl)
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
         if self.ticket_keys is not None:
             scope = b"".join(path.read_bytes() for path in (pair.chain, *self.files))
@@ -132,6 +144,17 @@ class ServerTls:
 
 def _no_passphrase() -> str:
     raise ValueError("the private key is encrypted: a server has nobody to ask for its passphrase")
+
+
+def load_authorities(context: ssl.SSLContext, file: Path) -> None:
+    """Have a context trust the certificates, and heed the revocation lists, in a PEM file.
+
+    Raises OSError, or ValueError naming the file if it has none.
+    """
+    try:
+        context.load_verify_locations(cafile=file)
+    except ssl.SSLError as error:
+        raise ValueError(f"{file}: no PEM certificate or revocation list in it") from error
 
 
 def certificate_names(certificate: x509.Certificate) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from ...core.address import Authority
 from ...core.service import Service
 from ...core.stream import Stream
-from .certs import KeyPair
+from .certs import KeyPair, load_authorities
 from .errors import CertificateRejected
 from .stream import TlsStream
 
@@ -42,14 +42,14 @@ class ClientTls:
             raise ValueError("a pin is a SHA-256 hash of 32 bytes")
 
     def context(self) -> ssl.SSLContext:
-        """Return a new context; loading the system's authorities takes some 50 ms. Raises OSError, SSLError."""
+        """Return a new context; loading the system's authorities takes some 50 ms. Raises OSError, ValueError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = self.minimum_version
         if not self.verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         elif self.ca is not None:
-            context.load_verify_locations(cafile=self.ca)
+            load_authorities(context, self.ca)
         else:
             context.load_default_certs()
         if self.alpn:
