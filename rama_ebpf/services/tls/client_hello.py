@@ -96,6 +96,7 @@ class ClientHelloParser:
         Bytes past the message are ignored. Raises :class:`NotTls` or :class:`AlertError`; the parser is of no use
         after either, nor after it has returned a message.
         """
+        data = data[: self._limit - self._fed]  # so that the outcome does not depend on how the bytes are cut
         at = 0
         while at < len(data):
             if self._missing == 0:
