@@ -40,6 +40,7 @@ __all__ = [
     "map_update_batch",
     "obj_get",
     "obj_pin",
+    "prog_attach",
     "prog_info",
     "prog_test_run",
 ]
@@ -89,6 +90,7 @@ _SYS_BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, 
 
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY = 0, 1, 2, 3, 4
 _OBJ_PIN, _OBJ_GET = 6, 7
+_PROG_ATTACH = 8
 _PROG_TEST_RUN = 10
 _MAP_GET_FD_BY_ID = 14
 _OBJ_GET_INFO = 15
@@ -281,6 +283,11 @@ def link_create(prog_fd: int, target_fd: int, attach_type: AttachType, flags: in
 def link_update(link_fd: int, prog_fd: int) -> None:
     """Replace the program of a link; no packet sees neither."""
     _bpf(_LINK_UPDATE, struct.pack("=IIII", link_fd, prog_fd, 0, 0))
+
+
+def prog_attach(prog_fd: int, map_fd: int, attach_type: AttachType) -> None:
+    """Attach a program to a SOCKMAP or SOCKHASH, for as long as the map lives: sockets put in later are under it."""
+    _bpf(_PROG_ATTACH, struct.pack("=IIII", map_fd, prog_fd, attach_type, 0))
 
 
 # -- queries ---------------------------------------------------------------------------------------------------------

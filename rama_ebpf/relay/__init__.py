@@ -6,6 +6,7 @@ import logging
 
 from ..core.lifecycle import Lifecycle, Stage
 from ..core.stream import SocketStream, Stream
+from .choice import choose
 from .copy import copy
 from .engine import Engine, Tunnel
 from .handler import Move, TunnelHandler
@@ -62,7 +63,9 @@ async def _move(client: Stream, upstream: Stream, limits: TunnelLimits, options:
     why = "not a plain socket"
     if isinstance(client, SocketStream) and isinstance(upstream, SocketStream):
         try:
-            tunnel = Engine.current().open(client, upstream, options.kind, limits)
+            engine = Engine.current()
+            kind, reason = choose(client, upstream, options, sockmap=engine.sockmap is not None)
+            tunnel = engine.open(client, upstream, kind, reason, limits)
         except OSError as error:
             why = f"the kernel watches no more sockets: {error.strerror}"
         else:

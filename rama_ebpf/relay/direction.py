@@ -15,7 +15,7 @@ from .tunnel import DirectionEnd
 if TYPE_CHECKING:
     from .engine import Tunnel
 
-__all__ = ["BUFFER_SIZE", "TURN", "Direction"]
+__all__ = ["BUFFER_SIZE", "TURN", "Direction", "buffer"]
 
 BUFFER_SIZE: Final = 64 * 1024
 """Bytes that one read may copy: what a direction holds at most for a sink that does not read."""
@@ -23,13 +23,14 @@ BUFFER_SIZE: Final = 64 * 1024
 TURN: Final = 16 * BUFFER_SIZE
 """Bytes that one direction moves before the others have their turn; a small read counts as a whole buffer."""
 
-_buffer: Final = memoryview(bytearray(BUFFER_SIZE))
+buffer: Final = memoryview(bytearray(BUFFER_SIZE))
+"""Shared by all directions: nothing stays in it beyond one step of one of them."""
 
 
 class Direction:
     """Moves the bytes that come from ``source`` to ``sink``, in order, each once, by copying.
 
-    ``delivered`` counts bytes that the kernel has taken for the sink. ``blocked`` is true while the sink is full:
+    ``delivered`` counts bytes that were written here. ``blocked`` is true while the sink is full:
     then nothing is read, and the source's own window closes.
     """
 
@@ -46,6 +47,16 @@ class Direction:
         self._pending = b""
         # A short read of TCP means that nothing is left; of a Unix socket it may be a message boundary.
         self._read_all = source.family == socket.AF_UNIX
+
+    @property
+    def moved(self) -> int:
+        """Bytes that have reached the sink's send queue, whoever moved them."""
+        return self.delivered
+
+    @property
+    def spills(self) -> int:
+        """How often the kernel's relay has handed the direction back."""
+        return 0
 
     @property
     def spliced(self) -> bool:
@@ -88,10 +99,10 @@ class Direction:
         self._copy(read_all)
 
     def _copy(self, read_all: bool) -> None:
-        recv_into, send, buffer = self.source.recv_into, self.sink.send, _buffer
+        recv_into, send, chunk = self.source.recv_into, self.sink.send, buffer
         for _ in range(TURN // BUFFER_SIZE):
             try:
-                count = recv_into(buffer)
+                count = recv_into(chunk)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -101,14 +112,14 @@ class Direction:
                 self._end_of_source()
                 return
             try:
-                sent = send(buffer[:count])
+                sent = send(chunk[:count])
             except BlockingIOError:
                 sent = 0
             except OSError as error:
                 self.lost(DirectionEnd.SINK_LOST, error)
                 return
             self.delivered += sent
-            if sent < count and not self._flush(bytes(buffer[sent:count])):
+            if sent < count and not self._flush(chunk[sent:count]):
                 return
             if count < BUFFER_SIZE:
                 if not read_all:
@@ -124,8 +135,8 @@ class Direction:
     def _flush_held(self) -> bool:
         return self._flush(self._pending)
 
-    def _flush(self, data: bytes) -> bool:
-        """Write ``data``; true if all of it was taken, else the rest is kept."""
+    def _flush(self, data: bytes | memoryview) -> bool:
+        """Write ``data``; true if all of it was taken, else a copy of the rest is kept."""
         view = memoryview(data)
         try:
             while view:

@@ -20,6 +20,7 @@ from ..core.client import client_address
 from ..core.stream import SocketStream, reset_on_close
 from .direction import Direction
 from .registry import FlowSnapshot
+from .sockmap import Sockmap, SockmapDirection
 from .splice import PipePool, SpliceDirection
 from .tunnel import CloseReason, DirectionEnd, RelayKind, TunnelLimits, TunnelReport
 from .wheel import TimerWheel
@@ -28,13 +29,18 @@ __all__ = ["Engine", "Tunnel"]
 
 log = logging.getLogger(__name__)
 
-_EDGES: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
-_IN: Final = select.EPOLLIN
+# The kernel wakes who polls for urgent data with every byte that comes, so the two go together.
+_IN: Final = select.EPOLLIN | select.EPOLLPRI
+_OUT: Final = select.EPOLLOUT
+_ALWAYS: Final = select.EPOLLRDHUP | select.EPOLLET
 _SPECIAL: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _EVENTS_PER_WAKE: Final = 256
 _WHEEL_RESOLUTION: Final = 0.1
 _IDLE_CHECKS: Final = 4
 """How often the counters are looked at within one idle time-out: no clock is read per message."""
+_UNSENT: Final = 256 * 1024
+"""Bytes that a send queue may hold beyond what the peer's window and the network take: enough to keep both busy, and
+not the megabytes to which the kernel lets it grow for a peer that has stopped reading."""
 
 
 class Tunnel:
@@ -49,6 +55,7 @@ class Tunnel:
         "down",
         "engine",
         "error",
+        "kernel_slot",
         "kind",
         "limits",
         "reason",
@@ -58,10 +65,17 @@ class Tunnel:
         "target",
         "up",
         "upstream",
+        "why",
     )
 
     def __init__(
-        self, engine: Engine, client: SocketStream, upstream: SocketStream, kind: RelayKind, limits: TunnelLimits
+        self,
+        engine: Engine,
+        client: SocketStream,
+        upstream: SocketStream,
+        kind: RelayKind,
+        why: str,
+        limits: TunnelLimits,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.engine = engine
@@ -77,30 +91,53 @@ class Tunnel:
         self.error: OSError | None = None
         self.up: Direction
         self.down: Direction
-        if kind is RelayKind.COPY:
-            self.up = Direction(self, self.client, self.upstream)
-            self.down = Direction(self, self.upstream, self.client)
-        else:
-            adaptive = kind is RelayKind.AUTO
-            self.up = SpliceDirection(self, self.client, self.upstream, adaptive=adaptive)
-            self.down = SpliceDirection(self, self.upstream, self.client, adaptive=adaptive)
+        self.kernel_slot: int | None = None
+        self.why = why
+        self._choose()
         self._active_at = self.started
         self._seen = 0
         self.slot: int | None = None
+
+    def _choose(self) -> None:
+        """Make the directions; where the kernel's relay is wanted and cannot be had, those of userspace."""
+        if self.kind is RelayKind.SOCKMAP:
+            sockmap = self.engine.sockmap
+            refusal = self.engine.sockmap_refusal if sockmap is None else sockmap.join(self)
+            if not refusal:
+                return
+            self.kind, self.why = RelayKind.AUTO, f"no sockmap: {refusal}"
+            if self.kernel_slot is not None:
+                self.kind = RelayKind.COPY  # splice(2) reads nothing from a socket that is in a sockmap
+                return
+        if self.kind is RelayKind.COPY:
+            self.up = Direction(self, self.client, self.upstream)
+            self.down = Direction(self, self.upstream, self.client)
+        else:
+            adaptive = self.kind is RelayKind.AUTO
+            self.up = SpliceDirection(self, self.client, self.upstream, adaptive=adaptive)
+            self.down = SpliceDirection(self, self.upstream, self.client, adaptive=adaptive)
 
     def relay_and_why(self) -> tuple[str, str]:
         """Return which way the bytes move, or have moved, and why that one."""
         spliced = self.up.spliced or self.down.spliced
         if self.kind is RelayKind.AUTO:
-            return ("splice", "auto: reads are large") if spliced else ("copy", "auto: reads are small")
+            return "splice" if spliced else "copy", self.why
         if self.kind is RelayKind.SPLICE and not spliced and self.engine.pipes.refused:
             return "copy", "no pipe to be had"
-        return self.kind.value, "configured"
+        return self.kind.value, self.why
 
     def snapshot(self) -> FlowSnapshot:
         relay, why = self.relay_and_why()
-        age = self._loop.time() - self.started
-        return FlowSnapshot(self.source, self.target, relay, why, self.up.delivered, self.down.delivered, 0, age)
+        return FlowSnapshot(
+            self.source,
+            self.target,
+            relay,
+            why,
+            self.up.moved,
+            self.down.moved,
+            self.up.spills + self.down.spills,
+            self._loop.time() - self.started,
+        )
 
     def report(self) -> TunnelReport:
         """Say how the tunnel went; for one that has ended."""
@@ -108,10 +145,24 @@ class Tunnel:
         assert self.up.end is not None
         assert self.down.end is not None
         relay, why = self.relay_and_why()
-        age = self._loop.time() - self.started
         return TunnelReport(
-            self.reason, self.up.delivered, self.down.delivered, age, relay, why, self.up.end, self.down.end
+            self.reason,
+            self.up.moved,
+            self.down.moved,
+            self._loop.time() - self.started,
+            relay,
+            why,
+            self.up.end,
+            self.down.end,
+            self.up.spills + self.down.spills,
         )
+
+    def watch(self) -> None:
+        """Poll each socket for what userspace has to do: a direction that the kernel moves needs only its end."""
+        up = not isinstance(self.up, SockmapDirection) or self.up.passing
+        down = not isinstance(self.down, SockmapDirection) or self.down.passing
+        self.engine.watch(self.client, (_IN if up else 0) | (_OUT if down else 0))
+        self.engine.watch(self.upstream, (_IN if down else 0) | (_OUT if up else 0))
 
     def cut(self) -> None:
         self.finish(CloseReason.CUT)
@@ -136,7 +187,7 @@ class Tunnel:
                 self.finish(CloseReason.TOTAL_TIMEOUT)
                 return None
         if limits.idle is not None:
-            moved = self.up.delivered + self.down.delivered
+            moved = self.up.moved + self.down.moved
             if moved != self._seen:
                 # When in the last interval the bytes moved is not known: assume just now.
                 self._seen, self._active_at = moved, now
@@ -159,6 +210,8 @@ class Tunnel:
             if reason is CloseReason.EOF:
                 reset_on_close(sock, False)  # a socket that comes out of a stream is reset otherwise
             sock.close()
+        if self.kernel_slot is not None and self.engine.sockmap is not None:
+            self.engine.sockmap.leave(self.kernel_slot)
         if not self.done.done():
             self.done.set_result(reason)
 
@@ -169,6 +222,10 @@ class Engine:
     def __init__(self, pipes: PipePool | None = None) -> None:
         self.pipes = PipePool() if pipes is None else pipes
         self.tunnels: set[Tunnel] = set()
+        self.sockmap: Sockmap | None = None
+        """The kernel's relay, where there is one."""
+        self.sockmap_refusal = "not set up"
+        """Why there is none."""
         self._epoll: select.epoll | None = None
         self._by_fd: dict[int, tuple[Direction, Direction]] = {}
         self._again: list[Direction] = []
@@ -184,7 +241,9 @@ class Engine:
             engine = _engines[loop] = Engine()
         return engine
 
-    def open(self, client: SocketStream, upstream: SocketStream, kind: RelayKind, limits: TunnelLimits) -> Tunnel:
+    def open(
+        self, client: SocketStream, upstream: SocketStream, kind: RelayKind, why: str, limits: TunnelLimits
+    ) -> Tunnel:
         """Take both sockets out of their streams and start to move bytes.
 
         Raises OSError if the kernel refuses to watch another socket; then both streams are as they were. Raises
@@ -193,9 +252,9 @@ class Engine:
         epoll, watched = self._wake(), []
         try:
             for stream in (client, upstream):
-                epoll.register(stream.socket.fileno(), _EDGES)
+                epoll.register(stream.socket.fileno(), _ALWAYS | _IN | _OUT)
                 watched.append(stream.socket.fileno())
-            tunnel = Tunnel(self, client, upstream, kind, limits)
+            tunnel = Tunnel(self, client, upstream, kind, why, limits)
             from_client, from_upstream = client.detach()[1], upstream.detach()[1]
         except BaseException:
             for fd in watched:
@@ -210,10 +269,16 @@ class Engine:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
         tunnel.up.start(from_client)
         if tunnel.reason is None:
             tunnel.down.start(from_upstream)
         return tunnel
+
+    def watch(self, sock: socket.socket, events: int) -> None:
+        """Poll ``sock`` for ``events`` besides its end and resets."""
+        assert self._epoll is not None
+        self._epoll.modify(sock.fileno(), _ALWAYS | events)
 
     def again(self, direction: Direction) -> None:
         """Let ``direction`` go on after the others had their turn: it has used up its own."""
@@ -238,6 +303,8 @@ class Engine:
         if self._epoll is None:
             self._epoll = select.epoll()
             asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._run)
+            if self.sockmap is not None:
+                self._epoll.register(self.sockmap.ring.fd, select.EPOLLIN)
         return self._epoll
 
     def _rest(self) -> None:
@@ -260,7 +327,9 @@ class Engine:
         for fd, events in self._epoll.poll(0, _EVENTS_PER_WAKE):
             pair = by_fd.get(fd)
             if pair is None:
-                continue  # an earlier event of this batch has ended the tunnel
+                if self.sockmap is not None and fd == self.sockmap.ring.fd:
+                    self.sockmap.told()
+                continue  # or an earlier event of this batch has ended the tunnel
             reading, writing = pair
             try:
                 if events & _SPECIAL:
@@ -268,7 +337,7 @@ class Engine:
                     continue
                 if writing.blocked:
                     writing.writable()
-                if events & _IN:
+                if events & select.EPOLLIN:
                     reading.readable()
             except Exception:
                 # A bug must not take the events of the other tunnels with it: an edge comes only once.

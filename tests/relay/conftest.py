@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import uvloop
+
+from rama_ebpf.kernel.splice import SpliceMaps
+from rama_ebpf.relay import RelayKind
+from rama_ebpf.relay.engine import Engine
+from rama_ebpf.relay.sockmap import Sockmap
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -17,3 +22,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/relay/" in item.nodeid and "uvloop" in item.nodeid:
             item.add_marker(pytest.mark.timeout(method="thread"))
+
+
+@pytest.fixture(scope="session")
+def splice_maps() -> Iterator[SpliceMaps]:
+    """The relay's program and maps in this machine's kernel."""
+    maps = SpliceMaps.load(rings=1, tunnels=256)
+    yield maps
+    maps.close()
+
+
+@pytest.fixture
+async def sockmap(splice_maps: SpliceMaps) -> Sockmap:
+    """The kernel's relay for the tunnels of this test."""
+    engine = Engine.current()
+    engine.sockmap = Sockmap(splice_maps.fds)
+    return engine.sockmap
+
+
+@pytest.fixture(params=list(RelayKind))
+async def kind(request: pytest.FixtureRequest, splice_maps: SpliceMaps) -> RelayKind:
+    """Each relay in turn."""
+    if request.param is RelayKind.SOCKMAP:
+        Engine.current().sockmap = Sockmap(splice_maps.fds)
+    return request.param

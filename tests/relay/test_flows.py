@@ -11,12 +11,12 @@ from rama_ebpf.relay import CloseReason, RelayKind, tunnels
 
 from .flows import open_descriptors, plan, relay_by, run_flow
 
-KINDS = [RelayKind.COPY, RelayKind.SPLICE, RelayKind.AUTO]
+pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+
 FLOWS = 250
 AT_ONCE = 25
 
 
-@pytest.mark.parametrize("kind", KINDS)
 async def test_random_flows_arrive_exactly(kind: RelayKind) -> None:
     """Sizes from nothing to megabytes, tiny and huge writes, stalls, half-close and reset by either side."""
     relay = relay_by(kind)

@@ -1,4 +1,4 @@
-"""What a tunnel owes its peers at each end it may come to, the same by every user-space relay."""
+"""What a tunnel owes its peers at each end that it may come to, the same by every relay."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ from rama_ebpf.relay.engine import Engine
 
 from .flows import open_descriptors, relay_by, running, tcp_pair
 
-KINDS = [RelayKind.COPY, RelayKind.SPLICE, RelayKind.AUTO]
 LINGER_RST = struct.pack("ii", 1, 0)
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
+pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
 
 class Ends:
@@ -101,7 +100,6 @@ def no_descriptors_left() -> Iterator[None]:
         yield
 
 
-@every_kind
 async def test_half_close_leaves_the_other_direction_open(kind: RelayKind) -> None:
     with Ends() as ends:
         async with running(relay_by(kind), ends.client_near, ends.upstream_near) as tunnel:
@@ -116,7 +114,6 @@ async def test_half_close_leaves_the_other_direction_open(kind: RelayKind) -> No
     assert (report.upward, report.downward) == (DirectionEnd.EOF, DirectionEnd.EOF)
 
 
-@every_kind
 @pytest.mark.parametrize("who", ["client", "upstream"])
 async def test_reset_is_passed_on_as_reset(kind: RelayKind, who: str) -> None:
     with Ends() as ends:
@@ -133,7 +130,6 @@ async def test_reset_is_passed_on_as_reset(kind: RelayKind, who: str) -> None:
     assert (first, second) == (DirectionEnd.SOURCE_LOST, DirectionEnd.CUT)
 
 
-@every_kind
 async def test_reset_is_noticed_while_the_other_side_does_not_read(kind: RelayKind) -> None:
     with Ends() as ends:
         async with running(relay_by(kind), ends.client_near, ends.upstream_near) as tunnel:
@@ -144,7 +140,6 @@ async def test_reset_is_noticed_while_the_other_side_does_not_read(kind: RelayKi
                 await receive(ends.upstream, 1 << 40)
 
 
-@every_kind
 async def test_reset_after_half_close_is_passed_on(kind: RelayKind) -> None:
     with Ends() as ends:
         async with running(relay_by(kind), ends.client_near, ends.upstream_near) as tunnel:
@@ -159,7 +154,6 @@ async def test_reset_after_half_close_is_passed_on(kind: RelayKind) -> None:
     assert report.downward is DirectionEnd.SINK_LOST
 
 
-@every_kind
 async def test_stalled_reader_holds_the_sender(kind: RelayKind) -> None:
     """What is in flight is bounded by socket buffers, and arrives whole when the reader goes on."""
     with Ends() as ends:
@@ -175,7 +169,6 @@ async def test_stalled_reader_holds_the_sender(kind: RelayKind) -> None:
             assert (await tunnel).to_upstream == sent
 
 
-@every_kind
 async def test_bytes_queued_behind_a_stall_need_no_new_event(kind: RelayKind) -> None:
     """All the sender's bytes are with the relay before the reader reads, and nothing comes after them."""
     data = bytes(range(256)) * 6000
@@ -190,7 +183,6 @@ async def test_bytes_queued_behind_a_stall_need_no_new_event(kind: RelayKind) ->
             assert await receive(ends.upstream, len(data)) == data
 
 
-@every_kind
 async def test_idle_tunnel_is_reset_after_its_time_out(kind: RelayKind) -> None:
     loop = asyncio.get_running_loop()
     with Ends() as ends:
@@ -211,7 +203,6 @@ async def test_idle_tunnel_is_reset_after_its_time_out(kind: RelayKind) -> None:
     assert (report.reason, report.upward) == (CloseReason.IDLE_TIMEOUT, DirectionEnd.CUT)
 
 
-@every_kind
 async def test_total_time_out_ends_a_busy_tunnel(kind: RelayKind) -> None:
     with Ends() as ends:
         limits = TunnelLimits(idle=None, total=0.5)
@@ -227,7 +218,6 @@ async def test_total_time_out_ends_a_busy_tunnel(kind: RelayKind) -> None:
     assert report.age >= 0.5
 
 
-@every_kind
 async def test_cancelled_tunnel_is_reset_and_reported(kind: RelayKind) -> None:
     with Ends() as ends:
         client = SocketStream(ends.client_near)
@@ -246,7 +236,6 @@ async def test_cancelled_tunnel_is_reset_and_reported(kind: RelayKind) -> None:
         assert len(tunnels) == 0
 
 
-@every_kind
 @pytest.mark.parametrize("stalled", [False, True])
 async def test_bytes_read_before_the_hand_over_come_first(kind: RelayKind, stalled: bool) -> None:
     with Ends() as ends:
@@ -267,7 +256,21 @@ async def test_bytes_read_before_the_hand_over_come_first(kind: RelayKind, stall
         await task
 
 
-@every_kind
+async def test_hand_over_in_the_middle_of_a_segment(kind: RelayKind) -> None:
+    """A protocol has read the first bytes of a segment, the others are still in the socket's queue."""
+    with Ends() as ends:
+        client = SocketStream(ends.client_near)
+        client.extensions.add(RelayOptions(kind))
+        await send(ends.client, b"greeting" + b"x" * 5000)
+        assert await client.read_exactly(8) == b"greeting"
+        task = asyncio.create_task(relay(client, SocketStream(ends.upstream_near)))
+        await send(ends.client, b"y" * 5000)
+        assert await receive(ends.upstream, 10_000) == b"x" * 5000 + b"y" * 5000
+        ends.client.close()
+        ends.upstream.close()
+        assert (await task).to_upstream == 10_000
+
+
 async def test_urgent_byte_stays_in_its_place(kind: RelayKind) -> None:
     """RFC 6093 section 6: urgent data is to be read in line; splice(2) alone would stop before it for good."""
     with Ends() as ends:
@@ -285,7 +288,6 @@ async def test_urgent_byte_stays_in_its_place(kind: RelayKind) -> None:
             assert (await tunnel).reason is CloseReason.EOF
 
 
-@every_kind
 async def test_unix_sockets_are_relayed(kind: RelayKind) -> None:
     with Ends(socket.socketpair) as ends:
         async with running(relay_by(kind), ends.client_near, ends.upstream_near) as tunnel:
@@ -408,7 +410,6 @@ async def test_live_tunnels_are_listed_and_can_be_cut() -> None:
                 await receive(ends.client, 1)
 
 
-@every_kind
 async def test_bulk_flow_lets_others_have_their_turn(kind: RelayKind) -> None:
     """With bytes and room enough for all of it one direction moves 1 MiB, or one pipe more, and then waits."""
     with Ends() as ends:
@@ -417,7 +418,7 @@ async def test_bulk_flow_lets_others_have_their_turn(kind: RelayKind) -> None:
         ends.upstream_near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         await send(ends.client, bytes(3 << 20))
         tunnel = Engine.current().open(
-            SocketStream(ends.client_near), SocketStream(ends.upstream_near), kind, TunnelLimits()
+            SocketStream(ends.client_near), SocketStream(ends.upstream_near), kind, "", TunnelLimits()
         )
         tunnel.up.readable()
         assert 1 << 20 <= tunnel.up.delivered < 2 << 20

@@ -1,0 +1,44 @@
+"""A TCP forwarder for the benches: every connection is relayed to one target, in one process on uvloop.
+
+python bench/forward.py PORT HOST:PORT auto|sockmap|splice|copy
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import sys
+
+import uvloop
+
+from rama_ebpf.core.address import Authority
+from rama_ebpf.core.stream import Stream
+from rama_ebpf.kernel.splice import SpliceMaps
+from rama_ebpf.policy.egress import EgressPolicy
+from rama_ebpf.relay import RelayKind, RelayOptions, relay
+from rama_ebpf.relay.engine import Engine
+from rama_ebpf.relay.sockmap import Sockmap
+from rama_ebpf.services.connect import Connector
+from rama_ebpf.services.resolver import SystemResolver
+from rama_ebpf.services.tcp import TcpServer, bind_tcp
+
+
+async def main() -> None:
+    port, target, kind = int(sys.argv[1]), sys.argv[2], RelayKind(sys.argv[3])
+    host, _, target_port = target.rpartition(":")
+    loopback = ipaddress.ip_network("127.0.0.0/8")
+    connect = Connector(SystemResolver(), EgressPolicy(allow=(loopback,)))
+    options = RelayOptions(kind)
+    if kind is RelayKind.SOCKMAP:
+        Engine.current().sockmap = Sockmap(SpliceMaps.load(1, 8192).fds)
+
+    async def forward(client: Stream) -> None:
+        client.extensions.add(options)
+        await relay(client, await connect(Authority.of(host, int(target_port))))
+
+    TcpServer(bind_tcp("127.0.0.1", port), forward).start()
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+
+uvloop.run(main())

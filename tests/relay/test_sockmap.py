@@ -1,0 +1,229 @@
+"""The relay in the kernel: what only it can get wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from rama_ebpf.kernel import bpf
+from rama_ebpf.kernel.abi import source_dir
+from rama_ebpf.kernel.splice import SpliceMaps
+from rama_ebpf.relay import CloseReason, RelayKind, TunnelReport
+from rama_ebpf.relay.engine import Engine
+from rama_ebpf.relay.sockmap import Sockmap
+
+from .flows import plan, relay_by, run_flow, running
+from .test_tunnel import Ends, push_until_held, receive, send
+
+pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+
+FLOWS = 150
+AT_ONCE = 25
+
+
+def entries(maps: SpliceMaps) -> int:
+    """How many sockets and cookies are in the maps."""
+    count = 0
+    for name, size in (("slots", 8), ("relayed", 4)):
+        key = None
+        while (key := bpf.map_next_key(maps.fds[name], key, size)) is not None:
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("credit", [1, 1 << 16, 1 << 18])
+async def test_random_flows_arrive_exactly_whatever_the_credit(splice_maps: SpliceMaps, credit: int) -> None:
+    """A small credit makes the kernel hand flows back and take them over again and again."""
+    sockmap = Engine.current().sockmap = Sockmap(splice_maps.fds, credit=credit)
+    turn = asyncio.Semaphore(AT_ONCE)
+    seeds = random.Random(f"credit {credit}").sample(range(1 << 30), FLOWS)
+
+    async def one(seed: int) -> TunnelReport:
+        async with turn:
+            flow = plan(seed, largest=6_000_000)
+            report = await run_flow(flow, relay_by(RelayKind.SOCKMAP))
+            if not flow.resets:
+                assert (report.to_upstream, report.to_client) == (flow.client.size, flow.upstream.size)
+            return report
+
+    reports = await asyncio.gather(*(one(seed) for seed in seeds))
+    assert {report.relay for report in reports} == {"sockmap"}
+    assert sum(report.spills for report in reports) > 0
+    assert len(sockmap) == 0
+    assert entries(splice_maps) == 0
+    assert not sockmap.refused
+
+
+async def test_userspace_sleeps_while_the_kernel_moves_bytes(sockmap: Sockmap, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ends() as ends:
+        async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
+            for _ in range(2):  # the first bytes pass, and then the kernel takes over
+                await send(ends.client, b"ping")
+                await receive(ends.upstream, 4)
+                await send(ends.upstream, b"pong")
+                await receive(ends.client, 4)
+            engine = Engine.current()
+            woken = 0
+            run = engine._run
+
+            def counting_run() -> None:
+                nonlocal woken
+                woken += 1
+                run()
+
+            assert engine._epoll is not None
+            asyncio.get_running_loop().add_reader(engine._epoll.fileno(), counting_run)
+            for _ in range(100):
+                await send(ends.client, b"ping")
+                assert await receive(ends.upstream, 4) == b"ping"
+                await send(ends.upstream, b"pong")
+                assert await receive(ends.client, 4) == b"pong"
+            assert woken == 0
+            [live] = engine.tunnels
+            assert (live.snapshot().to_upstream, live.snapshot().to_client) == (408, 408)
+            ends.client.close()
+            ends.upstream.close()
+            assert (await tunnel).reason is CloseReason.EOF
+
+
+async def test_stalled_reader_spills_and_the_kernel_takes_over_again(splice_maps: SpliceMaps) -> None:
+    Engine.current().sockmap = Sockmap(splice_maps.fds, credit=1 << 18)
+    with Ends() as ends:
+        async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
+            for _ in range(2):
+                await send(ends.client, b"ping")
+                await receive(ends.upstream, 4)
+            sent = await push_until_held(ends.client)
+            assert sent <= 8 << 20
+            [live] = Engine.current().tunnels
+            before = live.up.moved
+            assert len(await receive(ends.upstream, sent)) == sent
+            delivered = live.up.delivered
+            for _ in range(3):
+                await send(ends.client, b"ping")
+                assert await receive(ends.upstream, 4) == b"ping"
+            assert live.up.moved > before
+            assert live.up.delivered <= delivered + 4, "after the first of these the kernel moves the rest"
+            ends.client.close()
+            ends.upstream.close()
+            report = await tunnel
+    assert report.spills >= 1
+    assert report.to_upstream == sent + 8 + 12
+
+
+@pytest.mark.parametrize("who", ["client", "upstream"])
+async def test_peer_that_ended_its_stream_before_the_hand_over_is_relayed_another_way(
+    sockmap: Sockmap, splice_maps: SpliceMaps, who: str
+) -> None:
+    with Ends() as ends:
+        first, second = (ends.client, ends.upstream) if who == "client" else (ends.upstream, ends.client)
+        await send(first, b"all that I have")
+        first.shutdown(socket.SHUT_WR)
+        async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
+            assert await receive(second, 100) == b"all that I have"
+            await send(second, b"x" * 1_000_000)
+            second.shutdown(socket.SHUT_WR)
+            assert await receive(first, 1_000_001) == b"x" * 1_000_000
+            report = await tunnel
+    assert report.reason is CloseReason.EOF
+    assert report.relay in ("copy", "splice")
+    assert "ENOTSUP" in report.why
+    assert sum(sockmap.refused.values()) == 1
+    assert entries(splice_maps) == 0
+
+
+async def test_when_all_slots_are_in_use_tunnels_go_another_way(sockmap: Sockmap) -> None:
+    sockmap._free.clear()
+    with Ends() as ends:
+        async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
+            await send(ends.client, b"ping")
+            assert await receive(ends.upstream, 4) == b"ping"
+            ends.client.close()
+            ends.upstream.close()
+            report = await tunnel
+    assert (report.relay, report.why) == ("copy", "no sockmap: all slots are in use")
+    assert sockmap.refused == {"all slots are in use": 1}
+
+
+async def test_without_the_kernels_relay_the_report_says_why() -> None:
+    Engine.current().sockmap_refusal = "the self-test failed"
+    with Ends() as ends:
+        async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
+            ends.client.close()
+            ends.upstream.close()
+            assert (await tunnel).why == "no sockmap: the self-test failed"
+
+
+@pytest.mark.parametrize("fault", ["d->next += len - 1;", "d->next += len + 1;"])
+async def test_flow_that_the_kernel_cannot_follow_is_reset(tmp_path: Path, fault: str) -> None:
+    """Never a clean FIN: a program that loses count, one way or the other, ends the flow on both sides."""
+    for source in ("splice.c", "splice.h"):
+        text = (source_dir() / source).read_text()
+        assert source != "splice.c" or text.count("d->next += len;") == 1
+        (tmp_path / source).write_text(text.replace("d->next += len;", fault))
+    maps = SpliceMaps.load(rings=1, tunnels=4, sources=tmp_path)
+    Engine.current().sockmap = Sockmap(maps.fds)
+    with Ends() as ends:
+        async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
+            with suppress(ConnectionError, OSError):
+                for _ in range(10):
+                    await send(ends.client, b"0123456789")
+                    await asyncio.sleep(0.002)
+                ends.client.shutdown(socket.SHUT_WR)
+            report = await tunnel
+            with pytest.raises(ConnectionResetError):
+                await receive(ends.upstream, 200)
+    maps.close()
+    assert report.reason is CloseReason.INTEGRITY
+
+
+WORKER = """
+import asyncio, os, socket, sys, uvloop
+from rama_ebpf.core.stream import SocketStream
+from rama_ebpf.relay import RelayKind, RelayOptions, relay
+from rama_ebpf.relay.engine import Engine
+from rama_ebpf.relay.sockmap import Sockmap
+
+async def main():
+    names = dict(pair.split("=") for pair in sys.argv[1].split(","))
+    fds = {name: int(fd) for name, fd in names.items()}
+    client, upstream = (socket.socket(fileno=int(fd)) for fd in sys.argv[2:4])
+    os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+    Engine.current().sockmap = Sockmap(fds)
+    stream = SocketStream(client)
+    stream.extensions.add(RelayOptions(RelayKind.SOCKMAP))
+    print((await relay(stream, SocketStream(upstream))).relay)
+
+uvloop.run(main())
+"""
+
+
+async def test_unprivileged_worker_needs_only_the_descriptors_and_its_death_leaves_nothing(
+    splice_maps: SpliceMaps,
+) -> None:
+    with Ends() as ends:
+        fds = ",".join(f"{name}={fd}" for name, fd in splice_maps.fds.items())
+        near = [ends.client_near.fileno(), ends.upstream_near.fileno()]
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WORKER, fds, *map(str, near), pass_fds=[*splice_maps.fds.values(), *near]
+        )
+        ends.client_near.close()
+        ends.upstream_near.close()
+        for _ in range(3):
+            await send(ends.client, b"ping")
+            assert await receive(ends.upstream, 4) == b"ping"
+        assert entries(splice_maps) == 4
+        worker.kill()
+        await worker.wait()
+        for sock in (ends.client, ends.upstream):
+            with suppress(ConnectionResetError):
+                assert await receive(sock, 1) == b""
+        assert entries(splice_maps) == 2, "its sockets have left the map, their cookies have not"
+        Sockmap(splice_maps.fds)  # the worker that takes its place
+        assert entries(splice_maps) == 0
