@@ -173,7 +173,7 @@ class SockmapDirection(Direction):
         self._moved = self._kernel.redirected, self._kernel.spills
 
     def _move(self, read_all: bool) -> None:
-        if self._retry is not None or not self._sink_is_clear():
+        if self._retry is not None:
             return
         recv_into = self.source.recv_into
         for _ in range(TURN // BUFFER_SIZE):
@@ -189,7 +189,6 @@ class SockmapDirection(Direction):
                 self._end_of_source()
                 return
             self._consumed += count
-            # The kernel may have been armed until just now.
             if not self._sink_is_clear():
                 self._pending, self.blocked = bytes(buffer[:count]), True
                 return

@@ -12,15 +12,16 @@ from rama_ebpf.relay.engine import Engine
 from rama_ebpf.relay.sockmap import Sockmap
 
 
-def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Workers run on uvloop, users' programs on either: every test here runs on both."""
-    return {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.new_event_loop}
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Workers run on uvloop, users' programs on either: what a tunnel owes its peers is tested on both."""
+    both = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.SelectorEventLoop}
+    return both if item.path.name in ("test_flows.py", "test_tunnel.py") else {"uvloop": uvloop.new_event_loop}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that hangs must end: uvloop logs and forgets what pytest-timeout's signal handler raises."""
     for item in items:
-        if "tests/relay/" in item.nodeid and "uvloop" in item.nodeid:
+        if "tests/relay/" in item.nodeid:
             item.add_marker(pytest.mark.timeout(method="thread"))
 
 

@@ -268,7 +268,8 @@ async def test_hand_over_in_the_middle_of_a_segment(kind: RelayKind) -> None:
         assert await receive(ends.upstream, 10_000) == b"x" * 5000 + b"y" * 5000
         ends.client.close()
         ends.upstream.close()
-        assert (await task).to_upstream == 10_000
+        report = await task
+        assert (report.reason, report.to_upstream) == (CloseReason.EOF, 10_000)
 
 
 async def test_urgent_byte_stays_in_its_place(kind: RelayKind) -> None:
