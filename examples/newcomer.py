@@ -14,9 +14,9 @@ from rama_ebpf.services.socks5 import Socks5Server
 def proxy(context: WorkerContext) -> Service[Stream, TunnelReport]:
     return stack(
         StrikeLayer(context.policy, strikes=3, window=60, ban=3600),  # the fourth SYN gets no answer
-        ConcurrencyLimitLayer(10_000),
-        ConcurrencyLimitLayer(100, key=by_source()),
-        RateLimitLayer(50, burst=100, key=by_source()),
+        ConcurrencyLimitLayer(10_000, shared=context.shared),  # one count for all workers
+        ConcurrencyLimitLayer(100, key=by_source(), shared=context.shared),
+        RateLimitLayer(50, burst=100, key=by_source(), shared=context.shared),
         TimeoutLayer(handshake=10, idle=300, total=86_400),
         Socks5Server(context.connector(), auth=PasswordFile("users.txt")),
     )

@@ -23,6 +23,7 @@ def application(context: WorkerContext) -> Application:
     environment = BuildEnvironment(
         strikes=context.policy,
         secret=context.secret,
+        shared=context.shared,
         resolver=resolver,
         egress=context.egress,
         directory=str(context.params["directory"]),

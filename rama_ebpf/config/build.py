@@ -15,6 +15,7 @@ from ..core.stream import Stream
 from ..layers.strikes import StrikeKeeper, StrikeLimit
 from ..services.connect import Egress, Resolver
 from ..services.resolver import SystemResolver
+from .layers import Shared
 from .model import Config, StackConfig
 
 __all__ = ["BuildEnvironment", "build_stack", "check_stack"]
@@ -26,6 +27,7 @@ class BuildEnvironment:
 
     strikes: StrikeKeeper
     secret: bytes
+    shared: Shared | None
     resolver: Resolver
     egress: Egress
     directory: str
@@ -70,7 +72,7 @@ def check_stack(config: Config, stack_config: StackConfig, directory: str) -> No
 
         return stand_in
 
-    environment = BuildEnvironment(_NoStrikes(), bytes(32), resolver, config.egress.policy(), directory, only_look)
+    environment = BuildEnvironment(_NoStrikes(), bytes(32), None, resolver, config.egress.policy(), directory, only_look)
     try:
         build_stack(stack_config, environment)
     finally:

@@ -9,9 +9,9 @@ from typing import Any, Final, Protocol
 
 from ..core.matchers import ANY, Matcher, Source, TargetHost, TargetNetwork, TargetPort
 from ..core.service import Layer
-from ..layers.concurrency import ConcurrencyLimitLayer
+from ..layers.concurrency import ConcurrencyLimitLayer, SharesCounts
 from ..layers.hijack import FilterLayer
-from ..layers.rate import RateLimitLayer
+from ..layers.rate import RateLimitLayer, SharesBuckets
 from ..layers.source import Key, by_source
 from ..layers.strikes import StrikeKeeper, StrikeLayer
 from ..layers.throttle import Bandwidth, ThrottleLayer
@@ -36,9 +36,13 @@ from .kinds import (
 )
 from .tls import TlsSettings, TlsTunnelSettings
 
-__all__ = ["LAYERS", "Environment", "LayerSettings", "TargetsSettings"]
+__all__ = ["LAYERS", "Environment", "LayerSettings", "Shared", "TargetsSettings"]
 
 _PER: Final[Kind[str]] = choice("listener", "source")
+
+
+class Shared(SharesCounts, SharesBuckets, Protocol):
+    """What counts for all workers together."""
 
 
 class Environment(Protocol):
@@ -50,6 +54,9 @@ class Environment(Protocol):
     @property
     def secret(self) -> bytes:
         """32 random bytes that all workers share."""
+
+    @property
+    def shared(self) -> Shared | None: ...
 
     def load(self, target: str) -> Any:
         """Import ``module:attribute``."""
@@ -79,7 +86,7 @@ class TimeoutSettings:
 
 @dataclass(frozen=True)
 class ConcurrencySettings:
-    """How many connections are served at once, by each worker."""
+    """How many connections are served at once."""
 
     limit: int = setting(integer(1, 10_000_000), "connections")
     per: str = setting(_PER, "what the limit is for", default="listener")
@@ -88,12 +95,12 @@ class ConcurrencySettings:
     )
 
     def make(self, environment: Environment) -> Layer:
-        return ConcurrencyLimitLayer(self.limit, key=_key(self.per), wait=self.wait or 0.0)
+        return ConcurrencyLimitLayer(self.limit, key=_key(self.per), wait=self.wait or 0.0, shared=environment.shared)
 
 
 @dataclass(frozen=True)
 class RateSettings:
-    """How many connections are let in over time, by each worker."""
+    """How many connections are let in over time."""
 
     rate: Rate = setting(RATE, "connections over time")
     burst: int = setting(integer(1, 1_000_000), "connections at once", default=10)
@@ -101,7 +108,9 @@ class RateSettings:
     wait: float | None = setting(DURATION, "longest delay (refused at once by default)", default=None)
 
     def make(self, environment: Environment) -> Layer:
-        return RateLimitLayer(self.rate.per_second, burst=self.burst, key=_key(self.per), wait=self.wait or 0.0)
+        return RateLimitLayer(
+            self.rate.per_second, burst=self.burst, key=_key(self.per), wait=self.wait or 0.0, shared=environment.shared
+        )
 
 
 @dataclass(frozen=True)

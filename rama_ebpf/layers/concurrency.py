@@ -5,20 +5,57 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Final, Protocol
 
 from ..core.client import HasExtensions
 from ..core.errors import LimitExceeded
 from ..core.service import Service
 from .source import Key
 
-__all__ = ["ConcurrencyExceeded", "ConcurrencyLimitLayer"]
+__all__ = ["ConcurrencyExceeded", "ConcurrencyLimitLayer", "Counts", "SharesCounts"]
+
+_POLL_SECONDS: Final = 0.05
 
 
 class ConcurrencyExceeded(LimitExceeded):
     """As many as allowed are being served already."""
 
     kind = "concurrency_limit"
+
+
+class Counts(Protocol):
+    """How many are live, by key."""
+
+    def enter(self, key: Hashable, limit: int, /) -> bool:
+        """Count one more of ``key`` unless there are ``limit``; return whether it was counted."""
+
+    def leave(self, key: Hashable, /) -> None:
+        """Count one less of ``key``."""
+
+
+class SharesCounts(Protocol):
+    """Who can count for several processes; in a worker of ``rama-ebpf run`` that is ``context.shared``."""
+
+    def counts(self) -> Counts: ...
+
+
+class _LocalCounts:
+    def __init__(self) -> None:
+        self._live: dict[Hashable, int] = {}
+
+    def enter(self, key: Hashable, limit: int, /) -> bool:
+        live = self._live.get(key, 0)
+        if live >= limit:
+            return False
+        self._live[key] = live + 1
+        return True
+
+    def leave(self, key: Hashable, /) -> None:
+        live = self._live[key] - 1
+        if live:
+            self._live[key] = live
+        else:
+            del self._live[key]
 
 
 class ConcurrencyLimitLayer:
@@ -28,38 +65,52 @@ class ConcurrencyLimitLayer:
     wait per key (default: ``limit``); with ``wait`` 0 it is refused at once. A place is held until the service
     returns, so a tunnel counts for as long as it lives. Raises :class:`ConcurrencyExceeded`.
 
-    The count is this process's own: with N workers the host serves up to N times as many.
+    With ``shared`` the limit is one for all processes that share it, and exact; who waits is then first come first
+    served within each process. Without it each process counts for itself.
     """
 
-    def __init__(self, limit: int, *, key: Key | None = None, wait: float = 0.0, queue: int | None = None) -> None:
+    def __init__(
+        self,
+        limit: int,
+        *,
+        key: Key | None = None,
+        wait: float = 0.0,
+        queue: int | None = None,
+        shared: SharesCounts | None = None,
+    ) -> None:
         if limit < 1:
             raise ValueError(f"limit must be at least 1, not {limit}")
         self.limit = limit
+        self.live = 0
+        """How many this layer is serving, over all keys."""
         self._key = key
         self._wait = wait
         self._queue = (limit if queue is None else queue) if wait > 0 else 0
-        self._live: dict[Hashable, int] = {}
-        self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
-
-    @property
-    def live(self) -> int:
-        """How many are being served, over all keys."""
-        return sum(self._live.values())
+        self._counts: Counts = _LocalCounts() if shared is None else shared.counts()
+        # Of a place that another process has left nobody tells us.
+        self._poll = None if shared is None else _POLL_SECONDS
+        self._waiting: dict[Hashable, deque[asyncio.Event]] = {}
 
     def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
         async def serve(input: HasExtensions) -> Any:
             key = None if self._key is None else self._key(input)
-            live = self._live.get(key, 0)
-            if live < self.limit:
-                self._live[key] = live + 1
-            else:
+            # Who comes later does not overtake those who wait.
+            if key in self._waiting or not self._counts.enter(key, self.limit):
                 await self._wait_for_place(key)
+            self.live += 1
             try:
                 return await inner(input)
             finally:
-                self._release(key)
+                self.live -= 1
+                self._counts.leave(key)
+                self._wake_first(key)
 
         return serve
+
+    def _wake_first(self, key: Hashable) -> None:
+        waiting = self._waiting.get(key)
+        if waiting:
+            waiting[0].set()
 
     async def _wait_for_place(self, key: Hashable) -> None:
         waiting = self._waiting.get(key)
@@ -67,35 +118,25 @@ class ConcurrencyLimitLayer:
             raise ConcurrencyExceeded(f"{self.limit} are being served and {len(waiting or ())} wait")
         if waiting is None:
             waiting = self._waiting[key] = deque()
-        place = asyncio.get_running_loop().create_future()
-        waiting.append(place)
+        turn = asyncio.Event()
+        waiting.append(turn)
         try:
             async with asyncio.timeout(self._wait):
-                await place
-        except BaseException as error:
-            if place.done() and not place.cancelled():
-                self._release(key)  # the place came in the very moment in which we gave up: hand it on
-            elif place in waiting:
-                self._forget(key, waiting, place)
-            if isinstance(error, TimeoutError):
-                raise ConcurrencyExceeded(f"no place within {self._wait} s: {self.limit} are being served") from error
-            raise
+                while waiting[0] is not turn or not self._counts.enter(key, self.limit):
+                    turn.clear()
+                    await self._woken(turn)
+        except TimeoutError as error:
+            raise ConcurrencyExceeded(f"no place within {self._wait} s: {self.limit} are being served") from error
+        finally:
+            waiting.remove(turn)
+            if waiting:
+                self._wake_first(key)  # also where we give up in the very moment in which our turn has come
+            else:
+                del self._waiting[key]
 
-    def _forget(self, key: Hashable, waiting: deque[asyncio.Future[None]], place: asyncio.Future[None]) -> None:
-        waiting.remove(place)
-        if not waiting:
-            del self._waiting[key]
-
-    def _release(self, key: Hashable) -> None:
-        waiting = self._waiting.get(key)
-        while waiting:
-            place = waiting[0]
-            self._forget(key, waiting, place)
-            if not place.done():
-                place.set_result(None)  # the count stays: the place changes hands
-                return
-        live = self._live[key] - 1
-        if live:
-            self._live[key] = live
-        else:
-            del self._live[key]
+    async def _woken(self, turn: asyncio.Event) -> None:
+        try:
+            async with asyncio.timeout(self._poll):
+                await turn.wait()
+        except TimeoutError:
+            return  # look for a place that another process has left

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol
 
 from ..core.bucket import TokenBucket
 from ..core.client import HasExtensions
@@ -14,7 +14,7 @@ from ..core.errors import LimitExceeded
 from ..core.service import Service
 from .source import Key
 
-__all__ = ["RateExceeded", "RateLimitLayer"]
+__all__ = ["Buckets", "RateExceeded", "RateLimitLayer", "SharesBuckets"]
 
 
 class RateExceeded(LimitExceeded):
@@ -27,44 +27,37 @@ class RateExceeded(LimitExceeded):
         self.retry_after = retry_after
 
 
-class RateLimitLayer:
-    """Lets ``rate`` a second through for each ``key``, or altogether without one, and ``burst`` at once.
+class Buckets(Protocol):
+    """A token bucket for each key."""
 
-    What comes above that is delayed if its turn comes within ``wait`` seconds, else refused with
-    :class:`RateExceeded`. At most ``max_keys`` keys are remembered; the one unused for longest is forgotten first.
-    """
+    def take(self, key: Hashable, longest: float, /) -> float:
+        """Take one token if that means to wait at most ``longest`` seconds; return the wait, taken or not."""
 
-    def __init__(
-        self,
-        rate: float,
-        *,
-        burst: int = 1,
-        key: Key | None = None,
-        wait: float = 0.0,
-        max_keys: int = 65536,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        TokenBucket(rate, burst)  # raises ValueError for bad numbers now and not when a client comes
+
+class SharesBuckets(Protocol):
+    """Who can count for several processes; in a worker of ``rama-ebpf run`` that is ``context.shared``."""
+
+    def buckets(self, rate: float, burst: float, /) -> Buckets: ...
+
+
+class _LocalBuckets:
+    def __init__(self, rate: float, burst: float, max_keys: int, clock: Callable[[], float]) -> None:
         self._rate = rate
         self._burst = burst
-        self._key = key
-        self._wait = wait
         self._max_keys = max_keys
         self._clock = clock
         self._buckets: OrderedDict[Hashable, TokenBucket] = OrderedDict()
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
-        async def serve(input: HasExtensions) -> Any:
-            bucket = self._bucket(None if self._key is None else self._key(input))
-            now = self._clock()
-            wait = bucket.take(now)
-            if wait > self._wait:
-                raise RateExceeded(f"more than {self._rate:g} a second", wait)
-            if wait > 0:
-                await asyncio.sleep(bucket.force(now, 1))  # taken now, so that later ones queue up behind
-            return await inner(input)
+    def __len__(self) -> int:
+        return len(self._buckets)
 
-        return serve
+    def take(self, key: Hashable, longest: float, /) -> float:
+        bucket = self._bucket(key)
+        now = self._clock()
+        wait = bucket.take(now)
+        if 0 < wait <= longest:
+            bucket.force(now, 1)  # taken now, so that later ones queue up behind
+        return wait
 
     def _bucket(self, key: Hashable) -> TokenBucket:
         bucket = self._buckets.get(key)
@@ -75,3 +68,43 @@ class RateLimitLayer:
         else:
             self._buckets.move_to_end(key)
         return bucket
+
+
+class RateLimitLayer:
+    """Lets ``rate`` a second through for each ``key``, or altogether without one, and ``burst`` at once.
+
+    What comes above that is delayed if its turn comes within ``wait`` seconds, else refused with
+    :class:`RateExceeded`. With ``shared`` the rate is one for all processes that share it. Without it each process
+    counts for itself: then at most ``max_keys`` keys are remembered, the one unused for longest is forgotten first,
+    and ``clock`` tells the time.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        burst: int = 1,
+        key: Key | None = None,
+        wait: float = 0.0,
+        shared: SharesBuckets | None = None,
+        max_keys: int = 65536,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        TokenBucket(rate, burst)  # raises ValueError for bad numbers now and not when a client comes
+        self._rate = rate
+        self._key = key
+        self._wait = wait
+        self._buckets: Buckets = (
+            _LocalBuckets(rate, burst, max_keys, clock) if shared is None else shared.buckets(rate, burst)
+        )
+
+    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
+        async def serve(input: HasExtensions) -> Any:
+            wait = self._buckets.take(None if self._key is None else self._key(input), self._wait)
+            if wait > self._wait:
+                raise RateExceeded(f"more than {self._rate:g} a second", wait)
+            if wait > 0:
+                await asyncio.sleep(wait)
+            return await inner(input)
+
+        return serve

@@ -19,6 +19,7 @@ from ..services.socket_options import SocketOptions
 from .channel import Channel
 from .plan import Json
 from .policy import ServerPolicy
+from .shared import SharedTable
 
 __all__ = ["Application", "TargetError", "WorkerContext", "load_application"]
 
@@ -40,7 +41,7 @@ class WorkerContext:
 
     ``policy`` judges and bans sources, ``egress`` says where targets may be, and :meth:`connector` dials them.
     ``secret`` is 32 random bytes that all workers of this server share, replacements too, and nobody else: for
-    session tickets and the like.
+    session tickets and the like. Limits that are given ``shared`` hold for all workers together.
     """
 
     worker: int
@@ -50,6 +51,7 @@ class WorkerContext:
     fds: Mapping[str, int]
     channel: Channel
     secret: bytes
+    shared: SharedTable
     egress: Egress = field(default_factory=EgressPolicy)
     resolver: SystemResolver = field(default_factory=SystemResolver)
 

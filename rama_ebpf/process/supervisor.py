@@ -18,6 +18,7 @@ from typing import Any, Final
 from ..core.errors import RamaError
 from .channel import Channel, Handler, send_line
 from .plan import Json, Plan
+from .shared import SharedTable
 
 __all__ = ["Supervisor", "WorkersFailed"]
 
@@ -44,12 +45,20 @@ class _Worker:
     """One worker process as the supervisor sees it."""
 
     def __init__(
-        self, plan: Plan, number: int, identity: str, process: subprocess.Popen[bytes], *, first: bool
+        self,
+        plan: Plan,
+        number: int,
+        identity: str,
+        process: subprocess.Popen[bytes],
+        column: int,
+        *,
+        first: bool,
     ) -> None:
         self.plan = plan
         self.number = number
         self.identity = identity
         self.process = process
+        self.column = column
         self.first = first
         """Whether it was started with its plan, and not as a replacement."""
         self.channel = Channel()
@@ -111,6 +120,10 @@ class Supervisor:
         self._coming: Plan | None = None
         self._generation = 0
         self._secret = secrets.token_bytes(32)
+        self._columns = max(8, 4 * plan.workers)  # room for a few earlier configurations that still drain
+        self._shared_fd = SharedTable.create(self._columns)
+        self._shared = SharedTable(self._shared_fd, self._columns, None, self._secret)
+        self._free_columns = set(range(self._columns))
         self._back_off: dict[int, float] = {}
 
     @property
@@ -151,6 +164,7 @@ class Supervisor:
             await asyncio.gather(watchdog, *self._tasks, return_exceptions=True)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+            os.close(self._shared_fd)
 
     async def reload(self) -> None:
         """Start workers of a new plan and, when all serve, drain those of the old one.
@@ -163,6 +177,8 @@ class Supervisor:
             succeeded = False
             try:
                 self._coming = self._reload_plan()
+                if self._coming.workers >= len(self._free_columns):
+                    raise RamaError("workers of earlier configurations still drain: try again later")
                 await self._take_over(self._coming)
                 succeeded = True
             finally:
@@ -204,7 +220,9 @@ class Supervisor:
     def _spawn(self, plan: Plan, number: int, *, first: bool) -> _Worker:
         ours, theirs = socket.socketpair()
         listeners = [(listener.name, listener.for_worker(number, plan.workers)) for listener in plan.listeners]
-        fds = {theirs.fileno(), *plan.fds.values()}
+        column = min(self._free_columns)
+        self._free_columns.discard(column)
+        fds = {theirs.fileno(), self._shared_fd, *plan.fds.values()}
         fds.update(sock.fileno() for _, sockets in listeners for _, sock in sockets)
         with theirs:
             # A fresh interpreter and not a fork of this one: see docs/process.md.
@@ -214,7 +232,7 @@ class Supervisor:
                 pass_fds=tuple(fds),
                 env={**os.environ, **plan.environment},
             )
-        worker = _Worker(plan, number, f"{number}g{self._generation}", process, first=first)
+        worker = _Worker(plan, number, f"{number}g{self._generation}", process, column, first=first)
         # The channel is empty and the order fits into its buffer: this does not block.
         send_line(
             ours,
@@ -226,6 +244,7 @@ class Supervisor:
                 "directory": plan.directory,
                 "params": plan.params,
                 "secret": self._secret.hex(),
+                "shared": (self._shared_fd, self._columns, column),
                 "listeners": [
                     {"name": name, "sockets": [(index, sock.fileno()) for index, sock in sockets]}
                     for name, sockets in listeners
@@ -269,6 +288,8 @@ class Supervisor:
             await channel.close()
         self._workers.discard(worker)
         worker.draining.set()
+        self._shared.wipe(worker.column)
+        self._free_columns.add(worker.column)
         code = worker.ended.result()
         self._failed(worker, f"worker {worker.number} ended with {_outcome(code)} before it served")
         self._on_exit(worker.identity)

@@ -28,6 +28,7 @@ from .channel import Channel, receive_line, send_line
 from .context import Application, WorkerContext, load_application
 from .plan import UserIds
 from .privileges import die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
+from .shared import SharedTable
 
 __all__ = ["main"]
 
@@ -84,6 +85,7 @@ class _Worker:
             workers=order["workers"],
             params=order["params"],
             secret=bytes.fromhex(order["secret"]),
+            shared=_shared_table(order),
             listeners={row["name"]: tuple(index for index, _ in row["sockets"]) for row in order["listeners"]},
             fds=order["fds"],
             channel=self._channel,
@@ -96,7 +98,7 @@ class _Worker:
         use_identity(self._order["identity"])
         for name in _LAZY_IMPORTS:
             importlib.import_module(name)
-        for fd in self._context.fds.values():
+        for fd in (*self._context.fds.values(), self._order["shared"][0]):
             os.set_inheritable(fd, False)
         self._application = load_application(self._order["target"], self._order["directory"], self._context)
         missing = self._context.listeners.keys() - self._application.services.keys()
@@ -176,6 +178,11 @@ class _Worker:
         while True:
             self._channel.notify("alive")
             await asyncio.sleep(_HEARTBEAT_SECONDS)
+
+
+def _shared_table(order: Mapping[str, Any]) -> SharedTable:
+    fd, columns, own = order["shared"]
+    return SharedTable(fd, columns, own, bytes.fromhex(order["secret"]))
 
 
 def _pause_counter(listener: str) -> Callable[[], None] | None:

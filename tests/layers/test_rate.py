@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from rama_ebpf.core import stack
-from rama_ebpf.layers.rate import RateExceeded, RateLimitLayer
+from rama_ebpf.layers.rate import RateExceeded, RateLimitLayer, _LocalBuckets
 from rama_ebpf.layers.source import by_source
 
 from .conftest import Serve, echo
@@ -67,6 +67,7 @@ async def test_remembered_sources_are_bounded(serve: Serve) -> None:
     server = await serve(stack(layer, echo))
     for last in (1, 2, 3):
         await (await server.open(f"127.0.1.{last}")).ask(b"in")
+    assert isinstance(layer._buckets, _LocalBuckets)
     assert len(layer._buckets) == 2
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from rama_ebpf.core import Lifecycle, PolicyDenied, ProtocolError, Service, Stage, Stream, stack
+from rama_ebpf.layers.concurrency import ConcurrencyLimitLayer
 from rama_ebpf.layers.metrics import MetricsLayer
 from rama_ebpf.layers.strikes import StrikeLayer
 from rama_ebpf.process import Application, WorkerContext
@@ -139,3 +140,9 @@ def strict(context: WorkerContext) -> Service[Stream, object]:
         await stream.write(word)
 
     return stack(StrikeLayer(context.policy, strikes=2), serve)
+
+
+def limited(context: WorkerContext) -> Service[Stream, None]:
+    """``talk`` to so many clients at once, over all workers."""
+    limit = int(str(context.params["limit"]))
+    return stack(ConcurrencyLimitLayer(limit, shared=context.shared), talk(context))
