@@ -72,7 +72,9 @@ def check_stack(config: Config, stack_config: StackConfig, directory: str) -> No
 
         return stand_in
 
-    environment = BuildEnvironment(_NoStrikes(), bytes(32), None, resolver, config.egress.policy(), directory, only_look)
+    environment = BuildEnvironment(
+        _NoStrikes(), bytes(32), None, resolver, config.egress.policy(), directory, only_look
+    )
     try:
         build_stack(stack_config, environment)
     finally:

@@ -4,7 +4,6 @@ import asyncio
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -88,13 +87,12 @@ def test_rows_of_sources_that_have_gone_are_used_again(fd: int, monkeypatch: pyt
     os.close(small)
 
 
-def _hammer(fd: int, column: int, seconds: float, limit: int, seen: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+def _hammer(fd: int, column: int, times: int, limit: int, seen: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
     counts = SharedTable(fd, COLUMNS, column, SECRET).counts()
     probe = SharedTable(fd, COLUMNS, None, SECRET)
     row = probe.row(probe.hash_of(1, "source"), lambda row: False)
     held = entered = most = 0
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while entered < times:
         if counts.enter("source", limit):
             held += 1
             entered += 1
@@ -104,7 +102,7 @@ def _hammer(fd: int, column: int, seconds: float, limit: int, seen: multiprocess
             held -= 1
     for _ in range(held):
         counts.leave("source")
-    seen.put((entered, most))
+    seen.put(most)
 
 
 def test_no_race_between_processes_exceeds_the_limit(fd: int) -> None:
@@ -112,14 +110,13 @@ def test_no_race_between_processes_exceeds_the_limit(fd: int) -> None:
     assert first.enter("source", 1)  # so that the row is there
     context = multiprocessing.get_context("fork")
     seen = context.Queue()
-    processes = [context.Process(target=_hammer, args=(fd, column, 1.0, 5, seen)) for column in range(3)]
+    processes = [context.Process(target=_hammer, args=(fd, column, 5000, 5, seen)) for column in range(3)]
     for process in processes:
         process.start()
-    results = [seen.get(timeout=60) for _ in processes]
+    most = [seen.get(timeout=100) for _ in processes]
     for process in processes:
         process.join()
-    assert all(entered > 100 for entered, _ in results)
-    assert max(most for _, most in results) == 5
+    assert max(most) == 5
     first.leave("source")
     assert [first.enter("source", 2) for _ in range(3)] == [True, True, False]
 
