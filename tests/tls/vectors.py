@@ -230,4 +230,59 @@ VECTORS = (
         point_formats=b"\x00",
         signature_algorithms="0403 0503 0603 0804 0805 0806 0401 0501 0601 0203 0201",
     ),
+    Vector(
+        source="https-connect.pcap, TCP stream 0 (behind CONNECT; of the Rust snapshot)",
+        ja4="t12i860500_e18388e7f3a3_a1e935682795",
+        ja3="b288289af2999820648eb3ca4d8304c5",
+        server_name=None,
+        legacy_version=0x0303,
+        cipher_suites=(
+            "c030 c02c c028 c024 c014 c00a 00a5 00a3 00a1 009f 006b 006a 0069 0068 0039 0038 0037 0036 0088 0087 "
+            "0086 0085 c032 c02e c02a c026 c00f c005 009d 003d 0035 0084 c02f c02b c027 c023 c013 c009 00a4 00a2 "
+            "00a0 009e 0067 0040 003f 003e 0033 0032 0031 0030 009a 0099 0098 0097 0045 0044 0043 0042 c031 c02d "
+            "c029 c025 c00e c004 009c 003c 002f 0096 0041 c012 c008 0016 0013 0010 000d c00d c003 000a 0007 c011 "
+            "c007 c00c c002 0005 0004 00ff"
+        ),
+        extensions="000b 000a 0023 000d 000f",
+        alpn=(),
+        versions="",
+        groups="0017 0019 0018 0016",
+        point_formats=b"\x00\x01\x02",
+        signature_algorithms="0601 0602 0603 0501 0502 0503 0401 0402 0403 0301 0302 0303 0201 0202 0203",
+    ),
+    Vector(
+        source="tls-handshake.pcapng, TCP stream 38, after HelloRetryRequest",
+        ja4="t13d1515h2_8daaf6152771_f37e75b10bcc",
+        ja3="989457eb4c148cbbe80b7799ac9aef59",
+        server_name="mem.gfx.ms",
+        legacy_version=0x0303,
+        cipher_suites="fafa 1301 1302 1303 c02b c02f c02c c030 cca9 cca8 c013 c014 009c 009d 002f 0035",
+        extensions="7a7a 0005 001b 0033 002d 4469 000a 000d 0012 ff01 000b 0023 002b 0000 0017 0010 caca",
+        alpn=(
+            b"h2",
+            b"http/1.1",
+        ),
+        versions="8a8a 0304 0303",
+        groups="baba 001d 0017 0018",
+        point_formats=b"\x00",
+        signature_algorithms="0403 0804 0401 0503 0805 0501 0806 0601",
+    ),
+    Vector(
+        # The snapshots of FoxIO's tools have 99 for these protocols; JA4.md, which is younger, says the ends in hex.
+        source="tls-non-ascii-alpn.pcapng, TCP stream 0",
+        ja4="t13d1516bd_8daaf6152771_e5627efa2ab1",
+        ja3="1c258ebef8eee2dfa3df6d8d07285af9",
+        server_name="clientservices.googleapis.com",
+        legacy_version=0x0303,
+        cipher_suites="aaaa 1301 1302 1303 c02b c02f c02c c030 cca9 cca8 c013 c014 009c 009d 002f 0035",
+        extensions="9a9a ff01 0033 002d 0005 4469 000d 0010 0023 001b 002b 0000 0012 000a 0017 000b 6a6a 0015",
+        alpn=(
+            b"\xba\xad",
+            b"http/1.1",
+        ),
+        versions="0a0a 0304 0303",
+        groups="0a0a 001d 0017 0018",
+        point_formats=b"\x00",
+        signature_algorithms="0403 0804 0401 0503 0805 0501 0806 0601",
+    ),
 )
