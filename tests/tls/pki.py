@@ -109,6 +109,28 @@ class Authority:
             ),
         )
 
+    def subordinate(self, common_name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+        """Return the certificate and key of an authority below this one."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(_name(common_name))
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(_now() - _DAY)
+            .not_valid_after(_now() + 30 * _DAY)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(
+                x509.KeyUsage(False, False, False, False, False, True, True, False, False),
+                critical=True,
+            )
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        return certificate, key
+
     def revocation_list(self, revoked: Sequence[x509.Certificate] = ()) -> bytes:
         """Return a CRL in PEM that revokes these certificates."""
         builder = (

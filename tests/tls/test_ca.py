@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import ssl
@@ -15,7 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from rama_ebpf import cli
-from rama_ebpf.services.tls import CertificateAuthority, LeafIssuer, ServerTls
+from rama_ebpf.services.tls import CertificateAuthority, LeafIssuer, ServerTls, ca
+from rama_ebpf.services.tls.openssl import OpenSslUnavailable
 
 from .pki import Authority
 
@@ -35,7 +37,7 @@ def shown_to(client: ssl.SSLContext, context: ssl.SSLContext, name: str) -> x509
     return x509.load_der_x509_certificate(der)
 
 
-def trusting(authority: CertificateAuthority) -> ssl.SSLContext:
+def trusting(authority: CertificateAuthority | Authority) -> ssl.SSLContext:
     context = ssl.create_default_context(cadata=authority.pem.decode())
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     return context
@@ -99,6 +101,34 @@ def test_a_leaf_can_be_made_for_a_name_alone(name: str) -> None:
     issuer = LeafIssuer(ours, ServerTls())
     assert sans(shown_to(trusting(ours), issuer.for_name(name), name)) == [name]
     assert issuer.for_name(name) is issuer.for_name(name)
+
+
+@pytest.mark.parametrize("reachable", [True, False], ids=["shared key", "key from a file"])
+def test_a_leaf_comes_with_the_authority_if_that_is_an_intermediate(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, reachable: bool
+) -> None:
+    """Whether OpenSSL can be reached for the short way or not, a client that trusts the root is satisfied."""
+    refused = []
+
+    def unreachable(context: ssl.SSLContext, certificate: bytes, model: ssl.SSLContext) -> None:
+        refused.append(certificate)
+        raise OpenSslUnavailable("not here")
+
+    if not reachable:
+        monkeypatch.setattr(ca, "set_certificate", unreachable)
+    issuer = LeafIssuer(CertificateAuthority(*authority.subordinate("the one between")))
+    for name in ("one.test", "two.test"):
+        leaf = shown_to(trusting(authority), issuer.for_name(name), name)
+        assert sans(leaf) == [name]
+        assert leaf.issuer.rfc4514_string() == "CN=the one between"
+    assert len(refused) == (0 if reachable else 2)
+
+
+def test_leaves_outlive_the_issuer_whose_key_they_share() -> None:
+    ours = CertificateAuthority.create()
+    context = LeafIssuer(ours).for_name("a.test")  # the issuer, and with it the context that held the key, is gone
+    gc.collect()
+    assert sans(shown_to(trusting(ours), context, "a.test")) == ["a.test"]
 
 
 def test_an_authority_may_sign_leaves_only() -> None:

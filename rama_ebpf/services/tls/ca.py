@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .certs import KeyPair, ServerTls
+from .openssl import OpenSslUnavailable, set_certificate
 
 __all__ = ["CertificateAuthority", "Leaf", "LeafIssuer"]
 
@@ -204,11 +205,7 @@ class LeafIssuer:
         self._settings = settings if settings is not None else ServerTls()
         self._cache_size = cache_size
         self._cache: OrderedDict[tuple[bytes, tuple[str, ...]], ssl.SSLContext] = OrderedDict()
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._key_pem = self._key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
-        own = authority.certificate
-        # A root is not sent, for the client has it; an intermediate is.
-        self._chain_pem = b"" if own.subject == own.issuer else authority.pem
+        self._key = _LeafKey(authority)
 
     def mirroring(self, certificate: bytes, name: str, alpn: Iterable[str] = ()) -> ssl.SSLContext:
         """Return a context that stands in for the server with ``certificate`` (DER), asked for by ``name``."""
@@ -236,16 +233,54 @@ class LeafIssuer:
         return context
 
     def _context(self, leaf: Leaf, alpn: tuple[str, ...]) -> ssl.SSLContext:
-        certificate = self.authority.issue(leaf, self._key.public_key())
+        certificate = self.authority.issue(leaf, self._key.public_key)
+        return replace(self._settings, alpn=alpn).context(_Issued(certificate, self._key))
+
+
+class _LeafKey:
+    """The private key of all leaves of an authority, with the chain that goes with each of them."""
+
+    def __init__(self, authority: CertificateAuthority) -> None:
+        key = ec.generate_private_key(ec.SECP256R1())
+        self.public_key = key.public_key()
+        self._pem = key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+        own = authority.certificate
+        # A root is not sent, for the client has it; an intermediate is.
+        self._chain = b"" if own.subject == own.issuer else authority.pem
+        self._model = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._load(authority.issue(Leaf.of_name("model.invalid"), self.public_key), self._model)
+
+    def load_into(self, context: ssl.SSLContext, certificate: x509.Certificate) -> None:
+        """Give a context this key, a certificate for it, and the chain."""
+        try:
+            set_certificate(context, certificate.public_bytes(Encoding.DER), self._model)
+        except OpenSslUnavailable:
+            self._load(certificate, context)
+
+    def _load(self, certificate: x509.Certificate, context: ssl.SSLContext) -> None:
         # Python's ssl reads certificates and keys from files only; this one never touches a disk.
         file = os.memfd_create("leaf", os.MFD_CLOEXEC)
         try:
             with open(file, "wb", closefd=False) as writer:
-                writer.write(self._key_pem + certificate.public_bytes(Encoding.PEM) + self._chain_pem)
+                writer.write(self._pem + certificate.public_bytes(Encoding.PEM) + self._chain)
             path = Path(f"/proc/self/fd/{file}")
-            return replace(self._settings, alpn=alpn).context(KeyPair(path, path))
+            KeyPair(path, path).load_into(context)
         finally:
             os.close(file)
+
+
+@dataclass(frozen=True, slots=True)
+class _Issued:
+    """The credential of one leaf."""
+
+    certificate: x509.Certificate
+    key: _LeafKey
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        self.key.load_into(context, self.certificate)
+
+    def identity(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.DER)
 
 
 def _key_usage(*, authority: bool) -> x509.KeyUsage:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
@@ -24,6 +24,7 @@ from .tickets import TicketKeys
 __all__ = [
     "CertificateStore",
     "ClientAuth",
+    "Credential",
     "KeyPair",
     "SelectContext",
     "ServerTls",
@@ -58,6 +59,16 @@ class ClientAuth(enum.Enum):
     REQUIRED = "required"
 
 
+class Credential(Protocol):
+    """A certificate with its intermediates and its private key, wherever they are kept."""
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Give them to a context."""
+
+    def identity(self) -> bytes:
+        """Return what is different for another certificate: session tickets are bound to it."""
+
+
 @dataclass(frozen=True, slots=True)
 class KeyPair:
     """Paths of PEM files: ``chain`` holds the certificate and its intermediates, ``key`` the private key."""
@@ -72,6 +83,10 @@ class KeyPair:
         except ssl.SSLError as error:
             what = {"KEY_VALUES_MISMATCH": "the key does not belong to the certificate"}.get(error.reason)
             raise ValueError(f"{self.chain}, {self.key}: {what or 'not a PEM certificate and key'}") from error
+
+    def identity(self) -> bytes:
+        """Return the certificates as they are in the file. Raises OSError."""
+        return self.chain.read_bytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +118,7 @@ class ServerTls:
         """The files that these settings name and a reload looks at."""
         return tuple(path for path in (self.client_ca, self.client_crl) if path is not None)
 
-    def context(self, pair: KeyPair) -> ssl.SSLContext:
+    def context(self, credential: Credential) -> ssl.SSLContext:
         """Return a context for one certificate. Raises OSError, or ValueError naming the file that is unfit."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = self.minimum_version
@@ -111,7 +126,7 @@ class ServerTls:
         context.options |= ssl.OP_NO_RENEGOTIATION
         # Every suite on the list is good, and the client knows whether it has AES in hardware.
         context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
-        pair.load_into(context)
+        credential.load_into(context)
         try:
             set_groups(context, _GROUPS)
         except OpenSslUnavailable as error:
@@ -126,7 +141,7 @@ class ServerTls:
             load_authorities(context, self.client_crl)
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
         if self.ticket_keys is not None:
-            scope = b"".join(path.read_bytes() for path in (pair.chain, *self.files))
+            scope = b"".join((credential.identity(), *(path.read_bytes() for path in self.files)))
             try:
                 self.ticket_keys.install(context, self.client_auth.value.encode() + scope)
             except OpenSslUnavailable as error:
