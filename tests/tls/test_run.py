@@ -120,9 +120,10 @@ def test_tunnels_of_an_https_proxy_are_judged_intercepted_and_passed_through(
     assert fetch("bank.test", directory / "ca.pem")[0] in (35, 60)  # it sees the server's own
     assert fetch("bank.test", site.certificate) == (0, "the page\n")
     assert fetch("www.bad.test", site.certificate)[0] == 35
-    assert proxy.logged("TLS rule no-bad: server name www.bad.test")
+    wait_for(lambda: proxy.logged("TLS rule no-bad: server name www.bad.test"), what="its log line")
     # A client that does not trust our authority is intercepted once, and then no more.
     assert fetch("site.test", site.certificate)[0] in (35, 60)
+    wait_for(lambda: proxy.logged("alert unknown ca"), what="its log line")
     assert fetch("site.test", site.certificate) == (0, "the page\n")
 
 
