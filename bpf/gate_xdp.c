@@ -5,7 +5,7 @@
  */
 
 /*
- * Whether a packet that matches a listener on any address is for this host. On a host that forwards, another host's
+ * Whether a packet that matches a listener on any address is for another host. On a host that forwards, that host's
  * port of the same number is none of our business; the routing table knows, so no list of local addresses is kept.
  */
 static __always_inline int is_transit(struct xdp_md *ctx, const struct packet *p, int ipv4)
@@ -32,6 +32,22 @@ static __always_inline int is_transit(struct xdp_md *ctx, const struct packet *p
 	return 0;
 }
 
+/*
+ * Whether the frame was sent to this interface, and not to something that is reached through it with a hardware address
+ * of its own: the other ports of a bridge, a macvlan in some container.
+ */
+static __always_inline int is_for_interface(struct xdp_md *ctx)
+{
+	u32 index = ctx->ingress_ifindex;
+	u16 *own = (void *)interfaces.lookup(&index), *target;
+	struct ethhdr *eth = (void *)(long)ctx->data;
+
+	if (!own || (void *)(eth + 1) > (void *)(long)ctx->data_end)
+		return 0;
+	target = (void *)eth->h_dest;
+	return own[0] == target[0] && own[1] == target[1] && own[2] == target[2];
+}
+
 int gate_xdp(struct xdp_md *ctx)
 {
 	struct scratch *s = begin();
@@ -47,7 +63,7 @@ int gate_xdp(struct xdp_md *ctx)
 	v = verdict(s, CHARGE_PEEK);
 	if (v.action != ACTION_DROP)
 		return XDP_PASS; /* gate_cgroup judges it again, charges its limits and counts it */
-	if (s->wildcard && is_transit(ctx, &s->packet, is_mapped(&s->packet.target)))
+	if (s->wildcard && (!is_for_interface(ctx) || is_transit(ctx, &s->packet, is_mapped(&s->packet.target))))
 		return XDP_PASS;
 	count(&v, HOOK_XDP);
 	return XDP_DROP;

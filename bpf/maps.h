@@ -20,6 +20,7 @@ BPF_TABLE_PINNED("hash", struct runtime_key, u32, runtime, 1, PIN_DIR "/runtime"
 BPF_TABLE_PINNED("percpu_array", u32, struct scratch, scratch, 1, PIN_DIR "/scratch");
 BPF_TABLE_PINNED("array", u32, struct slot, slots, 4 * MAX_SLOTS, PIN_DIR "/slots");
 BPF_TABLE_PINNED("array", u32, struct chain_item, chains, 2 * MAX_CHAIN_ITEMS, PIN_DIR "/chains");
+BPF_TABLE_PINNED("hash", u32, u64, interfaces, 1, PIN_DIR "/interfaces"); /* hardware address of those with gate_xdp */
 /* Two sets: gate.active says which one is in force, the other is where the next one is put. */
 BPF_TABLE_PINNED("array_of_maps", u32, u32, sets, 2, PIN_DIR "/sets");
 

@@ -53,6 +53,7 @@ enum gate_flag {
 
 enum bound {
 	MAX_LISTENERS        = 64,
+	MAX_INTERFACES       = 64, /* with gate_xdp */
 	SOCKETS_PER_LISTENER = 64,
 	MAX_FAILSAFE_PORTS   = 8,
 	MAX_CHAIN            = 64, /* rules of the set that may apply to one address before one is certain to decide */

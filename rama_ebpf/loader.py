@@ -21,6 +21,7 @@ import mmap
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Final
 
 from .core.address import SocketAddress
-from .kernel import abi, bpf, bpffs, cgroup
+from .kernel import abi, bpf, bpffs, cgroup, xdp
 from .kernel.bpf import AttachType
 from .kernel.compile import Program, amalgamate, compile_and_load
 from .kernel.gate_maps import GateMaps, LayoutMismatch, MapSizes
@@ -68,13 +69,14 @@ class Gate:
         self.maps = maps
         self.programs = programs
         self._links: list[int] = []
+        self._xdp: list[xdp.XdpAttachment] = []
         self._listeners: dict[SocketAddress, _Listener] = {}
         self._cgroup: Path | None = None
 
     # -- attach --------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Move this process into the instance's cgroup, if that may be, and attach all hooks.
+        """Move this process into the instance's cgroup, if that may be, and attach all hooks but XDP.
 
         Raises OSError; then nothing stays attached.
         """
@@ -96,6 +98,21 @@ class Gate:
         except BaseException:
             self._detach()
             raise
+
+    def attach_xdp(self, interface: str) -> xdp.XdpAttachment:
+        """Attach the XDP program, which must have been loaded, to an interface. Raises
+        :class:`~rama_ebpf.kernel.xdp.XdpError`; what was attached before stays."""
+        attachment = xdp.attach(self.programs[_XDP_PROGRAM.name], interface)
+        self._links.append(attachment.link)
+        self._xdp.append(attachment)
+        key = attachment.index.to_bytes(4, sys.byteorder)
+        bpf.map_update(self.maps["interfaces"], key, attachment.hardware.ljust(8, b"\0"))
+        return attachment
+
+    @property
+    def xdp(self) -> tuple[xdp.XdpAttachment, ...]:
+        """Where XDP is attached."""
+        return tuple(self._xdp)
 
     def _link(self, program: str, target: int, kind: AttachType) -> None:
         self._links.append(bpf.link_create(self.programs[program], target, kind))
@@ -168,6 +185,7 @@ class Gate:
     def _detach(self) -> None:
         while self._links:
             os.close(self._links.pop())
+        self._xdp.clear()
         if self._cgroup is not None and self._cgroup.name == self.instance.cgroup_name:
             try:
                 cgroup.leave_and_remove(self._cgroup)
@@ -227,9 +245,11 @@ def _open_or_create_maps(instance: Instance, sizes: MapSizes) -> tuple[GateMaps,
             log.warning("pins of instance %r cannot be taken over and are removed: %s", instance.name, error)
         else:
             log.info("took over the policy pinned at %s", instance.pin_dir)
-            # Listeners and their sockets died with the last server.
-            for key, _ in bpf.map_lookup_batch(maps["listeners"], abi.LISTENER_KEY.size, abi.LISTENER.size):
-                bpf.map_delete(maps["listeners"], key)
+            # Listeners and their sockets died with the last server, and so did its links.
+            for name in ("listeners", "interfaces"):
+                spec = maps.specs[name]
+                for key, _ in bpf.map_lookup_batch(maps[name], spec.key_size, spec.value_size):
+                    bpf.map_delete(maps[name], key)
             return maps, False
     _remove_pins(instance)  # of another layout, or torn
     # Made aside and renamed: other processes see all of the maps or none.

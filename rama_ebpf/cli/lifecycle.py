@@ -10,6 +10,7 @@ from typing import cast
 
 from .. import loader
 from ..control.api import Json
+from ..kernel import xdp
 from ..kernel.instance import Instance, InstanceBusy
 from ..policy.kernel_store import KernelStore
 from .output import NO, OK, print_json, table
@@ -41,14 +42,15 @@ def status(instance: Instance) -> Json:
         "policy": state.get("policy", "kernel" if instance.pinned else None),
         "why_local": state.get("why_local"),
         "cgroup": state.get("cgroup"),
+        "xdp": [_xdp(row) for row in _rows(state, "xdp")],
         "listeners": [],
         "verdicts": [],
     }
     if not instance.pinned:
-        result["listeners"] = [{"name": row["name"], "address": row["address"]} for row in _listeners(state)]
+        result["listeners"] = [{"name": row["name"], "address": row["address"]} for row in _rows(state, "listeners")]
         return result
     with KernelStore(instance) as store:
-        result["listeners"] = [_counted(store, row) for row in _listeners(state)]
+        result["listeners"] = [_counted(store, row) for row in _rows(state, "listeners")]
         result["verdicts"] = [
             {"hook": hook, "stage": stage, "action": action, "count": count}
             for (hook, stage, action), count in sorted(store.totals().items())
@@ -65,8 +67,13 @@ def _counted(store: KernelStore, row: Json) -> Json:
     return counted
 
 
-def _listeners(state: Json) -> list[Json]:
-    rows = state.get("listeners")
+def _xdp(row: Json) -> Json:
+    attached = xdp.is_attached(cast("int", row["link"]))
+    return {"interface": row["interface"], "mode": row["mode"] if attached else "detached", "why": row["why"]}
+
+
+def _rows(state: Json, name: str) -> list[Json]:
+    rows = state.get(name)
     return cast("list[Json]", rows) if isinstance(rows, list) else []
 
 
@@ -82,6 +89,8 @@ def _status(args: argparse.Namespace) -> int:
         print(f"instance {result['instance']} is not running{kept}")
     if result["why_local"]:
         print(f"policy is not in the kernel: {result['why_local']}")
+    for row in cast("list[Json]", result["xdp"]):
+        print(f"XDP on {row['interface']}: {row['mode']}" + (f" (native: {row['why']})" if row["why"] else ""))
     listeners = cast("list[Json]", result["listeners"])
     if listeners:
         counts = [(row["address"], row.get("established"), row.get("accepted")) for row in listeners]

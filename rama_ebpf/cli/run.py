@@ -52,6 +52,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
         help="for clients that no rule names (default: as pinned, or allow)",
     )
     add("--failsafe", action="append", metavar="CIDR", help="clients that nothing can shut out; repeatable")
+    add("--xdp", action="append", default=[], metavar="INTERFACE", help="drop there, before the stack; repeatable")
     most = abi.constants()["SOCKETS_PER_LISTENER"]
     add("--workers", type=_workers, default=min(os.cpu_count() or 1, most), metavar="N", help="default: one a CPU")
     add("--user", metavar="NAME", help=f"who the workers become (default, as root: {_UNPRIVILEGED})")
@@ -160,6 +161,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         kernel_headers=args.kernel_headers,
         require_kernel=policy.require_kernel,
         persist=policy.persist,
+        xdp=policy.xdp,
         metrics=server.metrics,
         access_log=config.logging.access,
         log_level=config.logging.level,
@@ -199,6 +201,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
         kernel_headers=args.kernel_headers,
         require_kernel=args.require_kernel,
         persist=args.persist,
+        xdp=tuple(args.xdp),
         metrics=metrics,
         log_level=args.log_level,
     )

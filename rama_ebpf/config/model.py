@@ -114,6 +114,7 @@ class PolicyConfig:
         _NETWORKS, "clients that nothing can shut out (as pinned)", default=None
     )
     require_kernel: bool = setting(BOOLEAN, "exit instead of serving with the policy in userspace", default=False)
+    xdp: tuple[str, ...] = setting(ListOf(TEXT), "interfaces where XDP drops before the stack", default=())
     persist: bool = setting(BOOLEAN, "leave the policy in the kernel when the server stops", default=False)
     rules: tuple[RuleConfig, ...] = setting(ListOf(Table(RuleConfig)), "rules", default=())
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..kernel import abi
 from ..kernel.compile import CompileError
 from ..kernel.gate_maps import MapSizes
 from ..kernel.instance import Instance, ServerLock
+from ..kernel.xdp import XdpAttachment, XdpError
 from ..layers.strikes import StrikeBook, StrikeLimit
 from ..metrics.directory import MetricsDirectory
 from ..metrics.exposition import MetricsServer, supervisor_collector, verdict_collector
@@ -63,7 +64,8 @@ class DaemonOptions:
 
     ``target`` is ``module:attribute`` (see :class:`~rama_ebpf.process.Plan`), found with ``directory`` on the module
     path; ``params`` is what it is given. ``default``, ``failsafe`` and ``rules`` are left as they are pinned where
-    they are None. ``egress`` is where workers may connect to, ``user`` who they become, None to stay. ``metrics`` is
+    they are None. ``xdp`` are the interfaces that get the XDP program; the server does not start if one cannot.
+    ``egress`` is where workers may connect to, ``user`` who they become, None to stay. ``metrics`` is
     where metrics are served, nowhere if None. ``access_log``: a line for each connection.
     """
 
@@ -84,12 +86,13 @@ class DaemonOptions:
     kernel_headers: Path | None = None
     require_kernel: bool = False
     persist: bool = False
+    xdp: tuple[str, ...] = ()
     metrics: Endpoint | None = None
     access_log: bool = True
     log_level: str = "info"
 
 
-_FIXED: Final = ("instance", "user", "sizes", "kernel_headers", "require_kernel", "persist", "metrics")
+_FIXED: Final = ("instance", "user", "sizes", "kernel_headers", "require_kernel", "persist", "xdp", "metrics")
 """Options that a reload cannot change."""
 
 
@@ -120,7 +123,9 @@ def serve(options: DaemonOptions, reload: Callable[[], DaemonOptions] | None = N
 def _home(options: DaemonOptions) -> Iterator[_Home]:
     gate, why = None, ""
     try:
-        gate = loader.load(options.instance, sizes=options.sizes, kernel_headers=options.kernel_headers)
+        gate = loader.load(
+            options.instance, sizes=options.sizes, kernel_headers=options.kernel_headers, xdp=bool(options.xdp)
+        )
         gate.attach()
     except (OSError, CompileError) as error:
         why = str(error)
@@ -129,11 +134,12 @@ def _home(options: DaemonOptions) -> Iterator[_Home]:
             gate = None
     if gate is not None:
         try:
+            _attach_xdp(gate, options.xdp)
             yield _Home(KernelStore(options.instance, gate.maps), gate)
         finally:
             gate.close(keep_policy=options.persist)
         return
-    if options.require_kernel:
+    if options.require_kernel or options.xdp:
         raise GateUnavailable(f"no gate in the kernel: {why} (rama-ebpf doctor says more)")
     log.warning(
         "POLICY IS NOT IN THE KERNEL: unwanted clients are turned away only after accept. Reason: %s "
@@ -141,6 +147,18 @@ def _home(options: DaemonOptions) -> Iterator[_Home]:
         why.splitlines()[0],
     )
     yield _Home(LocalStore(), None, why)
+
+
+def _attach_xdp(gate: loader.Gate, interfaces: Iterable[str]) -> None:
+    for interface in dict.fromkeys(interfaces):
+        try:
+            attached = gate.attach_xdp(interface)
+        except XdpError as error:
+            raise GateUnavailable(str(error)) from error
+        if attached.mode == "generic":
+            log.warning("XDP on %s is generic, slower: native was refused (%s)", interface, attached.why)
+        else:
+            log.info("XDP on %s is native", interface)
 
 
 class _Daemon:
@@ -262,6 +280,7 @@ class _Daemon:
                 "policy": home.store.kind,
                 "why_local": home.why_local or None,
                 "cgroup": str(home.gate.cgroup) if home.gate is not None else None,
+                "xdp": [] if home.gate is None else [_described(attached) for attached in home.gate.xdp],
                 "listeners": self._listeners.described(self._options.listen),
             }
         )
@@ -275,6 +294,15 @@ class _Daemon:
         if isinstance(store, KernelStore):
             collectors.append(verdict_collector(lambda: _verdicts(store)))
         return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors)
+
+
+def _described(attached: XdpAttachment) -> dict[str, object]:
+    return {
+        "interface": attached.interface,
+        "mode": attached.mode,
+        "why": attached.why or None,
+        "link": attached.link_id,
+    }
 
 
 def _verdicts(store: KernelStore) -> dict[tuple[str, str, str], int]:

@@ -25,6 +25,7 @@ __all__ = [
     "MapType",
     "ProgInfo",
     "close",
+    "link_by_id",
     "link_create",
     "link_info",
     "link_update",
@@ -94,6 +95,7 @@ _PROG_ATTACH = 8
 _PROG_TEST_RUN = 10
 _MAP_GET_FD_BY_ID = 14
 _OBJ_GET_INFO = 15
+_LINK_GET_FD_BY_ID = 30
 _LOOKUP_BATCH, _UPDATE_BATCH, _DELETE_BATCH = 24, 26, 27
 _LINK_CREATE, _LINK_UPDATE = 28, 29
 
@@ -280,6 +282,11 @@ def link_create(prog_fd: int, target_fd: int, attach_type: AttachType, flags: in
     return _bpf(_LINK_CREATE, struct.pack("=IIII", prog_fd, target_fd, attach_type, flags))
 
 
+def link_by_id(identity: int) -> int:
+    """Open a link by its id and return a descriptor. Raises FileNotFoundError if it is gone."""
+    return _bpf(_LINK_GET_FD_BY_ID, struct.pack("=III", identity, 0, 0))
+
+
 def link_update(link_fd: int, prog_fd: int) -> None:
     """Replace the program of a link; no packet sees neither."""
     _bpf(_LINK_UPDATE, struct.pack("=IIII", link_fd, prog_fd, 0, 0))
@@ -318,11 +325,12 @@ class ProgInfo:
 
 @dataclass(frozen=True, slots=True)
 class LinkInfo:
-    """Identity of a link, from ``struct bpf_link_info``."""
+    """Identity of a link, from ``struct bpf_link_info``. ``ifindex`` is that of an XDP link, 0 once it is detached."""
 
     kind: int
     id: int
     prog_id: int
+    ifindex: int
 
 
 def _info(fd: int, size: int) -> bytes:
@@ -351,7 +359,7 @@ def prog_info(fd: int) -> ProgInfo:
 
 def link_info(fd: int) -> LinkInfo:
     """Query a link's identity."""
-    return LinkInfo(*struct.unpack_from("=III", _info(fd, 64)))
+    return LinkInfo(*struct.unpack_from("=IIIxxxxI", _info(fd, 64)))
 
 
 def prog_test_run(

@@ -96,6 +96,7 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "bans": MapSpec(_HASH[0], 16, abi.BAN.size, sizes.bans, _HASH[1]),
         "failsafe": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 1024, _LPM[1]),
         "buckets": MapSpec(MapType.LRU_HASH, abi.BUCKET_KEY.size, 8, sizes.buckets),
+        "interfaces": MapSpec(MapType.HASH, 4, 8, constant["MAX_INTERFACES"]),
         "scratch": MapSpec(MapType.PERCPU_ARRAY, 4, abi.SCRATCH.size, 1),
         "runtime": MapSpec(_HASH[0], abi.RUNTIME_KEY.size, 4, sizes.rules, _HASH[1]),
         "runtime_lengths": MapSpec(MapType.ARRAY, 4, 4, RUNTIME_LENGTHS),

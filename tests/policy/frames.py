@@ -14,6 +14,7 @@ __all__ = [
     "QINQ",
     "ROUTING",
     "VLAN",
+    "checksum",
     "ethernet",
     "extension",
     "ipv4",
@@ -30,6 +31,14 @@ def tcp(port: int, *, flags: int = 0x02, source_port: int = 40000) -> bytes:
     return struct.pack("!HHIIBBHHH", source_port, port, 1, 0, 5 << 4, flags, 64240, 0, 0)
 
 
+def checksum(data: bytes) -> bytes:
+    """The Internet checksum (RFC 1071)."""
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return struct.pack("!H", ~total & 0xFFFF)
+
+
 def ipv4(
     source: IPv4Address,
     target: IPv4Address,
@@ -42,7 +51,8 @@ def ipv4(
     """An IPv4 packet. ``options`` is a multiple of 4 bytes; ``fragment`` is the flags and offset field."""
     words = 5 + len(options) // 4
     head = struct.pack("!BBHHHBBH", 4 << 4 | words, 0, words * 4 + len(payload), 1, fragment, 64, protocol, 0)
-    return head + source.packed + target.packed + options + payload
+    head += source.packed + target.packed + options
+    return head[:10] + checksum(head) + head[12:] + payload
 
 
 def ipv6(source: IPv6Address, target: IPv6Address, payload: bytes, *, next_header: int = TCP) -> bytes:
