@@ -168,9 +168,16 @@ def run_origin(run: Run) -> Callable[..., Origin]:
 
 async def nobody() -> int:
     """Return a loopback port that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Return as many different loopback ports that nobody listens on."""
+    with contextlib.ExitStack() as cleanup:
+        socks = [cleanup.enter_context(socket.socket()) for _ in range(count)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        return [int(sock.getsockname()[1]) for sock in socks]
 
 
 def descriptors() -> int:

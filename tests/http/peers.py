@@ -8,7 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-__all__ = ["command", "spawn"]
+__all__ = ["command", "spawn", "text"]
 
 
 @contextlib.asynccontextmanager
@@ -21,7 +21,7 @@ async def spawn(*argv: str | Path, ports: Sequence[int], log: Path) -> AsyncIter
         for port in ports:
             while not await _accepts(port):
                 if process.returncode is not None:
-                    raise RuntimeError(f"{argv[0]} ended with {process.returncode}: {_text(log)}")
+                    raise RuntimeError(f"{argv[0]} ended with {process.returncode}: {text(log)}")
                 await asyncio.sleep(0.05)
         yield process
     finally:
@@ -35,8 +35,9 @@ async def spawn(*argv: str | Path, ports: Sequence[int], log: Path) -> AsyncIter
                 await process.wait()
 
 
-def _text(log: Path) -> str:
-    return log.read_text(errors="replace")
+def text(file: Path) -> str:
+    """Return what a program has written to a file so far, "" if there is none yet."""
+    return file.read_text(errors="replace") if file.exists() else ""
 
 
 async def _accepts(port: int) -> bool:

@@ -20,7 +20,7 @@ from rama_ebpf.services.proxy_protocol import (
     TlvType,
 )
 
-from ..http.conftest import Run, nobody
+from ..http.conftest import Run, free_ports
 from ..http.conftest import run as run
 from ..http.peers import command, spawn
 
@@ -99,7 +99,7 @@ async def test_what_goes_out_comes_in(run: Run, version: int) -> None:
 @contextlib.asynccontextmanager
 async def haproxy(directory: Path, to: int) -> AsyncIterator[tuple[int, int]]:
     """A real HAProxy in front of port ``to``: yields the ports behind which it sends v1 and v2 headers."""
-    listen1, listen2 = await nobody(), await nobody()
+    listen1, listen2 = free_ports(2)
     config = directory / "haproxy.cfg"
     config.write_text(
         f"""\

@@ -87,6 +87,12 @@ class H2ClientConnection(H2Connection):
             self._settled.set()
             self._ended(self)
 
+    async def extended_connect(self) -> bool:
+        """Whether the upstream knows RFC 8441; waits for its settings. Raises TimeoutError if they do not come."""
+        async with asyncio.timeout(self.timeouts.response):
+            await self._settled.wait()
+        return bool(self.h2.remote_settings.enable_connect_protocol)
+
     # -- told by the reader ------------------------------------------------------------------------------------
 
     def on_event(self, event: h2.events.Event) -> None:
@@ -158,11 +164,7 @@ class H2ClientConnection(H2Connection):
 
     async def _may_upgrade(self, request: Request) -> None:
         """RFC 8441 section 3: extended CONNECT is for servers that have said they know it."""
-        if request.upgrade is None:
-            return
-        async with asyncio.timeout(self.timeouts.response):
-            await self._settled.wait()
-        if not self.h2.remote_settings.enable_connect_protocol:
+        if request.upgrade is not None and not await self.extended_connect():
             raise HttpError(502, "the upstream has no WebSocket over HTTP/2", proxy_error="http_upgrade_failed")
 
     @staticmethod

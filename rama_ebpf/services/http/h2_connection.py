@@ -188,7 +188,14 @@ class H2Connection(abc.ABC):
     """The common part of a server's and a client's connection. :meth:`run` reads until it is over."""
 
     def __init__(
-        self, stream: Stream, *, client: bool, limits: HttpLimits, timeouts: HttpTimeouts, streams: int
+        self,
+        stream: Stream,
+        *,
+        client: bool,
+        limits: HttpLimits,
+        timeouts: HttpTimeouts,
+        streams: int,
+        extended_connect: bool = False,
     ) -> None:
         self.stream = stream
         self.limits = limits
@@ -205,7 +212,7 @@ class H2Connection(abc.ABC):
                 _Settings.MAX_CONCURRENT_STREAMS: streams,
                 _Settings.INITIAL_WINDOW_SIZE: _STREAM_WINDOW,
                 _Settings.MAX_HEADER_LIST_SIZE: limits.head,
-                _Settings.ENABLE_CONNECT_PROTOCOL: 0 if client else 1,
+                _Settings.ENABLE_CONNECT_PROTOCOL: int(extended_connect),
                 **({_Settings.ENABLE_PUSH: 0} if client else {}),
             },
         )

@@ -48,9 +48,17 @@ class H2ServerConnection(H2Connection):
         name: str,
         limits: HttpLimits,
         timeouts: HttpTimeouts,
+        extended_connect: bool = True,
         date: Callable[[], str] = lambda: formatdate(usegmt=True),
     ) -> None:
-        super().__init__(stream, client=False, limits=limits, timeouts=timeouts, streams=_STREAMS)
+        super().__init__(
+            stream,
+            client=False,
+            limits=limits,
+            timeouts=timeouts,
+            streams=_STREAMS,
+            extended_connect=extended_connect,
+        )
         self._service = service
         self._name = name
         self._date = date

@@ -26,6 +26,8 @@ __all__ = ["HttpInspector"]
 
 _METHOD: Final = 64
 
+_Send = Callable[[Request], Awaitable[Response]]
+
 
 class HttpInspector:
     """What a :class:`~rama_ebpf.services.tls.mitm.TlsInterceptor` inspects with: HTTP/1.1 and HTTP/2 pass through
@@ -58,7 +60,14 @@ class HttpInspector:
             return await tunnel.move(tunnel.client, tunnel.upstream)
         started = time.monotonic()
         async with AsyncExitStack() as cleanup:
-            send = self._h2(tunnel, cleanup) if alpn == "h2" else self._h1(tunnel)
+            extended_connect = False
+            if alpn == "h2":
+                upstream = self._h2_upstream(tunnel, cleanup)
+                # What we let the client do must be what the server can.
+                extended_connect = await upstream.extended_connect()
+                send = _over_h2(upstream)
+            else:
+                send = self._over_h1(tunnel)
 
             async def origin(request: Request) -> Response:
                 response = await send(forwardable(request, self._via, self._upgrades))
@@ -69,6 +78,7 @@ class HttpInspector:
             server = HttpServer(
                 stack(*self._layers, origin),
                 scheme="https",
+                extended_connect=extended_connect,
                 name=self._via or "proxy",
                 limits=self._limits,
                 timeouts=self._timeouts,
@@ -83,7 +93,7 @@ class HttpInspector:
             "intercepted",
         )
 
-    def _h1(self, tunnel: Intercepted) -> Callable[[Request], Awaitable[Response]]:
+    def _over_h1(self, tunnel: Intercepted) -> _Send:
         upstream = H1ClientConnection(
             tunnel.upstream, limits=self._limits, timeouts=self._timeouts, released=lambda _: None
         )
@@ -106,22 +116,13 @@ class HttpInspector:
 
         return send
 
-    def _h2(self, tunnel: Intercepted, cleanup: AsyncExitStack) -> Callable[[Request], Awaitable[Response]]:
+    def _h2_upstream(self, tunnel: Intercepted, cleanup: AsyncExitStack) -> H2ClientConnection:
         upstream = H2ClientConnection(
             tunnel.upstream, limits=self._limits, timeouts=self._timeouts, ended=lambda _: None
         )
         upstream.start()
         cleanup.push_async_callback(upstream.retire)
-
-        async def send(request: Request) -> Response:
-            try:
-                return await upstream.send(request)
-            except NoResponse as error:
-                if upstream.closing:
-                    raise ConnectionDropped("the upstream has closed its connection") from error
-                raise
-
-        return send
+        return upstream
 
     async def _begins_as_http(self, tunnel: Intercepted) -> bool:
         """Whether the client speaks first, and HTTP. Nothing is consumed."""
@@ -131,6 +132,18 @@ class HttpInspector:
             if not await tunnel.client.fill(_METHOD):
                 return False
         return verdict
+
+
+def _over_h2(upstream: H2ClientConnection) -> _Send:
+    async def send(request: Request) -> Response:
+        try:
+            return await upstream.send(request)
+        except NoResponse as error:
+            if upstream.closing:
+                raise ConnectionDropped("the upstream has closed its connection") from error
+            raise
+
+    return send
 
 
 async def _client_speaks_first(client: Stream, upstream: Stream, timeout: float) -> bool:

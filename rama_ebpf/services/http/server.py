@@ -24,7 +24,9 @@ class HttpServer:
     ``name`` stands in Proxy-Status of error responses.
 
     A TLS stream whose ALPN is ``h2`` gets HTTP/2; with ``h2c`` so does a plain one that begins with the preface
-    ("prior knowledge"). ``scheme`` is that of HTTP/1.1 requests, by default "https" on TLS streams, else "http".
+    ("prior knowledge"). ``extended_connect`` tells HTTP/2 clients that they may open WebSockets (RFC 8441); without
+    it browsers do so over HTTP/1.1. ``scheme`` is that of HTTP/1.1 requests, by default "https" on TLS streams, else
+    "http".
     """
 
     accepts = Stream
@@ -35,6 +37,7 @@ class HttpServer:
         *,
         scheme: str | None = None,
         h2c: bool = False,
+        extended_connect: bool = True,
         name: str = "rama-ebpf",
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
@@ -42,6 +45,7 @@ class HttpServer:
         self._service = service
         self._scheme = scheme
         self._h2c = h2c
+        self._extended_connect = extended_connect
         self._name = name
         self._limits = HttpLimits() if limits is None else limits
         self._timeouts = HttpTimeouts() if timeouts is None else timeouts
@@ -84,7 +88,14 @@ class HttpServer:
         )
 
     def _h2(self, stream: Stream) -> H2ServerConnection:
-        return H2ServerConnection(stream, self._service, name=self._name, limits=self._limits, timeouts=self._timeouts)
+        return H2ServerConnection(
+            stream,
+            self._service,
+            name=self._name,
+            limits=self._limits,
+            timeouts=self._timeouts,
+            extended_connect=self._extended_connect,
+        )
 
     def drain(self) -> None:
         """Close idle connections, and the others after the request they are serving."""
