@@ -43,6 +43,7 @@ class Server:
         """Send the parts, each in a segment of its own, and return all that comes until the server closes."""
         reader, writer = await self.open()
         writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        reading = asyncio.create_task(reader.read())  # beside the writing: neither side's buffers may have to hold it
         try:
             for part in parts:
                 writer.write(part)
@@ -50,8 +51,9 @@ class Server:
                 await asyncio.sleep(0)
             if eof:
                 writer.write_eof()
-            return await reader.read()
+            return await reading
         finally:
+            reading.cancel()
             writer.close()
 
     async def idle(self) -> None:

@@ -61,6 +61,10 @@ async def python_origin(tls: ssl.SSLContext | None = None) -> AsyncIterator[Appl
         return web.Response(text=f"hello {request.method} {request.path_qs}")
 
     async def echo(request: web.Request) -> web.StreamResponse:
+        # nginx, for one, forwards no more of a request once its response has begun: all of it is read first.
+        return web.Response(body=await request.read())
+
+    async def stream(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
         async for chunk in request.content.iter_any():
@@ -90,6 +94,7 @@ async def python_origin(tls: ssl.SSLContext | None = None) -> AsyncIterator[Appl
     app = web.Application(client_max_size=2**30)
     app.router.add_route("*", "/hello", hello)
     app.router.add_post("/echo", echo)
+    app.router.add_post("/stream", stream)
     app.router.add_get("/download", download)
     app.router.add_get("/ws", socket)
     app.router.add_post("/report", report)

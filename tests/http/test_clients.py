@@ -40,6 +40,7 @@ class Setup:
     mode: str
     proxy: str
     proxy_port: int
+    origin: str
     url: str
     ca: Path
     application: Application
@@ -72,7 +73,9 @@ async def setup(
 
     def configured(port: int, application: Application) -> Setup:
         url = f"http{'s' if secure else ''}://origin.test:{port}"
-        return Setup(mode, f"http://{proxy.authority}", proxy.port, url, trusted, application, mode != "connect")
+        return Setup(
+            mode, f"http://{proxy.authority}", proxy.port, origin, url, trusted, application, mode != "connect"
+        )
 
     async with python_origin(tls) as application:
         if origin == "python":
@@ -90,6 +93,8 @@ async def test_curl(setup: Setup, tmp_path: Path) -> None:
         data.write_bytes(BIG)
         assert await command(*base, version, "--data-binary", f"@{data}", f"{setup.url}/echo") == BIG
         assert await command(*base, version, "-T", "-", f"{setup.url}/echo", "-X", "POST", input=BIG) == BIG
+        if setup.origin == "python":
+            assert await command(*base, version, "--data-binary", f"@{data}", f"{setup.url}/stream") == BIG
         assert await command(*base, version, f"{setup.url}/download") == BIG
         twice = await command(*base, version, f"{setup.url}/hello", f"{setup.url}/hello", "-w", " %{num_connects} ")
         assert twice.split() == [b"hello", b"GET", b"/hello", b"1", b"hello", b"GET", b"/hello", b"0"]

@@ -368,7 +368,7 @@ async def test_a_client_with_an_endless_window_that_does_not_read_holds_the_serv
     client.request()
     await client.flush()
     await server.idle()
-    assert 1_000_000 < produced < 64 * 1024 * 1024  # what the kernel's socket buffers take, and not 2 GiB
+    assert 65535 < produced < 64 * 1024 * 1024  # what the kernel's socket buffers take, and not 2 GiB
     writer.transport.abort()
 
 
@@ -482,19 +482,19 @@ async def test_header_block_that_stays_open_is_not_waited_for(run: Run) -> None:
 
 FLOODS: dict[str, Callable[[H2Client], None]] = {
     "CONTINUATION": lambda client: client.raw(
-        HeadersFrame(1, b"\x82"), *(ContinuationFrame(1, b"") for _ in range(100_000))
+        HeadersFrame(1, b"\x82"), *(ContinuationFrame(1, b"") for _ in range(1000))
     ),
     "a large header block": lambda client: client.raw(
         HeadersFrame(1, bytes(16000)), *(ContinuationFrame(1, bytes(16000)) for _ in range(10))
     ),
-    "PING": lambda client: client.raw(*(PingFrame(0, bytes(8)) for _ in range(20_000))),
-    "SETTINGS": lambda client: client.raw(*(SettingsFrame(0) for _ in range(20_000))),
-    "PRIORITY": lambda client: client.raw(*(PriorityFrame(1, depends_on=0) for _ in range(20_000))),
-    "unknown frames": lambda client: client.raw(*(ExtensionFrame(type=0xFA, stream_id=0) for _ in range(20_000))),
-    "WINDOW_UPDATE": lambda client: client.raw(*(WindowUpdateFrame(0, window_increment=1) for _ in range(20_000))),
+    "PING": lambda client: client.raw(*(PingFrame(0, bytes(8)) for _ in range(4000))),
+    "SETTINGS": lambda client: client.raw(*(SettingsFrame(0) for _ in range(4000))),
+    "PRIORITY": lambda client: client.raw(*(PriorityFrame(1, depends_on=0) for _ in range(4000))),
+    "unknown frames": lambda client: client.raw(*(ExtensionFrame(type=0xFA, stream_id=0) for _ in range(4000))),
+    "WINDOW_UPDATE": lambda client: client.raw(*(WindowUpdateFrame(0, window_increment=1) for _ in range(4000))),
     "empty DATA": lambda client: (
         client.request(with_((":method", "POST")), end=False),
-        client.raw(*(DataFrame(1) for _ in range(20_000))),
+        client.raw(*(DataFrame(1) for _ in range(4000))),
     )[1],
 }
 
