@@ -12,7 +12,20 @@ from typing import Any, Final
 from .kinds import Kind
 from .positions import Path
 
-__all__ = ["Choice", "Decoder", "ListOf", "MapOf", "Mistake", "Table", "describe", "encode", "setting"]
+__all__ = [
+    "AnyKind",
+    "Choice",
+    "Decoder",
+    "ListOf",
+    "MapOf",
+    "Mistake",
+    "Table",
+    "describe",
+    "encode",
+    "is_required",
+    "setting",
+    "settings_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +156,14 @@ class Decoder:
         if not isinstance(value, dict):
             self.complain(path, "write a table: { … }")
             return _BAD
-        settings = {f.name: f for f in _settings(type_)}
+        settings = {f.name: f for f in settings_of(type_)}
         arguments: dict[str, Any] = {}
         for key, item in value.items():
             if key in settings:
                 arguments[key] = self._decode(settings[key].metadata["kind"], item, (*path, key))
             else:
                 self.complain((*path, key), f"there is no such setting{_guess(key, settings)}; {_known(settings)}")
-        missing = [name for name, f in settings.items() if name not in arguments and _is_required(f)]
+        missing = [name for name, f in settings.items() if name not in arguments and is_required(f)]
         for name in missing:
             self.complain((*path, name), f"this setting is needed ({describe(settings[name].metadata['kind'])})")
         if missing or any(item is _BAD for item in arguments.values()) or value.keys() - settings.keys():
@@ -162,11 +175,13 @@ class Decoder:
             return _BAD
 
 
-def _settings(type_: type) -> Iterator[dataclasses.Field[Any]]:
+def settings_of(type_: type) -> Iterator[dataclasses.Field[Any]]:
+    """The settings among the fields of a dataclass."""
     return (f for f in dataclasses.fields(type_) if "kind" in f.metadata)
 
 
-def _is_required(f: dataclasses.Field[Any]) -> bool:
+def is_required(f: dataclasses.Field[Any]) -> bool:
+    """Whether a setting has no default."""
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
@@ -214,6 +229,6 @@ def encode(value: Any, kind: AnyKind) -> Any:
         return {name: encode(value, Table(type(value)))}
     return {
         f.name: encode(item, f.metadata["kind"])
-        for f in _settings(kind.type)
+        for f in settings_of(kind.type)
         if (item := getattr(value, f.name)) is not None or f.default is not None
     }

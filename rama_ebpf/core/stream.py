@@ -14,9 +14,10 @@ import asyncio
 import contextlib
 import socket
 import struct
+from ipaddress import ip_address
 from typing import Final
 
-from .address import SocketAddress
+from .address import SocketAddress, unmap
 from .errors import LimitExceeded, PeerClosed
 from .extensions import Extensions
 
@@ -29,6 +30,8 @@ MAX_UNREAD: Final = 64 * 1024
 
 _READ_SIZE: Final = 64 * 1024
 _LINGER_RST: Final = struct.pack("ii", 1, 0)
+_SO_ORIGINAL_DST: Final = 80
+"""linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST has the same number."""
 _LINGER_OFF: Final = struct.pack("ii", 0, 0)
 
 
@@ -176,8 +179,8 @@ class SocketStream(Stream):
     Only :meth:`close` ends a TCP connection in order. If the process dies, by whatever signal, its kernel resets the
     connection: a peer must not take what was cut short for the whole.
 
-    ``original_destination`` is where the client meant to connect: our local address, unless the connection was
-    steered or redirected here.
+    ``original_destination`` is where the client meant to connect. That is our local address, also for connections
+    steered here (sk_lookup, TPROXY), unless netfilter redirected it: then connection tracking knows.
     """
 
     def __init__(self, sock: socket.socket, extensions: Extensions | None = None) -> None:
@@ -192,6 +195,7 @@ class SocketStream(Stream):
         self._closed = False
         self._peer = _address(sock.getpeername) if sock.family != socket.AF_UNIX else None
         self._local = _address(sock.getsockname) if sock.family != socket.AF_UNIX else None
+        self._redirected: SocketAddress | None = None
 
     @property
     def socket(self) -> _socket:
@@ -208,7 +212,9 @@ class SocketStream(Stream):
 
     @property
     def original_destination(self) -> SocketAddress | None:
-        return self._local
+        if self._redirected is None:
+            self._redirected = _before_redirection(self._sock) or self._local
+        return self._redirected
 
     @property
     def closed(self) -> bool:
@@ -332,6 +338,20 @@ class SocketStream(Stream):
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+def _before_redirection(sock: _socket) -> SocketAddress | None:
+    """Return the destination before netfilter's REDIRECT or DNAT, None where connection tracking knows nothing."""
+    try:
+        if sock.family == socket.AF_INET:
+            port, packed = struct.unpack_from("!2xH4s", sock.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, 16))
+        elif sock.family == socket.AF_INET6:
+            port, packed = struct.unpack_from("!2xH4x16s", sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28))
+        else:
+            return None
+    except OSError:
+        return None  # ENOPROTOOPT without the module, ENOENT for connections that are not tracked
+    return SocketAddress(unmap(ip_address(packed)), port)
 
 
 def _address(getter: object) -> SocketAddress | None:
