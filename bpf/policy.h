@@ -150,7 +150,7 @@ enum layout_kind {
 struct table {
 	__u64 base;      /* an address's slot is (its upper 64 bits >> shift) - base; IPv4 has all its bits there */
 	__u32 shift;
-	__u32 slots;     /* 0: all addresses have the value `below` */
+	__u32 slots;     /* 0: all addresses have one value, `below` and `above` */
 	__u32 page;      /* of the first interval */
 	__u32 below;     /* value of the addresses before the first slot, */
 	__u32 above;     /* and of those after the last */

@@ -24,6 +24,14 @@ def _no_stale_labs() -> None:
         remove_stale()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _state_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Journals, bans and copies of feeds go to a directory of this run, also those of the processes it starts."""
+    os.environ["RAMA_EBPF_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
+    yield
+    del os.environ["RAMA_EBPF_STATE_DIR"]
+
+
 @pytest.fixture
 def lab() -> Iterator[Lab]:
     """An Ethernet segment to put hosts on."""

@@ -27,6 +27,8 @@ _GROUPS: Final = {
     "run": ("run",),
     "config": ("check", "config", "passwd"),
     "policy": ("block", "allow", "unblock", "list", "test"),
+    "ruleset": ("policy",),
+    "bans": ("ban", "bans"),
     "lifecycle": ("status", "unload"),
     "ca": ("ca",),
     "doctor": ("doctor",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import select
+import shutil
 import signal
 from typing import cast
 
@@ -25,9 +26,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     text = "show the server, its listeners, and what the gate has decided"
     status = commands.add_parser("status", parents=[shared], help=text, description=text)
     status.set_defaults(main=_status)
-    text = "remove everything an instance left in the kernel and under /run"
+    text = "remove everything an instance left in the kernel and under /run; bans and journal stay unless purged"
     unload = commands.add_parser("unload", parents=[shared], help=text, description=text)
     unload.add_argument("--stop", action="store_true", help="stop the running server first (SIGTERM, then wait)")
+    unload.add_argument("--purge", action="store_true", help="also forget bans, journal and copies of feeds")
     unload.set_defaults(main=_unload)
 
 
@@ -110,8 +112,13 @@ def _unload(args: argparse.Namespace) -> int:
         loader.unload(instance)
     except InstanceBusy as busy:
         raise ValueError(f"{busy}: stop it first, or add --stop") from None
+    if args.purge and instance.state_dir.is_dir():
+        shutil.rmtree(instance.state_dir)
+    kept = str(instance.state_dir) if instance.state_dir.is_dir() else None
     if args.json:
-        print_json({"instance": instance.name, "unloaded": True})
+        print_json({"instance": instance.name, "unloaded": True, "kept": kept})
+    elif kept:
+        print(f"instance {instance.name}: nothing is left but bans and journal in {kept} (--purge forgets them)")
     else:
         print(f"instance {instance.name}: nothing is left")
     return OK

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Final, cast
 
 from ..control import socket as control
 from ..control.api import ControlApi, Json
 from ..core.address import Authority
 from ..kernel.instance import Instance
+from ..policy.feed import FeedStore
 from ..policy.kernel_store import KernelStore
 from ..policy.rule import PolicyError
 from .output import NO, OK, duration, print_json, table
 
-__all__ = ["call", "register"]
+__all__ = ["call", "register", "show_verdict", "split_target"]
+
+_SLOW: Final = {"load": 600.0, "diff": 600.0, "refresh": 600.0}
+"""Methods that may read feeds: seconds to wait for the server's answer."""
 
 
 def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
@@ -24,9 +28,9 @@ def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
     """
     if instance.pinned:
         with KernelStore(instance) as store:
-            return ControlApi(store).call(method, params)
+            return ControlApi(store, FeedStore(instance.feeds_dir)).call(method, params)
     if instance.control_socket.exists():
-        return control.call(instance.control_socket, method, params)
+        return control.call(instance.control_socket, method, params, timeout=_SLOW.get(method, 10.0))
     raise PolicyError(f"instance {instance.name!r} is not loaded: start it with rama-ebpf run")
 
 
@@ -106,13 +110,15 @@ def _list(args: argparse.Namespace) -> int:
         return OK
     rules, bans = cast("list[Json]", result["rules"]), cast("list[Json]", result["bans"])
     print(f"default {result['default']}, revision {result['revision']}, policy in the {_where(result['store'])}")
+    if result["confirm_within"] is not None:
+        print(f"ON TRIAL: undone in {duration(result['confirm_within'])} unless confirmed (rama-ebpf policy confirm)")
     failsafe = cast("list[str]", result["failsafe"])
     if failsafe:
         print(f"failsafe {', '.join(failsafe)}")
     rows = []
     for rule in rules:
         sources = cast("list[str]", rule["sources"])
-        shown = sources[0] if len(sources) == 1 else f"{len(sources)} prefixes"
+        shown = sources[0] if rule["source_count"] == 1 else f"{rule['source_count']} prefixes"
         action = f"{rule['action']}{' (dry run)' if rule['dry_run'] else ''}"
         hits = rule["dry_hits"] if rule["dry_run"] else rule["hits"]
         left = duration(rule["expires_in"])
@@ -130,20 +136,24 @@ def _where(store: object) -> str:
 
 
 def _test(args: argparse.Namespace) -> int:
-    source, port = _split(args.target)
-    result = call(args.instance, "test", {"source": source, "port": port})
+    source, port = split_target(args.target)
+    return show_verdict(args, call(args.instance, "test", {"source": source, "port": port}))
+
+
+def show_verdict(args: argparse.Namespace, result: Json) -> int:
+    """Print a verdict; return the exit code."""
     if args.json:
         print_json(result)
     else:
         rule = f" by {result['rule']}" if result["rule"] else ""
-        print(f"{result['source']} to port {port}: {result['action']} ({result['stage']}{rule})")
+        print(f"{result['source']} to port {result['port']}: {result['action']} ({result['stage']}{rule})")
         dry = result.get("dry_run")
         if isinstance(dry, dict):
             print(f"dry run: {dry['rule']} would {dry['action']}")
     return OK if result["action"] == "allow" else NO
 
 
-def _split(text: str) -> tuple[str, int]:
+def split_target(text: str) -> tuple[str, int]:
     """Split ``ADDR``, ``ADDR:PORT`` (IPv4) or ``[ADDR]:PORT``."""
     if text.count(":") == 1 or text.startswith("["):
         host, _, port = text.rpartition(":")

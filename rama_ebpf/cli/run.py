@@ -157,6 +157,8 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         default=None if policy.default is None else Action[policy.default.upper()],
         failsafe=policy.failsafe,
         rules=tuple(rule.rule() for rule in policy.rules),
+        per_source=None if policy.per_source is None else policy.per_source.limit(),
+        overall=None if policy.overall is None else policy.overall.limit(),
         sizes=MapSizes(rules=limits.max_rules or sizes.rules, bans=limits.max_bans or sizes.bans),
         kernel_headers=args.kernel_headers,
         require_kernel=policy.require_kernel,

@@ -31,6 +31,7 @@ __all__ = [
     "USER",
     "Kind",
     "Rate",
+    "any_path",
     "choice",
     "file_path",
     "integer",
@@ -286,6 +287,11 @@ def _pattern(value: Any) -> str:
 
 
 HOST_PATTERN: Final = Kind("host pattern", _pattern)
+
+
+def any_path() -> Kind[str]:
+    """The path of a file that need not be there; a relative one is seen from the configuration file's directory."""
+    return Kind("path of a file", _text, is_path=True)
 
 
 def file_path() -> Kind[str]:

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..core.errors import RamaError
 from .build import check_stack
-from .decode import Decoder, Mistake
+from .decode import Decoder
 from .model import Config
-from .positions import key_lines
+from .toml import ConfigError, read_toml
 
 __all__ = ["ConfigError", "config_of", "load_config"]
-
-
-class ConfigError(RamaError, ValueError):
-    """A configuration cannot be used. ``mistakes`` are all that were found; the text is one line for each."""
-
-    kind = "config"
-
-    def __init__(self, file: str, mistakes: list[Mistake]) -> None:
-        super().__init__("\n".join(f"{file}:{mistake}" for mistake in sorted(mistakes)))
-        self.mistakes = sorted(mistakes)
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
     """Read and check a file. Relative paths in it are seen from its directory. Raises :class:`ConfigError`."""
     file = os.fspath(path)
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-        values = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(file, [Mistake(1, "", f"cannot be read: {error.strerror}")]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(file, [Mistake(1, "", f"is not UTF-8: {error.reason} at byte {error.start}")]) from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(file, [_syntax_mistake(error, text)]) from error
-    directory = os.path.dirname(os.path.abspath(file))
-    decoder = Decoder(key_lines(text), directory)
+    values, decoder = read_toml(file)
     config: Config | None = decoder.table(Config, values)
     if config is not None:
-        _check_whole(config, decoder, directory)
+        _check_whole(config, decoder, os.path.dirname(os.path.abspath(file)))
     if config is None or decoder.mistakes:
         raise ConfigError(file, decoder.mistakes)
     return config
@@ -56,13 +34,6 @@ def config_of(values: Mapping[str, Any]) -> Config:
     if config is None:
         raise ConfigError("configuration", decoder.mistakes)
     return config
-
-
-def _syntax_mistake(error: tomllib.TOMLDecodeError, text: str) -> Mistake:
-    # Python 3.11 has the position in the message only: "… (at line 3, column 5)" or "… (at end of document)".
-    message, _, position = str(error).rpartition(" (at ")
-    line = position.split(",")[0].removeprefix("line ")
-    return Mistake(int(line) if line.isdigit() else text.count("\n") + 1, "", f"not TOML: {message}")
 
 
 def _check_whole(config: Config, decoder: Decoder, directory: str) -> None:

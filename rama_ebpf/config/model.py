@@ -9,7 +9,6 @@ from ipaddress import IPv4Network, IPv6Network
 
 from ..core.address import Endpoint
 from ..policy.egress import EgressPolicy
-from ..policy.rule import Action, PolicyError, Rule, SynLimit, boottime_ns
 from ..relay import RelayKind
 from .decode import Choice, ListOf, MapOf, Table, setting
 from .kinds import (
@@ -18,15 +17,13 @@ from .kinds import (
     ENDPOINT,
     LOOPBACK_ENDPOINT,
     NETWORK,
-    PORT,
-    RATE,
     TEXT,
     USER,
-    Rate,
     choice,
     integer,
 )
 from .layers import LAYERS, LayerSettings
+from .policy import PolicyConfig, RuleConfig
 from .services import SERVICES, ConnectSettings, ServiceSettings
 
 __all__ = [
@@ -66,57 +63,6 @@ class LoggingConfig:
 
     level: str = setting(choice("debug", "info", "warning", "error"), "the least that is logged", default="info")
     access: bool = setting(BOOLEAN, "a line for each connection when it has ended", default=True)
-
-
-@dataclass(frozen=True)
-class RuleConfig:
-    """A rule for sources, before accept."""
-
-    name: str = setting(TEXT, "appears in counters and log lines")
-    sources: tuple[IPv4Network | IPv6Network, ...] = setting(_NETWORKS, "whom it is for")
-    action: str = setting(choice("allow", "drop", "reject", "limit"), "what happens to their connections")
-    port: int | None = setting(PORT, "only on this port of ours (any by default)", default=None)
-    ttl: float | None = setting(DURATION, "for so long after the start (for ever by default)", default=None)
-    dry_run: bool = setting(BOOLEAN, "count what it would do, and do nothing", default=False)
-    rate: Rate | None = setting(RATE, "of action limit: connections over time for each source", default=None)
-    burst: int = setting(integer(1, 1_000_000), "of action limit: connections at once", default=1)
-
-    def __post_init__(self) -> None:
-        if not self.sources:
-            raise ValueError("sources is empty: name at least one network (0.0.0.0/0 and ::/0 are everybody)")
-        self.rule(0)  # raises PolicyError, a ValueError, for what does not go together
-
-    def rule(self, now: int | None = None) -> Rule:
-        """Return it as the policy takes it. ``now`` is CLOCK_BOOTTIME in nanoseconds."""
-        start = boottime_ns() if now is None else now
-        if self.action != "limit" and self.rate is not None:
-            raise PolicyError("rate belongs to action limit")
-        return Rule(
-            name=self.name,
-            sources=self.sources,
-            action=Action[self.action.upper()],
-            port=self.port,
-            expires=None if self.ttl is None else start + round(self.ttl * 1e9),
-            dry_run=self.dry_run,
-            limit=None if self.rate is None else SynLimit(self.rate.per_second, self.burst),
-            origin="file",
-        )
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Who may connect, decided in the kernel."""
-
-    default: str | None = setting(
-        choice("allow", "drop", "reject"), "for clients that no rule names (as pinned, or allow)", default=None
-    )
-    failsafe: tuple[IPv4Network | IPv6Network, ...] | None = setting(
-        _NETWORKS, "clients that nothing can shut out (as pinned)", default=None
-    )
-    require_kernel: bool = setting(BOOLEAN, "exit instead of serving with the policy in userspace", default=False)
-    xdp: tuple[str, ...] = setting(ListOf(TEXT), "interfaces where XDP drops before the stack", default=())
-    persist: bool = setting(BOOLEAN, "leave the policy in the kernel when the server stops", default=False)
-    rules: tuple[RuleConfig, ...] = setting(ListOf(Table(RuleConfig)), "rules", default=())
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,46 @@ are the same.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_address
-from typing import cast
+from typing import Final, cast
 
-from ..policy.rule import Action, IPNetwork, PolicyError, Rule, Verdict, boottime_ns, parse_network, parse_ttl
-from ..policy.store import Ban, PolicyStore, RuleRecord, StoredRule
+from ..core.address import IPAddress
+from ..policy.difference import difference
+from ..policy.feed import FeedStore, overlapping
+from ..policy.prefixes import Prefixes
+from ..policy.refresh import FeedReport, Refresher, with_feeds
+from ..policy.rule import (
+    Action,
+    Ban,
+    IPNetwork,
+    PolicyError,
+    Rule,
+    RuleSet,
+    Verdict,
+    boottime_ns,
+    parse_network,
+    parse_ttl,
+)
+from ..policy.store import PolicyStore, RuleRecord, StoredRule
 
 __all__ = ["ControlApi", "Json"]
 
 Json = dict[str, object]
 
+_SOURCES_SHOWN: Final = 1000
+"""A listing names so many sources of a rule; ``policy export`` names all."""
+
 
 class ControlApi:
     """Methods by name over one store. Arguments and results are JSON values; mistakes raise :class:`PolicyError`."""
 
-    def __init__(self, store: PolicyStore) -> None:
+    def __init__(self, store: PolicyStore, feeds: FeedStore | None = None) -> None:
+        """``feeds`` keeps the copies of feeds; without it, sets with feeds cannot be loaded."""
         self._store = store
+        self._feeds = feeds
 
     def call(self, method: str, params: Mapping[str, object]) -> Json:
         """Run one method. Raises :class:`PolicyError` for an unknown method, or whatever the method raises."""
@@ -33,6 +55,15 @@ class ControlApi:
             "remove": self.remove,
             "list": self.list,
             "test": self.test,
+            "ban": self.ban,
+            "bans": self.bans,
+            "load": self.load,
+            "diff": self.diff,
+            "export": self.export,
+            "confirm": self.confirm,
+            "rollback": self.rollback,
+            "refresh": self.refresh,
+            "log": self.log,
         }.get(method)
         if handler is None:
             raise PolicyError(f"unknown method {method!r}")
@@ -67,6 +98,91 @@ class ControlApi:
             "revision": self._store.revision,
         }
 
+    def ban(self, params: Mapping[str, object]) -> Json:
+        """Shut out ``address`` before all rules, optionally for ``ttl``, with ``reason``, by ``action``."""
+        ttl = _optional_text(params, "ttl")
+        ban = self._store.ban(
+            _address(_text(params, "address")),
+            ttl=None if ttl is None else parse_ttl(ttl) / 1e9,
+            reason=_optional_text(params, "reason") or "",
+            action=Action[(_optional_text(params, "action") or "drop").upper()],
+        )
+        return self._ban(ban) | {"revision": self._store.revision}
+
+    # -- the set -------------------------------------------------------------------------------------------------
+
+    def _read(self, params: Mapping[str, object]) -> tuple[RuleSet, builtins.list[FeedReport]]:
+        from ..config.policy import load_policy  # these bring in what most commands do not need
+        from ..config.toml import ConfigError
+
+        try:
+            ruleset = load_policy(_text(params, "path")).ruleset(self._store.settings())
+        except ConfigError as error:
+            raise PolicyError(str(error)) from error
+        if self._feeds is None:
+            return ruleset, []
+        return with_feeds(ruleset, self._feeds)
+
+    def load(self, params: Mapping[str, object]) -> Json:
+        """Put the set of the policy file ``path`` into force at once, if ``revision`` (optional) is the one in force;
+        on trial for ``confirm_within`` seconds if that is given."""
+        ruleset, reports = self._read(params)
+        revision, within = params.get("revision"), params.get("confirm_within")
+        if revision is not None and not isinstance(revision, int):
+            raise PolicyError(f"revision must be a whole number, not {revision!r}")
+        if within is not None and (not isinstance(within, int | float) or not 1 <= within <= 86400):
+            raise PolicyError(f"confirm_within {within!r}: use 1 second to 1 day")
+        new = self._store.replace(
+            ruleset, expected_revision=revision, confirm_within=within, origin=_text(params, "path")
+        )
+        overlaps = overlapping([(rule.name, Prefixes.of(rule.sources)) for rule in ruleset.rules if rule.feed])
+        return {
+            "revision": new,
+            "rules": len(ruleset.rules),
+            "prefixes": sum(len(rule.sources) for rule in ruleset.rules),
+            "confirm_within": within,
+            "feeds": [_feed_report(report) for report in reports],
+            "overlaps": [{"feeds": [one, other], "networks": count} for one, other, count in overlaps],
+        }
+
+    def diff(self, params: Mapping[str, object]) -> Json:
+        """Say what loading the policy file ``path`` would change."""
+        ruleset, _ = self._read(params)
+        return difference(self._store.ruleset(), ruleset) | {"revision": self._store.revision}
+
+    def export(self, _params: Mapping[str, object]) -> Json:
+        """Return the set in force as the text of a policy file."""
+        from ..config.policy import policy_values
+        from ..config.show import to_toml
+
+        return {"revision": self._store.revision, "toml": to_toml(policy_values(self._store.ruleset()))}
+
+    def confirm(self, _params: Mapping[str, object]) -> Json:
+        """Keep the set that is on trial."""
+        self._store.confirm()
+        return {"revision": self._store.revision}
+
+    def rollback(self, _params: Mapping[str, object]) -> Json:
+        """Undo the set that is on trial."""
+        self._store.roll_back()
+        return {"revision": self._store.revision}
+
+    def refresh(self, _params: Mapping[str, object]) -> Json:
+        """Read all feeds of the set in force again, now."""
+        if self._feeds is None:
+            raise PolicyError("no place to keep feeds")
+        reports = Refresher(self._store, self._feeds).run(all_feeds=True)
+        return {"revision": self._store.revision, "feeds": [_feed_report(report) for report in reports]}
+
+    def log(self, params: Mapping[str, object]) -> Json:
+        """Return the last ``count`` entries of the journal."""
+        count = params.get("count")
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise PolicyError(f"count {count!r}: use a whole number above 0")
+        return {"entries": self._store.journal(count)}
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
     def list(self, _params: Mapping[str, object]) -> Json:
         """Return everything in force."""
         store = self._store
@@ -75,18 +191,20 @@ class ControlApi:
             "store": store.kind,
             "revision": store.revision,
             "default": settings.default.name.lower(),
+            "confirm_within": None if store.pending is None else _seconds_left(store.pending),
             "failsafe": [str(network) for network in store.failsafe()],
             "rules": [self._record(record) for record in store.records()],
-            "bans": [self._ban(ban) for ban in store.bans() if ban.expires is None or boottime_ns() < ban.expires],
+            **self.bans({}),
         }
+
+    def bans(self, _params: Mapping[str, object]) -> Json:
+        """Return the bans in force."""
+        now = boottime_ns()
+        return {"bans": [self._ban(ban) for ban in self._store.bans() if ban.expires is None or now < ban.expires]}
 
     def test(self, params: Mapping[str, object]) -> Json:
         """Say what would be decided for a connection from ``source`` to ``port``."""
-        text, port = _text(params, "source"), params.get("port")
-        try:
-            source = ip_address(text)
-        except ValueError:
-            raise PolicyError(f"{text!r} is not an address: write for example 192.0.2.7 or 2001:db8::7") from None
+        source, port = _address(_text(params, "source")), params.get("port")
         if not isinstance(port, int) or not 1 <= port <= 65535:
             raise PolicyError(f"port {port}: use 1 to 65535")
         return {"source": str(source), "port": port} | self._verdict(self._store.verdict(source, port))
@@ -106,7 +224,8 @@ class ControlApi:
     def _rule(rule: StoredRule, sources: Sequence[IPNetwork]) -> Json:
         return {
             "name": rule.name,
-            "sources": [str(source) for source in sources],
+            "sources": [str(source) for source in sources[:_SOURCES_SHOWN]],
+            "source_count": len(sources),
             "port": rule.port,
             "action": rule.action.name.lower(),
             "expires_in": _seconds_left(rule.expires),
@@ -130,6 +249,27 @@ class ControlApi:
             "hits": ban.hits,
             "created": _wall(ban.created),
         }
+
+
+def _address(text: str) -> IPAddress:
+    try:
+        return ip_address(text)
+    except ValueError:
+        raise PolicyError(f"{text!r} is not an address: write for example 192.0.2.7 or 2001:db8::7") from None
+
+
+def _feed_report(report: FeedReport) -> Json:
+    content = report.content
+    row: Json = {"rule": report.rule, "source": report.feed.source, "stale": report.stale or None}
+    if content is not None:
+        row |= {
+            "networks": len(content.prefixes),
+            "bad_lines": content.bad_count,
+            "bad": [str(line) for line in content.bad],
+            "duplicates": content.duplicates,
+            "covered": content.covered(),
+        }
+    return row
 
 
 def _text(params: Mapping[str, object], name: str) -> str:

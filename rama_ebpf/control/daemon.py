@@ -32,9 +32,11 @@ from ..layers.strikes import StrikeBook, StrikeLimit
 from ..metrics.directory import MetricsDirectory
 from ..metrics.exposition import MetricsServer, supervisor_collector, verdict_collector
 from ..policy.egress import EgressPolicy
+from ..policy.feed import FeedStore
 from ..policy.kernel_store import KernelStore
 from ..policy.local import CountedPolicy, LocalStore
-from ..policy.rule import Action, IPNetwork, Rule, RuleSet
+from ..policy.refresh import Refresher, with_feeds
+from ..policy.rule import Action, IPNetwork, PolicyError, Rule, RuleSet, SynLimit
 from ..policy.store import PolicyStore
 from ..process import Plan, Supervisor
 from ..process.channel import Handler
@@ -64,9 +66,10 @@ class DaemonOptions:
 
     ``target`` is ``module:attribute`` (see :class:`~rama_ebpf.process.Plan`), found with ``directory`` on the module
     path; ``params`` is what it is given. ``default``, ``failsafe`` and ``rules`` are left as they are pinned where
-    they are None. ``xdp`` are the interfaces that get the XDP program; the server does not start if one cannot.
-    ``egress`` is where workers may connect to, ``user`` who they become, None to stay. ``metrics`` is
-    where metrics are served, nowhere if None. ``access_log``: a line for each connection.
+    they are None; ``per_source`` and ``overall`` limit what the default lets in, and go with ``rules``. ``xdp`` are the
+    interfaces that get the XDP program; the server does not start if one cannot. ``egress`` is where workers may
+    connect to, ``user`` who they become, None to stay. ``metrics`` is where metrics are served, nowhere if None.
+    ``access_log``: a line for each connection.
     """
 
     instance: Instance
@@ -82,6 +85,8 @@ class DaemonOptions:
     default: Action | None = None
     failsafe: tuple[IPNetwork, ...] | None = None
     rules: tuple[Rule, ...] | None = None
+    per_source: SynLimit | None = None
+    overall: SynLimit | None = None
     sizes: MapSizes = field(default_factory=MapSizes)
     kernel_headers: Path | None = None
     require_kernel: bool = False
@@ -146,7 +151,9 @@ def _home(options: DaemonOptions) -> Iterator[_Home]:
         "(rama-ebpf doctor says more; --require-kernel refuses to run like this)",
         why.splitlines()[0],
     )
-    yield _Home(LocalStore(), None, why)
+    local = LocalStore()
+    local.remember_in(options.instance.state_dir)
+    yield _Home(local, None, why)
 
 
 def _attach_xdp(gate: loader.Gate, interfaces: Iterable[str]) -> None:
@@ -181,6 +188,13 @@ class _Daemon:
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(MetricsDirectory(options.user))
+        self._feeds = FeedStore(options.instance.feeds_dir)
+        restored = home.store.restore_bans()
+        if restored:
+            log.info("%d bans of earlier are in force again", restored)
+        if options.rules is not None and home.store.pending is not None:
+            log.warning("the set on trial is undone: the configuration has a set of its own")
+            home.store.roll_back()
         self._apply_policy(options)
         self._pending = options
         self._supervisor = Supervisor(
@@ -195,13 +209,13 @@ class _Daemon:
 
     async def run(self) -> None:
         options, home = self._options, self._home
-        control = ControlServer(options.instance.control_socket, ControlApi(home.store).call)
+        control = ControlServer(options.instance.control_socket, ControlApi(home.store, self._feeds).call)
         await control.start()
         metrics = self._metrics_server()
         if metrics is not None:
             metrics.start()
         self._write_state()
-        sweeper = asyncio.create_task(_sweep(home.store))
+        sweeper = asyncio.create_task(_sweep(home.store, Refresher(home.store, self._feeds)))
         try:
             await self._supervisor.run()
         finally:
@@ -255,20 +269,30 @@ class _Daemon:
     def _after_reload(self, succeeded: bool) -> None:
         if succeeded:
             self._options = self._pending
-            self._apply_policy(self._options)
+            try:
+                self._apply_policy(self._options)
+            except PolicyError as error:  # the rest of the configuration is in force already
+                log.error("the policy stays as it was: %s", error)
         self._listeners.keep(self._options.listen)
         self._write_state()
 
     def _apply_policy(self, options: DaemonOptions) -> None:
         store = self._home.store
-        settings = store.settings()
-        if options.default is not None and options.default is not settings.default:
-            settings = replace(settings, default=options.default)
-            store.set_settings(settings)
         if options.failsafe is not None:
-            store.set_failsafe(list(options.failsafe))
-        if options.rules is not None:
-            store.replace(RuleSet(options.rules, settings))
+            store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
+        settings = store.settings()
+        if options.default is not None:
+            settings = replace(settings, default=options.default)
+        if options.rules is None:
+            if settings != store.settings():
+                store.set_settings(settings)
+            return
+        settings = replace(settings, per_source=options.per_source, overall=options.overall)
+        ruleset, reports = with_feeds(RuleSet(options.rules, settings), self._feeds, known=store.ruleset())
+        for report in reports:
+            if report.content is None:
+                log.warning("rule %s has no sources yet: %s", report.rule, report.stale)
+        store.replace(ruleset, origin="configuration")
 
     # -- what is seen from outside -------------------------------------------------------------------------------
 
@@ -342,9 +366,20 @@ def _handlers(store: PolicyStore) -> dict[str, Handler]:
     return {"verdict": verdict, "ban": ban, "strike": strike}
 
 
-async def _sweep(store: PolicyStore) -> None:
+async def _sweep(store: PolicyStore, refresher: Refresher) -> None:
+    """Keep the policy's house: feeds as they fall due, what has expired, what nobody confirmed."""
+
+    def keep(*, all_feeds: bool) -> None:
+        try:
+            refresher.run(all_feeds=all_feeds)
+            freed = store.sweep()
+        except (RamaError, OSError):
+            log.exception("cannot keep the policy in order; trying again in %g s", _SWEEP_SECONDS)
+        else:
+            if freed:
+                log.info("policy: %d expired rules and bans removed", freed)
+
+    await asyncio.to_thread(keep, all_feeds=True)
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
-        freed = await asyncio.to_thread(store.sweep)
-        if freed:
-            log.info("policy: %d expired rules and bans removed", freed)
+        await asyncio.to_thread(keep, all_feeds=False)

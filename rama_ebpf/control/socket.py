@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import socket
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from ..policy.journal import acting_for
 from ..policy.rule import PolicyError
 from .api import Json
 
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 _MAX_LINE: Final = 64 * 1024
 _MAX_ANSWER: Final = 64 * 1024 * 1024
 _IDLE_SECONDS: Final = 10.0
+_UCRED: Final = struct.Struct("=iII")  # unix(7): pid, uid, gid
 
 Handler = Callable[[str, Mapping[str, object]], Json]
 
@@ -59,13 +62,18 @@ class ControlServer:
             self._path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        pid, uid, _ = _UCRED.unpack(credentials)
         try:
             while True:
                 async with asyncio.timeout(_IDLE_SECONDS):
                     line = await reader.readline()
                 if not line:
                     return
-                writer.write(json.dumps(self._answer(line)).encode() + b"\n")
+                # In a thread: loading a set may take seconds, and reading its feeds longer.
+                with acting_for(uid, pid):
+                    answer = await asyncio.to_thread(self._answer, line)
+                writer.write(json.dumps(answer).encode() + b"\n")
                 async with asyncio.timeout(_IDLE_SECONDS):
                     await writer.drain()
         except (TimeoutError, ConnectionError, ValueError) as error:

@@ -25,6 +25,16 @@ def _run_root() -> Path:
     return Path(runtime) / "rama-ebpf" if runtime else Path(f"/tmp/rama-ebpf-{os.getuid()}")
 
 
+def _state_root() -> Path:
+    chosen = os.environ.get("RAMA_EBPF_STATE_DIR")
+    if chosen:
+        return Path(chosen)
+    if os.geteuid() == 0:
+        return Path("/var/lib/rama-ebpf")
+    home = os.environ.get("XDG_STATE_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "state") / "rama-ebpf"
+
+
 class InstanceBusy(RuntimeError):
     """Another server holds the instance. ``pid`` is its process id, 0 if it cannot be told."""
 
@@ -73,6 +83,16 @@ class Instance:
         for directory in (self.run_dir.parent, self.run_dir):
             if directory.lstat().st_uid != os.geteuid():
                 raise PermissionError(errno.EPERM, f"{directory} belongs to another user: remove it")
+
+    @property
+    def state_dir(self) -> Path:
+        """Where the journal, the bans and the copies of feeds are kept; ``$RAMA_EBPF_STATE_DIR`` chooses the parent."""
+        return _state_root() / self.name
+
+    @property
+    def feeds_dir(self) -> Path:
+        """Where the last good copies of feeds are kept."""
+        return self.state_dir / "feeds"
 
     @property
     def control_socket(self) -> Path:

@@ -5,13 +5,14 @@ A JSON header with everything but the sources, then the sources packed: a millio
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from array import array
 from typing import Final
 
 from .prefixes import Prefixes
-from .rule import Action, PolicyError, Rule, RuleSet, Settings, SynLimit
+from .rule import Action, Feed, PolicyError, Rule, RuleSet, Settings, SynLimit
 
 __all__ = ["decode", "encode"]
 
@@ -42,6 +43,7 @@ def encode(ruleset: RuleSet) -> bytes:
                 "limit": _limit(rule.limit),
                 "reason": rule.reason,
                 "origin": rule.origin,
+                "feed": None if rule.feed is None else dataclasses.asdict(rule.feed),
                 "counts": [len(v4), len(v6)],
             }
         )
@@ -74,7 +76,8 @@ def decode(data: bytes) -> RuleSet:
             at += 17 * count6
             row["action"] = Action[row["action"]]
             row["limit"] = _to_limit(row["limit"])
-            rules.append(Rule(sources=Prefixes(v4, v6), **row))
+            row["feed"] = None if row["feed"] is None else Feed(**row["feed"])
+            rules.append(Rule(sources=Prefixes.from_sorted(v4, v6), **row))
         settings = Settings(Action[header["default"]], _to_limit(header["per_source"]), _to_limit(header["overall"]))
     except (struct.error, KeyError, TypeError, ValueError) as error:
         raise PolicyError(f"not an encoded rule set: {error}") from error

@@ -65,7 +65,7 @@ def build_table(pages: bytearray, version: int, starts: Sequence[int], values: a
     """
     count = len(starts)
     if count == 1:
-        return Table(below=values[0]), array("I")
+        return Table(below=values[0], above=values[0]), array("I")
     low = 0 if version == 4 else 64  # bits of an address that the index does not look at
     shift = 0
     first, last = starts[1] >> low, starts[-1] >> low

@@ -11,9 +11,10 @@ import contextlib
 import errno
 import itertools
 import mmap
+import random
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv6Network, ip_address
 from typing import Final
@@ -28,8 +29,8 @@ from .compiler import MAPPED, CompiledSet, read_chain
 from .counters import GateCounters, number
 from .intervals import PAGE, Layout, Table, find
 from .prefixes import IPNetwork, unmap_network
-from .rule import Action, PolicyError, Rule, RuleSet, Settings, SynLimit, boottime_ns
-from .store import Ban, PolicyStore, StoredRule
+from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, SynLimit, boottime_ns
+from .store import PolicyStore, StoredRule
 
 __all__ = ["KernelStore"]
 
@@ -70,7 +71,10 @@ class KernelStore(PolicyStore, GateCounters):
         self._constant = abi.constants()
         self._chains_size = self._constant["MAX_CHAIN_ITEMS"] * abi.CHAIN_ITEM.size
         self._max_rules = self._maps.capacity("rules")
-        self._hint = 1
+        # Where to look for a free rule id first: starting at 1, each process would walk past those of all the others.
+        self._hint = random.randrange(1, self._max_rules)
+        self._read: tuple[int, RuleSet] | None = None  # the description of a set, by the id of its map
+        self.remember_in(instance.state_dir)
 
     def close(self) -> None:
         """Close the maps if this store opened them."""
@@ -126,18 +130,17 @@ class KernelStore(PolicyStore, GateCounters):
         head = self._head()
         return Settings(Action(head.default), _limit(*head.per_source), _limit(*head.overall))
 
-    def set_settings(self, settings: Settings) -> None:
-        with self._locked():
-            self._settle()
-            gate = self._gate()
-            sets = list(gate.sets)
-            sets[gate.active] = replace(
-                sets[gate.active],
-                default=settings.default,
-                per_source=_packed(settings.per_source),
-                overall=_packed(settings.overall),
-            )
-            self._put_gate(replace(gate, revision=gate.revision + 1, sets=(sets[0], sets[1])))
+    def _set_settings(self, settings: Settings) -> int:
+        gate = self._gate()
+        sets = list(gate.sets)
+        sets[gate.active] = replace(
+            sets[gate.active],
+            default=int(settings.default),
+            per_source=_packed(settings.per_source),
+            overall=_packed(settings.overall),
+        )
+        self._put_gate(replace(gate, revision=gate.revision + 1, sets=(sets[0], sets[1])))
+        return gate.revision + 1
 
     # -- the set -------------------------------------------------------------------------------------------------
 
@@ -217,6 +220,7 @@ class KernelStore(PolicyStore, GateCounters):
         gate = self._gate()
         if gate.deadline and boottime_ns() >= gate.deadline:
             self._roll_back()
+            self._note("rollback", self.revision, reason="not confirmed in time")
 
     def _open_set(self, slot: int) -> int:
         raw = bpf.map_lookup(self._maps["sets"], number(slot), 4)
@@ -264,9 +268,16 @@ class KernelStore(PolicyStore, GateCounters):
         assert raw is not None  # an array has all its elements
         return raw
 
+    def set_token(self) -> int:
+        with self._set_in_force() as (_, _, fd):
+            return bpf.map_info(fd).id
+
     def ruleset(self) -> RuleSet:
         with self._set_in_force() as (_, head, fd):
-            ruleset = _read_document(head, fd)
+            identity = bpf.map_info(fd).id
+            if self._read is None or self._read[0] != identity:
+                self._read = identity, _read_document(head, fd)
+            ruleset = self._read[1]
         settings = Settings(Action(head.default), _limit(*head.per_source), _limit(*head.overall))
         return replace(ruleset, settings=settings)
 
@@ -338,8 +349,8 @@ class KernelStore(PolicyStore, GateCounters):
 
     # -- rules ---------------------------------------------------------------------------------------------------
 
-    def _new_rule(self, rule: Rule, created: int) -> int:
-        rule_id = self._claim(rule, created)
+    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = ()) -> int:
+        rule_id = self._claim(rule, created, keep)
         hits = bytes(abi.RULE_HITS.size * abi.possible_cpus())
         bpf.map_update(self._maps["rule_hits"], number(rule_id), hits)
         certain = rule.port is None and rule.expires is None and not rule.dry_run
@@ -348,7 +359,7 @@ class KernelStore(PolicyStore, GateCounters):
         bpf.map_update(self._maps["rules"], number(rule_id), abi.RULE.pack(*fields))
         return rule_id
 
-    def _claim(self, rule: Rule, created: int) -> int:
+    def _claim(self, rule: Rule, created: int, keep: Collection[int]) -> int:
         """Take a free rule id by creating its description; id 0 is the default's."""
         info = abi.RULE_INFO.pack(created, rule.name.encode(), rule.origin.encode(), rule.reason.encode())
         for freed in (False, True):
@@ -363,7 +374,7 @@ class KernelStore(PolicyStore, GateCounters):
                     break
                 self._hint = rule_id + 1
                 return rule_id
-            if freed or not self._free_rules():
+            if freed or not self._free_rules(keep):
                 break
         raise self._too_many(f"rule {rule.name}")
 
@@ -397,8 +408,9 @@ class KernelStore(PolicyStore, GateCounters):
             order,
         )
 
-    def _free_rules(self) -> int:
+    def _free_rules(self, keep: Collection[int] = ()) -> int:
         used = {rule_id for _, _, rule_id in self._runtime_entries()}
+        used.update(keep)
         gate = self._gate()
         for slot in (0, 1):
             fd = self._open_set(slot)
@@ -470,24 +482,24 @@ class KernelStore(PolicyStore, GateCounters):
         keys = [abi.FAILSAFE_KEY.unpack(key) for key, _ in rows]
         return [_network(packed, length - 32) for length, _, packed in keys]
 
-    def set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int] = ()) -> None:
+    def _set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int]) -> int:
         most = self._constant["MAX_FAILSAFE_PORTS"]
         if len(ports) > most:
             raise PolicyError(f"{len(ports)} failsafe ports: use at most {most}")
-        with self._locked():
-            wanted = {
-                abi.FAILSAFE_KEY.pack(32 + _mapped_length(net), net.version == 4, _mapped(net.network_address))
-                for net in map(unmap_network, networks)
-            }
-            if wanted or ports:
-                self._flag("GATE_FAILSAFE")
-            for key in wanted:
-                bpf.map_update(self._maps["failsafe"], key, number(1))
-            for key, _ in bpf.map_lookup_batch(self._maps["failsafe"], abi.FAILSAFE_KEY.size, 4):
-                if key not in wanted:
-                    bpf.map_delete(self._maps["failsafe"], key)
-            gate = self._gate()
-            self._put_gate(replace(gate, revision=gate.revision + 1, failsafe_ports=tuple(ports)))
+        wanted = {
+            abi.FAILSAFE_KEY.pack(32 + _mapped_length(net), net.version == 4, _mapped(net.network_address))
+            for net in map(unmap_network, networks)
+        }
+        if wanted or ports:
+            self._flag("GATE_FAILSAFE")
+        for key in wanted:
+            bpf.map_update(self._maps["failsafe"], key, number(1))
+        for key, _ in bpf.map_lookup_batch(self._maps["failsafe"], abi.FAILSAFE_KEY.size, 4):
+            if key not in wanted:
+                bpf.map_delete(self._maps["failsafe"], key)
+        gate = self._gate()
+        self._put_gate(replace(gate, revision=gate.revision + 1, failsafe_ports=tuple(ports)))
+        return gate.revision + 1
 
     def sweep(self, *, now: int | None = None) -> int:
         freed = super().sweep(now=now)
@@ -554,4 +566,9 @@ def _packed(limit: SynLimit | None) -> tuple[int, int]:
 
 
 def _limit(emission: int, tolerance: int) -> SynLimit | None:
-    return None if not emission else SynLimit(1e9 / emission, tolerance // emission + 1)
+    """The inverse of :func:`_packed`, with the roundest rate that is packed the same."""
+    if not emission:
+        return None
+    exact = SynLimit(1e9 / emission, tolerance // emission + 1)
+    rounded = replace(exact, rate=max(0.001, round(exact.rate, 6)))
+    return rounded if rounded.emission_ns == emission else exact

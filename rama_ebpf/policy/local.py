@@ -6,10 +6,11 @@ It decides after accept(2), so a denied client costs a descriptor for a moment a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..core.address import IPAddress
@@ -17,8 +18,8 @@ from ..kernel import abi
 from .compiler import CompiledSet, compile_rules, read_chain
 from .intervals import find
 from .prefixes import IPNetwork, unmap_network
-from .rule import PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns
-from .store import Ban, PolicyStore, StoredRule
+from .rule import Ban, PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns
+from .store import PolicyStore, StoredRule
 
 __all__ = ["CountedPolicy", "LocalStore"]
 
@@ -30,6 +31,7 @@ class _Loaded:
     compiled: CompiledSet
     ids: Sequence[int]
     settings: Settings
+    number: int = field(default_factory=itertools.count(1).__next__)
     chains: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +99,7 @@ class LocalStore(PolicyStore):
     def _settle(self) -> None:
         if self._trial is not None and self.pending is None:
             self._roll_back()
+            self._note("rollback", self.revision, reason="not confirmed in time")
 
     def _confirm(self) -> None:
         self._trial = None
@@ -112,6 +115,9 @@ class LocalStore(PolicyStore):
     def _chain(self, source: IPAddress) -> list[tuple[int, int]]:
         return self._in_force().chain(source)
 
+    def set_token(self) -> int:
+        return self._in_force().number
+
     def ruleset(self) -> RuleSet:
         loaded = self._in_force()
         return replace(loaded.compiled.ruleset, settings=loaded.settings)
@@ -122,11 +128,9 @@ class LocalStore(PolicyStore):
     def settings(self) -> Settings:
         return self._in_force().settings
 
-    def set_settings(self, settings: Settings) -> None:
-        with self._lock:
-            self._settle()
-            self._set.settings = settings
-            self._changed()
+    def _set_settings(self, settings: Settings) -> int:
+        self._set.settings = settings
+        return self._changed()
 
     # -- the runtime layer ---------------------------------------------------------------------------------------
 
@@ -159,7 +163,7 @@ class LocalStore(PolicyStore):
 
     # -- rules ---------------------------------------------------------------------------------------------------
 
-    def _new_rule(self, rule: Rule, created: int) -> int:
+    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = ()) -> int:
         if len(self._stored) >= self._max:
             raise PolicyError(f"the policy holds {self._max} rules already: remove some")
         rule_id, self._next_id = self._next_id, self._next_id + 1
@@ -186,8 +190,8 @@ class LocalStore(PolicyStore):
         if rule is not None:
             self._counters.pop(rule.name, None)
 
-    def _free_rules(self) -> int:
-        used = {rule_id for _, _, rule_id in self._runtime_entries()} | set(self._set.ids)
+    def _free_rules(self, keep: Collection[int] = ()) -> int:
+        used = {rule_id for _, _, rule_id in self._runtime_entries()} | set(self._set.ids) | set(keep)
         if self._trial is not None:
             used |= set(self._trial[1].ids)
         unused = self._stored.keys() - used
@@ -235,10 +239,9 @@ class LocalStore(PolicyStore):
     def failsafe(self) -> list[IPNetwork]:
         return list(self._failsafe)
 
-    def set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int] = ()) -> None:
-        with self._lock:
-            self._failsafe, self._failsafe_ports = [unmap_network(network) for network in networks], tuple(ports)
-            self._changed()
+    def _set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int]) -> int:
+        self._failsafe, self._failsafe_ports = [unmap_network(network) for network in networks], tuple(ports)
+        return self._changed()
 
     def count(self, verdict: Verdict, source: IPAddress) -> None:
         """Count a verdict that took effect. The kernel counts its own; here the layer that asks has to."""

@@ -47,6 +47,13 @@ class Prefixes(Sequence[IPNetwork]):
         self._hash: int | None = None
 
     @classmethod
+    def from_sorted(cls, v4: array[int], v6: Sequence[int]) -> Prefixes:
+        """From packed networks that ascend, without duplicates."""
+        made = cls()
+        made.v4, made.v6 = v4, tuple(v6)
+        return made
+
+    @classmethod
     def of(cls, networks: Iterable[IPNetwork | str]) -> Prefixes:
         """From networks, or text that ``ipaddress.ip_network`` takes; IPv4-mapped ones become IPv4."""
         if isinstance(networks, Prefixes):

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import Final
 
+from ..core.address import IPAddress
 from ..core.errors import RamaError
 from .prefixes import IPNetwork, Prefixes, unmap_network
 
 __all__ = [
     "RUNTIME",
     "Action",
+    "Ban",
+    "Feed",
     "IPNetwork",
     "PolicyError",
     "Rule",
@@ -95,13 +98,40 @@ class SynLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class Feed:
+    """Where a rule's sources come from: a file, or an HTTP or HTTPS URL, with one network a line.
+
+    It is read again every ``refresh`` seconds. Lines that are no network are left out, unless they are more than
+    ``max_bad`` of all (0 to 1): then the feed is refused as a whole. ``timeout`` (seconds) and ``max_size`` (bytes,
+    also when unpacked) bound a transfer. Raises :class:`PolicyError`.
+    """
+
+    source: str
+    refresh: float = 3600.0
+    max_bad: float = 0.05
+    timeout: float = 30.0
+    max_size: int = 64 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        scheme, separator, _ = self.source.partition("://")
+        if separator and scheme not in ("http", "https"):
+            raise PolicyError(f"feed {self.source}: use http, https, or the path of a file")
+        if not separator and not self.source.startswith("/"):
+            raise PolicyError(f"feed {self.source}: use an absolute path")
+
+    @property
+    def is_url(self) -> bool:
+        return "://" in self.source
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One rule: connections from ``sources`` to ``port`` (None: any listener) get ``action``.
 
     ``name`` (1–63 of ``[A-Za-z0-9._:/@+-]``) appears in counters and log lines. ``expires`` is when it ends (None:
     never). A ``dry_run`` rule decides nothing, but counts what it would have decided. ``limit`` belongs to
-    :attr:`Action.LIMIT`. ``origin`` says where it came from (``runtime``, ``file``, a feed's name). Raises
-    :class:`PolicyError`.
+    :attr:`Action.LIMIT`. ``origin`` says where it came from (``runtime``, ``file``). ``feed`` is where the sources
+    come from, if not from the rule itself. Raises :class:`PolicyError`.
     """
 
     name: str
@@ -112,7 +142,8 @@ class Rule:
     dry_run: bool = False
     limit: SynLimit | None = None
     reason: str = ""
-    origin: str = "runtime"
+    origin: str = RUNTIME
+    feed: Feed | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", Prefixes.of(self.sources))
@@ -170,6 +201,19 @@ class RuleSet:
             seen.add(rule.name)
             if rule.origin == RUNTIME:
                 raise PolicyError(f"rule {rule.name}: a loaded rule needs an origin other than {RUNTIME!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Ban:
+    """An address that a service or an operator shut out: before all rules, after the failsafe."""
+
+    address: IPAddress
+    action: Action
+    expires: int | None
+    created: int
+    """CLOCK_REALTIME nanoseconds"""
+    hits: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

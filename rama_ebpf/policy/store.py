@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
 
 from ..core.address import IPAddress, unmap
+from .ban_log import BanLog
 from .compiler import CompiledSet, compile_rules
+from .journal import Journal
 from .prefixes import IPNetwork
-from .rule import Action, PolicyError, Rule, RuleSet, Settings, Stage, SynLimit, Verdict, boottime_ns
+from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Stage, SynLimit, Verdict, boottime_ns
 
-__all__ = ["Ban", "PolicyStore", "RuleRecord", "Settings", "StaleRevision", "StoredRule"]
+__all__ = ["Ban", "PolicyStore", "RuleRecord", "Settings", "StaleRevision", "StaleSet", "StoredRule"]
+
+log = logging.getLogger(__name__)
 
 
 class StaleRevision(PolicyError):
@@ -32,6 +38,13 @@ class StaleRevision(PolicyError):
             f"and try again with --revision {revision}"
         )
         self.revision = revision
+
+
+class StaleSet(PolicyError):
+    """Another set was loaded meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__("another set was loaded meanwhile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +75,28 @@ class RuleRecord:
     dry_hits: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ban:
-    """An address that a service or an operator shut out: before all rules, after the failsafe."""
-
-    address: IPAddress
-    action: Action
-    expires: int | None
-    created: int
-    hits: int
-    reason: str
-
-
 class PolicyStore(abc.ABC):
     """A policy that can be asked and changed. All methods may raise OSError where the kernel refuses an operation."""
 
     kind: str
     """``kernel`` or ``local``."""
+
+    _journal: Journal | None = None
+    _ban_log: BanLog | None = None
+
+    def remember_in(self, directory: Path) -> None:
+        """Keep the journal and the bans in this directory from now on."""
+        self._journal = Journal(directory / "journal")
+        self._ban_log = BanLog(directory / "bans")
+
+    def journal(self, count: int | None = None) -> list[dict[str, object]]:
+        """Return the last entries of the journal (None: all there are), the oldest first."""
+        return [] if self._journal is None else self._journal.read(count)
+
+    def _note(self, what: str, revision: int, **details: object) -> None:
+        if self._journal is not None:
+            told = {name: value for name, value in details.items() if value is not None}
+            self._journal.append(what, {**told, "revision": revision})
 
     # -- table operations, one process or many -----------------------------------------------------------------
 
@@ -110,8 +128,9 @@ class PolicyStore(abc.ABC):
         """Return (prefix length, rule id) of the rules of the set that may decide, in their order."""
 
     @abc.abstractmethod
-    def _new_rule(self, rule: Rule, created: int) -> int:
-        """Store a rule with its counters at zero and return its id. Raises :class:`PolicyError` when full."""
+    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = ()) -> int:
+        """Store a rule with its counters at zero and return its id; room may be made as by ``_free_rules(keep)``.
+        Raises :class:`PolicyError` when full."""
 
     @abc.abstractmethod
     def _rule(self, rule_id: int) -> StoredRule | None: ...
@@ -121,8 +140,8 @@ class PolicyStore(abc.ABC):
         """Return the id of each rule of the set in force, in the order of :meth:`ruleset`."""
 
     @abc.abstractmethod
-    def _free_rules(self) -> int:
-        """Forget the rules that nothing refers to; return how many."""
+    def _free_rules(self, keep: Collection[int] = ()) -> int:
+        """Forget the rules that nothing refers to, but for the ids of ``keep``; return how many."""
 
     @abc.abstractmethod
     def _hits(self, rule_id: int) -> tuple[int, int]:
@@ -174,6 +193,10 @@ class PolicyStore(abc.ABC):
         """When the set that was loaded last will be undone unless it is confirmed, None if it need not be."""
 
     @abc.abstractmethod
+    def set_token(self) -> int:
+        """Return a number that names the set in force: it differs after every :meth:`replace` and roll-back."""
+
+    @abc.abstractmethod
     def ruleset(self) -> RuleSet:
         """Return the set in force, with the settings in force."""
 
@@ -181,7 +204,14 @@ class PolicyStore(abc.ABC):
     def settings(self) -> Settings: ...
 
     @abc.abstractmethod
-    def set_settings(self, settings: Settings) -> None: ...
+    def _set_settings(self, settings: Settings) -> int:
+        """Change the settings of the set in force; return the new revision."""
+
+    def set_settings(self, settings: Settings) -> None:
+        """Change the default and the SYN limits, until the next set is loaded."""
+        with self._locked():
+            self._settle()
+            self._note("settings", self._set_settings(settings), default=settings.default.name.lower())
 
     @abc.abstractmethod
     def bans(self) -> list[Ban]: ...
@@ -190,8 +220,14 @@ class PolicyStore(abc.ABC):
     def failsafe(self) -> list[IPNetwork]: ...
 
     @abc.abstractmethod
+    def _set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int]) -> int:
+        """Replace the failsafe; return the new revision."""
+
     def set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int] = ()) -> None:
         """Replace the networks, and the listeners' ports (at most 8), that no rule, ban or default can shut."""
+        with self._locked():
+            revision = self._set_failsafe(networks, ports)
+            self._note("failsafe", revision, networks=[str(network) for network in networks], ports=list(ports))
 
     # -- asking ------------------------------------------------------------------------------------------------
 
@@ -264,7 +300,8 @@ class PolicyStore(abc.ABC):
             self._set_runtime(rule.sources[0], rule.port or 0, rule_id)
             stored = self._rule(rule_id)
             assert stored is not None
-            self._changed()
+            told = {"source": str(rule.sources[0]), "port": rule.port, "reason": rule.reason or None}
+            self._note("add", self._changed(), rule=rule.name, action=rule.action.name.lower(), **told)
             return stored
 
     def remove(self, network: IPNetwork, port: int | None = None) -> list[StoredRule]:
@@ -278,18 +315,25 @@ class PolicyStore(abc.ABC):
                 return []
             rule = self._rule(rule_id)
             self._drop_runtime(network, port or 0)
-            self._changed()
+            self._note("remove", self._changed(), source=str(network), port=port)
             return [] if rule is None else [rule]
 
     def replace(
-        self, ruleset: RuleSet, *, expected_revision: int | None = None, confirm_within: float | None = None
+        self,
+        ruleset: RuleSet,
+        *,
+        expected_revision: int | None = None,
+        expected_set: int | None = None,
+        confirm_within: float | None = None,
+        origin: str = "",
     ) -> int:
         """Put a whole set into force at once, in place of the present one; return the new revision.
 
         Runtime rules, bans and the failsafe stay. No packet is judged by a mix of two sets. A rule whose name and
         attributes (all but the sources) are unchanged keeps its counters. With ``confirm_within`` (seconds) the
         present set comes back by itself unless :meth:`confirm` is called in time; the kernel sees to it, whatever
-        becomes of this process. Raises :class:`StaleRevision` if ``expected_revision`` is not the one in force,
+        becomes of this process. ``origin`` is for the journal. Raises :class:`StaleRevision` if ``expected_revision``
+        is not the one in force, :class:`StaleSet` if ``expected_set`` (see :meth:`set_token`) is not,
         :class:`PolicyError` for what does not fit; the present set stays in force then.
         """
         compiled = compile_rules(ruleset)  # takes a second for a million prefixes; nobody is locked out meanwhile
@@ -297,22 +341,31 @@ class PolicyStore(abc.ABC):
             self._settle()
             if expected_revision is not None and expected_revision != self.revision:
                 raise StaleRevision(expected_revision, self.revision)
+            if expected_set is not None and expected_set != self.set_token():
+                raise StaleSet
             if self.pending is not None:
                 raise PolicyError("the last change waits to be confirmed: policy confirm, or policy rollback, first")
             deadline = None if confirm_within is None else boottime_ns() + round(confirm_within * 1e9)
-            return self._install(compiled, self._ids_for(ruleset), deadline)
+            try:
+                revision = self._install(compiled, self._ids_for(ruleset), deadline)
+            except (PolicyError, OSError):
+                self._free_rules()
+                raise
+            prefixes = sum(len(rule.sources) for rule in ruleset.rules)
+            default = ruleset.settings.default.name.lower()
+            told = {"rules": len(ruleset.rules), "prefixes": prefixes, "default": default}
+            self._note("load", revision, **told, confirm_within=confirm_within, origin=origin or None)
+            return revision
 
     def _ids_for(self, ruleset: RuleSet) -> list[int]:
         """Return an id for each rule: the present one where a rule is unchanged."""
-        present = {
-            replace(rule, sources=()): rule_id
-            for rule, rule_id in zip(self.ruleset().rules, self._loaded_ids(), strict=True)
-        }
+        loaded = zip(self.ruleset().rules, self._loaded_ids(), strict=True)
+        present = {replace(rule, sources=()): rule_id for rule, rule_id in loaded}
         created = time.time_ns()
-        ids = []
+        ids: list[int] = []
         for rule in ruleset.rules:
             rule_id = present.get(replace(rule, sources=()))
-            ids.append(self._new_rule(rule, created) if rule_id is None else rule_id)
+            ids.append(self._new_rule(rule, created, ids) if rule_id is None else rule_id)
         return ids
 
     def confirm(self) -> None:
@@ -325,6 +378,7 @@ class PolicyStore(abc.ABC):
                     "nothing waits to be confirmed: it was confirmed, or its time is over and it is undone"
                 )
             self._confirm()
+            self._note("confirm", self.revision)
 
     def roll_back(self) -> None:
         """Undo the set that is on trial at once. Raises :class:`PolicyError` if none is."""
@@ -333,6 +387,7 @@ class PolicyStore(abc.ABC):
             if self.pending is None:
                 raise PolicyError("nothing to roll back: no change waits to be confirmed")
             self._roll_back()
+            self._note("rollback", self.revision)
 
     def ban(
         self, address: IPAddress, *, ttl: float | None = None, reason: str = "", action: Action = Action.DROP
@@ -343,7 +398,10 @@ class PolicyStore(abc.ABC):
         ban = Ban(unmap(address), action, expires, time.time_ns(), 0, reason)
         with self._locked():
             self._set_ban(ban)
-            self._changed()
+            if self._ban_log is not None:
+                self._ban_log.banned(ban)
+            told = {"address": str(ban.address), "ttl": ttl, "reason": reason or None}
+            self._note("ban", self._changed(), action=action.name.lower(), **told)
         return ban
 
     def unban(self, address: IPAddress) -> bool:
@@ -351,20 +409,48 @@ class PolicyStore(abc.ABC):
         with self._locked():
             found = self._drop_ban(unmap(address))
             if found:
-                self._changed()
+                if self._ban_log is not None:
+                    self._ban_log.lifted(unmap(address))
+                self._note("unban", self._changed(), address=str(unmap(address)))
             return found
 
+    def restore_bans(self) -> int:
+        """Put the bans that are kept on disk into force again, as far as there is room; return how many were not in
+        force already."""
+        if self._ban_log is None:
+            return 0
+        with self._locked():
+            present = {ban.address for ban in self.bans()}
+            missing = [ban for ban in self._ban_log.replay() if ban.address not in present]
+            restored = 0
+            try:
+                for ban in missing:
+                    self._set_ban(ban)
+                    restored += 1
+            except PolicyError as error:  # room for fewer than before: serve, and forget none of the rest on disk
+                log.error("%d bans of earlier are not in force: %s", len(missing) - restored, error)
+            else:
+                self._ban_log.rewrite(self.bans())
+            if restored:
+                self._changed()
+            return restored
+
     def sweep(self, *, now: int | None = None) -> int:
-        """Forget what has expired and what nothing refers to; return how much. Only frees room: an expired rule
-        decides nothing anyway."""
+        """Forget what has expired; return how many rules and bans. Only frees room: an expired rule decides nothing
+        anyway."""
         now = boottime_ns() if now is None else now
         with self._locked():
             self._settle()
+            expired = 0
             for network, port, rule_id in self._runtime_entries():
                 rule = self._rule(rule_id)
                 if rule is None or (rule.expires is not None and now >= rule.expires):
                     self._drop_runtime(network, port)
-            return self._free_rules() + self._drop_expired_bans(now)
+                    expired += 1
+            self._free_rules()
+            if self._ban_log is not None and self._ban_log.overgrown():
+                self._ban_log.rewrite(self.bans())
+            return expired + self._drop_expired_bans(now)
 
 
 def _around(source: IPAddress, length: int) -> IPNetwork:

@@ -38,7 +38,7 @@ class Scenario:
             6: [self.random.getrandbits(128) for _ in range(self.random.randint(1, 4))],
         }
         pick = self.random
-        rules = [self._rule(f"loaded-{n}", pick.randint(0, 6), "file") for n in range(pick.choice((0, 3, 12, 40)))]
+        rules = [self._rule(f"loaded-{n}", pick.randint(0, 6), "file") for n in range(pick.choice((0, 1, 3, 12, 40)))]
         settings = Settings(pick.choice((Action.ALLOW, Action.DROP, Action.REJECT)))
         self.loaded = RuleSet(tuple(rules), settings)
         self.runtime = [self._rule(f"runtime-{n}", 1, RUNTIME) for n in range(pick.choice((0, 0, 3, 12)))]

@@ -1,0 +1,166 @@
+"""``policy``: the loaded set as a whole - load it, compare it, undo it, and see who changed what."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import cast
+
+from ..control.api import Json
+from ..policy.rule import parse_ttl
+from .output import NO, OK, duration, print_json, table
+from .policy import call, show_verdict, split_target
+
+__all__ = ["register"]
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
+    """Add the command and its verbs."""
+    text = "load, compare, export and undo the set of rules as a whole"
+    policy = commands.add_parser("policy", help=text, description=text)
+    verbs = policy.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=type(policy))
+
+    def verb(name: str, help: str, main: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        parser = verbs.add_parser(name, parents=[shared], help=help, description=help)
+        parser.set_defaults(main=main)
+        return parser
+
+    load = verb("load", "put the set of a policy file into force at once; runtime rules, bans and failsafe stay", _load)
+    load.add_argument("file", metavar="FILE", help="a policy file, or a rama.toml, of which [policy] is used")
+    load.add_argument("--revision", type=int, metavar="N", help="only if the policy is still at this revision")
+    load.add_argument(
+        "--confirm-timeout",
+        metavar="TIME",
+        help="undo it after so long unless policy confirm is given; the kernel does",
+    )
+    diff = verb("diff", "say what loading a policy file would change", _diff)
+    diff.add_argument("file", metavar="FILE")
+    verb("export", "print the set in force as a policy file", _export)
+    verb("confirm", "keep the set that is on trial", _confirm)
+    verb("rollback", "undo the set that is on trial", _rollback)
+    verb("refresh", "read all feeds again now", _refresh)
+    test = verb("test", "say what would be decided for a client", _test)
+    test.add_argument("target", metavar="ADDR[:PORT]", help="the client's address, and the listener's port")
+    log = verb("log", "show who changed what, when", _log)
+    log.add_argument("-n", "--count", type=int, default=20, metavar="N", help="the last N changes (default: 20)")
+
+
+def _load(args: argparse.Namespace) -> int:
+    within = None if args.confirm_timeout is None else parse_ttl(args.confirm_timeout) / 1e9
+    params = {"path": os.path.abspath(args.file), "revision": args.revision, "confirm_within": within}
+    result = call(args.instance, "load", params)
+    if args.json:
+        print_json(result)
+        return OK
+    print(f"loaded {result['rules']} rules with {result['prefixes']} prefixes: revision {result['revision']}")
+    _show_feeds(result)
+    for row in cast("list[Json]", result["overlaps"]):
+        one, other = cast("list[str]", row["feeds"])
+        print(f"{one} and {other} have {row['networks']} networks in common")
+    if within is not None:
+        print(f"ON TRIAL: undone in {duration(within)} unless confirmed (rama-ebpf policy confirm)")
+    return OK
+
+
+def _show_feeds(result: Json) -> None:
+    for feed in cast("list[Json]", result["feeds"]):
+        if feed["stale"]:
+            print(f"{feed['rule']}: {feed['stale']}")
+        if "networks" not in feed:
+            continue
+        notes = [
+            f"{feed[key]} {what}"
+            for key, what in (("bad_lines", "bad lines"), ("duplicates", "duplicates"), ("covered", "inside others"))
+            if feed[key]
+        ]
+        print(f"{feed['rule']}: {feed['networks']} networks{': ' if notes else ''}{', '.join(notes)}")
+        for line in cast("list[str]", feed["bad"])[:10]:
+            print(f"  {line}")
+
+
+def _diff(args: argparse.Namespace) -> int:
+    result = call(args.instance, "diff", {"path": os.path.abspath(args.file)})
+    if args.json:
+        print_json(result)
+    elif result["same"]:
+        print("nothing would change")
+    else:
+        for sign, key in (("+", "added"), ("-", "removed")):
+            for rule in cast("list[Json]", result[key]):
+                print(f"{sign} {rule['name']}: {rule['action']}, {rule['sources']} prefixes")
+        for rule in cast("list[Json]", result["changed"]):
+            print(f"~ {rule['name']}")
+            for name, change in rule.items():
+                if name == "sources":
+                    sources = cast("Json", change)
+                    examples = " ".join(cast("list[str]", sources["examples"]))
+                    print(f"    sources: {sources['added']} more, {sources['removed']} fewer: {examples}")
+                elif name != "name":
+                    was, will = cast("list[object]", change)
+                    print(f"    {name}: {was} -> {will}")
+        for name, change in cast("Json", result["settings"]).items():
+            was, will = cast("list[object]", change)
+            print(f"~ {name}: {was} -> {will}")
+        if result["reordered"]:
+            print("~ rules change places: of two that rank the same, another one decides")
+    return OK if result["same"] else NO
+
+
+def _export(args: argparse.Namespace) -> int:
+    result = call(args.instance, "export", {})
+    if args.json:
+        print_json(result)
+    else:
+        print(result["toml"], end="")
+    return OK
+
+
+def _confirm(args: argparse.Namespace) -> int:
+    return _done(args, "confirm", "confirmed")
+
+
+def _rollback(args: argparse.Namespace) -> int:
+    return _done(args, "rollback", "undone")
+
+
+def _done(args: argparse.Namespace, method: str, said: str) -> int:
+    result = call(args.instance, method, {})
+    if args.json:
+        print_json(result)
+    else:
+        print(f"{said}: revision {result['revision']}")
+    return OK
+
+
+def _refresh(args: argparse.Namespace) -> int:
+    result = call(args.instance, "refresh", {})
+    feeds = cast("list[Json]", result["feeds"])
+    if args.json:
+        print_json(result)
+    elif not feeds:
+        print("no rule in force has a feed")
+    else:
+        _show_feeds(result)
+    return NO if any(feed["stale"] for feed in feeds) else OK
+
+
+def _test(args: argparse.Namespace) -> int:
+    source, port = split_target(args.target)
+    return show_verdict(args, call(args.instance, "test", {"source": source, "port": port}))
+
+
+def _log(args: argparse.Namespace) -> int:
+    entries = cast("list[Json]", call(args.instance, "log", {"count": args.count})["entries"])
+    if args.json:
+        print_json({"entries": entries})
+        return OK
+    rows = []
+    for entry in entries:
+        who = cast("Json", entry.get("who", {}))
+        name = who.get("sudo_user") or who.get("login_uid", who.get("uid"))
+        details = {key: value for key, value in entry.items() if key not in ("time", "what", "who", "revision")}
+        told = ", ".join(f"{key} {value}" for key, value in details.items())
+        rows.append((entry["time"], entry.get("revision"), name, who.get("command"), entry["what"], told))
+    print(table(("TIME", "REVISION", "WHO", "COMMAND", "WHAT", "DETAILS"), rows) if rows else "the journal is empty")
+    return OK

@@ -1,0 +1,186 @@
+"""The settings of the policy: the table ``[policy]`` of ``rama.toml``, and files that hold nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from typing import Any
+
+from ..policy.rule import Action, Feed, PolicyError, Rule, RuleSet, Settings, SynLimit, boottime_ns
+from .decode import ListOf, Table, setting
+from .kinds import BOOLEAN, DURATION, NETWORK, PORT, RATE, SIZE, TEXT, Rate, any_path, choice, integer, number
+from .toml import ConfigError, read_toml
+
+__all__ = ["FeedConfig", "PolicyConfig", "RateConfig", "RuleConfig", "load_policy", "policy_values"]
+
+_NETWORKS = ListOf(NETWORK)
+
+
+@dataclass(frozen=True)
+class FeedConfig:
+    """Where a rule's sources are read from: one network a line, comments, gzip."""
+
+    file: str | None = setting(any_path(), "a file", default=None)
+    url: str | None = setting(TEXT, "an HTTP or HTTPS URL", default=None)
+    refresh: float = setting(DURATION, "how often it is read again", default=3600.0)
+    max_bad: float = setting(number(0, 1), "the share of bad lines from which on it is refused", default=0.05)
+    timeout: float = setting(DURATION, "for a transfer", default=30.0)
+    max_size: int = setting(SIZE, "at most, also when unpacked", default=64 << 20)
+
+    def __post_init__(self) -> None:
+        if (self.file is None) == (self.url is None):
+            raise ValueError("write a file or a url")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"{self.url}: write http://… or https://…")
+        self.feed()
+
+    def feed(self) -> Feed:
+        """Return it as the policy takes it."""
+        source = self.url if self.url is not None else os.path.abspath(str(self.file))
+        return Feed(source, self.refresh, self.max_bad, self.timeout, self.max_size)
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """A rule for sources, before accept."""
+
+    name: str = setting(TEXT, "appears in counters and log lines")
+    action: str = setting(choice("allow", "drop", "reject", "limit"), "what happens to their connections")
+    sources: tuple[IPv4Network | IPv6Network, ...] = setting(_NETWORKS, "whom it is for", default=())
+    feed: FeedConfig | None = setting(Table(FeedConfig), "where to read whom it is for", default=None)
+    port: int | None = setting(PORT, "only on this port of ours (any by default)", default=None)
+    ttl: float | None = setting(DURATION, "for so long after the start (for ever by default)", default=None)
+    dry_run: bool = setting(BOOLEAN, "count what it would do, and do nothing", default=False)
+    rate: Rate | None = setting(RATE, "of action limit: connections over time for each source", default=None)
+    burst: int = setting(integer(1, 1_000_000), "of action limit: connections at once", default=1)
+    reason: str | None = setting(TEXT, "shown in listings", default=None)
+
+    def __post_init__(self) -> None:
+        if not self.sources and self.feed is None:
+            raise ValueError(
+                "sources is empty: name at least one network (0.0.0.0/0 and ::/0 are everybody), or a feed"
+            )
+        if self.sources and self.feed is not None:
+            raise ValueError("write sources or a feed: two rules can have both")
+        self.rule(0)  # raises PolicyError, a ValueError, for what does not go together
+
+    def rule(self, now: int | None = None) -> Rule:
+        """Return it as the policy takes it, a feed not yet read. ``now`` is CLOCK_BOOTTIME in nanoseconds."""
+        start = boottime_ns() if now is None else now
+        if self.action != "limit" and self.rate is not None:
+            raise PolicyError("rate belongs to action limit")
+        return Rule(
+            name=self.name,
+            sources=self.sources,
+            action=Action[self.action.upper()],
+            port=self.port,
+            expires=None if self.ttl is None else start + round(self.ttl * 1e9),
+            dry_run=self.dry_run,
+            limit=None if self.rate is None else SynLimit(self.rate.per_second, self.burst),
+            reason=self.reason or "",
+            origin="file",
+            feed=None if self.feed is None else self.feed.feed(),
+        )
+
+
+@dataclass(frozen=True)
+class RateConfig:
+    """A limit on new connections."""
+
+    rate: Rate = setting(RATE, "connections over time")
+    burst: int = setting(integer(1, 1_000_000), "connections at once", default=1)
+
+    def limit(self) -> SynLimit:
+        """Return it as the policy takes it."""
+        return SynLimit(self.rate.per_second, self.burst)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Who may connect, decided in the kernel."""
+
+    default: str | None = setting(
+        choice("allow", "drop", "reject"), "for clients that no rule names (as pinned, or allow)", default=None
+    )
+    per_source: RateConfig | None = setting(Table(RateConfig), "for each source that the default lets in", default=None)
+    overall: RateConfig | None = setting(Table(RateConfig), "for all that the default lets in together", default=None)
+    failsafe: tuple[IPv4Network | IPv6Network, ...] | None = setting(
+        _NETWORKS, "clients that nothing can shut out (as pinned)", default=None
+    )
+    require_kernel: bool = setting(BOOLEAN, "exit instead of serving with the policy in userspace", default=False)
+    xdp: tuple[str, ...] = setting(ListOf(TEXT), "interfaces where XDP drops before the stack", default=())
+    persist: bool = setting(BOOLEAN, "leave the policy in the kernel when the server stops", default=False)
+    rules: tuple[RuleConfig, ...] = setting(ListOf(Table(RuleConfig)), "rules", default=())
+
+    def ruleset(self, present: Settings) -> RuleSet:
+        """Return what is loaded at once, feeds not yet read. What it says nothing about stays as in ``present``."""
+        settings = Settings(
+            present.default if self.default is None else Action[self.default.upper()],
+            present.per_source if self.per_source is None else self.per_source.limit(),
+            present.overall if self.overall is None else self.overall.limit(),
+        )
+        return RuleSet(tuple(rule.rule() for rule in self.rules), settings)
+
+
+def policy_values(ruleset: RuleSet) -> Mapping[str, Any]:
+    """Return a set as plain values, which a policy file holds; the inverse of :meth:`PolicyConfig.ruleset`."""
+    settings = ruleset.settings
+    values: dict[str, Any] = {"default": settings.default.name.lower()}
+    for name, limit in (("per_source", settings.per_source), ("overall", settings.overall)):
+        if limit is not None:
+            values[name] = _limit_values(limit)
+    values["rules"] = [_rule_values(rule) for rule in ruleset.rules]
+    return values
+
+
+def _limit_values(limit: SynLimit) -> dict[str, Any]:
+    return {"rate": limit.rate, "burst": limit.burst}
+
+
+def _rule_values(rule: Rule) -> dict[str, Any]:
+    values: dict[str, Any] = {"name": rule.name, "action": rule.action.name.lower()}
+    if rule.feed is None:
+        values["sources"] = [str(network) for network in rule.sources]
+    else:
+        feed = rule.feed
+        where = {"url": feed.source} if feed.is_url else {"file": feed.source}
+        values["feed"] = {
+            **where,
+            "refresh": feed.refresh,
+            "max_bad": feed.max_bad,
+            "timeout": feed.timeout,
+            "max_size": feed.max_size,
+        }
+    if rule.port is not None:
+        values["port"] = rule.port
+    if rule.expires is not None:
+        values["ttl"] = max(0.001, round((rule.expires - boottime_ns()) / 1e9, 3))
+    if rule.dry_run:
+        values["dry_run"] = True
+    if rule.limit is not None:
+        values |= _limit_values(rule.limit)
+    if rule.reason:
+        values["reason"] = rule.reason
+    return values
+
+
+def load_policy(path: str | os.PathLike[str]) -> PolicyConfig:
+    """Read a policy file: the settings of ``[policy]``, or a whole ``rama.toml``, of which only that is looked at.
+
+    Raises :class:`~.load.ConfigError` with every mistake and its line.
+    """
+    values, decoder = read_toml(path)
+    if "policy" in values:
+        config = decoder.table(PolicyConfig, values["policy"], ("policy",))
+    else:
+        config = decoder.table(PolicyConfig, values)
+    seen: dict[str, int] = {}
+    for index, rule in enumerate(config.rules if config is not None else ()):
+        if seen.setdefault(rule.name, index) != index:
+            decoder.complain(("rules", index, "name"), f'there are two rules "{rule.name}"')
+    if config is None or decoder.mistakes:
+        raise ConfigError(os.fspath(path), decoder.mistakes)
+    assert isinstance(config, PolicyConfig)
+    return config

@@ -1,0 +1,122 @@
+"""Bans on disk, so that they outlive the server and the machine's uptime.
+
+Every ban and every lift is one line of JSON, appended; at the start the lines are replayed and the file is written anew
+with what is still in force. Expiries are on the wall clock here, because the kernel's clock begins anew with each boot.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+
+from ..core.address import IPAddress
+from .feed import write_atomically
+from .rule import Action, Ban, boottime_ns
+
+__all__ = ["BanLog"]
+
+log = logging.getLogger(__name__)
+
+_SMALL_BYTES: Final = 16 * 1024 * 1024
+
+
+class BanLog:
+    """The log in a file. Calls are made under the store's lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rewritten = 0  # bytes
+
+    def banned(self, ban: Ban) -> None:
+        """Note a ban. A file system that refuses is logged as an error: the ban is in force, if not for ever."""
+        self._append(_row(ban))
+
+    def lifted(self, address: IPAddress) -> None:
+        """Note that a ban was lifted."""
+        self._append({"address": str(address), "lifted": True})
+
+    def _append(self, row: dict[str, object]) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                size = os.fstat(fd).st_size
+                torn = size and os.pread(fd, 1, size - 1) != b"\n"
+                os.write(fd, (b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+            finally:
+                os.close(fd)
+        except OSError as error:
+            log.error("cannot write %s: %s", self._path, error)
+
+    def replay(self) -> list[Ban]:
+        """Return the bans that are still in force."""
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            log.error("cannot read %s: %s", self._path, error)
+            return []
+        bans: dict[IPAddress, Ban] = {}
+        damaged = 0
+        for line in lines:
+            try:
+                row = json.loads(line)
+                address = ip_address(row["address"])
+                if row.get("lifted"):
+                    bans.pop(address, None)
+                    continue
+                ban = _ban(address, row)
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+                continue
+            if ban is None:
+                bans.pop(address, None)
+            else:
+                bans[address] = ban
+        if damaged:
+            log.warning("%d lines of %s are damaged and left out", damaged, self._path)
+        return list(bans.values())
+
+    def overgrown(self) -> bool:
+        """Whether so much was appended that it should be written anew: 16 MiB, and as much as there was before."""
+        try:
+            return self._path.stat().st_size > max(_SMALL_BYTES, 2 * self._rewritten)
+        except OSError:
+            return False
+
+    def rewrite(self, bans: list[Ban]) -> None:
+        """Replace the log by these bans."""
+        data = b"".join(json.dumps(_row(ban)).encode() + b"\n" for ban in bans)
+        self._rewritten = len(data)
+        try:
+            write_atomically(self._path, data)
+        except OSError as error:
+            log.error("cannot write %s: %s", self._path, error)
+
+
+def _row(ban: Ban) -> dict[str, object]:
+    until = None if ban.expires is None else time.time() + (ban.expires - boottime_ns()) / 1e9
+    return {
+        "address": str(ban.address),
+        "action": ban.action.name.lower(),
+        "until": until,
+        "created": ban.created,
+        "reason": ban.reason,
+    }
+
+
+def _ban(address: IPAddress, row: dict[str, object]) -> Ban | None:
+    """Return the ban of a row, None if it has expired."""
+    until, expires = row["until"], None
+    if until is not None:
+        left = float(str(until)) - time.time()
+        if left <= 0:
+            return None
+        expires = boottime_ns() + round(left * 1e9)
+    return Ban(address, Action[str(row["action"]).upper()], expires, int(str(row["created"])), 0, str(row["reason"]))

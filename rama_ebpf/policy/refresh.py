@@ -1,0 +1,117 @@
+"""Feeds in force: read when a set is loaded, and again from time to time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .feed import FeedContent, FeedError, FeedStore
+from .rule import Feed, PolicyError, Rule, RuleSet
+from .store import PolicyStore, StaleSet
+
+__all__ = ["FeedReport", "Refresher", "with_feeds"]
+
+log = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class FeedReport:
+    """What reading the feed of a rule gave. ``stale`` says why an old copy is in use, or nothing (``content`` None)."""
+
+    rule: str
+    feed: Feed
+    content: FeedContent | None
+    stale: str = ""
+
+
+def with_feeds(ruleset: RuleSet, feeds: FeedStore, *, known: RuleSet | None = None) -> tuple[RuleSet, list[FeedReport]]:
+    """Return the set with the sources of its feeds read.
+
+    A feed that can be had neither fresh nor as a last good copy raises :class:`FeedError`. For a server that starts or
+    reloads, ``known`` is the set in force: what it has of a feed is taken from there, else the last good copy is, and a
+    feed that cannot be had leaves its rule without sources; the report says so. A :class:`Refresher` does the rest.
+    """
+    read = {rule.feed: rule.sources for rule in known.rules if rule.feed is not None} if known is not None else {}
+    rules: list[Rule] = []
+    reports = []
+    for rule in ruleset.rules:
+        if rule.feed is None:
+            rules.append(rule)
+            continue
+        if len(read.get(rule.feed, ())):
+            rules.append(replace(rule, sources=read[rule.feed]))
+            continue
+        try:
+            loaded = feeds.load(rule.feed, kept_will_do=known is not None)
+        except FeedError as error:
+            if known is None:
+                raise
+            rules.append(rule)
+            reports.append(FeedReport(rule.name, rule.feed, None, str(error)))
+            continue
+        rules.append(replace(rule, sources=loaded.content.prefixes))
+        reports.append(FeedReport(rule.name, rule.feed, loaded.content, loaded.stale))
+    return replace(ruleset, rules=tuple(rules)), reports
+
+
+class Refresher:
+    """Keeps the feeds of the set in force fresh. ``clock`` is monotonic seconds."""
+
+    def __init__(self, store: PolicyStore, feeds: FeedStore, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._feeds = feeds
+        self._clock = clock
+        self._due: dict[tuple[str, Feed], float] = {}
+
+    def run(self, *, all_feeds: bool = False) -> list[FeedReport]:
+        """Read the feeds that are due, or all, and put what is new into force. Blocks for as long as a feed takes.
+
+        Nothing happens while a set is on trial, and a set that was loaded meanwhile stays. A feed that cannot be read
+        leaves its rule as it is, and is tried again after a minute.
+        """
+        token, ruleset = self._store.set_token(), self._store.ruleset()
+        keys = {(rule.name, rule.feed) for rule in ruleset.rules if rule.feed is not None}
+        now = self._clock()
+        self._due = {key: self._due.get(key, self._first_due(key, ruleset, now)) for key in keys}
+        reports = []
+        rules = []
+        for rule in ruleset.rules:
+            due = rule.feed is not None and (all_feeds or self._due[rule.name, rule.feed] <= now)
+            if rule.feed is None or not due:
+                rules.append(rule)
+                continue
+            report = self._read(rule, rule.feed)
+            reports.append(report)
+            fresh = not report.stale and report.content is not None
+            self._due[rule.name, rule.feed] = self._clock() + (rule.feed.refresh if fresh else _RETRY_SECONDS)
+            rules.append(replace(rule, sources=report.content.prefixes) if report.content is not None else rule)
+        new = replace(ruleset, rules=tuple(rules))
+        if new != ruleset:
+            names = ", ".join(report.rule for report in reports)
+            try:
+                self._store.replace(new, expected_set=token, origin=f"feeds: {names}")
+            except StaleSet:
+                log.info("feeds %s: another set was loaded meanwhile; they are read again", names)
+                self._due.clear()
+            except PolicyError as error:
+                log.warning("feeds %s: %s", names, error)
+        return reports
+
+    @staticmethod
+    def _first_due(key: tuple[str, Feed | None], ruleset: RuleSet, now: float) -> float:
+        """A rule whose feed was never read is due at once; one that was read when its set was loaded is not."""
+        rule = next(rule for rule in ruleset.rules if rule.name == key[0])
+        assert rule.feed is not None
+        return now + rule.feed.refresh if len(rule.sources) else now
+
+    def _read(self, rule: Rule, feed: Feed) -> FeedReport:
+        try:
+            loaded = self._feeds.load(feed)
+        except FeedError as error:
+            log.warning("rule %s: %s", rule.name, error)
+            return FeedReport(rule.name, feed, None, str(error))
+        return FeedReport(rule.name, feed, loaded.content, loaded.stale)
