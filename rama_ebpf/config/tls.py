@@ -13,6 +13,7 @@ from ..core.address import Authority
 from ..core.names import NameMap
 from ..core.service import Layer, Service, stack
 from ..core.stream import Stream
+from ..services.forward import Forward
 from ..services.tls import (
     CertificateAuthority,
     CertificateStore,
@@ -179,6 +180,8 @@ class TlsPassthroughSettings:
     targets: Mapping[str, Authority] = setting(MapOf(AUTHORITY), "targets by server name or pattern", factory=dict)
     port: int | None = setting(PORT, "of servers that targets does not hold (those are refused)", default=None)
     no_sni: Authority | None = setting(AUTHORITY, "target of clients that name no server", default=None)
+    fallback: Authority | None = setting(AUTHORITY, "target of clients that do not speak TLS", default=None)
+    fail_open: bool = setting(BOOLEAN, "and of those whose ClientHello cannot be read", default=False)
     rules: tuple[TlsRuleSettings, ...] = setting(ListOf(Table(TlsRuleSettings)), "the first that matches", default=())
     default: str = setting(_ACTION, "where no rule matches", default="allow")
     handshake: float = setting(DURATION, "time for a ClientHello", default=10.0)
@@ -187,11 +190,14 @@ class TlsPassthroughSettings:
         NameMap(self.targets.items())  # raises ValueError for a pattern that is none
         if not self.targets and self.port is None and self.no_sni is None:
             raise ValueError("name targets, or the port of servers whatever their name")
+        if self.fail_open and self.fallback is None:
+            raise ValueError("fail_open needs fallback")
 
     def make(self, environment: HasSecret, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         """Make the service."""
+        fallback = None if self.fallback is None else Forward(connector, self.fallback)
         return stack(
-            TlsPeekLayer(timeout=self.handshake),
+            TlsPeekLayer(fallback=fallback, fail_open=self.fail_open, timeout=self.handshake),
             _policy(self.rules, self.default),
             TlsPassthrough(connector, targets=NameMap(self.targets.items()), port=self.port, no_sni=self.no_sni),
         )

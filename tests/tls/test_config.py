@@ -8,18 +8,25 @@ import pytest
 
 from rama_ebpf.config.load import ConfigError, config_of, load_config
 from rama_ebpf.config.show import effective
+from rama_ebpf.config.tls import TlsPassthroughSettings
+from rama_ebpf.core import Authority, Stream
+from rama_ebpf.services.connect import Connector
+from rama_ebpf.services.tls import Alert
 
-from .pki import Authority
+from . import pki
+from .conftest import HOST, Serve
+from .hello import handshake, records
+from .test_peek import exchange
 
 HEAD = '[listeners.a]\naddress = "127.0.0.1:1080"\nstack = "s"\n[stacks.s]\n'
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    authority = Authority(tmp_path)
+    authority = pki.Authority(tmp_path)
     authority.issue("a.test")
     (tmp_path / "certs").mkdir()
-    Authority(tmp_path / "certs").issue("b.test")
+    pki.Authority(tmp_path / "certs").issue("b.test")
     (tmp_path / "certs" / "tests-CA.pem").unlink()
     (tmp_path / "crl.pem").write_bytes(authority.revocation_list())
     return tmp_path
@@ -46,6 +53,7 @@ TLS = 'chain = "a.test.crt", key = "a.test.key"'
         'service = "socks5"\nlayers = [{ tls-tunnel = { default = "close", rules = '
         '[{ name = "ours", action = "allow", sni = [".a.test"], alpn = ["h2"], ja4 = ["t13d*"] }] } }]',
         'service = { tls-passthrough = { port = 443, no_sni = "10.0.0.1:443", targets = { "*.a.test" = "b:1" } } }',
+        'service = { tls-passthrough = { port = 443, fallback = "10.0.0.1:80", fail_open = true } }',
     ],
 )
 def test_a_good_file_is_good_and_the_effective_configuration_is_the_same(directory: Path, text: str) -> None:
@@ -74,6 +82,10 @@ def test_a_good_file_is_good_and_the_effective_configuration_is_the_same(directo
             f'service = "echo"\nlayers = [{{ tls = {{ {TLS}, minimum_version = "1.1" }} }}]',
             "6: stacks.s.layers[0].tls.m",
         ),
+        (
+            "service = { tls-passthrough = { port = 443, fail_open = true } }",
+            "5: stacks.s.service.tls-passthrough: fail_open needs fallback",
+        ),
         ("service = { tls-passthrough = {} }", "5: stacks.s.service.tls-passthrough: name targets"),
         (
             'service = { tls-passthrough = { targets = { "a*" = "b.test:1" } } }',
@@ -93,3 +105,26 @@ def test_a_good_file_is_good_and_the_effective_configuration_is_the_same(directo
 )
 def test_a_mistake_is_told_with_its_line(directory: Path, text: str, expected: str) -> None:
     assert mistake(directory, text).startswith(expected)
+
+
+class Nothing:
+    secret = bytes(32)
+
+
+@pytest.mark.parametrize("fail_open", [False, True], ids=["closed", "open"])
+async def test_what_is_no_tls_goes_to_the_fallback_and_a_broken_hello_only_if_it_fails_open(
+    serve: Serve, connector: Connector, fail_open: bool
+) -> None:
+    async def answer(stream: Stream) -> None:
+        while await stream.read():
+            pass
+        await stream.write(b"fallback")
+
+    fallback = serve(answer)
+    settings = TlsPassthroughSettings(
+        port=443, fallback=Authority.of(HOST, fallback.port), fail_open=fail_open, handshake=0.2
+    )
+    running = serve(settings.make(Nothing(), connector))
+    broken = records(handshake(bytes(range(256))))
+    assert await exchange(running, b"GET / HTTP/1.0\r\n\r\n") == b"fallback"
+    assert await exchange(running, broken) == (b"fallback" if fail_open else Alert.DECODE_ERROR.record)
