@@ -7,7 +7,6 @@ The cipher is AES-128-GCM in TLS 1.3.
 from __future__ import annotations
 
 import contextlib
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from tests.tls.pki import Authority
 
-from .tls_servers import NAMES, Contestant, free_port, serving
+from .tls_servers import NAMES, Contestant, free_port, serving, spread
 
 ROUNDS = 3
 
@@ -94,7 +93,7 @@ def main() -> None:
         with file.open("wb") as zeros:
             zeros.truncate(size)
         with backends(directory) as (nginx, sink):
-            print(f"{'':10}{'':>6}{'GB/s':>8}{'GB per CPU second':>20}")
+            print(f"{'':10}{'':>6}{'GB/s':>20}{'GB per CPU second':>20}")
             for direction in ("down", "up"):
                 backend, more = (nginx, ()) if direction == "down" else (sink, ("-T", str(file)))
                 rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
@@ -104,8 +103,8 @@ def main() -> None:
                             url = f"https://127.0.0.1:{server.port}/zeros"
                             rounds[name].append(transfer(server, size, *more, url))
                 for name in NAMES:
-                    wall, cpu = (statistics.median(column) for column in zip(*rounds[name], strict=True))
-                    print(f"{name:10}{direction:>6}{wall:8.2f}{cpu:20.2f}", flush=True)
+                    wall, cpu = (spread(column, 2) for column in zip(*rounds[name], strict=True))
+                    print(f"{name:10}{direction:>6}{wall:>20}{cpu:>20}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ a CPU second is the one to compare.
 from __future__ import annotations
 
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from tests.tls.pki import Authority
 
-from .tls_servers import NAMES, Contestant, serving
+from .tls_servers import NAMES, Contestant, serving, spread
 
 ROUNDS = 3
 CLIENTS = 2
@@ -41,7 +40,7 @@ def main() -> None:
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory() as directory:
         leaf = Authority(Path(directory)).issue("bench.test")
-        print(f"{'':10}{'version':>8}{'per second':>12}{'per CPU second':>16}")
+        print(f"{'':10}{'version':>8}{'per second':>20}{'per CPU second':>20}")
         for version in VERSIONS:
             rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
             for _ in range(ROUNDS):
@@ -50,8 +49,8 @@ def main() -> None:
                         connect(server, version, 1)  # warm
                         rounds[name].append(connect(server, version, seconds))
             for name in NAMES:
-                wall, cpu = (statistics.median(column) for column in zip(*rounds[name], strict=True))
-                print(f"{name:10}{version[1:]:>8}{wall:12.0f}{cpu:16.0f}", flush=True)
+                wall, cpu = map(spread, zip(*rounds[name], strict=True))
+                print(f"{name:10}{version[1:]:>8}{wall:>20}{cpu:>20}", flush=True)
 
 
 if __name__ == "__main__":

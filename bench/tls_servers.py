@@ -13,11 +13,12 @@ import contextlib
 import os
 import socket
 import ssl
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from rama_ebpf.services.connect import Connector, SystemResolver
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
 from rama_ebpf.services.tls import CertificateStore, KeyPair, ServerTls, TlsTerminateLayer
 
-__all__ = ["NAMES", "Contestant", "free_port", "serving", "wait_for_port"]
+__all__ = ["NAMES", "Contestant", "free_port", "serving", "spread", "wait_for_port"]
 
 NAMES = ("ours", "uvloop", "asyncio", "haproxy")
 _CHUNK = 256 * 1024
@@ -99,6 +100,12 @@ def wait_for_port(port: int) -> None:
             return
         time.sleep(0.05)
     raise RuntimeError(f"nothing accepts on port {port}")
+
+
+def spread(rounds: Sequence[float], decimals: int = 0) -> str:
+    """The median, and the least and the most of all rounds."""
+    least, middle, most = (f"{value:.{decimals}f}" for value in (min(rounds), statistics.median(rounds), max(rounds)))
+    return f"{middle} ({least}-{most})"
 
 
 async def _ours(port: int, backend: int, chain: Path, key: Path) -> None:
