@@ -125,7 +125,7 @@ async def _plain_asyncio(port: int, backend: int, chain: Path, key: Path) -> Non
     context = ServerTls().context(KeyPair(chain, key))
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, ssl.SSLError):
+        with contextlib.suppress(OSError, ssl.SSLError, RuntimeError):  # uvloop's word for a transport that is closed
             while data := await reader.read(_CHUNK):
                 writer.write(data)
                 await writer.drain()
