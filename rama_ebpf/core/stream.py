@@ -30,6 +30,8 @@ MAX_UNREAD: Final = 64 * 1024
 
 _READ_SIZE: Final = 64 * 1024
 _LINGER_RST: Final = struct.pack("ii", 1, 0)
+_IOV_MAX: Final = 1024
+"""How many chunks one sendmsg(2) takes (limits.h)."""
 _SO_ORIGINAL_DST: Final = 80
 """linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST has the same number."""
 _LINGER_OFF: Final = struct.pack("ii", 0, 0)
@@ -61,6 +63,12 @@ class Stream(abc.ABC):
     @abc.abstractmethod
     async def _receive(self, max_bytes: int) -> bytes:
         """Return 1..max_bytes bytes from the transport as soon as there are any, or b"" at EOF."""
+
+    async def _receive_into(self, view: memoryview) -> int:
+        """Like :meth:`_receive`, into memory of the caller's. A transport may do better than this copy."""
+        data = await self._receive(len(view))
+        view[: len(data)] = data
+        return len(data)
 
     @abc.abstractmethod
     async def write(self, *chunks: bytes | bytearray | memoryview) -> None:
@@ -130,6 +138,19 @@ class Stream(abc.ABC):
             del self._unread[:max_bytes]
             return data
         return await self._receive(max_bytes)
+
+    async def read_into(self, buffer: bytearray | memoryview) -> int:
+        """Read into ``buffer``, as soon as there are any bytes; return how many came, 0 at EOF or for an empty buffer.
+
+        Spares large readers an allocation for each read where the transport can (recv_into(2)).
+        """
+        view = memoryview(buffer).cast("B")
+        if self._unread or not len(view):
+            data = bytes(self._unread[: len(view)])
+            del self._unread[: len(view)]
+            view[: len(data)] = data
+            return len(data)
+        return await self._receive_into(view)
 
     async def read_exactly(self, count: int) -> bytes:
         """Return exactly ``count`` bytes. Raises :class:`PeerClosed` at an earlier EOF."""
@@ -223,6 +244,7 @@ class SocketStream(Stream):
     async def _receive(self, max_bytes: int) -> bytes:
         while True:
             self._check_open()
+            self._check_only_reader()
             try:
                 data = self._sock.recv(max_bytes)
             except BlockingIOError:
@@ -233,20 +255,38 @@ class SocketStream(Stream):
             self.bytes_received += len(data)
             return data
 
+    async def _receive_into(self, view: memoryview) -> int:
+        while True:
+            self._check_open()
+            self._check_only_reader()
+            try:
+                count = self._sock.recv_into(view)
+            except BlockingIOError:
+                await self._wait_readable()
+                continue
+            except InterruptedError:
+                continue
+            self.bytes_received += count
+            return count
+
     async def write(self, *chunks: bytes | bytearray | memoryview) -> None:
         pending = [memoryview(chunk).cast("B") for chunk in chunks if len(chunk)]
         while pending:
             self._check_open()
+            self._check_only_writer()
             try:
-                sent = self._sock.send(pending[0]) if len(pending) == 1 else self._sock.sendmsg(pending)
+                sent = self._sock.send(pending[0]) if len(pending) == 1 else self._sock.sendmsg(pending[:_IOV_MAX])
             except BlockingIOError:
                 await self._wait_writable()
                 continue
             except InterruptedError:
                 continue
             self.bytes_sent += sent
-            while pending and sent >= len(pending[0]):
-                sent -= len(pending.pop(0))
+            done = 0
+            while done < len(pending) and sent >= len(pending[done]):
+                sent -= len(pending[done])
+                done += 1
+            del pending[:done]
             if sent:
                 pending[0] = pending[0][sent:]
 
@@ -308,9 +348,15 @@ class SocketStream(Stream):
         if self._closed:
             raise ConnectionAbortedError("stream closed")
 
-    async def _wait_readable(self) -> None:
+    def _check_only_reader(self) -> None:
         if self._reader is not None:
             raise RuntimeError("two tasks read one stream")
+
+    def _check_only_writer(self) -> None:
+        if self._writer is not None:
+            raise RuntimeError("two tasks write one stream")
+
+    async def _wait_readable(self) -> None:
         self._reader = waiter = self._loop.create_future()
         fd = self._sock.fileno()
         self._loop.add_reader(fd, _wake, waiter)
@@ -322,8 +368,6 @@ class SocketStream(Stream):
                 self._loop.remove_reader(fd)
 
     async def _wait_writable(self) -> None:
-        if self._writer is not None:
-            raise RuntimeError("two tasks write one stream")
         self._writer = waiter = self._loop.create_future()
         fd = self._sock.fileno()
         self._loop.add_writer(fd, _wake, waiter)
