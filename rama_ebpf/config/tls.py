@@ -63,6 +63,26 @@ class HasSecret(Protocol):
 
 
 @dataclass(frozen=True)
+class TlsRuleSettings:
+    """A rule for what a ClientHello shows; all that is given must hold."""
+
+    name: str = setting(TEXT, "appears in log lines")
+    action: str = setting(_ACTION, "allow, close, or close and count a strike")
+    sni: tuple[str, ...] = setting(ListOf(HOST_PATTERN), "server names, one of which the client asks for", default=())
+    no_sni: bool = setting(BOOLEAN, "the client names no server", default=False)
+    alpn: tuple[str, ...] = setting(ListOf(TEXT), "protocols, one of which it offers", default=())
+    ja4: tuple[str, ...] = setting(ListOf(TEXT), 'fingerprints, or their beginnings: "t13d1516h2_*"', default=())
+
+    def __post_init__(self) -> None:
+        self.rule()
+
+    def rule(self) -> TlsRule:
+        """Return it as the policy takes it."""
+        match = TlsMatch(sni=self.sni, no_sni=self.no_sni, alpn=self.alpn, ja4=self.ja4)
+        return TlsRule(self.name, match, TlsAction(self.action))
+
+
+@dataclass(frozen=True)
 class TlsSettings:
     """Terminate TLS."""
 
@@ -75,6 +95,8 @@ class TlsSettings:
     client_ca: str | None = setting(file_path(), "PEM file of the authority of clients' certificates", default=None)
     client_crl: str | None = setting(file_path(), "PEM file of its revocation list", default=None)
     client_auth: str = setting(choice("optional", "required"), "need clients show one", default="required")
+    rules: tuple[TlsRuleSettings, ...] = setting(ListOf(Table(TlsRuleSettings)), "the first that matches", default=())
+    default: str = setting(_ACTION, "where no rule matches", default="allow")
     ragged_eof: bool = setting(BOOLEAN, "bear clients that end without close_notify", default=False)
     handshake: float = setting(DURATION, "time for the handshake", default=10.0)
     max_handshakes: int = setting(integer(1, 1_000_000), "under way at once, in each worker", default=1000)
@@ -104,30 +126,11 @@ class TlsSettings:
             store = CertificateStore.of_files(settings, pair, strict_sni=self.strict_sni)
         return TlsTerminateLayer(
             store,
+            policy=_policy(self.rules, self.default),
             handshake_timeout=self.handshake,
             max_handshakes=self.max_handshakes,
             ragged_eof=self.ragged_eof,
         )
-
-
-@dataclass(frozen=True)
-class TlsRuleSettings:
-    """A rule for what a ClientHello shows; all that is given must hold."""
-
-    name: str = setting(TEXT, "appears in log lines")
-    action: str = setting(_ACTION, "allow, close, or close and count a strike")
-    sni: tuple[str, ...] = setting(ListOf(HOST_PATTERN), "server names, one of which the client asks for", default=())
-    no_sni: bool = setting(BOOLEAN, "the client names no server", default=False)
-    alpn: tuple[str, ...] = setting(ListOf(TEXT), "protocols, one of which it offers", default=())
-    ja4: tuple[str, ...] = setting(ListOf(TEXT), 'fingerprints, or their beginnings: "t13d1516h2_*"', default=())
-
-    def __post_init__(self) -> None:
-        self.rule()
-
-    def rule(self) -> TlsRule:
-        """Return it as the policy takes it."""
-        match = TlsMatch(sni=self.sni, no_sni=self.no_sni, alpn=self.alpn, ja4=self.ja4)
-        return TlsRule(self.name, match, TlsAction(self.action))
 
 
 @dataclass(frozen=True)
@@ -198,12 +201,14 @@ class TlsPassthroughSettings:
         fallback = None if self.fallback is None else Forward(connector, self.fallback)
         return stack(
             TlsPeekLayer(fallback=fallback, fail_open=self.fail_open, timeout=self.handshake),
-            _policy(self.rules, self.default),
+            *([] if (policy := _policy(self.rules, self.default)) is None else [policy]),
             TlsPassthrough(connector, targets=NameMap(self.targets.items()), port=self.port, no_sni=self.no_sni),
         )
 
 
-def _policy(rules: Sequence[TlsRuleSettings], default: str) -> TlsPolicyLayer:
+def _policy(rules: Sequence[TlsRuleSettings], default: str) -> TlsPolicyLayer | None:
+    if not rules and default == TlsAction.ALLOW.value:
+        return None
     return TlsPolicyLayer([rule.rule() for rule in rules], default=TlsAction(default))
 
 

@@ -8,14 +8,15 @@ import pytest
 
 from rama_ebpf.config.load import ConfigError, config_of, load_config
 from rama_ebpf.config.show import effective
-from rama_ebpf.config.tls import TlsPassthroughSettings
-from rama_ebpf.core import Authority, Stream
+from rama_ebpf.config.tls import TlsPassthroughSettings, TlsRuleSettings, TlsSettings
+from rama_ebpf.core import Authority, Stream, stack
 from rama_ebpf.services.connect import Connector
 from rama_ebpf.services.tls import Alert
 
 from . import pki
 from .conftest import HOST, Serve
 from .hello import handshake, records
+from .test_match import hello
 from .test_peek import exchange
 
 HEAD = '[listeners.a]\naddress = "127.0.0.1:1080"\nstack = "s"\n[stacks.s]\n'
@@ -47,7 +48,8 @@ TLS = 'chain = "a.test.crt", key = "a.test.key"'
     "text",
     [
         f'service = "echo"\nlayers = [{{ tls = {{ {TLS} }} }}]',
-        'service = "echo"\nlayers = [{ tls = { directory = "certs" } }]',
+        'service = "echo"\nlayers = [{ tls = { directory = "certs", default = "strike", rules = '
+        '[{ name = "ours", action = "allow", sni = [".b.test"] }] } }]',
         f'service = "echo"\nlayers = [{{ tls = {{ {TLS}, minimum_version = "1.3", client_ca = "tests-CA.pem", '
         'client_crl = "crl.pem", client_auth = "optional", key_log = "secrets", alpn = ["h2"] } }]',
         'service = "socks5"\nlayers = [{ tls-tunnel = { default = "close", rules = '
@@ -128,3 +130,15 @@ async def test_what_is_no_tls_goes_to_the_fallback_and_a_broken_hello_only_if_it
     broken = records(handshake(bytes(range(256))))
     assert await exchange(running, b"GET / HTTP/1.0\r\n\r\n") == b"fallback"
     assert await exchange(running, broken) == (b"fallback" if fail_open else Alert.DECODE_ERROR.record)
+
+
+async def test_rules_of_a_terminating_listener_hold(serve: Serve, directory: Path) -> None:
+    async def answer(stream: Stream) -> None:
+        await stream.write(b"in")
+
+    rule = TlsRuleSettings(name="no-a", action="close", sni=("a.test",))
+    settings = TlsSettings(chain=str(directory / "a.test.crt"), key=str(directory / "a.test.key"), rules=(rule,))
+    running = serve(stack(settings.make(Nothing()), answer))
+    # What passes the rules gets to OpenSSL, for which this hello is too poor.
+    assert (await exchange(running, hello(b"b.test")))[-1] == Alert.HANDSHAKE_FAILURE
+    assert await exchange(running, hello(b"a.test")) == Alert.ACCESS_DENIED.record

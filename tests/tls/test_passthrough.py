@@ -7,7 +7,7 @@ import ssl
 
 import pytest
 
-from rama_ebpf.core import Authority, stack
+from rama_ebpf.core import Authority, Stream, stack
 from rama_ebpf.core.names import NameMap
 from rama_ebpf.relay import TunnelReport
 from rama_ebpf.services.connect import ConnectError, Connector
@@ -33,11 +33,40 @@ async def test_each_name_reaches_its_target_with_the_targets_own_certificate(
         writer.close()
         await writer.wait_closed()
     await running.idle()
-    assert [isinstance(result, TunnelReport) and result.to_upstream > len(payload) for result in running.results] == [
-        True,
-        True,
-        True,
-    ]
+    reports = [result for result in running.results if isinstance(result, TunnelReport)]
+    assert [report.to_upstream > len(payload) for report in reports] == [True] * 3
+    assert {report.relay for report in reports} <= {"splice", "sockmap"}, "the bytes pass in the kernel"
+
+
+@pytest.mark.parametrize("behind", [0, 1, 100, 30_000])
+async def test_what_comes_with_the_hello_and_a_fin_behind_it_reach_the_target(
+    serve: Serve, connector: Connector, behind: int
+) -> None:
+    """In one segment or one byte a segment; and the target's answer comes back after the client's FIN."""
+
+    async def target(stream: Stream) -> bytes:
+        got = b""
+        while part := await stream.read():
+            got += part
+        await stream.write(b"answer" * 5000)
+        return got
+
+    upstream = serve(target)
+    running = serve(stack(TlsPeekLayer(), TlsPassthrough(connector, port=upstream.port)))
+    sent = hello(b"a.test") + b"\x17\x03\x03" + bytes(behind)
+    assert await exchange(running, sent) == b"answer" * 5000
+    assert upstream.results == [sent]
+    reader, writer = await running.connect()
+    writer.transport.set_write_buffer_limits(0)
+    for byte in sent[:200]:
+        writer.write(bytes((byte,)))
+        await writer.drain()
+        await asyncio.sleep(0)
+    writer.write(sent[200:])
+    writer.write_eof()
+    assert await reader.read() == b"answer" * 5000
+    writer.close()
+    assert upstream.results == [sent, sent]
 
 
 async def test_a_name_without_a_target_is_the_target_itself(

@@ -22,8 +22,14 @@ from rama_ebpf.services.tls import (
     HandshakeFailed,
     KeyPair,
     ServerTls,
+    TlsAction,
+    TlsDenied,
+    TlsMatch,
     TlsParameters,
     TlsPeekLayer,
+    TlsPolicyLayer,
+    TlsRule,
+    TlsStrike,
     TlsTerminateLayer,
 )
 
@@ -191,6 +197,29 @@ async def test_only_a_client_with_a_good_certificate_gets_in(
     assert ["revoked" in str(running.errors[0]), "self-signed" in str(running.errors[1])] == [True, True]
 
 
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+async def test_openssl_shows_its_certificate(
+    serve: Serve, run: Run, leaf: Leaf, authority: Authority, mtls: Mtls, version: str
+) -> None:
+    running = serve(terminating(answer, mtls.settings, leaf))
+
+    async def s_client(*argv: str | Path) -> str:
+        _, out, err = await run(
+            *("openssl", "s_client", "-connect", f"{HOST}:{running.port}", "-servername", "a.test", version),
+            *("-CAfile", authority.certificate, "-verify_return_error", "-ign_eof", *argv),
+            stdin=REQUEST,
+        )
+        await running.idle()
+        return out + err
+
+    assert "a.test resumed=False" in await s_client("-cert", mtls.good.chain, "-key", mtls.good.key)
+    assert "alert certificate revoked" in await s_client("-cert", mtls.revoked.chain, "-key", mtls.revoked.key)
+    assert "alert unknown ca" in await s_client("-cert", mtls.stranger.chain, "-key", mtls.stranger.key)
+    # What a client without one is told has another name before TLS 1.3 (RFC 8446 section 6.2).
+    assert re.search("alert (certificate required|handshake failure)", await s_client())
+    assert [type(error) for error in running.errors] == [CertificateRejected, CertificateRejected, HandshakeFailed]
+
+
 async def test_an_optional_client_certificate_must_be_good_where_one_is_shown(
     serve: Serve, run: Run, leaf: Leaf, authority: Authority, mtls: Mtls
 ) -> None:
@@ -205,6 +234,35 @@ async def test_an_optional_client_certificate_must_be_good_where_one_is_shown(
     assert await curl() == 0
     assert await curl("--cert", mtls.good.chain, "--key", mtls.good.key) == 0
     assert await curl("--cert", mtls.revoked.chain, "--key", mtls.revoked.key) != 0
+
+
+async def test_policy_refuses_a_client_before_its_handshake_begins(
+    serve: Serve, leaf: Leaf, trust: ssl.SSLContext
+) -> None:
+    policy = TlsPolicyLayer(
+        [
+            TlsRule("no-wild", TlsMatch(sni=[".wild.test"]), TlsAction.CLOSE),
+            TlsRule("no-h2", TlsMatch(ja4=["t13*"], alpn=["h2"]), TlsAction.STRIKE),
+        ]
+    )
+    store = CertificateStore.of_files(ServerTls(), key_pair(leaf))
+    running = serve(stack(TlsTerminateLayer(store, policy=policy), echo))
+
+    async def connect(name: str) -> None:
+        _, writer = await asyncio.open_connection(HOST, running.port, ssl=trust, server_hostname=name)
+        writer.close()
+        await writer.wait_closed()
+
+    with pytest.raises(ssl.SSLError, match="ACCESS_DENIED"):
+        await connect("x.wild.test")
+    await connect("a.test")
+    await running.idle()
+    assert len(running.results) == 1
+    trust.set_alpn_protocols(["h2"])
+    with pytest.raises(ConnectionResetError):
+        await connect("a.test")
+    await running.idle()
+    assert [type(error) for error in running.errors] == [TlsDenied, TlsStrike]
 
 
 NODE = """

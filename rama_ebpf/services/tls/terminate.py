@@ -12,7 +12,8 @@ from .certs import SelectContext
 from .client_hello import ClientHello
 from .errors import AlertError
 from .limit import HandshakeLimit
-from .peek import peek_client_hello
+from .match import TlsPolicyLayer
+from .peek import add_client_hello, peek_client_hello
 from .stream import TlsStream
 
 __all__ = ["TlsTerminateLayer"]
@@ -21,14 +22,15 @@ __all__ = ["TlsTerminateLayer"]
 class TlsTerminateLayer:
     """Does the server's side of TLS and hands a :class:`TlsStream` to the service inside.
 
-    ``certificates`` chooses the context from the whole ClientHello before anything is answered, and may wait while
-    it does. ``handshake_timeout`` (seconds) covers everything from the first byte due to the end of the handshake.
-    At most ``max_handshakes`` are under way at once; what comes above that is cut
-    (:class:`~rama_ebpf.core.errors.LimitExceeded`). ``ragged_eof``: see :class:`TlsStream`.
+    ``policy`` may refuse a client for what its ClientHello shows. ``certificates`` chooses the context from the whole
+    ClientHello before anything is answered, and may wait while it does. ``handshake_timeout`` (seconds) covers
+    everything from the first byte due to the end of the handshake. At most ``max_handshakes`` are under way at once;
+    what comes above that is cut (:class:`~rama_ebpf.core.errors.LimitExceeded`). ``ragged_eof``: see
+    :class:`TlsStream`.
 
     The ClientHello and the negotiated :class:`~.stream.TlsParameters` are added to the extensions. When the service
     returns the stream is closed with close_notify, when it raises it is cut. Raises :class:`AlertError` and what
-    :meth:`TlsStream.accept` raises, after the client has been told.
+    ``policy`` and :meth:`TlsStream.accept` raise, after the client has been told.
     """
 
     accepts = Stream
@@ -38,6 +40,7 @@ class TlsTerminateLayer:
         self,
         certificates: SelectContext,
         *,
+        policy: TlsPolicyLayer | None = None,
         handshake_timeout: float = 10.0,
         max_handshakes: int = 1000,
         ragged_eof: bool = False,
@@ -45,6 +48,7 @@ class TlsTerminateLayer:
         if handshake_timeout <= 0:
             raise ValueError(f"handshake_timeout must be positive, not {handshake_timeout}")
         self._certificates = certificates
+        self._policy = policy
         self._timeout = handshake_timeout
         self._limit = HandshakeLimit(max_handshakes)
         self._ragged_eof = ragged_eof
@@ -72,7 +76,10 @@ class TlsTerminateLayer:
             with self._limit:
                 async with asyncio.timeout(self._timeout):
                     hello = await peek_client_hello(stream, timeout=self._timeout)
-                    if stream.extensions.get(ClientHello) != hello:
+                    if self._policy is not None:
+                        add_client_hello(stream, hello)
+                        await self._policy.check(stream)
+                    elif stream.extensions.get(ClientHello) != hello:
                         stream.extensions.add(hello)
                     context = await self._certificates(hello)
                     return await TlsStream.accept(
