@@ -46,6 +46,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     )
     add("--allow-egress", action="append", default=[], metavar="CIDR", help="let clients connect there; repeatable")
     add("--deny-egress", action="append", default=[], metavar="CIDR", help="never connect there; repeatable")
+    add("--users", type=Path, metavar="FILE", help="demand a password of SOCKS5 and HTTP clients; see passwd")
     add(
         "--default",
         choices=("allow", "drop", "reject"),
@@ -128,6 +129,15 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return OK
 
 
+def _password_file(args: argparse.Namespace) -> str:
+    if args.app:
+        raise PolicyError("--users is for the proxy that is served without an application: yours takes it as it likes")
+    from ..layers.auth import PasswordFile  # see _from_file
+
+    PasswordFile(args.users)  # its mistakes are the operator's to see now, and not each worker's
+    return str(args.users.absolute())
+
+
 _BESIDE_A_FILE = frozenset({"command", "config", "instance", "json", "kernel_headers", "main"})
 
 
@@ -192,6 +202,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
             "handshake_timeout": args.handshake_timeout,
             "connect_timeout": args.connect_timeout,
             "idle_timeout": args.idle_timeout,
+            "users": None if args.users is None else _password_file(args),
         },
         workers=args.workers,
         user=_user(args.user),

@@ -153,10 +153,15 @@ class HttpSettings:
 class MixedSettings:
     """SOCKS, HTTP, and TLS by server name, told apart by their first bytes."""
 
+    users: str | None = setting(
+        file_path(),
+        "password file: name:hash lines (rama-ebpf passwd); turns SOCKS4 and TLS clients away, which give no password",
+        default=None,
+    )
     handshake: float = setting(DURATION, "time for each protocol's handshake", default=10.0)
 
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
-        return mixed_proxy(connector, handshake_timeout=self.handshake)
+        return mixed_proxy(connector, auth=_authenticator(self.users), handshake_timeout=self.handshake)
 
 
 @dataclass(frozen=True)

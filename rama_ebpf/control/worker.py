@@ -14,6 +14,7 @@ from typing import Any, cast
 from ..core.service import Service, stack
 from ..core.stream import Stream
 from ..layers.access_log import AccessLogLayer
+from ..layers.auth import PasswordFile
 from ..layers.metrics import MetricsLayer
 from ..layers.policy import PolicyLayer
 from ..loader import AcceptCounter
@@ -65,6 +66,7 @@ def default_proxy(context: WorkerContext) -> Service[Stream, Any]:
     params = cast("Mapping[str, Any]", context.params)
     return mixed_proxy(
         context.connector(timeout=params["connect_timeout"]),
+        auth=None if params["users"] is None else PasswordFile(params["users"]),
         udp=UdpAssociator(context.resolver, context.egress),
         handshake_timeout=params["handshake_timeout"],
         tunnel_limits=TunnelLimits(idle=params["idle_timeout"]),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.address import Authority
+from ..core.auth import Authenticator
 from ..core.service import Service, stack
 from ..core.stream import Stream
 from ..relay import TunnelLimits
 from .http import HttpProxy, HttpTimeouts
-from .router import PeekRouter, is_http, is_socks, is_tls
+from .http.layers import ProxyAuthLayer
+from .router import PeekMatcher, PeekRouter, is_http, is_socks, is_tls
 from .socks5 import Binder, Socks5Server, UdpAssociator
 from .tls import TlsPassthrough, TlsPeekLayer
 
@@ -19,6 +21,7 @@ __all__ = ["mixed_proxy"]
 def mixed_proxy(
     connector: Service[Authority, Stream],
     *,
+    auth: Authenticator | None = None,
     udp: UdpAssociator | None = None,
     binder: Binder | None = None,
     handshake_timeout: float = 10.0,
@@ -28,13 +31,24 @@ def mixed_proxy(
 
     SOCKS clients get CONNECT, and UDP ASSOCIATE and BIND where ``udp`` and ``binder`` serve them; HTTP clients a
     forward proxy with CONNECT; a TLS client is passed through, undecrypted, to port 443 of the server name in its
-    ClientHello.
+    ClientHello. With ``auth`` SOCKS5 and HTTP clients must prove a user, and SOCKS4 and TLS clients, which cannot, are
+    turned away.
     ``handshake_timeout`` (seconds) bounds each protocol's handshake, ``tunnel_limits`` every tunnel.
     """
-    socks = Socks5Server(connector, udp=udp, binder=binder, handshake_timeout=handshake_timeout)
-    http = HttpProxy(connector, tunnel_limits=tunnel_limits, timeouts=HttpTimeouts(head=handshake_timeout))
-    tls = stack(TlsPeekLayer(timeout=handshake_timeout), TlsPassthrough(connector, port=443))
-    router = PeekRouter((is_socks, socks), (is_tls, tls), (is_http, http), timeout=handshake_timeout)
+    socks = Socks5Server(
+        connector, auth=auth, socks4=auth is None, udp=udp, binder=binder, handshake_timeout=handshake_timeout
+    )
+    http = HttpProxy(
+        connector,
+        layers=() if auth is None else (ProxyAuthLayer(auth),),
+        tunnel_limits=tunnel_limits,
+        timeouts=HttpTimeouts(head=handshake_timeout),
+    )
+    routes: list[tuple[PeekMatcher, Service[Stream, Any]]] = [(is_socks, socks), (is_http, http)]
+    if auth is None:
+        tls = stack(TlsPeekLayer(timeout=handshake_timeout), TlsPassthrough(connector, port=443))
+        routes.append((is_tls, tls))
+    router = PeekRouter(*routes, timeout=handshake_timeout)
 
     async def mixed(stream: Stream) -> Any:
         if tunnel_limits is not None:

@@ -158,7 +158,7 @@ def _split(
             regular.append((name, name, value))
     if cookies:
         # RFC 9113 section 8.2.3: crumbs are joined before they meet anything that is not HTTP/2.
-        regular.append((b"cookie", b"cookie", b"; ".join(cookies)))
+        regular.append((b"cookie", b"cookie", b"; ".join(crumb for crumb in cookies if crumb)))
     return pseudo, regular
 
 
