@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import socket
@@ -9,6 +10,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from rama_ebpf.layers.auth import hash_password
 
 from ..conftest import StartProxy
 from ..lab import Host, Lab, wait_for
@@ -192,3 +195,31 @@ def test_what_does_not_go_together_is_refused(config: ConfigFile, arguments: tup
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_passwords_are_demanded_by_the_proxy_that_needs_no_configuration(
+    host: Host, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    users = tmp_path / "users"
+    users.write_text(f"tom:{hash_password('secret')}\n")
+    start_proxy(host, "--workers", "1", "--users", str(users), "--allow-egress", "127.0.0.1")
+    request = "GET http://127.0.0.1:9/ HTTP/1.1\r\nHost: a\r\n"
+    credentials = base64.b64encode(b"tom:secret").decode()
+    with host.connect("127.0.0.1", 1080) as client:
+        answers = client.makefile("rb")
+
+        def status(fields: str) -> str:
+            client.sendall(f"{request}{fields}\r\n".encode())
+            line, length = answers.readline().decode(), 0
+            while (field := answers.readline().decode().strip().lower()) != "":
+                length = int(field.partition(":")[2]) if field.startswith("content-length:") else length
+            answers.read(length)
+            return line.split()[1]
+
+        assert status("") == "407"
+        assert status("Proxy-Authorization: Basic eDp5\r\n") == "407"
+        assert status(f"Proxy-Authorization: Basic {credentials}\r\n") == "502"  # nobody serves there
+    users.write_text("tom\n")
+    refused = rama_ebpf("run", "--users", str(users), check=False)
+    assert refused.returncode == 2
+    assert f"{users}:1: write name:hash" in refused.stderr

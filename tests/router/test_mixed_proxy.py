@@ -104,5 +104,5 @@ async def test_protocols_that_give_no_password_are_turned_away(
         answer = b""
     writer.close()
     assert answer == b""
-    reason = "of no protocol that is served here" if first[0] == 22 else "SOCKS4"
+    reason = "of no protocol that is served here" if first[0] == 22 else "not a SOCKS version that is served here"
     assert reason in caplog.text
