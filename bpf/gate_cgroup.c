@@ -35,7 +35,7 @@ int gate_cgroup(struct __sk_buff *skb)
 		/* The stack took it for TCP and found one of our listeners. What we cannot judge does not get in. */
 		v.stage = STAGE_PARSE;
 		v.action = ACTION_DROP;
-		count(&v, HOOK_CGROUP);
+		count(&v, p, HOOK_CGROUP);
 		return CGROUP_DROP;
 	}
 	if (!find_listener(p, &s->wildcard))
@@ -44,6 +44,6 @@ int gate_cgroup(struct __sk_buff *skb)
 	/* The ACK that ends a handshake is judged as well: a source that is blocked after its SYN stays out. */
 	v = verdict(s, p->syn ? CHARGE_ADMIT : CHARGE_NONE);
 	if (p->syn)
-		count(&v, HOOK_CGROUP);
+		count(&v, p, HOOK_CGROUP);
 	return v.action == ACTION_ALLOW ? CGROUP_PASS : CGROUP_DROP;
 }

@@ -38,7 +38,7 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 
 	v = verdict(s, CHARGE_NONE);
 	if (v.action == ACTION_REJECT) {
-		count(&v, HOOK_LOOKUP);
+		count(&v, p, HOOK_LOOKUP);
 		return SK_DROP; /* no socket: the stack answers RST */
 	}
 	if (!listener->sockets)

@@ -65,6 +65,6 @@ int gate_xdp(struct xdp_md *ctx)
 		return XDP_PASS; /* gate_cgroup judges it again, charges its limits and counts it */
 	if (s->wildcard && (!is_for_interface(ctx) || is_transit(ctx, &s->packet, is_mapped(&s->packet.target))))
 		return XDP_PASS;
-	count(&v, HOOK_XDP);
+	count(&v, &s->packet, HOOK_XDP);
 	return XDP_DROP;
 }

@@ -21,6 +21,18 @@ BPF_TABLE_PINNED("percpu_array", u32, struct scratch, scratch, 1, PIN_DIR "/scra
 BPF_TABLE_PINNED("array", u32, struct slot, slots, 4 * MAX_SLOTS, PIN_DIR "/slots");
 BPF_TABLE_PINNED("array", u32, struct chain_item, chains, 2 * MAX_CHAIN_ITEMS, PIN_DIR "/chains");
 BPF_TABLE_PINNED("hash", u32, u64, interfaces, 1, PIN_DIR "/interfaces"); /* hardware address of those with gate_xdp */
+/* How many events a second on each CPU: nobody watches while the emission is 0. */
+BPF_TABLE_PINNED("array", u32, struct limit, event_rate, 1, PIN_DIR "/event_rate");
+BPF_TABLE_PINNED("percpu_array", u32, struct event_meter, event_meter, 1, PIN_DIR "/event_meter");
+/* As BPF_RINGBUF_OUTPUT would declare it, which knows no pins. */
+struct events_table {
+	int key;
+	u32 leaf;
+	int (*ringbuf_output)(void *, u64, u64);
+	u32 max_entries;
+};
+__attribute__((section("maps/ringbuf:" PIN_DIR "/events"))) struct events_table events = { .max_entries = 4096 };
+
 /* Two sets: gate.active says which one is in force, the other is where the next one is put. */
 BPF_TABLE_PINNED("array_of_maps", u32, u32, sets, 2, PIN_DIR "/sets");
 

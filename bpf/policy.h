@@ -181,6 +181,7 @@ struct limit {
 	__u64 emission; /* 0: no limit */
 	__u64 tolerance;
 };
+_Static_assert(sizeof(struct limit) == 16, "limit");
 
 struct set_head {
 	__u32 default_action;
@@ -219,6 +220,28 @@ struct rule_hits {
 	__u64 decided;
 	__u64 dry; /* would have decided, were it not a dry run */
 };
+
+/* A verdict that took effect, for those who watch. */
+struct event {
+	__u64 time;
+	struct address source;
+	__u32 rule;
+	__u32 dry_rule;
+	__u16 port; /* the listener's */
+	__u8 hook;
+	__u8 action;
+	__u8 stage;
+	__u8 dry_action;
+	__u16 pad;
+};
+_Static_assert(sizeof(struct event) == 40, "event");
+
+/* On each CPU: how its events keep to the rate, and how many did not fit into it or into the ring. */
+struct event_meter {
+	__u64 arrival;
+	__u64 lost;
+};
+_Static_assert(sizeof(struct event_meter) == 16, "event_meter");
 
 /* What one layer says: its first rule that decides, and the first dry run above that. A rank of 0 is none. */
 struct finding {

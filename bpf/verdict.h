@@ -367,8 +367,11 @@ static __always_inline struct verdict verdict(struct scratch *s, int charge)
 	/* The deadline first: who undoes a change moves `active` before taking the deadline away. */
 	deadline = *(volatile u64 *)&g->deadline;
 	set = (deadline && bpf_ktime_get_boot_ns() >= deadline ? g->fallback : *(volatile u32 *)&g->active) & 1;
-	head = &g->sets[set];
 	pages = sets.lookup(&set);
+	/* It was in memory for the call, and of that the verifier may know nothing any more. */
+	asm volatile("" : "+r"(set));
+	set &= 1;
+	head = &g->sets[set];
 	if (pages)
 		search_set(s, g, set, pages);
 	search_runtime(s, g, p);
@@ -402,8 +405,38 @@ static __always_inline struct verdict verdict(struct scratch *s, int charge)
 	return v;
 }
 
+/* Tell those who watch, if there are any. */
+static __always_inline void report(const struct verdict *v, const struct packet *p, u32 hook)
+{
+	u32 zero = 0;
+	const struct limit *rate = event_rate.lookup(&zero);
+	struct event_meter *meter = event_meter.lookup(&zero);
+	struct event e = {};
+	u64 arrival;
+
+	if (!rate || !rate->emission || !meter)
+		return;
+	e.time = bpf_ktime_get_boot_ns();
+	arrival = meter->arrival > e.time ? meter->arrival : e.time;
+	if (arrival - e.time > rate->tolerance) {
+		meter->lost++;
+		return;
+	}
+	meter->arrival = arrival + rate->emission;
+	e.source = p->source;
+	e.port = p->port;
+	e.hook = hook;
+	e.stage = v->stage;
+	e.action = v->action;
+	e.rule = v->rule;
+	e.dry_rule = v->dry_rule;
+	e.dry_action = v->dry_action;
+	if (events.ringbuf_output(&e, sizeof(e), 0))
+		meter->lost++;
+}
+
 /* Count a verdict where it takes effect, so that one SYN is counted once whatever hooks it passed. */
-static __always_inline void count(const struct verdict *v, u32 hook)
+static __always_inline void count(const struct verdict *v, const struct packet *p, u32 hook)
 {
 	u32 index = (hook * STAGE_COUNT + v->stage) * ACTION_COUNT + v->action;
 	u64 *total = gate_stats.lookup(&index);
@@ -414,6 +447,7 @@ static __always_inline void count(const struct verdict *v, u32 hook)
 		count_rule(v->rule, 0); /* rule 0 is the default */
 	if (v->dry_rule)
 		count_rule(v->dry_rule, 1);
+	report(v, p, hook);
 }
 
 #endif

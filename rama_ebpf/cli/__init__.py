@@ -31,6 +31,7 @@ _GROUPS: Final = {
     "bans": ("ban", "bans"),
     "lifecycle": ("status", "unload"),
     "ca": ("ca",),
+    "events": ("events",),
     "doctor": ("doctor",),
 }
 """The modules and their commands. Only the module of the given command is imported: some bring in half the package."""

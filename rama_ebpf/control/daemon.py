@@ -42,6 +42,7 @@ from ..process.channel import Handler
 from ..process.plan import Json, UserIds
 from ..services.tcp import bind_tcp
 from .api import ControlApi
+from .events import Event, EventHub, GateEvents
 from .listeners import ListenAt, Listeners
 from .socket import ControlServer
 
@@ -197,11 +198,12 @@ class _Daemon:
         if options.rules is not None and home.store.pending is not None:
             log.warning("the set on trial is undone: the configuration has a set of its own")
             home.store.roll_back()
+        self._events = EventHub() if home.gate is None else GateEvents(home.gate.maps, _rule_names(home.store)).hub
         self._apply_policy(options)
         self._pending = options
         self._supervisor = Supervisor(
             self._plan(options),
-            handlers=_handlers(home.store),
+            handlers=_handlers(home.store, self._events),
             reload=self._reloaded_plan,
             on_reloaded=self._after_reload,
             on_ready=self._ready,
@@ -211,7 +213,9 @@ class _Daemon:
 
     async def run(self) -> None:
         options, home = self._options, self._home
-        control = ControlServer(options.instance.control_socket, ControlApi(home.store, self._feeds).call)
+        control = ControlServer(
+            options.instance.control_socket, ControlApi(home.store, self._feeds).call, {"events": self._events.stream}
+        )
         await control.start()
         metrics = self._metrics_server()
         if metrics is not None:
@@ -345,12 +349,33 @@ def _verdicts(store: KernelStore) -> dict[tuple[str, str, str], int]:
     return dict(counts)
 
 
-def _handlers(store: PolicyStore) -> dict[str, Handler]:
+def _rule_names(store: PolicyStore) -> Callable[[int], str]:
+    """Names of rules by their id, remembered until the policy changes."""
+    known: dict[int, str] = {}
+    revision = -1
+
+    def name(rule_id: int) -> str:
+        nonlocal revision
+        if store.revision != revision:
+            known.clear()
+            revision = store.revision
+        if rule_id not in known:
+            known[rule_id] = store.rule_name(rule_id)
+        return known[rule_id]
+
+    return name
+
+
+def _handlers(store: PolicyStore, events: EventHub) -> dict[str, Handler]:
     """What workers may ask. They parse bytes from the network: each request is bounded and checked."""
     judge = CountedPolicy(store) if isinstance(store, LocalStore) else store
 
     def verdict(body: Json) -> Json:
-        answer = judge.verdict(ip_address(str(body["source"])), int(str(body["port"])))
+        source, port = ip_address(str(body["source"])), int(str(body["port"]))
+        answer = judge.verdict(source, port)
+        if events.is_watched:
+            details = (answer.rule, answer.action, answer.stage, "accept", answer.dry_rule, answer.dry_action)
+            events.publish(Event(time.time(), source, port, *details))
         return {"action": int(answer.action), "stage": int(answer.stage), "rule": answer.rule}
 
     def ban(body: Json) -> Json:

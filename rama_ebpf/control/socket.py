@@ -1,5 +1,7 @@
 """The control socket: one JSON request a line, one JSON answer a line, on a Unix socket that only its owner may open.
 
+A method may also answer with a stream: one line ``{"result": …}`` after the other until the caller closes.
+
 Request: ``{"method": "add", "params": {…}}``. Answer: ``{"result": {…}}``, or ``{"error": "text"}`` for a mistake of
 the caller's. Lines are at most 64 KiB; a connection that is idle for 10 s is closed.
 """
@@ -7,12 +9,13 @@ the caller's. Lines are at most 64 KiB; a connection that is idle for 10 s is cl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +23,7 @@ from ..policy.journal import acting_for
 from ..policy.rule import PolicyError
 from .api import Json
 
-__all__ = ["ControlServer", "ControlUnavailable", "call"]
+__all__ = ["ControlServer", "ControlUnavailable", "call", "follow"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ _IDLE_SECONDS: Final = 10.0
 _UCRED: Final = struct.Struct("=iII")  # unix(7): pid, uid, gid
 
 Handler = Callable[[str, Mapping[str, object]], Json]
+Stream = Callable[[Mapping[str, object]], AsyncGenerator[Json, None]]
 
 
 class ControlUnavailable(OSError):
@@ -37,11 +41,15 @@ class ControlUnavailable(OSError):
 
 
 class ControlServer:
-    """Serves ``handler(method, params)`` on a Unix socket at ``path`` (mode 0600; a stale file is replaced)."""
+    """Serves ``handler(method, params)`` on a Unix socket at ``path`` (mode 0600; a stale file is replaced).
 
-    def __init__(self, path: Path, handler: Handler) -> None:
+    ``streams`` are the methods, by name, that answer with a stream.
+    """
+
+    def __init__(self, path: Path, handler: Handler, streams: Mapping[str, Stream] | None = None) -> None:
         self._path = path
         self._handler = handler
+        self._streams = streams or {}
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -70,6 +78,10 @@ class ControlServer:
                     line = await reader.readline()
                 if not line:
                     return
+                stream, params = self._stream(line)
+                if stream is not None:
+                    await self._pour(stream(params), reader, writer)
+                    return
                 # In a thread: loading a set may take seconds, and reading its feeds longer.
                 with acting_for(uid, pid):
                     answer = await asyncio.to_thread(self._answer, line)
@@ -80,6 +92,28 @@ class ControlServer:
             log.info("control connection ended: %s", error or type(error).__name__)
         finally:
             writer.close()
+
+    def _stream(self, line: bytes) -> tuple[Stream | None, Mapping[str, object]]:
+        with contextlib.suppress(json.JSONDecodeError):  # _answer says it
+            request = json.loads(line)
+            if isinstance(request, dict) and isinstance(request.get("params", {}), dict):
+                return self._streams.get(str(request.get("method"))), request.get("params", {})
+        return None, {}
+
+    async def _pour(
+        self, stream: AsyncGenerator[Json, None], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Write a stream until the caller closes its end."""
+        pouring = asyncio.create_task(_pour(stream, writer))
+        closed = asyncio.create_task(reader.read(1))
+        try:
+            await asyncio.wait((pouring, closed), return_when=asyncio.FIRST_COMPLETED)
+            if pouring.done():
+                pouring.result()
+        finally:
+            for task in (pouring, closed):
+                task.cancel()
+            await asyncio.gather(pouring, closed, return_exceptions=True)
 
     def _answer(self, line: bytes) -> Json:
         try:
@@ -92,6 +126,30 @@ class ControlServer:
         except OSError as error:
             log.exception("control request failed")
             return {"error": f"{type(error).__name__}: {error}"}
+
+
+async def _pour(stream: AsyncGenerator[Json, None], writer: asyncio.StreamWriter) -> None:
+    async with contextlib.aclosing(stream) as lines:
+        try:
+            async for line in lines:
+                writer.write(json.dumps({"result": line}).encode() + b"\n")
+                async with asyncio.timeout(_IDLE_SECONDS):
+                    await writer.drain()
+        except PolicyError as error:
+            writer.write(json.dumps({"error": str(error)}).encode() + b"\n")
+
+
+def follow(path: Path, method: str, params: Mapping[str, object]) -> Iterator[Json]:
+    """Ask the server at ``path`` for a stream and yield its lines until either end closes. Raises like :func:`call`."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.connect(str(path))
+            sock.sendall(json.dumps({"method": method, "params": dict(params)}).encode() + b"\n")
+            with sock.makefile("rb") as lines:
+                while line := lines.readline(_MAX_LINE):
+                    yield _result(line)
+    except OSError as error:
+        raise ControlUnavailable(error.errno, f"no server answers at {path}: {error.strerror or error}") from error
 
 
 def call(path: Path, method: str, params: Mapping[str, object], *, timeout: float = 10.0) -> Json:
@@ -110,6 +168,10 @@ def call(path: Path, method: str, params: Mapping[str, object], *, timeout: floa
         raise ControlUnavailable(error.errno, f"no server answers at {path}: {error.strerror or error}") from error
     if not line:
         raise ControlUnavailable(None, f"the server at {path} closed the connection")
+    return _result(line)
+
+
+def _result(line: bytes) -> Json:
     answer = json.loads(line)
     if "error" in answer:
         raise PolicyError(answer["error"])

@@ -16,8 +16,11 @@ __all__ = [
     "BAN",
     "BUCKET_KEY",
     "CHAIN_ITEM",
+    "EVENT",
+    "EVENT_METER",
     "FAILSAFE_KEY",
     "GATE",
+    "LIMIT",
     "LISTENER",
     "LISTENER_KEY",
     "PACKET",
@@ -46,6 +49,9 @@ FAILSAFE_KEY: Final = struct.Struct("=II16s")
 BAN: Final = struct.Struct("=QQQII64s")
 GATE: Final = struct.Struct("=QQ III 8H I 3Q 3Q 128s128s")
 BUCKET_KEY: Final = struct.Struct("=II8s")
+EVENT: Final = struct.Struct("=Q16sIIHBBBBH")
+EVENT_METER: Final = struct.Struct("=QQ")
+LIMIT: Final = struct.Struct("=QQ")
 RULE_HITS: Final = struct.Struct("=QQ")
 PACKET: Final = struct.Struct("=16s16sHBB")
 SCRATCH: Final = struct.Struct("=36s I QQ 6I 6I 3Q 20s I")

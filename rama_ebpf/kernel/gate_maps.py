@@ -69,6 +69,8 @@ _HASH: Final = (MapType.HASH, MapFlags.NO_PREALLOC)
 RUNTIME_LENGTHS: Final = 33 + 129
 """How many prefix lengths there are: those of IPv4, then those of IPv6."""
 
+_EVENT_BYTES: Final = 256 * 1024  # a power of two, and of whole pages of up to 64 KiB
+
 _LPM: Final = (MapType.LPM_TRIE, MapFlags.NO_PREALLOC)
 
 
@@ -96,6 +98,9 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "bans": MapSpec(_HASH[0], 16, abi.BAN.size, sizes.bans, _HASH[1]),
         "failsafe": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 1024, _LPM[1]),
         "buckets": MapSpec(MapType.LRU_HASH, abi.BUCKET_KEY.size, 8, sizes.buckets),
+        "event_rate": MapSpec(MapType.ARRAY, 4, abi.LIMIT.size, 1),
+        "event_meter": MapSpec(MapType.PERCPU_ARRAY, 4, abi.EVENT_METER.size, 1),
+        "events": MapSpec(MapType.RINGBUF, 0, 0, _EVENT_BYTES),
         "interfaces": MapSpec(MapType.HASH, 4, 8, constant["MAX_INTERFACES"]),
         "scratch": MapSpec(MapType.PERCPU_ARRAY, 4, abi.SCRATCH.size, 1),
         "runtime": MapSpec(_HASH[0], abi.RUNTIME_KEY.size, 4, sizes.rules, _HASH[1]),

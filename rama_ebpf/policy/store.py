@@ -269,6 +269,11 @@ class PolicyStore(abc.ABC):
                 if rule_id is not None:
                     yield length, rule_id
 
+    def rule_name(self, rule_id: int) -> str:
+        """Return a rule's name by its id, or the id if there is no such rule any more."""
+        rule = self._rule(rule_id)
+        return f"#{rule_id}" if rule is None else rule.name
+
     def records(self, *, now: int | None = None) -> list[RuleRecord]:
         """Return all rules that are in force: those of the set as it lists them, then the runtime ones by age."""
         now = boottime_ns() if now is None else now

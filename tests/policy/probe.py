@@ -61,9 +61,14 @@ class Probe:
         text += Path(__file__).with_name("verdict_probe.c").read_text(encoding="utf-8")
         if source is not None:
             text += source.read_text(encoding="utf-8")
-        before_load()
         programs = [Program("probe_frame", _XDP, AttachType.XDP), *extra]
-        self.programs = compile_and_load(text, programs, cflags=[f'-DPIN_DIR="{instance.pin_dir}"'])
+        try:
+            before_load()
+            self.programs = compile_and_load(text, programs, cflags=[f'-DPIN_DIR="{instance.pin_dir}"'])
+        except BaseException:
+            self.maps.close()
+            bpffs.remove_tree(instance.pin_root)
+            raise
         self._names: dict[int, str] = {}
 
     def __enter__(self) -> Probe:
