@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Final, Protocol
 
+from ..core.counts import SharesCounts
 from ..core.matchers import ANY, Matcher, Source, TargetHost, TargetNetwork, TargetPort
 from ..core.service import Layer
-from ..layers.concurrency import ConcurrencyLimitLayer, SharesCounts
+from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.hijack import FilterLayer
 from ..layers.rate import RateLimitLayer, SharesBuckets
 from ..layers.source import Key, by_source

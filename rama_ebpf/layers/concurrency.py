@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Hashable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from ..core.client import HasExtensions
+from ..core.counts import Counts, LocalCounts, SharesCounts
 from ..core.errors import LimitExceeded
 from ..core.service import Service
 from .source import Key
 
-__all__ = ["ConcurrencyExceeded", "ConcurrencyLimitLayer", "Counts", "SharesCounts"]
+__all__ = ["ConcurrencyExceeded", "ConcurrencyLimitLayer"]
 
 _POLL_SECONDS: Final = 0.05
 
@@ -21,41 +22,6 @@ class ConcurrencyExceeded(LimitExceeded):
     """As many as allowed are being served already."""
 
     kind = "concurrency_limit"
-
-
-class Counts(Protocol):
-    """How many are live, by key."""
-
-    def enter(self, key: Hashable, limit: int, /) -> bool:
-        """Count one more of ``key`` unless there are ``limit``; return whether it was counted."""
-
-    def leave(self, key: Hashable, /) -> None:
-        """Count one less of ``key``."""
-
-
-class SharesCounts(Protocol):
-    """Who can count for several processes; in a worker of ``rama-ebpf run`` that is ``context.shared``."""
-
-    def counts(self) -> Counts: ...
-
-
-class _LocalCounts:
-    def __init__(self) -> None:
-        self._live: dict[Hashable, int] = {}
-
-    def enter(self, key: Hashable, limit: int, /) -> bool:
-        live = self._live.get(key, 0)
-        if live >= limit:
-            return False
-        self._live[key] = live + 1
-        return True
-
-    def leave(self, key: Hashable, /) -> None:
-        live = self._live[key] - 1
-        if live:
-            self._live[key] = live
-        else:
-            del self._live[key]
 
 
 class ConcurrencyLimitLayer:
@@ -86,7 +52,7 @@ class ConcurrencyLimitLayer:
         self._key = key
         self._wait = wait
         self._queue = (limit if queue is None else queue) if wait > 0 else 0
-        self._counts: Counts = _LocalCounts() if shared is None else shared.counts()
+        self._counts: Counts = LocalCounts() if shared is None else shared.counts()
         # Of a place that another process has left nobody tells us.
         self._poll = None if shared is None else _POLL_SECONDS
         self._waiting: dict[Hashable, deque[asyncio.Event]] = {}

@@ -9,6 +9,7 @@ import os
 import pytest
 
 from rama_ebpf.core import AuthFailed, HandshakeTimeout, LimitExceeded, PeerClosed, PolicyDenied, ProtocolError, User
+from rama_ebpf.process.shared import SharedTable
 from rama_ebpf.relay import CloseReason, TunnelLimits
 from rama_ebpf.services.socks5 import Command, Socks5Server, UserLimits
 
@@ -204,6 +205,29 @@ async def test_user_over_its_connection_limit_is_refused_until_one_ends(run_prox
     await proxy.until_served(2)  # the refused one and the closed one
     assert (await exchange(proxy, LOGIN + request(host, port) + b"data", eof=True)).endswith(b"data")
     open_ones[1].close()
+
+
+async def test_user_limit_holds_for_all_workers_together(run_proxy, run_target):
+    host, port = await run_target(echo)
+    fd = SharedTable.create(2)
+    workers = []
+    for column in range(2):
+        shared = SharedTable(fd, 2, column, bytes(32))
+        workers.append(
+            await run_proxy(
+                make=lambda connector, shared=shared: Socks5Server(
+                    connector, auth=only_tom, limits=lambda user: UserLimits(connections=1), shared=shared
+                )
+            )
+        )
+    reader, writer = await workers[0].open()
+    writer.write(LOGIN + request(host, port) + b"x")
+    assert (await reader.readuntil(b"x"))[:4] == LOGGED_IN
+    assert await exchange(workers[1], LOGIN + request(host, port)) == LOGGED_IN + failed(2)[2:]
+    writer.close()
+    await workers[0].idle()
+    assert (await exchange(workers[1], LOGIN + request(host, port) + b"data", eof=True)).endswith(b"data")
+    os.close(fd)
 
 
 async def test_user_without_a_command_is_refused_by_policy(run_proxy):

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import enum
 import errno
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 
 from ...core.address import Authority
 from ...core.auth import Authenticator, Credentials, User
 from ...core.client import client_address
+from ...core.counts import Counts, LocalCounts, SharesCounts
 from ...core.errors import (
     AuthFailed,
     HandshakeTimeout,
@@ -53,7 +53,7 @@ class UserLimits:
     """What one user may do: ``connections`` at a time (None: any number), ``commands``, and the bounds of each of
     its tunnels and associations (None: those that apply to everybody).
 
-    Connections are counted by each :class:`Socks5Server`, so with several worker processes by each of them.
+    Connections are counted by each :class:`Socks5Server`, for itself or, with ``shared``, for all worker processes.
     """
 
     connections: int | None = None
@@ -66,7 +66,8 @@ class Socks5Server:
 
     ``connector`` turns a target into a connected stream, with DNS and egress policy inside it; ``binder`` and ``udp``
     serve BIND and UDP ASSOCIATE, which are refused (REP 07) without them. ``auth`` demands a user name and password;
-    with ``auth_optional`` clients that offer none are served too. ``limits`` says what a user may do.
+    with ``auth_optional`` clients that offer none are served too. ``limits`` says what a user may do;
+    with ``shared`` (``context.shared`` in a worker) a user's connections are counted over all workers.
     ``handshake_timeout`` (seconds) bounds the time from the first byte due to the complete request.
 
     After a handshake the stream's extensions hold the :class:`Request`, its target and, if one was proven, the
@@ -87,6 +88,7 @@ class Socks5Server:
         auth: Authenticator | None = None,
         auth_optional: bool = False,
         limits: Callable[[User], UserLimits] | None = None,
+        shared: SharesCounts | None = None,
         socks4: bool = True,
         reply: ReplyTiming = ReplyTiming.LAZY,
         handshake_timeout: float = 10.0,
@@ -103,7 +105,7 @@ class Socks5Server:
         self._socks4 = socks4
         self._eager = reply is ReplyTiming.EAGER
         self._timeout = handshake_timeout
-        self._connections: Counter[str] = Counter()
+        self._connections: Counts = LocalCounts() if shared is None else shared.counts()
         if auth is None:
             self._methods: tuple[Method, ...] = (Method.NONE,)
         else:
@@ -164,17 +166,17 @@ class Socks5Server:
         limits = self._limits(user)
         if command not in limits.commands:
             raise PolicyDenied(f"user {user.name!r} may not use {command.name}", rule="user")
-        if limits.connections is not None and self._connections[user.name] >= limits.connections:
-            raise LimitExceeded(f"user {user.name!r} has {limits.connections} connections, the limit")
         if limits.tunnel is not None:
             extensions.add(limits.tunnel)
-        self._connections[user.name] += 1
+        if limits.connections is None:
+            yield
+            return
+        if not self._connections.enter(user.name, limits.connections):
+            raise LimitExceeded(f"user {user.name!r} has {limits.connections} connections, the limit")
         try:
             yield
         finally:
-            self._connections[user.name] -= 1
-            if not self._connections[user.name]:
-                del self._connections[user.name]
+            self._connections.leave(user.name)
 
     async def _connect(self, request: Request, stream: Stream, machine: ServerMachine) -> TunnelReport:
         if self._eager:
