@@ -30,7 +30,7 @@ async def main() -> None:
     connect = Connector(SystemResolver(), EgressPolicy(allow=(loopback,)))
     options = RelayOptions(kind)
     if kind is RelayKind.SOCKMAP:
-        Engine.current().sockmap = Sockmap(SpliceMaps.load(1, 8192).fds)
+        Engine.current().use_sockmap(Sockmap(SpliceMaps.load(1, 8192).fds))
 
     async def forward(client: Stream) -> None:
         client.extensions.add(options)

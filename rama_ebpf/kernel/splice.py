@@ -1,7 +1,8 @@
 """The maps and the program of the relay in the kernel: how they are made, shared with workers, and read.
 
-One process with privileges makes them (:meth:`SpliceMaps.load`) and hands their descriptors to the workers, which
-need no privilege to use them: sockets are put into a map by its descriptor, and the directions are shared memory.
+One process with privileges makes them and hands their descriptors to the workers, which need no privilege to use
+them: sockets are put into a map by its descriptor, and the directions are shared memory. Each worker has a share of
+the directions and a ring of its own.
 Nothing stays pinned: with the last descriptor the kernel frees all of it.
 
 The layout is that of ``bpf/splice.h``.
@@ -41,15 +42,47 @@ class SpliceMaps:
         self.fds = fds
 
     @classmethod
+    def create(cls, shares: int, tunnels: int) -> SpliceMaps:
+        """Make the maps for ``tunnels`` tunnels at once in each of ``shares`` shares. Raises OSError."""
+        directions = 2 * shares * tunnels
+        maps = cls({})
+        try:
+            fds = maps.fds
+            fds["slots"] = bpf.map_create(
+                MapType.HASH, 8, 4, directions, flags=MapFlags.NO_PREALLOC, name="relay_slots"
+            )
+            fds["directions"] = bpf.map_create(
+                MapType.ARRAY, 4, _DIRECTION_SIZE, directions, flags=MapFlags.MMAPABLE, name="relay_dirs"
+            )
+            fds["relayed"] = bpf.map_create(MapType.SOCKHASH, 4, 8, directions, name="relay_socks")
+            for number in range(shares):
+                # One record a direction at a time, and room for one that says that it is broken.
+                fds[f"ring{number}"] = bpf.map_create(
+                    MapType.RINGBUF, 0, 0, _ring_size(2 * tunnels * 32), name="relay_ring"
+                )
+        except BaseException:
+            maps.close()
+            raise
+        return maps
+
+    @classmethod
     def load(
-        cls, rings: int, tunnels: int, *, kernel_headers: Path | None = None, sources: Path | None = None
+        cls, shares: int, tunnels: int, *, kernel_headers: Path | None = None, sources: Path | None = None
     ) -> SpliceMaps:
-        """Make the maps for ``tunnels`` tunnels at once and one ring for each of ``rings`` workers, compile and load
-        the program from the directory ``sources``, and attach it.
+        """Make the maps and attach the program: :meth:`create` and :meth:`attach`."""
+        maps = cls.create(shares, tunnels)
+        try:
+            maps.attach(kernel_headers=kernel_headers, sources=sources)
+        except BaseException:
+            maps.close()
+            raise
+        return maps
+
+    def attach(self, *, kernel_headers: Path | None = None, sources: Path | None = None) -> None:
+        """Compile and load the program from the directory ``sources``, and attach it.
 
         Raises OSError, :class:`~.compile.CompileError`, or :class:`~.btf.BtfUnavailable`.
         """
-        directions = 2 * tunnels
         offsets = member_offsets(
             [
                 ("tcp_sock", "bytes_received"),
@@ -65,37 +98,20 @@ class SpliceMaps:
             f"-DOFFSET_{name.upper()}={offset}" for (type_, name), offset in offsets.items() if type_ == "tcp_sock"
         ]
         cflags.append(f"-DOFFSET_SKB_SEQ={offsets['sk_buff', 'cb'] + offsets['tcp_skb_cb', 'seq']}")
-        maps = cls({})
+        fds = self.fds
+        rings = [fd for name, fd in fds.items() if name.startswith("ring")]
+        outer = bpf.map_create(MapType.ARRAY_OF_MAPS, 4, 4, len(rings), inner_fd=rings[0], name="relay_rings")
         try:
-            fds = maps.fds
-            fds["slots"] = bpf.map_create(
-                MapType.HASH, 8, 4, directions, flags=MapFlags.NO_PREALLOC, name="relay_slots"
-            )
-            fds["directions"] = bpf.map_create(
-                MapType.ARRAY, 4, _DIRECTION_SIZE, directions, flags=MapFlags.MMAPABLE, name="relay_dirs"
-            )
-            fds["relayed"] = bpf.map_create(MapType.SOCKHASH, 4, 8, directions, name="relay_socks")
-            for number in range(rings):
-                # One record a direction at a time, and room for one that says that it is broken.
-                fds[f"ring{number}"] = bpf.map_create(
-                    MapType.RINGBUF, 0, 0, _ring_size(directions * 32), name="relay_ring"
-                )
-            outer = bpf.map_create(MapType.ARRAY_OF_MAPS, 4, 4, rings, inner_fd=fds["ring0"], name="relay_rings")
-            try:
-                for number in range(rings):
-                    bpf.map_update(outer, number.to_bytes(4, "little"), fds[f"ring{number}"].to_bytes(4, "little"))
-                pinned = {name: fds[name] for name in ("slots", "directions", "relayed")} | {"rings": outer}
-                program = _load_program(pinned, (sources or source_dir()) / "splice.c", cflags, kernel_headers)
-            finally:
-                os.close(outer)
-            try:
-                bpf.prog_attach(program, fds["relayed"], AttachType.SK_SKB_VERDICT)
-            finally:
-                os.close(program)
-        except BaseException:
-            maps.close()
-            raise
-        return maps
+            for number, ring in enumerate(rings):
+                bpf.map_update(outer, number.to_bytes(4, "little"), ring.to_bytes(4, "little"))
+            pinned = {name: fds[name] for name in ("slots", "directions", "relayed")} | {"rings": outer}
+            program = _load_program(pinned, (sources or source_dir()) / "splice.c", cflags, kernel_headers)
+        finally:
+            os.close(outer)
+        try:
+            bpf.prog_attach(program, fds["relayed"], AttachType.SK_SKB_VERDICT)
+        finally:
+            os.close(program)
 
     def close(self) -> None:
         """Close the descriptors."""

@@ -63,9 +63,8 @@ async def _move(client: Stream, upstream: Stream, limits: TunnelLimits, options:
     why = "not a plain socket"
     if isinstance(client, SocketStream) and isinstance(upstream, SocketStream):
         try:
-            engine = Engine.current()
-            kind, reason = choose(client, upstream, options, sockmap=engine.sockmap is not None)
-            tunnel = engine.open(client, upstream, kind, reason, limits)
+            kind, reason = choose(client, upstream, options)
+            tunnel = Engine.current().open(client, upstream, kind, reason, limits)
         except OSError as error:
             why = f"the kernel watches no more sockets: {error.strerror}"
         else:

@@ -9,18 +9,14 @@ from .tunnel import RelayKind, RelayOptions
 __all__ = ["choose"]
 
 
-def choose(
-    client: SocketStream, upstream: SocketStream, options: RelayOptions, *, sockmap: bool
-) -> tuple[RelayKind, str]:
-    """Return the relay for two sockets, and why. ``sockmap`` says whether the kernel's relay is there.
+def choose(client: SocketStream, upstream: SocketStream, options: RelayOptions) -> tuple[RelayKind, str]:
+    """Return the relay that is wanted for two sockets, and why.
 
-    ``auto`` takes the kernel's relay only where no segment is lost on the way, because it must reset a flow whose
-    retransmissions it cannot follow.
+    ``auto`` wants the kernel's relay only where no segment is lost on the way: it is the one way that is not plain
+    TCP, so it is kept to where no peer has reason to send a byte twice.
     """
     if options.kind is not RelayKind.AUTO:
         return options.kind, "configured"
-    if not sockmap:
-        return RelayKind.AUTO, "auto"
     places = {_place(client, options), _place(upstream, options)}
     if None in places:
         return RelayKind.AUTO, "auto: a peer is neither on this host nor in a lossless network"

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import weakref
+from collections.abc import Callable
 from typing import Final
 
 from ..core.address import SocketAddress
@@ -102,7 +103,7 @@ class Tunnel:
         """Make the directions; where the kernel's relay is wanted and cannot be had, those of userspace."""
         if self.kind is RelayKind.SOCKMAP:
             sockmap = self.engine.sockmap
-            refusal = self.engine.sockmap_refusal if sockmap is None else sockmap.join(self)
+            refusal = self.engine.want_sockmap() if sockmap is None else sockmap.join(self)
             if not refusal:
                 return
             self.kind, self.why = RelayKind.AUTO, f"no sockmap: {refusal}"
@@ -223,9 +224,11 @@ class Engine:
         self.pipes = PipePool() if pipes is None else pipes
         self.tunnels: set[Tunnel] = set()
         self.sockmap: Sockmap | None = None
-        """The kernel's relay, where there is one."""
+        """The kernel's relay, where there is one: see :meth:`use_sockmap`."""
         self.sockmap_refusal = "not set up"
         """Why there is none."""
+        self.on_sockmap_wanted: Callable[[], None] | None = None
+        """Called once, when the first tunnel would take the kernel's relay and there is none."""
         self._epoll: select.epoll | None = None
         self._by_fd: dict[int, tuple[Direction, Direction]] = {}
         self._again: list[Direction] = []
@@ -240,6 +243,20 @@ class Engine:
         if engine is None:
             engine = _engines[loop] = Engine()
         return engine
+
+    def use_sockmap(self, sockmap: Sockmap) -> None:
+        """Let new tunnels have the kernel's relay."""
+        assert self.sockmap is None, "the tunnels of the old one would be lost"
+        self.sockmap = sockmap
+        if self._epoll is not None:
+            self._epoll.register(sockmap.ring.fd, select.EPOLLIN)
+
+    def want_sockmap(self) -> str:
+        """Tell who could bring the kernel's relay that it is wanted; return why there is none."""
+        wanted, self.on_sockmap_wanted = self.on_sockmap_wanted, None
+        if wanted is not None:
+            wanted()
+        return self.sockmap_refusal
 
     def open(
         self, client: SocketStream, upstream: SocketStream, kind: RelayKind, why: str, limits: TunnelLimits

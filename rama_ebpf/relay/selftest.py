@@ -14,7 +14,6 @@ import platform
 import random
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -31,8 +30,10 @@ from .tunnel import CloseReason, RelayKind, TunnelLimits, TunnelReport
 
 __all__ = ["KNOWN_BAD", "SelfTest", "known_bad", "self_test"]
 
-_TIMEOUT: Final = 60.0
+_TIMEOUT: Final = 100.0
 _BULK: Final = 64 << 20
+_PIECE: Final = 64 << 10
+_WORDS: Final = 20
 _STALLED: Final = 24 << 20
 _HELD: Final = 16 << 20
 _SYNTHETIC: Final = 60
@@ -72,34 +73,38 @@ def known_bad(release: str) -> str:
     return ""
 
 
-def self_test(fds: Mapping[str, int], release: str | None = None) -> SelfTest:
+async def self_test(fds: Mapping[str, int], release: str | None = None) -> SelfTest:
     """Try the kernel's relay whose descriptors are ``fds`` (of :class:`~rama_ebpf.kernel.splice.SpliceMaps`).
 
     Needs CAP_SYS_ADMIN and CAP_NET_ADMIN, for the network; takes some seconds. Never raises for what the kernel does.
     """
     started = time.monotonic()
-    refusal = known_bad(platform.release() if release is None else release)
-    if not refusal:
-        refusal = _run_child(fds)
+    refusal = known_bad(platform.release() if release is None else release) or await _run_child(fds)
     return SelfTest(refusal, time.monotonic() - started)
 
 
-def _run_child(fds: Mapping[str, int]) -> str:
+async def _run_child(fds: Mapping[str, int]) -> str:
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", __spec__.name, json.dumps(dict(fds))),
+        pass_fds=list(fds.values()),
+        stdin=asyncio.subprocess.PIPE,  # the child ends when we do
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
     try:
-        child = subprocess.run(
-            [sys.executable, "-m", __spec__.name, json.dumps(dict(fds))],
-            pass_fds=list(fds.values()),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        async with asyncio.timeout(_TIMEOUT):
+            assert child.stderr is not None
+            words = await child.stderr.read()
+            await child.wait()
+    except TimeoutError:
         return f"the self-test did not end within {_TIMEOUT:g} s"
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
     if child.returncode != 0:
-        last = (child.stderr.strip() or "no word").splitlines()[-1]
-        return f"the self-test failed: {last}"
+        return f"the self-test failed: {(words.decode().strip() or 'no word').splitlines()[-1]}"
     return ""
 
 
@@ -123,20 +128,22 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     return far, near
 
 
-async def _send(sock: socket.socket, count: int, sent: int = 0) -> None:
-    """Send the bytes from number ``sent`` to ``count`` of the pattern, and FIN."""
+async def _send(sock: socket.socket, count: int, sent: int = 0, ahead: asyncio.Semaphore | None = None) -> None:
+    """Send the bytes from number ``sent`` to ``count`` of the pattern, and FIN, each piece when ``ahead`` lets it."""
     loop = asyncio.get_running_loop()
     period = len(_PATTERN) // 2
     view = memoryview(_PATTERN)
     while sent < count:
+        if ahead is not None:
+            await ahead.acquire()
         start = sent % period
-        chunk = view[start : start + min(262_144, count - sent)]
+        chunk = view[start : start + min(_PIECE, count - sent)]
         await loop.sock_sendall(sock, chunk)
         sent += len(chunk)
     sock.shutdown(socket.SHUT_WR)
 
 
-async def _receive(sock: socket.socket, got: int = 0) -> int:
+async def _receive(sock: socket.socket, got: int = 0, ahead: asyncio.Semaphore | None = None) -> int:
     """Read to the end; return how many bytes came with ``got`` earlier ones, all of them right."""
     loop = asyncio.get_running_loop()
     period = len(_PATTERN) // 2
@@ -144,6 +151,9 @@ async def _receive(sock: socket.socket, got: int = 0) -> int:
     while count := await loop.sock_recv_into(sock, buffer):
         start = got % period
         _require(buffer[:count] == view[start : start + count], f"wrong bytes after {got}")
+        if ahead is not None:
+            for _ in range((got + count) // _PIECE - got // _PIECE):
+                ahead.release()
         got += count
     return got
 
@@ -168,11 +178,17 @@ async def _relayed(
 
 async def _bulk() -> None:
     async def peers(client: socket.socket, upstream: socket.socket) -> None:
+        [tunnel] = Engine.current().tunnels
         async with asyncio.TaskGroup() as group:
-            group.create_task(_send(client, _BULK))
-            group.create_task(_send(upstream, _BULK))
-            received = [group.create_task(_receive(sock)) for sock in (client, upstream)]
+            received = []
+            for sender, receiver in ((client, upstream), (upstream, client)):
+                # Not so far ahead that userspace would have to take over: here it is the kernel that is tried.
+                ahead = asyncio.Semaphore(8)
+                group.create_task(_send(sender, _BULK, ahead=ahead))
+                received.append(group.create_task(_receive(receiver, ahead=ahead)))
         _require([task.result() for task in received] == [_BULK, _BULK], "bytes are missing")
+        for direction in (tunnel.up, tunnel.down):
+            _require(direction.delivered < _BULK // 2, "the kernel moves too little")
 
     report = await _relayed(peers)
     _require((report.to_upstream, report.to_client) == (_BULK, _BULK), "the counters are wrong")
@@ -180,10 +196,16 @@ async def _bulk() -> None:
 
 async def _half_close() -> None:
     async def peers(client: socket.socket, upstream: socket.socket) -> None:
-        await _send(client, 100_000)
-        _require(await _receive(upstream) == 100_000, "bytes are missing")
-        await _send(upstream, 200_000)
-        _require(await _receive(client) == 200_000, "the other direction has ended")
+        loop = asyncio.get_running_loop()
+        for byte in _PATTERN[:_WORDS]:
+            await loop.sock_sendall(client, bytes([byte]))
+            _require(await loop.sock_recv(upstream, 2) == bytes([byte]), "wrong bytes")
+        client.shutdown(socket.SHUT_WR)  # all bytes are there: the FIN comes alone
+        _require(await _receive(upstream, _WORDS) == _WORDS, "bytes from nowhere")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_send(upstream, 200_000))
+            received = group.create_task(_receive(client))
+        _require(received.result() == 200_000, "the other direction has ended")
 
     await _relayed(peers)
 
@@ -243,11 +265,12 @@ async def _read_all(sock: socket.socket, arrived: asyncio.Event) -> bytes:
     return bytes(data)
 
 
-_CHECKS: Final = {"bulk": _bulk, "half-close": _half_close, "stalled reader": _stall, "overlapping segments": _overlap}
+_CHECKS: Final = {"half-close": _half_close, "bulk": _bulk, "stalled reader": _stall, "overlapping segments": _overlap}
 
 
 async def _child(fds: Mapping[str, int]) -> None:
-    Engine.current().sockmap = Sockmap(fds)
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), lambda: os._exit(1))
+    Engine.current().use_sockmap(Sockmap(fds))
     for name, check in _CHECKS.items():
         try:
             async with asyncio.timeout(_TIMEOUT / len(_CHECKS)):

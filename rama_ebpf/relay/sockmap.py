@@ -42,21 +42,23 @@ _LAST_RETRY: Final = 0.05
 
 
 class Sockmap:
-    """One worker's share of the relay in the kernel.
+    """One worker's share of the relay in the kernel: number ``share`` of ``shares``, which nobody else may use.
 
-    ``fds`` are those of :class:`~rama_ebpf.kernel.splice.SpliceMaps`. ``credit`` is how many bytes of one direction may
+    What an earlier holder of the share has left is removed. ``fds`` are those of
+    :class:`~rama_ebpf.kernel.splice.SpliceMaps`. ``credit`` is how many bytes of one direction may
     be in the kernel or on the wire, unacknowledged by the sink's peer, before the sender is held. ``refused`` counts by
     reason the tunnels that had to go another way.
     """
 
-    def __init__(self, fds: Mapping[str, int], worker: int = 0, workers: int = 1, *, credit: int = 1 << 20) -> None:
+    def __init__(self, fds: Mapping[str, int], share: int = 0, shares: int = 1, *, credit: int = 1 << 20) -> None:
         self._slots, self._relayed = fds["slots"], fds["relayed"]
         self._directions = Directions(fds["directions"])
-        self._worker, self._credit = worker, credit
-        self.ring = EventRing(fds[f"ring{worker}"])
-        share = self._directions.count // 2 // workers
+        self._share = share
+        self.credit = credit
+        self.ring = EventRing(fds[f"ring{share}"])
+        tunnels = self._directions.count // 2 // shares
         # First in, first out: a slot rests as long as it can.
-        self._free = deque(2 * tunnel for tunnel in range(worker * share, (worker + 1) * share))
+        self._free = deque(2 * tunnel for tunnel in range(share * tunnels, (share + 1) * tunnels))
         self._live: dict[int, SockmapDirection] = {}
         self.refused: Counter[str] = Counter()
         self._sweep()
@@ -79,7 +81,7 @@ class Sockmap:
         try:
             for index, sock in enumerate(sockets):
                 cookie = sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
-                self._directions[slot + index].start(int.from_bytes(cookie, "little"), self._worker, self._credit)
+                self._directions[slot + index].start(int.from_bytes(cookie, "little"), self._share, self.credit)
                 bpf.map_update(self._slots, cookie, (slot + index).to_bytes(4, "little"))
             for index, sock in enumerate(sockets):
                 bpf.map_update(self._relayed, (slot + index).to_bytes(4, "little"), sock.fileno().to_bytes(8, "little"))
@@ -127,7 +129,7 @@ class Sockmap:
         self._free.append(slot)
 
     def _sweep(self) -> None:
-        """Remove what an earlier worker of this number has left: its sockets went with it, its cookies did not."""
+        """Remove what an earlier holder of this share has left: its sockets went with it, its cookies did not."""
         for _ in range(len(self._free)):
             self._forget(self._free.popleft())
 

@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def splice_maps() -> Iterator[SpliceMaps]:
     """The relay's program and maps in this machine's kernel."""
-    maps = SpliceMaps.load(rings=1, tunnels=256)
+    maps = SpliceMaps.load(shares=1, tunnels=256)
     yield maps
     maps.close()
 
@@ -36,14 +36,14 @@ def splice_maps() -> Iterator[SpliceMaps]:
 @pytest.fixture
 async def sockmap(splice_maps: SpliceMaps) -> Sockmap:
     """The kernel's relay for the tunnels of this test."""
-    engine = Engine.current()
-    engine.sockmap = Sockmap(splice_maps.fds)
-    return engine.sockmap
+    made = Sockmap(splice_maps.fds)
+    Engine.current().use_sockmap(made)
+    return made
 
 
 @pytest.fixture(params=list(RelayKind))
 async def kind(request: pytest.FixtureRequest, splice_maps: SpliceMaps) -> RelayKind:
     """Each relay in turn."""
     if request.param is RelayKind.SOCKMAP:
-        Engine.current().sockmap = Sockmap(splice_maps.fds)
+        Engine.current().use_sockmap(Sockmap(splice_maps.fds))
     return request.param

@@ -36,8 +36,9 @@ Serve = Callable[[socket.socket, asyncio.Event], Awaitable[bytes]]
 Raises ConnectionError for a reset."""
 
 
-@pytest.fixture
-def veth() -> Iterator[None]:
+@contextlib.contextmanager
+def segments_on_veth() -> Iterator[None]:
+    """A network namespace with a veth pair to whose one end segments can be sent."""
     with network_namespace(
         "link add near type veth peer name far",
         f"addr add {US}/24 dev near",
@@ -45,6 +46,12 @@ def veth() -> Iterator[None]:
         f"link set far up address {FAR_MAC}",
         f"neigh add {THEM} lladdr {FAR_MAC} dev near",
     ):
+        yield
+
+
+@pytest.fixture
+def veth() -> Iterator[None]:
+    with segments_on_veth():
         yield
 
 
@@ -123,7 +130,7 @@ async def test_user_space_relays_are_exact(veth: None, kind: RelayKind) -> None:
 
 
 async def test_sockmap_is_exact(veth: None, splice_maps: SpliceMaps) -> None:
-    Engine.current().sockmap = Sockmap(splice_maps.fds)
+    Engine.current().use_sockmap(Sockmap(splice_maps.fds))
     used: Counter[str] = Counter()
     assert await outcomes(through(RelayKind.SOCKMAP, used), 2000, "overlap sockmap") == {"exact": 2000}
     assert used == {"sockmap": 2000}
@@ -142,9 +149,9 @@ async def test_without_the_guard_streams_are_corrupted(
         (tmp_path / source).write_text(text.replace(guard, "duplicate = 0;"))
     if not counted:
         monkeypatch.setattr("rama_ebpf.relay.sockmap.SYNCED", 0)
-    maps = SpliceMaps.load(rings=1, tunnels=64, sources=tmp_path)
+    maps = SpliceMaps.load(shares=1, tunnels=64, sources=tmp_path)
     try:
-        Engine.current().sockmap = Sockmap(maps.fds)
+        Engine.current().use_sockmap(Sockmap(maps.fds))
         seen = await outcomes(through(RelayKind.SOCKMAP, Counter()), 100, "no guard")
     finally:
         maps.close()

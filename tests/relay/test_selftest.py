@@ -11,8 +11,8 @@ from rama_ebpf.relay.selftest import known_bad, self_test
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
 
-def test_this_kernel_passes(splice_maps: SpliceMaps) -> None:
-    assert self_test(splice_maps.fds).refusal == ""
+async def test_this_kernel_passes(splice_maps: SpliceMaps) -> None:
+    assert (await self_test(splice_maps.fds)).refusal == ""
 
 
 @pytest.mark.parametrize(
@@ -31,14 +31,14 @@ def test_this_kernel_passes(splice_maps: SpliceMaps) -> None:
         ("mainline", True),
     ],
 )
-def test_bad_kernels_are_refused_by_name(splice_maps: SpliceMaps, release: str, bad: bool) -> None:
+async def test_bad_kernels_are_refused_by_name(splice_maps: SpliceMaps, release: str, bad: bool) -> None:
     assert bool(known_bad(release)) is bad
     if bad:
-        assert release in self_test(splice_maps.fds, release).refusal
+        assert release in (await self_test(splice_maps.fds, release)).refusal
 
 
 FAULTS = {
-    "bulk": ("duplicate = d->next - seq;", "duplicate = d->next - seq + (d->redirected > 100000);"),
+    "bulk": ("duplicate = d->next - seq;", "duplicate = d->next - seq + (d->redirected > 10000000);"),
     "half-close": ("return SK_DROP; /* a bare FIN", "return relayed.sk_redirect_hash(skb, &sink, 0); /* a bare FIN"),
     "stalled reader": ("if (bytes >= 0 && bytes <= d->credit) {\n\t\t\td->redirected", "if (1) {\n\t\t\td->redirected"),
     "overlapping segments": ("duplicate = d->next - seq;", "duplicate = 0;"),
@@ -46,16 +46,16 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("check", FAULTS)
-def test_each_check_finds_its_fault(tmp_path: Path, check: str) -> None:
+async def test_each_check_finds_its_fault(tmp_path: Path, check: str) -> None:
     """The program with one fault each: the self-test says which of its parts was not right."""
     right, wrong = FAULTS[check]
     for source in ("splice.c", "splice.h"):
         text = (source_dir() / source).read_text()
         assert source != "splice.c" or text.count(right) == 1
         (tmp_path / source).write_text(text.replace(right, wrong))
-    maps = SpliceMaps.load(rings=1, tunnels=16, sources=tmp_path)
+    maps = SpliceMaps.load(shares=1, tunnels=16, sources=tmp_path)
     try:
-        refusal = self_test(maps.fds).refusal
+        refusal = (await self_test(maps.fds)).refusal
     finally:
         maps.close()
     assert refusal.startswith("the self-test failed: "), refusal

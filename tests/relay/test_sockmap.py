@@ -42,7 +42,8 @@ def entries(maps: SpliceMaps) -> int:
 @pytest.mark.parametrize("credit", [1, 1 << 16, 1 << 18])
 async def test_random_flows_arrive_exactly_whatever_the_credit(splice_maps: SpliceMaps, credit: int) -> None:
     """A small credit makes the kernel hand flows back and take them over again and again."""
-    sockmap = Engine.current().sockmap = Sockmap(splice_maps.fds, credit=credit)
+    sockmap = Sockmap(splice_maps.fds, credit=credit)
+    Engine.current().use_sockmap(sockmap)
     turn = asyncio.Semaphore(AT_ONCE)
     seeds = random.Random(f"credit {credit}").sample(range(1 << 30), FLOWS)
 
@@ -104,7 +105,7 @@ async def test_userspace_sleeps_while_the_kernel_moves_bytes(sockmap: Sockmap, m
 
 
 async def test_stalled_reader_spills_and_the_kernel_takes_over_again(splice_maps: SpliceMaps) -> None:
-    Engine.current().sockmap = Sockmap(splice_maps.fds, credit=1 << 18)
+    Engine.current().use_sockmap(Sockmap(splice_maps.fds, credit=1 << 18))
     with Ends() as ends:
         async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
             for _ in range(2):
@@ -178,8 +179,8 @@ async def test_flow_that_the_kernel_cannot_follow_is_reset(tmp_path: Path, fault
         text = (source_dir() / source).read_text()
         assert source != "splice.c" or text.count("d->next += len;") == 1
         (tmp_path / source).write_text(text.replace("d->next += len;", fault))
-    maps = SpliceMaps.load(rings=1, tunnels=4, sources=tmp_path)
-    Engine.current().sockmap = Sockmap(maps.fds)
+    maps = SpliceMaps.load(shares=1, tunnels=4, sources=tmp_path)
+    Engine.current().use_sockmap(Sockmap(maps.fds))
     with Ends() as ends:
         async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
             with suppress(ConnectionError, OSError):
@@ -228,7 +229,7 @@ async def main():
     fds = {name: int(fd) for name, fd in names.items()}
     client, upstream = (socket.socket(fileno=int(fd)) for fd in sys.argv[2:4])
     os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
-    Engine.current().sockmap = Sockmap(fds)
+    Engine.current().use_sockmap(Sockmap(fds))
     stream = SocketStream(client)
     stream.extensions.add(RelayOptions(RelayKind.SOCKMAP))
     print((await relay(stream, SocketStream(upstream))).relay)
