@@ -30,6 +30,7 @@ _GROUPS: Final = {
     "ruleset": ("policy",),
     "bans": ("ban", "bans"),
     "lifecycle": ("status", "unload"),
+    "flows": ("flows",),
     "ca": ("ca",),
     "events": ("events",),
     "doctor": ("doctor",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib.util
 import os
 import platform
@@ -10,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.errors import RamaError
 from ..kernel import bpffs, cgroup, headers
+from ..kernel.instance import Instance
 from .output import ENVIRONMENT, OK, print_json
 
 __all__ = ["Finding", "examine", "register"]
@@ -91,7 +94,46 @@ def _jit() -> Finding:
     return Finding("BPF JIT", value != "0", f"net.core.bpf_jit_enable = {value}", "sysctl net.core.bpf_jit_enable=1")
 
 
-_CHECKS: tuple[Callable[[], Finding], ...] = (_privileges, _kernel, _cgroup, _bpffs, _btf, _headers, _bcc, _jit)
+def _sockmap() -> Finding:
+    from ..control.kernel_relay import passed_before  # only here: it brings in the relay and the process model
+    from ..relay.selftest import known_bad
+
+    fault, passed = known_bad(platform.release()), passed_before(Instance().relay_record)
+    if fault:
+        return Finding("sockmap relay", None, f"refused: {fault}")
+    if passed is not None:
+        return Finding("sockmap relay", True, f"this kernel has passed the self-test, in {passed.seconds:.1f} s")
+    return Finding("sockmap relay", None, "not tried since boot: `run` does when a tunnel first wants it (--self-test)")
+
+
+def _try_sockmap() -> None:
+    """Run the relay's self-test; what it says is found by :func:`_sockmap`, a refusal is raised."""
+    from ..control.kernel_relay import try_kernel
+    from ..kernel.splice import SpliceMaps
+
+    record = Instance().relay_record
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    maps = SpliceMaps.create(1, 64)
+    try:
+        result = asyncio.run(try_kernel(maps, record))
+    finally:
+        maps.close()
+    if result.refusal:
+        raise RamaError(f"sockmap relay refused: {result.refusal}")
+
+
+_CHECKS: tuple[Callable[[], Finding], ...] = (
+    _privileges,
+    _kernel,
+    _cgroup,
+    _bpffs,
+    _btf,
+    _headers,
+    _bcc,
+    _jit,
+    _sockmap,
+)
 
 
 def examine() -> list[Finding]:
@@ -103,10 +145,13 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     """Add the command."""
     text = "say what this host has and lacks, and how to mend it"
     parser = commands.add_parser("doctor", parents=[shared], help=text, description=text)
+    parser.add_argument("--self-test", action="store_true", help="first try the kernel's relay (some seconds; as root)")
     parser.set_defaults(main=_doctor)
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.self_test:
+        _try_sockmap()
     findings = examine()
     missing = [finding for finding in findings if finding.ok is False]
     if args.json:

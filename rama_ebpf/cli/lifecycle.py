@@ -45,6 +45,7 @@ def status(instance: Instance) -> Json:
         "why_local": state.get("why_local"),
         "cgroup": state.get("cgroup"),
         "xdp": [_xdp(row) for row in _rows(state, "xdp")],
+        "sockmap": state.get("sockmap"),
         "listeners": [],
         "verdicts": [],
     }
@@ -93,6 +94,8 @@ def _status(args: argparse.Namespace) -> int:
         print(f"policy is not in the kernel: {result['why_local']}")
     for row in cast("list[Json]", result["xdp"]):
         print(f"XDP on {row['interface']}: {row['mode']}" + (f" (native: {row['why']})" if row["why"] else ""))
+    if isinstance(sockmap := result["sockmap"], dict):
+        print(f"sockmap relay: {': '.join(filter(None, (sockmap['state'], sockmap['why'])))}")
     listeners = cast("list[Json]", result["listeners"])
     if listeners:
         counts = [(row["address"], row.get("established"), row.get("accepted")) for row in listeners]

@@ -177,6 +177,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         metrics=server.metrics,
         access_log=config.logging.access,
         log_level=config.logging.level,
+        sockmap=any(listener.relay == "sockmap" for listener in config.listeners.values()),
     )
 
 

@@ -12,8 +12,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -43,6 +43,7 @@ from ..process.plan import Json, UserIds
 from ..services.tcp import bind_tcp
 from .api import ControlApi
 from .events import Event, EventHub, GateEvents
+from .kernel_relay import KernelRelay
 from .listeners import ListenAt, Listeners
 from .socket import ControlServer
 
@@ -72,7 +73,8 @@ class DaemonOptions:
     they are None; ``per_source`` and ``overall`` limit what the default lets in, and go with ``rules``. ``xdp`` are the
     interfaces that get the XDP program; the server does not start if one cannot. ``egress`` is where workers may
     connect to, ``user`` who they become, None to stay. ``metrics`` is where metrics are served, nowhere if None.
-    ``access_log``: a line for each connection.
+    ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
+    the first tunnel wants it.
     """
 
     instance: Instance
@@ -98,6 +100,7 @@ class DaemonOptions:
     metrics: Endpoint | None = None
     access_log: bool = True
     log_level: str = "info"
+    sockmap: bool = False
 
 
 _FIXED: Final = ("instance", "user", "sizes", "kernel_headers", "require_kernel", "persist", "xdp", "metrics")
@@ -199,6 +202,13 @@ class _Daemon:
             log.warning("the set on trial is undone: the configuration has a set of its own")
             home.store.roll_back()
         self._events = EventHub() if home.gate is None else GateEvents(home.gate.maps, _rule_names(home.store)).hub
+        self._relay = KernelRelay(
+            options.workers,
+            options.instance.relay_record,
+            kernel_headers=options.kernel_headers,
+            on_change=self._write_state,
+        )
+        cleanup.callback(self._relay.close)
         self._apply_policy(options)
         self._pending = options
         self._supervisor = Supervisor(
@@ -208,13 +218,16 @@ class _Daemon:
             on_reloaded=self._after_reload,
             on_ready=self._ready,
             on_stopping=self._listeners.close,
-            on_exit=lambda identity: None if self._metrics is None else self._metrics.worker_exited(identity),
+            on_start=self._relay.worker_started,
+            on_exit=self._worker_ended,
         )
 
     async def run(self) -> None:
         options, home = self._options, self._home
         control = ControlServer(
-            options.instance.control_socket, ControlApi(home.store, self._feeds).call, {"events": self._events.stream}
+            options.instance.control_socket,
+            ControlApi(home.store, self._feeds).call,
+            {"events": self._events.stream, "flows": self._flows},
         )
         await control.start()
         metrics = self._metrics_server()
@@ -244,15 +257,26 @@ class _Daemon:
                 "egress": {"allow": list(map(str, options.egress.allow)), "deny": list(map(str, options.egress.deny))},
                 "accept_slots": self._listeners.accept_slots(options.listen),
                 "judge": gate is None,
+                "sockmap": options.sockmap,
                 "access_log": options.access_log,
                 "metrics": self._metrics is not None,
             },
-            fds={} if gate is None else {"accepted": gate.maps["accepted"]},
+            fds=self._relay.descriptors | ({} if gate is None else {"accepted": gate.maps["accepted"]}),
             environment={} if self._metrics is None else self._metrics.environment,
             drain=options.drain,
             watchdog=options.watchdog,
             log_level=options.log_level,
         )
+
+    async def _flows(self, _params: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
+        """Answer ``flows``: what each worker says of its tunnels."""
+        answers = await self._supervisor.ask("flows")
+        yield {"workers": [{"worker": name, **answer} for name, answer in sorted(answers.items())]}
+
+    def _worker_ended(self, identity: str) -> None:
+        if self._metrics is not None:
+            self._metrics.worker_exited(identity)
+        self._relay.worker_ended(identity)
 
     def _ready(self) -> None:
         where = "kernel" if self._home.gate is not None else "userspace"
@@ -311,6 +335,7 @@ class _Daemon:
                 "why_local": home.why_local or None,
                 "cgroup": str(home.gate.cgroup) if home.gate is not None else None,
                 "xdp": [] if home.gate is None else [_described(attached) for attached in home.gate.xdp],
+                "sockmap": asdict(self._relay.status),
                 "listeners": self._listeners.described(self._options.listen),
             }
         )

@@ -25,6 +25,7 @@ from ..process.context import load_application
 from ..relay import TunnelLimits
 from ..services.proxy import mixed_proxy
 from ..services.socks5 import UdpAssociator
+from .worker_relay import serve_relay
 
 __all__ = ["application", "default_proxy"]
 
@@ -57,8 +58,12 @@ def application(context: WorkerContext) -> Application:
         if inner.on_accept is not None:
             inner.on_accept(name)
 
+    def start() -> None:
+        serve_relay(context.channel, context.fds, ask=bool(params["sockmap"]))
+        inner.start()
+
     services = {name: stack(*layers, service) for name, service in inner.services.items()}
-    return replace(inner, services=services, on_accept=on_accept)
+    return replace(inner, services=services, on_accept=on_accept, start=start)
 
 
 def default_proxy(context: WorkerContext) -> Service[Stream, Any]:

@@ -95,6 +95,11 @@ class Instance:
         return self.state_dir / "feeds"
 
     @property
+    def relay_record(self) -> Path:
+        """Where it is noted that the running kernel has passed the relay's self-test: for all instances."""
+        return self.run_dir.parent / "relay-selftest.json"
+
+    @property
     def control_socket(self) -> Path:
         return self.run_dir / "control.sock"
 

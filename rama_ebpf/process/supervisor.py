@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final
 
-from ..core.errors import RamaError
+from ..core.errors import PeerClosed, RamaError
 from .channel import Channel, Handler, send_line
 from .plan import Json, Plan
 from .shared import SharedTable
@@ -88,8 +88,9 @@ class Supervisor:
     ``handlers`` answer what workers ask over their channels, by topic. ``reload`` makes the plan for SIGHUP; if it
     raises a RamaError, or the new workers do not come up, the old ones serve on. ``on_reloaded`` is told whether it
     succeeded, when no worker accepts any more on what only the other plan has. ``on_ready`` is called once when all
-    workers serve, ``on_exit`` with the identity of each worker that has ended, before its replacement, which has the
-    same identity, starts. ``on_stopping`` is called when the drain begins: close the listening sockets there.
+    workers serve, ``on_start`` with identity and channel of each new worker, ``on_exit`` with the identity of each
+    worker that has ended, before its replacement, which has the same identity, starts. ``on_stopping`` is called when
+    the drain begins: close the listening sockets there.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Supervisor:
         reload: Callable[[], Plan] | None = None,
         on_reloaded: Callable[[bool], None] = lambda succeeded: None,
         on_ready: Callable[[], None] = lambda: None,
+        on_start: Callable[[str, Channel], None] = lambda identity, channel: None,
         on_exit: Callable[[str], None] = lambda identity: None,
         on_stopping: Callable[[], None] = lambda: None,
     ) -> None:
@@ -110,6 +112,7 @@ class Supervisor:
         self._reload_plan = reload
         self._on_reloaded = on_reloaded
         self._on_ready = on_ready
+        self._on_start = on_start
         self._on_exit = on_exit
         self._on_stopping = on_stopping
         self._workers: set[_Worker] = set()
@@ -140,6 +143,22 @@ class Supervisor:
         for worker in self._workers:
             if not worker.stopping:
                 worker.channel.notify(topic, body)
+
+    async def ask(self, topic: str, body: Json | None = None) -> dict[str, Json]:
+        """Ask every worker that has served, those that drain too; return the answers by identity.
+
+        A worker that ends meanwhile, or is silent for 5 s, is left out.
+        """
+        workers = [worker for worker in self._workers if worker.served]
+
+        async def one(worker: _Worker) -> Json | None:
+            with contextlib.suppress(PeerClosed, TimeoutError):
+                async with asyncio.timeout(_GRACE_SECONDS):
+                    return await worker.channel.request(topic, body)
+            return None
+
+        answers = await asyncio.gather(*map(one, workers))
+        return {worker.identity: answer for worker, answer in zip(workers, answers, strict=True) if answer is not None}
 
     async def run(self) -> None:
         """Serve until :meth:`stop`. Raises :class:`WorkersFailed` if the first workers do not come up."""
@@ -276,6 +295,7 @@ class Supervisor:
         channel = worker.channel
         for topic, handler in self._handlers.items():
             channel.on(topic, handler)
+        self._on_start(worker.identity, channel)
         channel.on("ready", lambda body: self._ready(worker))
         channel.on("failed", lambda body: self._failed(worker, str(body["text"])))
         channel.on("draining", lambda body: worker.draining.set())

@@ -1,0 +1,56 @@
+"""A worker's side of the relay: it asks the server process for the kernel's relay, and says which tunnels live."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import cast
+
+from ..process.channel import Channel
+from ..process.plan import Json
+from ..relay import tunnels
+from ..relay.engine import Engine
+from ..relay.sockmap import Sockmap
+
+__all__ = ["serve_relay"]
+
+
+def serve_relay(channel: Channel, fds: Mapping[str, int], *, ask: bool) -> None:
+    """Connect the running event loop's tunnels with the server process. ``fds`` are the worker's descriptors.
+
+    ``ask`` for the kernel's relay at once, or when the first tunnel wants it.
+    """
+    engine = Engine.current()
+    maps = {name.removeprefix("relay-"): fd for name, fd in fds.items() if name.startswith("relay-")}
+
+    def answer(body: Json) -> None:
+        if "refusal" in body:
+            engine.sockmap_refusal = str(body["refusal"])
+            return
+        try:
+            share, shares = cast("int", body["share"]), cast("int", body["shares"])
+            engine.use_sockmap(Sockmap(maps, share, shares))
+        except OSError as error:
+            engine.sockmap_refusal = f"the worker cannot use it ({errno.errorcode.get(error.errno or 0, error)})"
+            raise
+
+    def flows(_body: Json) -> Json:
+        """What ``rama-ebpf flows`` shows of this worker."""
+        refused: dict[str, int] = {} if engine.sockmap is None else dict(engine.sockmap.refused)
+        if engine.pipes.refused:
+            refused["no pipe to be had"] = engine.pipes.refused
+        return {
+            "flows": [flow.as_json() for flow in tunnels],
+            "refused": refused,
+            "ended": [
+                {"relay": relay, "reason": reason.value, "count": count}
+                for (relay, reason), count in tunnels.ended.items()
+            ],
+        }
+
+    engine.sockmap_refusal = "not loaded yet"
+    engine.on_sockmap_wanted = lambda: channel.notify("sockmap")
+    channel.on("sockmap", answer)
+    channel.on("flows", flows)
+    if ask:
+        engine.want_sockmap()
