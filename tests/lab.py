@@ -22,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["Capture", "Host", "Lab", "Segment", "remove_stale", "wait_for"]
+__all__ = ["PATIENCE", "Capture", "Host", "Lab", "Segment", "remove_stale", "wait_for"]
 
 T = TypeVar("T")
+
+PATIENCE = float(os.environ.get("RAMA_EBPF_PATIENCE", "1"))
+"""How many times longer than on hardware things may take: emulated machines set it."""
 
 _PREFIX = "ramalab"
 _CLONE_NEWNET = 0x40000000
@@ -34,7 +37,7 @@ _numbers = itertools.count()
 
 def wait_for(condition: Callable[[], T], *, timeout: float = 10.0, what: str = "condition") -> T:
     """Poll until ``condition`` returns something true, and return it. Raises AssertionError after ``timeout``."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * PATIENCE
     while True:
         value = condition()
         if value:
@@ -81,7 +84,9 @@ class Host:
 
     def run(self, *args: str, timeout: float = 30.0, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command inside to its end."""
-        return subprocess.run(self.command(*args), check=check, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            self.command(*args), check=check, capture_output=True, text=True, timeout=timeout * PATIENCE
+        )
 
     def popen(self, *args: str, **options: object) -> subprocess.Popen[str]:
         """Start a command inside; it is killed when the lab ends."""
@@ -111,16 +116,16 @@ class Host:
         return results[0]
 
     def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, proto: int = 0) -> socket.socket:
-        """Make a socket inside, with a time-out of 10 s."""
+        """Make a socket inside, with a time-out of 10 s (times :data:`PATIENCE`)."""
         sock = self.call(lambda: socket.socket(family, kind, proto))
-        sock.settimeout(10.0)
+        sock.settimeout(10.0 * PATIENCE)
         return sock
 
     def connect(self, address: str, port: int, *, source: str | None = None, timeout: float = 10.0) -> socket.socket:
         """Connect from inside. Raises what connect(2) says."""
         sock = self.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         try:
-            sock.settimeout(timeout)
+            sock.settimeout(timeout * PATIENCE)
             if source is not None:
                 sock.bind((source, 0))
             sock.connect((address, port))

@@ -11,14 +11,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .lab import Host, wait_for
+from .lab import PATIENCE, Host, wait_for
 
 __all__ = ["ProxyProcess", "rama_ebpf"]
 
 
 def rama_ebpf(*args: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
     """Run a ``rama-ebpf`` command to its end."""
-    result = subprocess.run([ProxyProcess.COMMAND, *args], capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run([ProxyProcess.COMMAND, *args], capture_output=True, text=True, timeout=timeout * PATIENCE)
     if check and result.returncode != 0:
         raise AssertionError(f"rama-ebpf {' '.join(args)}: exit {result.returncode}\n{result.stdout}{result.stderr}")
     return result
@@ -84,7 +84,7 @@ class ProxyProcess:
     def wait(self, timeout: float = 30.0) -> int:
         """Wait for the end and return the exit code."""
         assert self._process is not None
-        return self._process.wait(timeout)
+        return self._process.wait(timeout * PATIENCE)
 
     def end(self) -> None:
         """Kill the server if it still runs."""
