@@ -42,6 +42,7 @@ __all__ = [
     "obj_get",
     "obj_pin",
     "prog_attach",
+    "prog_by_id",
     "prog_info",
     "prog_test_run",
 ]
@@ -93,7 +94,7 @@ _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY = 0, 1, 2, 3, 4
 _OBJ_PIN, _OBJ_GET = 6, 7
 _PROG_ATTACH = 8
 _PROG_TEST_RUN = 10
-_MAP_GET_FD_BY_ID = 14
+_PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID = 13, 14
 _OBJ_GET_INFO = 15
 _LINK_GET_FD_BY_ID = 30
 _LOOKUP_BATCH, _UPDATE_BATCH, _DELETE_BATCH = 24, 26, 27
@@ -285,6 +286,11 @@ def link_create(prog_fd: int, target_fd: int, attach_type: AttachType, flags: in
 def link_by_id(identity: int) -> int:
     """Open a link by its id and return a descriptor. Raises FileNotFoundError if it is gone."""
     return _bpf(_LINK_GET_FD_BY_ID, struct.pack("=III", identity, 0, 0))
+
+
+def prog_by_id(identity: int) -> int:
+    """Open a program by its id and return a descriptor. Raises FileNotFoundError if it is gone."""
+    return _bpf(_PROG_GET_FD_BY_ID, struct.pack("=III", identity, 0, 0))
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:
