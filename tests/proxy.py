@@ -96,11 +96,11 @@ class ProxyProcess:
 
     def json(self, command: str, *args: str, check: bool = True) -> Any:
         """Run a command on this instance and return its JSON."""
-        return json.loads(rama_ebpf(command, "--instance", self.instance, "--json", *args, check=check).stdout)
+        return json.loads(self.command(command, *args, "--json", check=check).stdout)
 
     def command(self, command: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command on this instance."""
-        return rama_ebpf(command, "--instance", self.instance, *args, check=check)
+        return rama_ebpf(command, *args, "--instance", self.instance, check=check)
 
     def accepted(self) -> int:
         """How many connections the server accepted, over all its listeners."""

@@ -10,7 +10,7 @@ from ..control import socket as control
 from ..control.api import ControlApi, Json
 from ..core.address import Authority
 from ..kernel.instance import Instance
-from ..policy.feed import FeedStore
+from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
 from ..policy.rule import PolicyError
 from .output import NO, OK, duration, print_json, table

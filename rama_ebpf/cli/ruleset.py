@@ -56,8 +56,7 @@ def _load(args: argparse.Namespace) -> int:
     print(f"loaded {result['rules']} rules with {result['prefixes']} prefixes: revision {result['revision']}")
     _show_feeds(result)
     for row in cast("list[Json]", result["overlaps"]):
-        one, other = cast("list[str]", row["feeds"])
-        print(f"{one} and {other} have {row['networks']} networks in common")
+        print(f"{row['rule']}: {row['networks']} networks are in {row['inside']} too")
     if within is not None:
         print(f"ON TRIAL: undone in {duration(within)} unless confirmed (rama-ebpf policy confirm)")
     return OK

@@ -44,7 +44,7 @@ def _tables(path: str, type_: type) -> Iterator[tuple[str, type]]:
     yield path, type_
     for field in settings_of(type_):
         kind = field.metadata["kind"]
-        inner = f"{path}.{field.name}" if path else field.name
+        inner = f"{path.strip('[]')}.{field.name}" if path else field.name
         if isinstance(kind, MapOf):
             kind, inner = kind.kind, f"{inner}.NAME"
         elif isinstance(kind, ListOf):

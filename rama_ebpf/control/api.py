@@ -15,7 +15,8 @@ from typing import Final, cast
 
 from ..core.address import IPAddress
 from ..policy.difference import difference
-from ..policy.feed import FeedStore, overlapping
+from ..policy.feed import overlapping
+from ..policy.feed_store import FeedStore
 from ..policy.prefixes import Prefixes
 from ..policy.refresh import FeedReport, Refresher, with_feeds
 from ..policy.rule import (
@@ -142,7 +143,7 @@ class ControlApi:
             "prefixes": sum(len(rule.sources) for rule in ruleset.rules),
             "confirm_within": within,
             "feeds": [_feed_report(report) for report in reports],
-            "overlaps": [{"feeds": [one, other], "networks": count} for one, other, count in overlaps],
+            "overlaps": [{"rule": one, "inside": other, "networks": count} for one, other, count in overlaps],
         }
 
     def diff(self, params: Mapping[str, object]) -> Json:

@@ -31,7 +31,7 @@ from ..kernel.xdp import XdpAttachment, XdpError
 from ..layers.strikes import StrikeBook, StrikeLimit
 from ..metrics.directory import MetricsDirectory
 from ..policy.egress import EgressPolicy
-from ..policy.feed import FeedStore
+from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
 from ..policy.local import CountedPolicy, LocalStore
 from ..policy.refresh import Refresher, with_feeds
@@ -239,6 +239,7 @@ class _Daemon:
             await self._supervisor.run()
         finally:
             sweeper.cancel()
+            self._feeds.cancel()  # its thread is waited for at the end
             if metrics is not None:
                 await metrics.stop()
             await control.stop()
@@ -426,13 +427,15 @@ async def _sweep(store: PolicyStore, refresher: Refresher) -> None:
 
     def keep(*, all_feeds: bool) -> None:
         try:
-            refresher.run(all_feeds=all_feeds)
             freed = store.sweep()
-        except (RamaError, OSError):
-            log.exception("cannot keep the policy in order; trying again in %g s", _SWEEP_SECONDS)
-        else:
             if freed:
                 log.info("policy: %d expired rules and bans removed", freed)
+            if store.pending is None:
+                refresher.run(all_feeds=all_feeds)
+        except PolicyError as error:
+            log.warning("feeds: %s; trying again in %g s", error, _SWEEP_SECONDS)
+        except OSError:
+            log.exception("cannot keep the policy in order; trying again in %g s", _SWEEP_SECONDS)
 
     await asyncio.to_thread(keep, all_feeds=True)
     while True:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from ..core.address import IPAddress
-from .feed import write_atomically
+from .atomic import write_atomically
 from .rule import Action, Ban, boottime_ns
 
 __all__ = ["BanLog"]

@@ -1,47 +1,29 @@
-"""Feeds: lists of networks that others keep, read from files and URLs, with the last good copy kept.
-
-The format is what block lists are published in: one address or CIDR a line, ``#`` and ``;`` begin a comment, gzip is
-recognised by its first bytes.
-"""
+"""What a feed says. The format is what block lists are published in: one address or CIDR a line, in UTF-8; ``#`` and
+``;`` begin a comment."""
 
 from __future__ import annotations
 
 import functools
-import gzip
-import hashlib
-import io
 import itertools
-import json
-import logging
 import operator
-import os
 import socket
 import sys
-import tempfile
-import time
-import zlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
-from .fetch import FetchError, fetch
 from .prefixes import Prefixes, pack_network
-from .rule import Feed, PolicyError, parse_network
+from .rule import PolicyError, parse_network
 
 __all__ = [
     "BadLine",
     "FeedContent",
     "FeedError",
-    "FeedStore",
-    "Loaded",
     "overlapping",
     "parse_feed",
-    "write_atomically",
 ]
-
-log = logging.getLogger(__name__)
 
 _BAD_LINES_KEPT: Final = 100
 _BLOCK: Final = 4096
@@ -89,10 +71,15 @@ class FeedContent:
         return _covered(self.prefixes.v4, 32) + _covered(self.prefixes.v6, 128)
 
 
-def parse_feed(data: bytes, *, max_bad: float = 0.05, max_size: int = 64 * 1024 * 1024) -> FeedContent:
+def parse_feed(data: bytes, *, max_bad: float = 0.05) -> FeedContent:
     """Parse a feed. Raises :class:`FeedError` if more than ``max_bad`` (0 to 1) of its lines are bad, if it is not
-    UTF-8 text, or if it is longer than ``max_size`` bytes when unpacked."""
-    text = _unpack(data, max_size)
+    UTF-8 text, or if there is nothing in it, not even a comment: that is more likely an accident than a wish."""
+    if not data.strip():
+        raise FeedError("is empty (if that is meant, write a comment into it)")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise FeedError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
     found = _Lines()
     found.add(text.replace("\r\n", "\n").split("\n"))
     lines = len(found.v4) + len(found.v6) + found.bad_count
@@ -105,21 +92,6 @@ def parse_feed(data: bytes, *, max_bad: float = 0.05, max_size: int = 64 * 1024 
     side6, duplicates6 = _sorted_set(found.v6)
     prefixes = Prefixes.from_sorted(array("Q", side4), side6)
     return FeedContent(prefixes, tuple(found.bad), found.bad_count, duplicates4 + duplicates6)
-
-
-def _unpack(data: bytes, max_size: int) -> str:
-    if data[:2] == b"\x1f\x8b":
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
-                data = packed.read(max_size + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise FeedError(f"not whole gzip data: {error}") from error
-    if len(data) > max_size:
-        raise FeedError(f"longer than {max_size} bytes")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise FeedError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 @dataclass(slots=True)
@@ -209,130 +181,35 @@ def _covered(keys: Iterable[int], width: int) -> int:
     return count
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """The outcome of :meth:`FeedStore.load`: what to use, and why it is not fresh, if it is not."""
-
-    content: FeedContent
-    stale: str = ""
-
-
-class FeedStore:
-    """Loads feeds, and keeps the last good copy of each in ``directory``."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def load(self, feed: Feed, *, kept_will_do: bool = False) -> Loaded:
-        """Read a feed. If it cannot be had or is bad, its last good copy is returned, with the reason.
-
-        With ``kept_will_do`` a copy of a URL is taken without asking for a newer one. Raises :class:`FeedError` if
-        there is neither.
-        """
-        kept = self._kept(feed)
-        if kept is not None and kept_will_do:
-            return Loaded(self._parse(feed, kept.data))
-        try:
-            return Loaded(self._load_url(feed, kept) if feed.is_url else self._parse(feed, _read_file(feed)))
-        except FeedError as error:
-            if kept is None:
-                raise
-            log.warning("feed %s: %s; the copy of %s stays in use", feed.source, error, _ago(kept.fetched))
-            return Loaded(self._parse(feed, kept.data), str(error))
-
-    def _load_url(self, feed: Feed, kept: _Kept | None) -> FeedContent:
-        validators = {} if kept is None else kept.validators
-        try:
-            answer = fetch(feed.source, validators, timeout=feed.timeout, max_size=feed.max_size)
-        except FetchError as error:
-            raise FeedError(f"feed {feed.source}: {error}") from error
-        if answer.data is None:
-            if kept is None:
-                raise FeedError(f"feed {feed.source}: answered 304, but nothing is kept of it")
-            return self._parse(feed, kept.data)
-        content = self._parse(feed, answer.data)
-        self._keep(feed, answer.data, answer.validators)
-        return content
-
-    @staticmethod
-    def _parse(feed: Feed, data: bytes) -> FeedContent:
-        try:
-            return parse_feed(data, max_bad=feed.max_bad, max_size=feed.max_size)
-        except FeedError as error:
-            raise FeedError(f"feed {feed.source}: {error}") from error
-
-    # -- copies: a line of JSON with the checksum of the data, then the data -------------------------------------------
-
-    def _path(self, feed: Feed) -> Path:
-        return self._directory / hashlib.sha256(feed.source.encode()).hexdigest()[:32]
-
-    def _kept(self, feed: Feed) -> _Kept | None:
-        if not feed.is_url:
-            return None
-        try:
-            head, _, data = self._path(feed).read_bytes().partition(b"\n")
-            fields = json.loads(head)
-            if fields["sha256"] != hashlib.sha256(data).hexdigest():
-                raise ValueError("its checksum is wrong")
-            return _Kept(data, dict(fields["validators"]), float(fields["fetched"]))
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            log.warning("the copy of feed %s is damaged and not used: %s", feed.source, error)
-            return None
-
-    def _keep(self, feed: Feed, data: bytes, validators: dict[str, str]) -> None:
-        fields = {
-            "source": feed.source,
-            "fetched": time.time(),
-            "validators": validators,
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-        write_atomically(self._path(feed), json.dumps(fields).encode() + b"\n" + data)
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    data: bytes
-    validators: dict[str, str]
-    fetched: float
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by a whole one, on disk before it has the name. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _read_file(feed: Feed) -> bytes:
-    try:
-        with open(feed.source, "rb") as file:
-            data = file.read(feed.max_size + 1)
-    except OSError as error:
-        raise FeedError(f"feed {feed.source}: cannot be read: {error.strerror}") from error
-    if len(data) > feed.max_size:
-        raise FeedError(f"feed {feed.source}: longer than {feed.max_size} bytes")
-    return data
-
-
-def _ago(moment: float) -> str:
-    return f"{max(0, time.time() - moment) / 3600:.1f} hours ago"
-
-
 def overlapping(sets: Sequence[tuple[str, Prefixes]]) -> list[tuple[str, str, int]]:
-    """Return, for each two sets (by name) that have networks in common, how many."""
+    """Return, for each two sets (by name), how many networks of the first lie inside of one of the second, or are one
+    of them; pairs that have none are left out."""
+    covers = {
+        name: {version: _cover(mine.packed(version), _WIDTH[version]) for version in (4, 6)} for name, mine in sets
+    }
     found = []
-    for (name, mine), (other_name, others) in itertools.combinations(sets, 2):
-        common = len(set(mine.v4).intersection(others.v4)) + len(set(mine.v6).intersection(others.v6))
-        if common:
-            found.append((name, other_name, common))
+    for (name, mine), (other_name, _) in itertools.permutations(sets, 2):
+        inside = sum(_inside(mine.packed(version), _WIDTH[version], covers[other_name][version]) for version in (4, 6))
+        if inside:
+            found.append((name, other_name, inside))
     return found
+
+
+def _cover(keys: Iterable[int], width: int) -> tuple[list[int], list[int]]:
+    """Return the first addresses, and the ends, of the networks that lie inside of no other."""
+    starts: list[int] = []
+    ends: list[int] = [0]
+    for key in keys:
+        if key >> 8 >= ends[-1]:
+            starts.append(key >> 8)
+            ends.append((key >> 8) + (1 << (width - (key & 0xFF))))
+    return starts, ends
+
+
+def _inside(keys: Iterable[int], width: int, cover: tuple[list[int], list[int]]) -> int:
+    starts, ends = cover
+    count = 0
+    for key in keys:
+        end = ends[bisect_right(starts, key >> 8)]  # of the last network that begins before
+        count += (key >> 8) + (1 << (width - (key & 0xFF))) <= end
+    return count

@@ -1,4 +1,4 @@
-"""Feeds in force: read when a set is loaded, and again from time to time."""
+"""Feeds in force: read when a set is loaded, and again as they fall due."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .feed import FeedContent, FeedError, FeedStore
+from .feed import FeedContent, FeedError
+from .feed_store import FeedStore
 from .rule import Feed, PolicyError, Rule, RuleSet
 from .store import PolicyStore, StaleSet
 
@@ -32,8 +33,9 @@ def with_feeds(ruleset: RuleSet, feeds: FeedStore, *, known: RuleSet | None = No
     """Return the set with the sources of its feeds read.
 
     A feed that can be had neither fresh nor as a last good copy raises :class:`FeedError`. For a server that starts or
-    reloads, ``known`` is the set in force: what it has of a feed is taken from there, else the last good copy is, and a
-    feed that cannot be had leaves its rule without sources; the report says so. A :class:`Refresher` does the rest.
+    reloads, and must not wait for the network, ``known`` is the set in force: what it has of a feed is taken from
+    there, else the last good copy is, and a feed of which there is neither leaves its rule without sources; the
+    report says so. A :class:`Refresher` does the rest.
     """
     read = {rule.feed: rule.sources for rule in known.rules if rule.feed is not None} if known is not None else {}
     rules: list[Rule] = []
@@ -46,7 +48,7 @@ def with_feeds(ruleset: RuleSet, feeds: FeedStore, *, known: RuleSet | None = No
             rules.append(replace(rule, sources=read[rule.feed]))
             continue
         try:
-            loaded = feeds.load(rule.feed, kept_will_do=known is not None)
+            loaded = feeds.load(rule.feed) if known is None else feeds.at_hand(rule.feed)
         except FeedError as error:
             if known is None:
                 raise
@@ -70,9 +72,12 @@ class Refresher:
     def run(self, *, all_feeds: bool = False) -> list[FeedReport]:
         """Read the feeds that are due, or all, and put what is new into force. Blocks for as long as a feed takes.
 
-        Nothing happens while a set is on trial, and a set that was loaded meanwhile stays. A feed that cannot be read
-        leaves its rule as it is, and is tried again after a minute.
+        A feed that cannot be read leaves its rule as it is, and is tried again after a minute. Raises
+        :class:`PolicyError` while a set is on trial, and where what is new cannot be put into force;
+        :class:`.store.StaleSet` if another set was loaded meanwhile, which stays.
         """
+        if self._store.pending is not None:
+            raise PolicyError("feeds are not read again before the set on trial is confirmed or undone")
         token, ruleset = self._store.set_token(), self._store.ruleset()
         keys = {(rule.name, rule.feed) for rule in ruleset.rules if rule.feed is not None}
         now = self._clock()
@@ -91,14 +96,13 @@ class Refresher:
             rules.append(replace(rule, sources=report.content.prefixes) if report.content is not None else rule)
         new = replace(ruleset, rules=tuple(rules))
         if new != ruleset:
-            names = ", ".join(report.rule for report in reports)
             try:
-                self._store.replace(new, expected_set=token, origin=f"feeds: {names}")
+                self._store.replace(
+                    new, expected_set=token, origin=f"feeds: {', '.join(report.rule for report in reports)}"
+                )
             except StaleSet:
-                log.info("feeds %s: another set was loaded meanwhile; they are read again", names)
                 self._due.clear()
-            except PolicyError as error:
-                log.warning("feeds %s: %s", names, error)
+                raise
         return reports
 
     @staticmethod

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import threading
 import tomllib
@@ -21,7 +22,7 @@ from rama_ebpf.cli import main
 from rama_ebpf.control.api import ControlApi
 from rama_ebpf.control.socket import ControlServer
 from rama_ebpf.kernel.instance import Instance
-from rama_ebpf.policy.feed import FeedStore
+from rama_ebpf.policy.feed_store import FeedStore
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.store import PolicyStore
@@ -274,3 +275,54 @@ def test_bans_are_listed_and_lifted_and_in_force_after_a_restart(policy: Policy)
 @pytest.mark.parametrize("args", [("ban", "198.18.5.0/24"), ("ban", "198.18.5.5", "--ttl", "0")])
 def test_a_ban_of_what_is_no_address_or_time_is_refused(local_policy: Policy, args: tuple[str, ...]) -> None:
     assert "write for example" in local_policy.refused(*args) or "use 1 second" in local_policy.refused(*args)
+
+
+# -- feeds ------------------------------------------------------------------------------------------------------------
+
+
+def with_feed(where: str) -> str:
+    return f'[[rules]]\nname = "listed"\naction = "drop"\nfeed = {{ {where}, max_bad = 0.01, timeout = 2 }}\n'
+
+
+def test_a_feed_with_one_percent_of_bad_lines_is_loaded_and_they_are_named(policy: Policy) -> None:
+    lines = [f"198.18.{n >> 8}.{n & 255}" for n in range(990)]
+    lines[99:99] = ["not-a-network"] * 5
+    lines[599:599] = ["198.18.0.0"] * 3  # listed before
+    lines += ["198.19.0.1/24"] * 5
+    path = policy.file(with_feed(f'file = "{policy.file(chr(10).join(lines), "list")}"'))
+    said = policy.command("policy", "load", path).stdout
+    assert "listed: 990 networks: 10 bad lines, 3 duplicates" in said
+    assert "line 100: 'not-a-network' is not an address" in said
+    assert "line 999: '198.19.0.1/24' has host bits set: write 198.19.0.0/24" in said
+    assert policy.json("policy", "test", "198.18.3.200", check=False)["rule"] == "listed"
+    policy.file(chr(10).join([*lines, "and-one-more"]), "list")
+    said = policy.command("policy", "refresh", check=False)
+    assert said.returncode == 1
+    assert "11 of 1004 lines are no network, and more than 1% are not accepted" in said.stdout
+    assert policy.json("policy", "test", "198.18.3.200", check=False)["rule"] == "listed"
+
+
+def test_feeds_that_overlap_are_named(local_policy: Policy) -> None:
+    local_policy.file("198.18.0.0/16\n198.19.1.0/24\n", "wide")
+    local_policy.file("198.18.1.1\n198.18.1.2\n198.19.0.0/16\n", "narrow")
+    rows = [f'{{ name = "{n}", action = "drop", feed = {{ file = "{n}" }} }}' for n in ("wide", "narrow")]
+    said = local_policy.command("policy", "load", local_policy.file(f"rules = [{', '.join(rows)}]")).stdout
+    assert "narrow: 2 networks are in wide too\n" in said
+    assert "wide: 1 networks are in narrow too\n" in said
+
+
+def test_a_feed_server_that_hangs_leaves_the_policy_as_it_was(policy: Policy) -> None:
+    policy.command("policy", "load", policy.file(FIRST))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts, nobody answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/list"
+        said = policy.refused("policy", "load", policy.file(with_feed(f'url = "{url}"'), "new.toml"))
+    assert said.endswith(f"feed {url}: not there within 2 s")
+
+
+def test_an_exported_feed_is_the_feed_and_not_what_it_said(local_policy: Policy) -> None:
+    local_policy.file("198.18.1.1\n", "list")
+    local_policy.command("policy", "load", local_policy.file(with_feed('file = "list"')))
+    (rule,) = tomllib.loads(local_policy.command("policy", "export").stdout)["rules"]
+    assert rule["feed"]["file"].endswith("/list")
+    assert rule["feed"]["max_bad"] == 0.01
+    assert "sources" not in rule

@@ -1,0 +1,404 @@
+"""Feeds: what they may hold, and that the last good copy stays in force whatever their servers do."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+
+from rama_ebpf.policy.feed import FeedError, overlapping, parse_feed
+from rama_ebpf.policy.feed_store import FeedStore
+from rama_ebpf.policy.local import LocalStore
+from rama_ebpf.policy.prefixes import Prefixes, unmap_network
+from rama_ebpf.policy.refresh import Refresher, with_feeds
+from rama_ebpf.policy.rule import Action, Feed, PolicyError, Rule, RuleSet
+from rama_ebpf.policy.store import StaleSet
+
+from ..lab import wait_for
+
+GOOD = b"198.18.1.0/24\n198.18.2.0/24\n2001:db8:1::/48\n"
+NEW = b"198.18.7.0/24\n"
+
+
+def networks(data: bytes, **limits: float) -> list[str]:
+    return [str(network) for network in parse_feed(data, **limits).prefixes]
+
+
+# -- what a feed may hold ---------------------------------------------------------------------------------------------
+
+
+def test_comments_blank_lines_and_plain_addresses_are_read() -> None:
+    text = (
+        b"# list\r\n198.18.1.0/24 ; SBL1\r\n\r\n  198.18.2.3\t# one\n2001:db8::/32\n2001:db8::7\n::ffff:198.18.9.0/120"
+    )
+    assert networks(text) == ["198.18.1.0/24", "198.18.2.3/32", "198.18.9.0/24", "2001:db8::/32", "2001:db8::7/128"]
+
+
+def test_duplicates_and_covered_networks_are_counted() -> None:
+    content = parse_feed(b"198.18.0.0/16\n198.18.1.0/24\n198.18.1.0/24\n198.18.1.7\n198.19.0.0/24\n2001:db8::/32\n")
+    assert (len(content.prefixes), content.duplicates, content.covered()) == (5, 1, 2)
+
+
+def test_one_percent_of_bad_lines_is_reported_by_line_and_the_rest_is_loaded() -> None:
+    lines = [f"198.18.{n >> 8}.{n & 255}/32" for n in range(9900)] + [f"bad-{n}" for n in range(100)]
+    random.Random(4).shuffle(lines)
+    content = parse_feed("\n".join(lines).encode(), max_bad=0.01)
+    assert (len(content.prefixes), content.bad_count) == (9900, 100)
+    assert [line.number for line in content.bad] == [n for n, line in enumerate(lines, 1) if line.startswith("bad")]
+    assert str(content.bad[0]).startswith(f"line {content.bad[0].number}: '{content.bad[0].text}' is not an address")
+
+
+def test_a_feed_above_its_share_of_bad_lines_is_refused_whole() -> None:
+    lines = [f"198.18.{n >> 8}.{n & 255}" for n in range(9899)] + ["<html>"] * 101
+    with pytest.raises(FeedError, match=r"101 of 10000 lines are no network, and more than 1% are not .*line 9900"):
+        parse_feed("\n".join(lines).encode(), max_bad=0.01)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b"198.18.1.0/24\n\xff\xfe\n", "not UTF-8"),
+        (b"198.18.1", "no network"),
+    ],
+)
+def test_what_is_no_list_of_networks_is_refused(data: bytes, why: str) -> None:
+    with pytest.raises(FeedError, match=why):
+        parse_feed(data)
+
+
+def test_blocks_of_plain_lines_mean_what_each_line_means() -> None:
+    """The fast path for whole blocks, beside ``ipaddress`` line by line."""
+    pick = random.Random(11)
+    for _ in range(30):
+        version, wrong = pick.choice((4, 6)), pick.random() < 0.3
+        width = 32 if version == 4 else 128
+        lines = []
+        for _ in range(pick.choice((1, 100, 4096, 4097, 9000))):
+            length = pick.randint(0, width)
+            address = pick.getrandbits(width) >> (width - length) << (width - length)
+            if version == 6 and pick.random() < 0.01:
+                address, length = 0xFFFF << 32 | pick.getrandbits(32), 128
+            lines.append(str(ip_network((address, length))))
+        if wrong:
+            odd = [
+                "198.18.1.1/24",
+                "2001:db8::1/64",
+                "198.18.1.0/33",
+                "1.2.3",
+                "1.2.3.4/",
+                "/8",
+                "::/129",
+                "01.2.3.4/32",
+            ]
+            lines[pick.randrange(len(lines))] = pick.choice(odd)
+        wanted, bad = [], 0
+        for line in lines:
+            try:
+                wanted.append(unmap_network(ip_network(line)))
+            except ValueError:
+                bad += 1
+        content = parse_feed("\n".join(lines).encode(), max_bad=1)
+        assert (content.prefixes, content.bad_count) == (Prefixes.of(wanted), bad)
+
+
+def test_overlaps_are_what_lies_inside() -> None:
+    pick = random.Random(3)
+
+    def some(most: int) -> Prefixes:
+        chosen = set()
+        for _ in range(most):
+            length = pick.randint(4, 12)
+            chosen.add(ip_network((pick.getrandbits(12) << 20 >> (32 - length) << (32 - length), length)))
+        return Prefixes.of([*chosen, *(ip_network(f"2001:db8:{pick.randrange(4)}::/{n}") for n in (48, 64))])
+
+    for _ in range(50):
+        one, other = some(10), some(30)
+        inside = sum(any(a.version == b.version and a.subnet_of(b) for b in other) for a in one)  # type: ignore[arg-type]
+        found = {(a, b): count for a, b, count in overlapping([("one", one), ("other", other)])}
+        assert found.get(("one", "other"), 0) == inside
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeedStore:
+    return FeedStore(tmp_path / "feeds")
+
+
+@pytest.mark.parametrize("harm", ["gone", "bad", "torn gzip", "too long", "a directory"])
+def test_last_good_copy_of_a_file_stays_in_use_and_the_reason_is_told(
+    tmp_path: Path, store: FeedStore, harm: str
+) -> None:
+    path = tmp_path / "list"
+    feed = Feed(str(path), max_size=100)
+    path.write_bytes(gzip.compress(GOOD))
+    assert store.load(feed).content.prefixes == parse_feed(GOOD).prefixes
+    path.unlink()
+    if harm == "bad":
+        path.write_bytes(b"<html>\n")
+    elif harm == "torn gzip":
+        path.write_bytes(gzip.compress(GOOD)[:-9])
+    elif harm == "too long":
+        path.write_bytes(gzip.compress(GOOD * 10))
+    elif harm == "a directory":
+        path.mkdir()
+    later = FeedStore(tmp_path / "feeds")  # as after a restart
+    loaded = later.load(feed)
+    assert loaded.content.prefixes == parse_feed(GOOD).prefixes
+    assert f"feed {path}: " in loaded.stale
+    if harm == "a directory":
+        path.rmdir()
+    path.write_bytes(NEW)
+    loaded = later.load(feed)
+    assert (networks(NEW), loaded.stale) == ([str(network) for network in loaded.content.prefixes], "")
+
+
+def test_a_feed_that_was_never_good_is_an_error(tmp_path: Path, store: FeedStore) -> None:
+    with pytest.raises(FeedError, match="cannot be read: No such file"):
+        store.load(Feed(str(tmp_path / "nothing")))
+
+
+def test_a_torn_copy_is_not_used(tmp_path: Path, store: FeedStore, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "list"
+    path.write_bytes(GOOD)
+    store.load(Feed(str(path)))
+    path.unlink()
+    (copy,) = (tmp_path / "feeds").iterdir()
+    copy.write_bytes(copy.read_bytes()[:-20])
+    with pytest.raises(FeedError, match="cannot be read"):
+        store.load(Feed(str(path)))
+    assert "is damaged and not used: its checksum is wrong" in caplog.text
+
+
+# -- servers ----------------------------------------------------------------------------------------------------------
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Server)
+        self.server.asked.append(dict(self.headers))
+        self.server.answer(self)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def say(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class Server(ThreadingHTTPServer):
+    """An HTTP server whose next answers a test decides."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[dict[str, str]] = []
+        self.over = threading.Event()
+        self.body, self.etag = GOOD, '"1"'
+        self.answer: Callable[[Handler], None] = self.serve
+        self.url = f"http://127.0.0.1:{self.server_port}/list"
+
+    def serve(self, handler: Handler) -> None:
+        if handler.headers.get("If-None-Match") == self.etag:
+            handler.say(304, ETag=self.etag)
+        else:
+            handler.say(200, self.body, ETag=self.etag)
+
+    def hang(self, handler: Handler) -> None:
+        self.over.wait(60)
+
+    def drip(self, handler: Handler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        while not self.over.wait(0.05):
+            handler.wfile.write(b"1")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Server() as made:
+        thread = threading.Thread(target=made.serve_forever, args=(0.05,))
+        thread.start()
+        yield made
+        made.over.set()
+        made.shutdown()
+        thread.join()
+
+
+def test_a_feed_that_has_not_changed_is_not_sent_again(server: Server, store: FeedStore) -> None:
+    feed = Feed(server.url)
+    assert store.load(feed).content.prefixes == parse_feed(GOOD).prefixes
+    assert "If-None-Match" not in server.asked[0]
+    again = store.load(feed)
+    assert server.asked[1]["If-None-Match"] == '"1"'
+    assert (again.content.prefixes, again.stale) == (parse_feed(GOOD).prefixes, "")
+    server.body, server.etag = gzip.compress(NEW), '"2"'
+    assert store.load(feed).content.prefixes == parse_feed(NEW).prefixes
+    store.load(feed)
+    assert server.asked[3]["If-None-Match"] == '"2"'
+
+
+BOMB = gzip.compress(bytes(50_000_000))
+
+ANSWERS: dict[str, tuple[Callable[[Server, Handler], None], str]] = {
+    "hangs": (Server.hang, "not there within 1.5 s"),
+    "drips": (Server.drip, "not there within 1.5 s"),
+    "fails": (lambda server, handler: handler.say(503), "HTTP status 503"),
+    "cut": (lambda server, handler: handler.say(200, NEW, length=99), "cut off|IncompleteRead"),
+    "long": (lambda server, handler: handler.say(200, b"198.18.7.0/24\n" * 1000), "longer than 10000 bytes"),
+    "bomb": (lambda server, handler: handler.say(200, BOMB), "longer than 10000 bytes"),
+    "torn gzip": (lambda server, handler: handler.say(200, gzip.compress(NEW)[:-5]), "not whole gzip data"),
+    "page": (lambda server, handler: handler.say(200, b"<html>\n<body>\n"), "2 of 2 lines are no network"),
+    "empty": (lambda server, handler: handler.say(200), "is empty"),
+    "to a file": (lambda server, handler: handler.say(302, Location="file:///etc/passwd"), "status 302"),
+    "in circles": (lambda server, handler: handler.say(302, Location="/list"), "infinite loop"),
+    "no HTTP": (lambda server, handler: (handler.wfile.write(b"SSH-2.0-x\r\n" * 99), None)[1], "SSH-2.0"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_whatever_a_server_does_the_last_good_copy_stays(server: Server, store: FeedStore, answer: str) -> None:
+    slow = answer in ("hangs", "drips")
+    feed = Feed(server.url, timeout=30, max_size=10_000)
+    good = store.load(feed).content.prefixes
+    does, why = ANSWERS[answer]
+    server.answer = lambda handler: does(server, handler)
+    feed = Feed(server.url, timeout=1.5 if slow else 30, max_size=10_000)
+    loaded = store.load(feed)
+    assert loaded.content.prefixes == good
+    assert f"feed {server.url}: " in loaded.stale
+    assert any(word in loaded.stale for word in why.split("|")), loaded.stale
+    server.answer = server.serve
+    assert store.load(Feed(server.url, timeout=30)).stale == ""
+
+
+def test_a_server_that_does_not_listen_is_an_error_that_says_so(store: FeedStore) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(FeedError, match="Connection refused"):
+            store.load(Feed(f"http://127.0.0.1:{taken.getsockname()[1]}/"))
+
+
+def _children() -> list[str]:
+    text = "".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    return text.split()
+
+
+def test_bytes_from_the_network_are_parsed_without_privileges_and_a_stop_does_not_wait(
+    server: Server, store: FeedStore
+) -> None:
+    server.answer = server.hang
+    before = set(_children())
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(store.load, Feed(server.url, timeout=300))
+        wait_for(lambda: server.asked, what="the request")
+        (child,) = set(_children()) - before
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines())
+        assert status["Uid"].split() == ["65534"] * 4
+        assert status["Gid"].split() == ["65534"] * 4
+        assert status["Groups"].strip() == ""
+        assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+        assert status["NoNewPrivs"] == "1"
+        started = time.monotonic()
+        store.cancel()
+        with pytest.raises(FeedError, match="ended with -9"):
+            loading.result(60)
+        assert time.monotonic() - started < 60  # not the feed's 300 s
+    assert child not in _children()
+    with pytest.raises(FeedError, match="the server stops"):
+        store.load(Feed(server.url))
+
+
+# -- in force ---------------------------------------------------------------------------------------------------------
+
+
+def decided(local: LocalStore, source: str) -> str:
+    return local.verdict(ip_address(source), 1080).rule
+
+
+def ruleset_of(feed: Feed) -> RuleSet:
+    return RuleSet((Rule("listed", (), Action.DROP, origin="file", feed=feed),))
+
+
+def test_feeds_are_read_again_when_due_and_sooner_after_a_failure(tmp_path: Path, store: FeedStore) -> None:
+    path, now, local = tmp_path / "list", [1000.0], LocalStore()
+    path.write_bytes(GOOD)
+    local.replace(with_feeds(ruleset_of(Feed(str(path), refresh=600)), store)[0])
+    refresher = Refresher(local, store, clock=lambda: now[0])
+    (listed,) = local.records()
+    assert refresher.run() == []
+    path.write_bytes(NEW)
+    now[0] += 599
+    assert refresher.run() == []
+    now[0] += 1
+    assert [report.stale for report in refresher.run()] == [""]
+    assert (decided(local, "198.18.7.1"), decided(local, "198.18.1.1")) == ("listed", "default")
+    assert local.records()[0].rule.id == listed.rule.id, "its counters start anew"
+    revision = local.revision
+    path.unlink()
+    now[0] += 600
+    assert "No such file" in refresher.run()[0].stale
+    assert (decided(local, "198.18.7.1"), local.revision) == ("listed", revision)
+    path.write_bytes(GOOD)
+    now[0] += 61
+    assert refresher.run()[0].stale == ""
+    assert decided(local, "198.18.1.1") == "listed"
+
+
+def test_a_set_that_was_loaded_while_a_feed_was_read_stays(server: Server, store: FeedStore) -> None:
+    local = LocalStore()
+    local.replace(with_feeds(ruleset_of(Feed(server.url)), store)[0])
+    mine = RuleSet((Rule("mine", (ip_network("198.18.9.0/24"),), Action.DROP, origin="file"),))
+
+    def meanwhile(handler: Handler) -> None:
+        local.replace(mine)
+        handler.say(200, NEW)
+
+    server.answer = meanwhile
+    with pytest.raises(StaleSet):
+        Refresher(local, store).run(all_feeds=True)
+    assert local.ruleset() == mine
+
+
+def test_feeds_wait_while_a_set_is_on_trial(server: Server, store: FeedStore) -> None:
+    local = LocalStore()
+    local.replace(with_feeds(ruleset_of(Feed(server.url)), store)[0], confirm_within=3600)
+    server.body, server.etag = NEW, '"2"'
+    with pytest.raises(PolicyError, match="on trial"):
+        Refresher(local, store).run(all_feeds=True)
+    local.confirm()
+    Refresher(local, store).run(all_feeds=True)
+    assert decided(local, "198.18.7.1") == "listed"
+
+
+def test_a_start_does_not_wait_for_the_network(server: Server, store: FeedStore) -> None:
+    feed = Feed(server.url, timeout=300)
+    server.answer = server.hang
+    ruleset, (report,) = with_feeds(ruleset_of(feed), store, known=RuleSet())
+    assert (len(ruleset.rules[0].sources), report.content, server.asked) == (0, None, [])
+    server.answer = server.serve
+    store.load(feed)
+    server.answer = server.hang
+    ruleset, (report,) = with_feeds(ruleset_of(feed), store, known=RuleSet())
+    assert ruleset.rules[0].sources == parse_feed(GOOD).prefixes

@@ -1,0 +1,141 @@
+"""The server with a policy that could shut everybody out, with feeds that do not answer, and after a restart."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+
+import pytest
+
+from ..conftest import StartProxy
+from ..lab import Host, Lab, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+
+PORT = 1080
+NOBODY = {
+    "everybody-denied": '[[rules]]\nname = "everybody"\naction = "drop"\nsources = ["0.0.0.0/0", "::/0"]\n',
+    "default-deny-without-rules": 'default = "drop"\nrules = []\n',
+}
+
+
+def answered(client: Host, server: str, timeout: float = 15) -> bool:
+    """Whether the proxy answers a SOCKS5 greeting."""
+    with contextlib.suppress(OSError), client.connect(server, PORT, timeout=timeout) as sock:
+        sock.sendall(b"\x05\x01\x00")
+        return sock.recv(2) == b"\x05\x00"
+    return False
+
+
+def shut_out(client: Host, server: str) -> bool:
+    """Whether it does not for a moment."""
+    return not answered(client, server, timeout=1)
+
+
+@pytest.mark.parametrize("kind", NOBODY)
+def test_whoever_locks_everybody_out_is_let_in_by_the_failsafe_and_undone(
+    lab: Lab, start_proxy: StartProxy, tmp_path: Path, kind: str
+) -> None:
+    server, client, operator = lab.host("proxy"), lab.host("client"), lab.host("operator")
+    failsafe = ["--failsafe", operator.ipv4, "--failsafe", operator.ipv6]
+    proxy = start_proxy(server, "--listen", f"{server.ipv4}:{PORT}", "--listen", f"[{server.ipv6}]:{PORT}", *failsafe)
+    both = (server.ipv4, server.ipv6)
+    assert all(answered(client, address) for address in both)
+
+    path = tmp_path / "nobody.toml"
+    path.write_text(NOBODY[kind])
+    proxy.command("policy", "load", str(path), "--confirm-timeout", "1h")
+    assert all(shut_out(client, address) for address in both)
+    assert all(answered(operator, address) for address in both)
+    proxy.command("policy", "rollback")
+    assert all(answered(client, address) for address in both)
+
+    # Nobody confirms. Neither a command nor the server undoes it: the server is stopped meanwhile.
+    proxy.signal(signal.SIGSTOP)
+    try:
+        proxy.command("policy", "load", str(path), "--confirm-timeout", "2s")
+        wait_for(lambda: proxy.json("list")["confirm_within"] is None, timeout=60)
+        assert (proxy.json("list")["default"], proxy.json("list")["rules"]) == ("allow", [])
+    finally:
+        proxy.signal(signal.SIGCONT)
+    assert all(answered(client, address) for address in both)
+
+    proxy.command("policy", "load", str(path), "--confirm-timeout", "1h")
+    proxy.command("policy", "confirm")
+    assert all(shut_out(client, address) for address in both)
+    assert all(answered(operator, address) for address in both)
+    assert [entry["what"] for entry in proxy.json("policy", "log")["entries"]][-2:] == ["load", "confirm"]
+
+
+def _config(directory: Path, server: Host, policy: str) -> str:
+    path = directory / "rama.toml"
+    path.write_text(
+        f'[server]\nworkers = 1\n[listeners.socks]\naddress = "{server.ipv4}:{PORT}"\nstack = "s"\n'
+        f'[stacks.s]\nservice = "mixed"\n[policy]\n{policy}\n'
+    )
+    return str(path)
+
+
+def test_a_feed_server_that_hangs_hinders_neither_start_nor_reload_nor_stop(
+    lab: Lab, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    with server.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        feed = f'feed = {{ url = "http://127.0.0.1:{silent.getsockname()[1]}/", timeout = "1h" }}'
+        rule = f'[[policy.rules]]\nname = "listed"\naction = "drop"\n{feed}'
+        proxy = start_proxy(server, "--config", _config(tmp_path, server, rule))
+        assert proxy.logged("rule listed has no sources yet")
+        assert answered(client, server.ipv4)
+        _config(tmp_path, server, f'{rule}\n[[policy.rules]]\nname = "x"\naction = "drop"\nsources = ["{client.ipv4}"]')
+        proxy.signal(signal.SIGHUP)
+        wait_for(lambda: shut_out(client, server.ipv4), timeout=60)
+        proxy.signal(signal.SIGTERM)
+        assert proxy.wait(60) == 0
+
+
+def test_bans_and_the_set_of_the_configuration_are_in_force_after_a_restart(
+    lab: Lab, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    server, client, other = lab.host("proxy"), lab.host("client"), lab.host("other")
+    rule = f'[[policy.rules]]\nname = "other"\naction = "drop"\nsources = ["{other.ipv4}"]'
+    config = ("--config", _config(tmp_path, server, rule))
+    proxy = start_proxy(server, *config)
+    assert answered(client, server.ipv4)
+    proxy.command("ban", client.ipv4, "--ttl", "1h", "--reason", "struck")
+    assert shut_out(client, server.ipv4)
+    (tmp_path / "none.toml").write_text("rules = []")
+    proxy.command("policy", "load", str(tmp_path / "none.toml"), "--confirm-timeout", "1h")
+    assert answered(other, server.ipv4)
+    proxy.signal(signal.SIGTERM)  # the policy's maps go too
+    assert proxy.wait() == 0
+
+    proxy = start_proxy(server, *config)
+    assert proxy.logged("1 bans of earlier are in force again")
+    assert shut_out(client, server.ipv4)
+    assert shut_out(other, server.ipv4)
+    (ban,) = proxy.json("bans")["bans"]
+    assert (ban["reason"], 3000 < ban["expires_in"] < 3600) == ("struck", True)
+    whats = [entry["what"] for entry in proxy.json("policy", "log")["entries"]]
+    assert whats[:3] == ["load", "ban", "load"]
+    proxy.command("unblock", client.ipv4)
+    assert answered(client, server.ipv4)
+
+
+def test_a_set_on_trial_is_undone_when_the_server_starts_anew(
+    lab: Lab, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    config = ("--config", _config(tmp_path, server, 'default = "allow"'))
+    proxy = start_proxy(server, *config)
+    path = tmp_path / "nobody.toml"
+    path.write_text(NOBODY["default-deny-without-rules"])
+    proxy.command("policy", "load", str(path), "--confirm-timeout", "1h")
+    assert shut_out(client, server.ipv4)
+    proxy.signal(signal.SIGKILL)
+    proxy.wait()
+    proxy = start_proxy(server, *config)
+    assert proxy.logged("the set on trial is undone")
+    assert answered(client, server.ipv4)
