@@ -243,19 +243,19 @@ def _authority(value: Any) -> Authority:
 AUTHORITY: Final = Kind("host and port", _authority, str)
 
 
-def _ip(version: int) -> Callable[[Any], str]:
+def _ip(version: int | None) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         ip = Authority.of(_text(value), 0).ip
-        if ip is None or ip.version != version:
-            raise ValueError(f"write an IPv{version} address")
+        if ip is None or (version is not None and ip.version != version):
+            raise ValueError(f"write an IP{'' if version is None else f'v{version}'} address")
         return str(ip)
 
     return parse
 
 
-def ip_literal(version: int) -> Kind[str]:
-    """An address of one family."""
-    return Kind(f"IPv{version} address", _ip(version))
+def ip_literal(version: int | None = None) -> Kind[str]:
+    """An address of one family, or of either."""
+    return Kind(f"IP{'' if version is None else f'v{version}'} address", _ip(version))
 
 
 def _target(value: Any) -> str:

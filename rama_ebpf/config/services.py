@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, Final, Protocol
 
 from ..core.address import Authority
@@ -20,10 +21,10 @@ from ..services.http import HttpProxy
 from ..services.http.layers import ProxyAuthLayer
 from ..services.proxy import mixed_proxy
 from ..services.socket_options import SocketOptions
-from ..services.socks5 import Socks5Server
+from ..services.socks5 import Binder, ReplyTiming, Socks5Server, UdpAssociator, UserLimits
 from ..services.upstream import parse_chain
 from .decode import ListOf, Table, setting
-from .kinds import AUTHORITY, BOOLEAN, DURATION, TARGET, TEXT, file_path, integer, ip_literal
+from .kinds import AUTHORITY, BOOLEAN, DURATION, TARGET, TEXT, choice, file_path, integer, ip_literal
 from .layers import Environment, TargetsSettings
 from .tls import TlsPassthroughSettings
 
@@ -122,14 +123,42 @@ class Socks5Settings:
 
     users: str | None = setting(file_path(), "password file: name:hash lines (rama-ebpf passwd)", default=None)
     auth_optional: bool = setting(BOOLEAN, "serve clients that offer no password too", default=False)
+    user_connections: int | None = setting(
+        integer(1, 1_000_000), "that one user may have at a time, over all workers", default=None
+    )
+    udp: bool = setting(BOOLEAN, "serve UDP ASSOCIATE; its datagrams do not go by way of connect", default=False)
+    udp_idle: float = setting(DURATION, "without a datagram from the client", default=120.0)
+    bind: bool = setting(BOOLEAN, "serve BIND; nor does it", default=False)
+    advertise: tuple[str, ...] = setting(
+        ListOf(ip_literal()), "our addresses as clients behind NAT see them, one a family, for UDP and BIND", default=()
+    )
+    reply: str = setting(
+        choice(*(timing.value for timing in ReplyTiming)),
+        "answer CONNECT when the outcome is known, or at once",
+        default=ReplyTiming.LAZY.value,
+    )
     handshake: float = setting(DURATION, "time for the handshake", default=10.0)
 
+    def __post_init__(self) -> None:
+        if self.users is None and (self.auth_optional or self.user_connections is not None):
+            raise ValueError("auth_optional and user_connections need users")
+        if len({ip_address(text).version for text in self.advertise}) < len(self.advertise):
+            raise ValueError("advertise one address a family")
+
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
+        resolver, egress = environment.resolver, environment.egress
+        advertise = [ip_address(text) for text in self.advertise]
+        user = UserLimits(connections=self.user_connections)
         return Socks5Server(
             connector,
+            binder=Binder(resolver, egress, advertise=advertise) if self.bind else None,
+            udp=UdpAssociator(resolver, egress, advertise=advertise, idle_timeout=self.udp_idle) if self.udp else None,
             auth=_authenticator(self.users),
             auth_optional=self.auth_optional,
+            limits=None if self.user_connections is None else lambda _user: user,
+            shared=environment.shared,
             socks4=self.users is None,
+            reply=ReplyTiming(self.reply),
             handshake_timeout=self.handshake,
         )
 
