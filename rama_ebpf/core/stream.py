@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from ipaddress import ip_address
@@ -32,6 +33,7 @@ _READ_SIZE: Final = 64 * 1024
 _LINGER_RST: Final = struct.pack("ii", 1, 0)
 _IOV_MAX: Final = 1024
 """How many chunks one sendmsg(2) takes (limits.h)."""
+_SPLICE_FLAGS: Final = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _SO_ORIGINAL_DST: Final = 80
 """linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST has the same number."""
 _LINGER_OFF: Final = struct.pack("ii", 0, 0)
@@ -289,6 +291,35 @@ class SocketStream(Stream):
             del pending[:done]
             if sent:
                 pending[0] = pending[0][sent:]
+
+    def splice_to(self, pipe: int, most: int) -> int:
+        """Move up to ``most`` received bytes into an empty pipe, within the kernel (splice(2)), and return how many.
+
+        It does not wait: 0 if there is nothing to move now, at EOF, and while bytes are read ahead or a task reads.
+        Raises OSError if the connection is lost.
+        """
+        self._check_open()
+        if self._unread or self._reader is not None:
+            return 0
+        try:
+            count = os.splice(self._sock.fileno(), pipe, most, flags=_SPLICE_FLAGS)
+        except BlockingIOError:
+            return 0
+        self.bytes_received += count
+        return count
+
+    async def splice_from(self, pipe: int, count: int) -> None:
+        """Write ``count`` bytes that are in a pipe; otherwise as :meth:`write`."""
+        while count:
+            self._check_open()
+            self._check_only_writer()
+            try:
+                sent = os.splice(pipe, self._sock.fileno(), count, flags=_SPLICE_FLAGS)
+            except BlockingIOError:
+                await self._wait_writable()
+                continue
+            self.bytes_sent += sent
+            count -= sent
 
     async def write_eof(self) -> None:
         if self._eof_sent or self._closed:

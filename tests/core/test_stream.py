@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 from collections.abc import AsyncIterator
@@ -212,3 +213,46 @@ async def test_quiet_is_open_with_nothing_to_read(pair: Pair) -> None:
     await _noisy(pair.stream)
     await pair.stream.close()
     assert not pair.stream.quiet()
+
+
+async def test_splice_moves_bytes_through_a_pipe_and_waits_for_none(pair: Pair) -> None:
+    data = random.Random(7).randbytes(1 << 20)
+    read, write = os.pipe2(os.O_NONBLOCK)
+    echoing = asyncio.create_task(pair.receive(len(data)))
+    try:
+        assert pair.stream.splice_to(write, 100) == 0  # nothing has come
+        sending = asyncio.create_task(pair.send(data))
+        await pair.stream.peek(1)
+        assert pair.stream.splice_to(write, 100) == 0  # what was read ahead goes first
+        moved = len(ahead := await pair.stream.read())
+        await pair.stream.write(ahead)
+        while moved < len(data):
+            if count := pair.stream.splice_to(write, len(data) - moved):
+                moved += count
+                await pair.stream.splice_from(read, count)
+            else:
+                await asyncio.sleep(0)
+        await sending
+        assert await echoing == data
+        assert (pair.stream.bytes_received, pair.stream.bytes_sent) == (len(data), len(data))
+        pair.peer.shutdown(socket.SHUT_WR)
+        assert await pair.stream.read() == b""
+        assert pair.stream.splice_to(write, 100) == 0
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+async def test_splice_from_waits_for_a_peer_that_does_not_read(pair: Pair) -> None:
+    read, write = os.pipe2(os.O_NONBLOCK)
+
+    async def fill() -> None:
+        while True:
+            await pair.stream.splice_from(read, os.write(write, bytes(65536)))
+
+    try:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(fill(), 0.2)
+    finally:
+        os.close(read)
+        os.close(write)

@@ -9,7 +9,8 @@ from typing import Final
 import h11
 
 from ...core.errors import PeerClosed
-from ...core.stream import Stream
+from ...core.stream import SocketStream, Stream
+from .bulk import move, worth_moving
 from .errors import HttpError, MalformedMessage
 from .heads import ResponseHead
 from .limits import HttpLimits, HttpTimeouts
@@ -73,7 +74,11 @@ class H1ClientConnection:
         self.reusable = False
         self._over = False
         self._upload = upload = Upload(
-            request.body, lambda data: self._send_content(request.body, data), self.stream.abort, self._timeouts
+            request.body,
+            lambda data: self._send_content(request.body, data),
+            self.stream.abort,
+            self._timeouts,
+            move=lambda last: self._move_content(request.body, last),
         )
         try:
             await self._write(self._head(request))
@@ -135,6 +140,12 @@ class H1ClientConnection:
         target = request.authority if request.method == "CONNECT" else request.path
         return self._strict.send(h11.Request(method=request.method, target=target, headers=fields))
 
+    async def _move_content(self, body: Body, last: int) -> int:
+        if not worth_moving(body, last):
+            return 0
+        async with asyncio.timeout(self._timeouts.write):
+            return await move(body, self.stream, self._strict.send_beside)
+
     async def _send_content(self, body: Body, data: bytes) -> None:
         if data:
             await self._write(self._strict.send(h11.Data(data=data)))
@@ -174,6 +185,19 @@ class H1ClientConnection:
             await pace.wait(self._fill)
         assert isinstance(event, Content | End)
         return event
+
+    @property
+    def movable(self) -> int:
+        """How many bytes of the current response's body :meth:`splice_to` may move."""
+        return self._strict.movable if isinstance(self.stream, SocketStream) else 0
+
+    def splice_to(self, pipe: int) -> int:
+        """Move bytes of the current response's body into a pipe, without waiting; return how many. Raises OSError."""
+        assert isinstance(self.stream, SocketStream)
+        count = self.stream.splice_to(pipe, self._strict.movable)
+        if count:
+            self._strict.moved(count)
+        return count
 
     async def _response(self, request: Request, head: ResponseHead) -> Response:
         self.persistent = head.persistent
@@ -238,6 +262,18 @@ class _ResponseBody(Body):
     @property
     def ready(self) -> bool:
         return self._ahead is not None
+
+    @property
+    def movable(self) -> int:
+        return 0 if self._over or self._ahead is not None else self._connection.movable
+
+    def splice_to(self, pipe: int) -> int:
+        try:
+            count = self._connection.splice_to(pipe)
+        except OSError:
+            return 0  # next() will meet it too, and can wait
+        self._pace.received += count
+        return count
 
     async def next(self) -> bytes:
         if self._ahead is not None:

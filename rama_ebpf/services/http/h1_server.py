@@ -13,8 +13,9 @@ import h11
 from ...core.errors import PeerClosed
 from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service
-from ...core.stream import Stream
+from ...core.stream import SocketStream, Stream
 from .answer import checked_response
+from .bulk import move, worth_moving
 from .disconnect import DisconnectWatch
 from .errors import REASONS, HttpError, MalformedMessage
 from .headers import Headers
@@ -162,6 +163,19 @@ class H1ServerConnection:
             inform=self._inform if head.version == "1.1" else None,
         )
 
+    @property
+    def movable(self) -> int:
+        """How many bytes of the current request's body :meth:`splice_to` may move."""
+        return self._strict.movable if isinstance(self._stream, SocketStream) else 0
+
+    def splice_to(self, pipe: int) -> int:
+        """Move bytes of the current request's body into a pipe, without waiting; return how many. Raises OSError."""
+        assert isinstance(self._stream, SocketStream)
+        count = self._stream.splice_to(pipe, self._strict.movable)
+        if count:
+            self._strict.moved(count)
+        return count
+
     async def read_content(self, pace: Pace) -> Content | End:
         """Return the next piece of the current request's body."""
         while (event := self._strict.next_event()) is NEED_DATA:
@@ -205,10 +219,14 @@ class H1ServerConnection:
         if not bodiless:
             if content.ready:
                 out += self._strict.send(h11.Data(data=await content.next()))
+            size = 0
             while True:
                 await self._write(out)
+                while worth_moving(content, size) and (size := await self._move(content)):
+                    pass
                 chunk = await content.next()
-                if not chunk:
+                size = len(chunk)
+                if not size:
                     break
                 out = self._strict.send(h11.Data(data=chunk))
             out = []
@@ -249,6 +267,13 @@ class H1ServerConnection:
         except TimeoutError as error:
             raise PeerClosed(f"the client took nothing for {self._timeouts.write} s") from error
 
+    async def _move(self, content: Body) -> int:
+        try:
+            async with asyncio.timeout(self._timeouts.write):
+                return await move(content, self._stream, self._strict.send_beside)
+        except TimeoutError as error:
+            raise PeerClosed(f"the client took nothing for {self._timeouts.write} s") from error
+
     async def _linger(self, last: bytes = b"") -> None:
         await self._stream.close_after(last, timeout=self._timeouts.linger, max_discard=_LINGER_BYTES)
 
@@ -274,6 +299,18 @@ class _RequestBody(Body):
         self._error: Exception | None = None
         self.length = head.length
         self.expects_continue = head.expects_continue and not self._done
+
+    @property
+    def movable(self) -> int:
+        return 0 if self._done or self._error is not None or self._unasked else self._connection.movable
+
+    def splice_to(self, pipe: int) -> int:
+        try:
+            count = self._connection.splice_to(pipe)
+        except OSError:
+            return 0  # next() will meet it too, and can wait
+        self._pace.received += count
+        return count
 
     async def next(self) -> bytes:
         if self._error is not None:

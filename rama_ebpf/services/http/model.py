@@ -49,6 +49,15 @@ class Body(abc.ABC):
         """Whether :meth:`next` would return bytes without waiting."""
         return False
 
+    @property
+    def movable(self) -> int:
+        """How many bytes :meth:`splice_to` may move: 0 unless the rest is plain bytes on a socket, of known length."""
+        return 0
+
+    def splice_to(self, pipe: int) -> int:
+        """Move up to :attr:`movable` bytes into an empty pipe; return how many, 0 if :meth:`next` is to be asked."""
+        return 0
+
     @abc.abstractmethod
     async def next(self) -> bytes:
         """Return the next 1.. bytes, or b"" at the end, then and ever after.

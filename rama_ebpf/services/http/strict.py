@@ -16,6 +16,7 @@ h11 events and write what comes back.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Final
 
@@ -146,6 +147,11 @@ class StrictConnection:
         and for bodies that are chunked or end with the connection.
         """
         return 0 if self._pending or self._phase is not _Phase.BODY else self._remaining
+
+    def send_beside(self, count: Sized) -> None:
+        """As many bytes of the body that we send go past this object. Raises :class:`h11.LocalProtocolError` if they
+        are more than was declared."""
+        self._h11.send_with_data_passthrough(h11.Data(data=count))  # type: ignore[arg-type]  # only its length counts
 
     def moved(self, count: int) -> None:
         """``count`` bytes of the body, at most :attr:`movable`, went past this object."""

@@ -27,7 +27,8 @@ class BodyFailed(Exception):
 
 
 class Upload:
-    """Moves ``body`` into an upstream: ``send`` takes its bytes and, at the end, b"".
+    """Moves ``body`` into an upstream: ``send`` takes its bytes and, at the end, b"". ``move``
+    (see :mod:`.bulk`), given the size of the piece before, may move some of them itself and tell how many.
 
     ``give_up`` is called when the body fails, so that the upstream never takes what it got for a whole one. A failure
     of the upstream ends the upload quietly: a response may have come before it, and reading tells what became of it.
@@ -39,11 +40,14 @@ class Upload:
         send: Callable[[bytes], Awaitable[None]],
         give_up: Callable[[], None],
         timeouts: HttpTimeouts,
+        *,
+        move: Callable[[int], Awaitable[int]] | None = None,
     ) -> None:
         self._body = body
         self._send = send
         self._give_up = give_up
         self._timeouts = timeouts
+        self._move = move
         self._continue = asyncio.Event()
         self._waits = False
         self._whole = body.length == 0
@@ -105,18 +109,23 @@ class Upload:
                 async with asyncio.timeout(self._timeouts.expect_continue):
                     await self._continue.wait()
             self._waits = False
+        try:
+            await self._send_all()
+        except OSError as error:
+            log.debug("an upstream takes no more of a request: %s", error)
+
+    async def _send_all(self) -> None:
+        size = 0
         while True:
-            try:
-                chunk = await self._body.next()
-            except Exception as error:
-                self._give_up()
-                raise BodyFailed(error) from error
-            try:
+            if self._move is None or not (size := await self._move(size)):
+                try:
+                    chunk = await self._body.next()
+                except Exception as error:
+                    self._give_up()
+                    raise BodyFailed(error) from error
                 await self._send(chunk)
-            except OSError as error:
-                log.debug("an upstream takes no more of a request: %s", error)
-                return
+                size = len(chunk)
             self._progress = asyncio.get_running_loop().time()
-            if not chunk:
+            if not size:
                 self._whole = True
                 return
