@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from ..core.service import stack
@@ -36,4 +36,13 @@ def application(context: WorkerContext) -> Application:
         )
         for name, listener in config.listeners.items()
     }
-    return Application(services, close=resolver.close)
+    environment.on_close(resolver.close)
+    return Application(services, start=_all(environment.starts), close=_all(environment.closes))
+
+
+def _all(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    def call() -> None:
+        for one in calls:
+            one()
+
+    return call

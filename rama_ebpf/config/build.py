@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.address import IPAddress
@@ -32,6 +32,16 @@ class BuildEnvironment:
     egress: Egress
     directory: str
     call: Callable[[Any], Any]
+    starts: list[Callable[[], None]] = field(default_factory=list)
+    closes: list[Callable[[], None]] = field(default_factory=list)
+
+    def on_start(self, start: Callable[[], None], /) -> None:
+        """Call ``start`` in the event loop before the first connection."""
+        self.starts.append(start)
+
+    def on_close(self, close: Callable[[], None], /) -> None:
+        """Call ``close`` after the last."""
+        self.closes.append(close)
 
     def load(self, target: str) -> Any:
         """Import ``module:attribute``. Raises ValueError naming what is missing."""

@@ -26,12 +26,13 @@ from ..services.upstream import parse_chain
 from .decode import ListOf, Table, setting
 from .kinds import AUTHORITY, BOOLEAN, DURATION, TARGET, TEXT, choice, file_path, integer, ip_literal
 from .layers import Environment, TargetsSettings
+from .reverse import HasLifecycle, ReverseSettings
 from .tls import TlsPassthroughSettings
 
 __all__ = ["SERVICES", "ConnectSettings", "ServiceEnvironment", "ServiceSettings"]
 
 
-class ServiceEnvironment(Environment, Protocol):
+class ServiceEnvironment(Environment, HasLifecycle, Protocol):
     """What services find besides."""
 
     @property
@@ -233,6 +234,7 @@ SERVICES: Final[Mapping[str, type]] = {
     "forward": ForwardSettings,
     "http": HttpSettings,
     "mixed": MixedSettings,
+    "reverse": ReverseSettings,
     "socks5": Socks5Settings,
     "tls-passthrough": TlsPassthroughSettings,
 }

@@ -178,6 +178,15 @@ LISTENER_B = '[listeners.b]\naddress = "127.0.0.1:{port}"\nstack = "{stack}"'
         (minimal(service='{ socks5 = { users = "nowhere" } }'), "5: stacks.s.service.socks5.users: "),
         (minimal(service='{ custom = { target = "nowhere:app" } }'), "4: stacks.s: cannot load nowhere:app: No module"),
         (minimal(service='{ custom = { target = "nowhere" } }'), '5: stacks.s.service.custom.target: "nowhere": write'),
+        (minimal(service="{ reverse = { routes = [] } }"), "5: stacks.s.service.reverse: routes is empty"),
+        (
+            minimal(service='{ reverse = { routes = [{ backends = ["a"] }] } }'),
+            '5: stacks.s.service.reverse.routes[0].backends[0]: "a": write host and port',
+        ),
+        (
+            minimal(service='{ reverse = { routes = [{ backends = ["a:1"], path = "x" }] } }'),
+            '5: stacks.s.service.reverse.routes[0]: path "x": it begins with /',
+        ),
         (minimal('[stacks.s.connect]\nvia = ["gopher://x"]'), "7: stacks.s.connect: "),
         (minimal('[stacks.s.connect]\ninterface = "a-name-that-is-too-long"'), "7: stacks.s.connect: 'a-name-that-is"),
         (minimal('[egress]\nallow = "10.0.0.0/8"'), "8: egress.allow: write an array"),

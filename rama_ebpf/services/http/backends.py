@@ -168,13 +168,17 @@ class BackendPool:
         if self._check is not None and not self._checks:
             self._checks = [asyncio.create_task(self._watch(backend, self._check)) for backend in self._backends]
 
-    async def stop(self) -> None:
-        """End active checks and close idle connections."""
-        checks, self._checks = self._checks, []
-        for task in checks:
+    def close(self) -> None:
+        """End active checks and close idle connections, without waiting for it."""
+        for task in self._checks:
             task.cancel()
-        await asyncio.gather(*checks, return_exceptions=True)
         self.connections.close()
+
+    async def stop(self) -> None:
+        """Like :meth:`close`, and wait until it is done."""
+        self.close()
+        checks, self._checks = self._checks, []
+        await asyncio.gather(*checks, return_exceptions=True)
         await self.connections.wait_closed()
 
     async def _watch(self, backend: _Backend, check: HealthCheck) -> None:
