@@ -29,6 +29,7 @@ from rama_ebpf.policy.store import PolicyStore
 
 from ..lab import wait_for
 from ..proxy import rama_ebpf
+from .writers import address, block_at_once
 
 FIRST = """
 default = "drop"
@@ -275,6 +276,20 @@ def test_bans_are_listed_and_lifted_and_in_force_after_a_restart(policy: Policy)
 @pytest.mark.parametrize("args", [("ban", "198.18.5.0/24"), ("ban", "198.18.5.5", "--ttl", "0")])
 def test_a_ban_of_what_is_no_address_or_time_is_refused(local_policy: Policy, args: tuple[str, ...]) -> None:
     assert "write for example" in local_policy.refused(*args) or "use 1 second" in local_policy.refused(*args)
+
+
+def test_no_block_is_lost_when_four_processes_block_at_once(policy: Policy) -> None:
+    calls = 250
+    before = policy.store.revision
+    block_at_once(policy.instance.name, processes=4, calls=calls)
+    wanted = {address(process, number) for process in range(4) for number in range(calls)}
+    records = policy.store.records()
+    assert {str(source.network_address) for record in records for source in record.sources} == wanted
+    assert len({record.rule.id for record in records}) == 4 * calls
+    assert policy.store.revision == before + 4 * calls
+    assert all(policy.store.verdict(ip_address(source), 1080).rule == f"drop:{source}/32" for source in wanted)
+    told = [entry for entry in policy.store.journal() if entry["what"] == "add"]
+    assert sorted(str(entry["source"]) for entry in told) == sorted(f"{source}/32" for source in wanted)
 
 
 # -- feeds ------------------------------------------------------------------------------------------------------------
