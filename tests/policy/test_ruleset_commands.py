@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -19,12 +20,14 @@ from typing import Any
 import pytest
 
 from rama_ebpf.cli import main
+from rama_ebpf.config.policy import load_policy
 from rama_ebpf.control.api import ControlApi
 from rama_ebpf.control.socket import ControlServer
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.policy.feed_store import FeedStore
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.local import LocalStore
+from rama_ebpf.policy.rule import Action, Settings, SynLimit
 from rama_ebpf.policy.store import PolicyStore
 
 from ..lab import wait_for
@@ -290,6 +293,15 @@ def test_no_block_is_lost_when_four_processes_block_at_once(policy: Policy) -> N
     assert all(policy.store.verdict(ip_address(source), 1080).rule == f"drop:{source}/32" for source in wanted)
     told = [entry for entry in policy.store.journal() if entry["what"] == "add"]
     assert sorted(str(entry["source"]) for entry in told) == sorted(f"{source}/32" for source in wanted)
+
+
+def test_the_example_of_the_documentation_is_a_policy_file(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    (example,) = re.findall(r"^```toml\n(.*?)^```", text, flags=re.M | re.S)
+    (tmp_path / "policy.toml").write_text(example)
+    ruleset = load_policy(tmp_path / "policy.toml").ruleset(Settings())
+    assert [rule.name for rule in ruleset.rules] == ["office", "listed"]
+    assert ruleset.settings == Settings(Action.DROP, SynLimit(10, 20))
 
 
 # -- feeds ------------------------------------------------------------------------------------------------------------
