@@ -39,6 +39,11 @@ enum hook {
 	HOOK_COUNT  = 3,
 };
 
+enum egress_flag {
+	EGRESS_DENY       = 1,
+	EGRESS_NAMESERVER = 2, /* whose port 53 is open all the same */
+};
+
 enum rule_flag {
 	RULE_DRY_RUN = 1,
 	RULE_CERTAIN = 2, /* for any port, without an end, no dry run: if it is reached it decides */

@@ -25,6 +25,7 @@
 #include "gate_cgroup.c"
 #include "gate_lookup.c"
 #include "gate_xdp.c"
+#include "egress.c"
 
 /*
  * sock_ops on the proxy's cgroup: counts handshakes that finished on a listener (what then waits to be accepted).

@@ -39,12 +39,14 @@ __all__ = ["AcceptCounter", "Gate", "load", "unload"]
 
 log = logging.getLogger(__name__)
 
-_CGROUP_SKB, _XDP, _SOCK_OPS, _SK_LOOKUP = 8, 6, 13, 30  # enum bpf_prog_type
+_CGROUP_SKB, _XDP, _SOCK_OPS, _SOCK_ADDR, _SK_LOOKUP = 8, 6, 13, 18, 30  # enum bpf_prog_type
 
 _PROGRAMS: Final = [
     Program("gate_cgroup", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
     Program("gate_lookup", _SK_LOOKUP, AttachType.SK_LOOKUP),
     Program("count_established", _SOCK_OPS, AttachType.CGROUP_SOCK_OPS),
+    Program("egress_connect4", _SOCK_ADDR, AttachType.CGROUP_INET4_CONNECT),
+    Program("egress_connect6", _SOCK_ADDR, AttachType.CGROUP_INET6_CONNECT),
 ]
 
 
@@ -72,6 +74,7 @@ class Gate:
         self._xdp: list[xdp.XdpAttachment] = []
         self._listeners: dict[SocketAddress, _Listener] = {}
         self._cgroup: Path | None = None
+        self._workers: Path | None = None
 
     # -- attach --------------------------------------------------------------------------------------------------
 
@@ -90,6 +93,8 @@ class Gate:
                 self._link("count_established", target, AttachType.CGROUP_SOCK_OPS)
             finally:
                 os.close(target)
+            if self._cgroup.name == self.instance.cgroup_name:
+                self._guard_workers()
             netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 self._link("gate_lookup", netns, AttachType.SK_LOOKUP)
@@ -98,6 +103,28 @@ class Gate:
         except BaseException:
             self._detach()
             raise
+
+    def _guard_workers(self) -> None:
+        """Attach the egress programs to a cgroup for the workers, below ours: this process may connect anywhere."""
+        assert self._cgroup is not None
+        self._workers = cgroup.make_child(self._cgroup, "workers")
+        target = os.open(self._workers, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._link("egress_connect4", target, AttachType.CGROUP_INET4_CONNECT)
+            self._link("egress_connect6", target, AttachType.CGROUP_INET6_CONNECT)
+        finally:
+            os.close(target)
+
+    @property
+    def guards_workers(self) -> bool:
+        """Whether the kernel enforces the egress policy on workers: not where cgroups may not be changed."""
+        return self._workers is not None
+
+    def adopt_worker(self, pid: int) -> None:
+        """Put a worker that has just been started under the egress policy, before it makes any socket."""
+        if self._workers is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended already; its end is seen elsewhere
+                cgroup.move(pid, self._workers)
 
     def attach_xdp(self, interface: str) -> xdp.XdpAttachment:
         """Attach the XDP program, which must have been loaded, to an interface. Raises
@@ -191,7 +218,7 @@ class Gate:
                 cgroup.leave_and_remove(self._cgroup)
             except OSError as error:
                 log.warning("cgroup %s is not empty and stays: %s", self._cgroup, error.strerror)
-        self._cgroup = None
+        self._cgroup = self._workers = None
 
 
 class AcceptCounter:

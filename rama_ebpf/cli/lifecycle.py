@@ -44,6 +44,7 @@ def status(instance: Instance) -> Json:
         "policy": state.get("policy", "kernel" if instance.pinned else None),
         "why_local": state.get("why_local"),
         "cgroup": state.get("cgroup"),
+        "egress": state.get("egress"),
         "xdp": [_xdp(row) for row in _rows(state, "xdp")],
         "sockmap": state.get("sockmap"),
         "listeners": [],
@@ -92,6 +93,8 @@ def _status(args: argparse.Namespace) -> int:
         print(f"instance {result['instance']} is not running{kept}")
     if result["why_local"]:
         print(f"policy is not in the kernel: {result['why_local']}")
+    if result["egress"]:
+        print(f"egress policy is kept by {result['egress']}")
     for row in cast("list[Json]", result["xdp"]):
         print(f"XDP on {row['interface']}: {row['mode']}" + (f" (native: {row['why']})" if row["why"] else ""))
     if isinstance(sockmap := result["sockmap"], dict):

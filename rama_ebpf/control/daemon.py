@@ -31,6 +31,7 @@ from ..kernel.xdp import XdpAttachment, XdpError
 from ..layers.strikes import StrikeBook, StrikeLimit
 from ..metrics.directory import MetricsDirectory
 from ..policy.egress import EgressPolicy
+from ..policy.egress_map import put_egress
 from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
 from ..policy.local import CountedPolicy, LocalStore
@@ -138,6 +139,8 @@ def _home(options: DaemonOptions) -> Iterator[_Home]:
             options.instance, sizes=options.sizes, kernel_headers=options.kernel_headers, xdp=bool(options.xdp)
         )
         gate.attach()
+        if not gate.guards_workers:
+            log.warning("cgroups may not be changed here: egress policy is kept by the services alone")
     except (OSError, CompileError) as error:
         why = str(error)
         if gate is not None:
@@ -217,6 +220,7 @@ class _Daemon:
             reload=self._reloaded_plan,
             on_reloaded=self._after_reload,
             on_ready=self._ready,
+            on_spawn=lambda pid: None if home.gate is None else home.gate.adopt_worker(pid),
             on_stopping=self._listeners.close,
             on_start=self._relay.worker_started,
             on_exit=self._worker_ended,
@@ -293,9 +297,11 @@ class _Daemon:
         if fixed:
             log.warning("only a restart changes %s", ", ".join(fixed))
         try:
-            return self._plan(options)
+            plan = self._plan(options)
+            self._put_egress(options)  # now, so that the new workers can do what they may
         except (OSError, ValueError) as error:
             raise RamaError(str(error)) from error
+        return plan
 
     def _after_reload(self, succeeded: bool) -> None:
         if succeeded:
@@ -304,10 +310,17 @@ class _Daemon:
                 self._apply_policy(self._options)
             except PolicyError as error:  # the rest of the configuration is in force already
                 log.error("the policy stays as it was: %s", error)
+        else:
+            self._put_egress(self._options)
         self._listeners.keep(self._options.listen)
         self._write_state()
 
+    def _put_egress(self, options: DaemonOptions) -> None:
+        if self._home.gate is not None:
+            put_egress(self._home.gate.maps, options.egress)
+
     def _apply_policy(self, options: DaemonOptions) -> None:
+        self._put_egress(options)
         store = self._home.store
         if options.failsafe is not None:
             store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
@@ -335,6 +348,7 @@ class _Daemon:
                 "policy": home.store.kind,
                 "why_local": home.why_local or None,
                 "cgroup": str(home.gate.cgroup) if home.gate is not None else None,
+                "egress": "services" if home.gate is None or not home.gate.guards_workers else "services and kernel",
                 "xdp": [] if home.gate is None else [_described(attached) for attached in home.gate.xdp],
                 "sockmap": asdict(self._relay.status),
                 "listeners": self._listeners.described(self._options.listen),

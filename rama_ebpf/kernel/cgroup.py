@@ -11,7 +11,16 @@ import errno
 import os
 from pathlib import Path, PurePosixPath
 
-__all__ = ["CgroupUnavailable", "cgroup2_mount", "enter_child", "leave_and_remove", "move_here", "own_cgroup"]
+__all__ = [
+    "CgroupUnavailable",
+    "cgroup2_mount",
+    "enter_child",
+    "leave_and_remove",
+    "make_child",
+    "move",
+    "move_here",
+    "own_cgroup",
+]
 
 
 class CgroupUnavailable(OSError):
@@ -73,13 +82,25 @@ def enter_child(name: str) -> Path:
     return child
 
 
+def make_child(cgroup: Path, name: str) -> Path:
+    """Make a cgroup below another, if it is not there, and return it."""
+    child = cgroup / name
+    child.mkdir(exist_ok=True)
+    return child
+
+
+def move(pid: int, cgroup: Path) -> None:
+    """Move a process, with all its threads, into ``cgroup``. Raises ProcessLookupError if it has ended."""
+    (cgroup / "cgroup.procs").write_text(str(pid), encoding="ascii")
+
+
 def move_here(cgroup: Path) -> None:
     """Move this process, with all its threads, into ``cgroup``."""
-    (cgroup / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+    move(os.getpid(), cgroup)
 
 
 def leave_and_remove(cgroup: Path) -> None:
-    """Move this process to the parent if it is inside, and remove the cgroup.
+    """Move this process to the parent if it is inside, and remove the cgroup with its children.
 
     Raises OSError EBUSY while other processes live in it; a cgroup that is gone already is fine.
     """
@@ -87,6 +108,9 @@ def leave_and_remove(cgroup: Path) -> None:
         return
     if own_cgroup() == cgroup:
         move_here(cgroup.parent)
+    for child in cgroup.iterdir():
+        if child.is_dir():
+            child.rmdir()
     try:
         cgroup.rmdir()
     except FileNotFoundError:

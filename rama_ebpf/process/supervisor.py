@@ -88,9 +88,10 @@ class Supervisor:
     ``handlers`` answer what workers ask over their channels, by topic. ``reload`` makes the plan for SIGHUP; if it
     raises a RamaError, or the new workers do not come up, the old ones serve on. ``on_reloaded`` is told whether it
     succeeded, when no worker accepts any more on what only the other plan has. ``on_ready`` is called once when all
-    workers serve, ``on_start`` with identity and channel of each new worker, ``on_exit`` with the identity of each
-    worker that has ended, before its replacement, which has the same identity, starts. ``on_stopping`` is called when
-    the drain begins: close the listening sockets there.
+    workers serve. ``on_spawn`` is called with the process id of each new worker before it is told what to do,
+    ``on_start`` with its identity and channel, ``on_exit`` with the identity of each worker that has ended, before its
+    replacement, which has the same identity, starts. ``on_stopping`` is called when the drain begins: close the
+    listening sockets there.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Supervisor:
         on_reloaded: Callable[[bool], None] = lambda succeeded: None,
         on_ready: Callable[[], None] = lambda: None,
         on_start: Callable[[str, Channel], None] = lambda identity, channel: None,
+        on_spawn: Callable[[int], None] = lambda pid: None,
         on_exit: Callable[[str], None] = lambda identity: None,
         on_stopping: Callable[[], None] = lambda: None,
     ) -> None:
@@ -113,6 +115,7 @@ class Supervisor:
         self._on_reloaded = on_reloaded
         self._on_ready = on_ready
         self._on_start = on_start
+        self._on_spawn = on_spawn
         self._on_exit = on_exit
         self._on_stopping = on_stopping
         self._workers: set[_Worker] = set()
@@ -251,6 +254,7 @@ class Supervisor:
                 pass_fds=tuple(fds),
                 env={**os.environ, **plan.environment},
             )
+        self._on_spawn(process.pid)
         worker = _Worker(plan, number, f"{number}g{self._generation}", process, column, first=first)
         # The channel is empty and the order fits into its buffer: this does not block.
         send_line(

@@ -1,0 +1,83 @@
+"""The egress policy as ``bpf/egress.c`` reads it: one longest-prefix match for the three lists of
+:class:`.egress.EgressPolicy`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Final
+
+from ..core.address import IPAddress, unmap
+from ..core.errors import PolicyDenied
+from ..kernel import abi, bpf
+from ..kernel.gate_maps import GateMaps
+from .compiler import MAPPED
+from .egress import DENIED_BY_DEFAULT, EgressPolicy
+from .prefixes import IPNetwork
+from .rule import PolicyError
+
+__all__ = ["decisions", "nameservers", "put_egress"]
+
+_RESOLV_CONF: Final = Path("/etc/resolv.conf")
+
+
+def decisions(policy: EgressPolicy) -> dict[IPNetwork, bool]:
+    """Return for each network that the policy names whether it is denied: the longest that holds an address decides.
+
+    At one length deny beats allow, and allow beats what is denied by default.
+    """
+    decided: dict[IPNetwork, bool] = {network: True for network, _ in DENIED_BY_DEFAULT}
+    decided.update(dict.fromkeys(policy.allow, False))
+    decided.update(dict.fromkeys(policy.deny, True))
+    return decided
+
+
+def nameservers(text: str) -> list[IPAddress]:
+    """Return the addresses in a resolv.conf(5): workers ask them over TCP if an answer is too long for a datagram."""
+    found: list[IPAddress] = []
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) >= 2 and words[0] == "nameserver":
+            with contextlib.suppress(ValueError):  # glibc ignores what it cannot read, too
+                found.append(unmap(ip_address(words[1].partition("%")[0])))
+    return found
+
+
+def put_egress(maps: GateMaps, policy: EgressPolicy, resolvers: Iterable[IPAddress] | None = None) -> None:
+    """Have the programs enforce ``policy``, except for DNS over TCP to ``resolvers`` (by default, this host's).
+
+    Networks that stay denied are never open in between. Raises :class:`PolicyError` if there are too many.
+    """
+    constant = abi.constants()
+    if resolvers is None:
+        resolvers = nameservers(_RESOLV_CONF.read_text(encoding="utf-8")) if _RESOLV_CONF.is_file() else ()
+    wanted = {_key(network): constant["EGRESS_DENY"] * denied for network, denied in decisions(policy).items()}
+    for address in resolvers:
+        key = _key(ip_network(address))
+        wanted[key] = constant["EGRESS_DENY"] * _is_denied(policy, address) | constant["EGRESS_NAMESERVER"]
+    size = maps.capacity("egress")
+    if len(wanted) > size:
+        raise PolicyError(f"egress: {len(wanted)} networks are more than the {size} that there is room for")
+    stale = [key for key, _ in bpf.map_lookup_batch(maps["egress"], abi.FAILSAFE_KEY.size, 4) if key not in wanted]
+    # Denials first, and what is no longer named last: nothing is open that both policies deny.
+    for key, value in sorted(wanted.items(), key=lambda entry: -entry[1]):
+        bpf.map_update(maps["egress"], key, value.to_bytes(4, sys.byteorder))
+    for key in stale:
+        bpf.map_delete(maps["egress"], key)
+
+
+def _is_denied(policy: EgressPolicy, address: IPAddress) -> bool:
+    try:
+        policy.check(address)
+    except PolicyDenied:
+        return True
+    return False
+
+
+def _key(network: IPNetwork) -> bytes:
+    packed = network.network_address.packed
+    mapped = packed if network.version == 6 else b"\0" * 10 + b"\xff\xff" + packed
+    return abi.FAILSAFE_KEY.pack(32 + network.prefixlen + MAPPED[network.version], network.version == 4, mapped)
