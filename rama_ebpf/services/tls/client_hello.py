@@ -183,10 +183,14 @@ class _Reader:
         return int.from_bytes(self.take(width), "big")
 
     def vector(self, width: int, *, least: int, most: int | None = None) -> bytes:
-        length = self.number(width)
+        start = self._at + width
+        length = int.from_bytes(self._data[self._at : start], "big")
+        end = self._at = start + length
+        if end > len(self._data):
+            raise AlertError(f"{self._what} is shorter than it says", Alert.DECODE_ERROR)
         if length < least or (most is not None and length > most):
             raise AlertError(f"{self._what}: vector of {length} bytes", Alert.DECODE_ERROR)
-        return self.take(length)
+        return self._data[start:end]
 
     def numbers(self, width: int) -> tuple[int, ...]:
         """A vector of 16-bit numbers behind a length of ``width`` bytes."""
@@ -308,10 +312,18 @@ def _host_name(name: bytes) -> str:
         text = name.decode("ascii").lower().removesuffix(".")
     except UnicodeDecodeError:
         raise AlertError(f"server name {name[:64]!r} is not ASCII", Alert.UNRECOGNIZED_NAME) from None
-    if len(text) > 253 or not all(_LABEL.fullmatch(label) for label in text.split(".")):
+    labels = text.split(".")
+    if len(text) > 253 or not all(map(_LABEL.fullmatch, labels)):
         raise AlertError(f"server name {name[:64]!r} is not a host name", Alert.UNRECOGNIZED_NAME)
+    # An IPv6 address has no label of letters, digits and hyphens alone, and an IPv4 address ends in a number.
+    if labels[-1].isdigit() and _is_address(text):
+        raise AlertError(f"server name {text} is an IP address", Alert.UNRECOGNIZED_NAME)
+    return text
+
+
+def _is_address(text: str) -> bool:
     try:
         ip_address(text)
     except ValueError:
-        return text
-    raise AlertError(f"server name {text} is an IP address", Alert.UNRECOGNIZED_NAME)
+        return False
+    return True

@@ -57,16 +57,16 @@ class Ja4:
     @classmethod
     def of(cls, hello: ClientHello) -> Ja4:
         """Compute the fingerprint of ``hello`` as received over TCP."""
-        ciphers = _hex(hello.cipher_suites)
-        extension_count = len(_hex(hello.extensions))
+        ciphers = [suite for suite in hello.cipher_suites if suite not in GREASE]
+        extensions = [kind for kind in hello.extensions if kind not in GREASE]
         head = (
-            f"t{_JA4_VERSIONS.get(hello.version, '00')}{'d' if _SNI in hello.extensions else 'i'}"
-            f"{min(len(ciphers), 99):02}{min(extension_count, 99):02}{_alpn_ends(hello.alpn)}"
+            f"t{_JA4_VERSIONS.get(hello.version, '00')}{'d' if _SNI in extensions else 'i'}"
+            f"{min(len(ciphers), 99):02}{min(len(extensions), 99):02}{_alpn_ends(hello.alpn)}"
         )
-        cipher_list = ",".join(sorted(ciphers))
-        extension_list = ",".join(sorted(_hex(e for e in hello.extensions if e not in (_SNI, _ALPN))))
-        if algorithms := _hex(hello.signature_algorithms):
-            extension_list += "_" + ",".join(algorithms)
+        cipher_list = _hex(sorted(ciphers))
+        extension_list = _hex(sorted(kind for kind in extensions if kind not in (_SNI, _ALPN)))
+        if algorithms := _hex([value for value in hello.signature_algorithms if value not in GREASE]):
+            extension_list += "_" + algorithms
         return cls(
             f"{head}_{_digest(cipher_list)}_{_digest(extension_list)}",
             f"{head}_{cipher_list}_{extension_list}",
@@ -80,8 +80,8 @@ def _decimal(values: Iterable[int]) -> str:
     return "-".join(str(value) for value in values if value not in GREASE)
 
 
-def _hex(values: Iterable[int]) -> list[str]:
-    return [f"{value:04x}" for value in values if value not in GREASE]
+def _hex(values: list[int]) -> str:
+    return ",".join([f"{value:04x}" for value in values])
 
 
 def _digest(text: str) -> str:
