@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,11 +26,14 @@ def _no_stale_labs() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _state_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Journals, bans and copies of feeds go to a directory of this run, also those of the processes it starts."""
-    os.environ["RAMA_EBPF_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
-    yield
-    del os.environ["RAMA_EBPF_STATE_DIR"]
+def _state_of_our_own() -> Iterator[None]:
+    """Journals, bans and copies of feeds go to a directory of this run, also those of the processes it starts, some of
+    which are not root's."""
+    with tempfile.TemporaryDirectory(prefix="rama-ebpf-state-") as directory:
+        Path(directory).chmod(0o1777)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAMA_EBPF_STATE_DIR", directory)
+            yield
 
 
 @pytest.fixture

@@ -91,7 +91,9 @@ class BanLog:
             return False
 
     def rewrite(self, bans: list[Ban]) -> None:
-        """Replace the log by these bans."""
+        """Replace the log by these bans; where there are none, and never were, no file is made."""
+        if not bans and not self._path.exists():
+            return
         data = b"".join(json.dumps(_row(ban)).encode() + b"\n" for ban in bans)
         self._rewritten = len(data)
         try:
