@@ -247,6 +247,25 @@ async def test_body_above_the_limit_gets_413(run: Run) -> None:
         assert (await client.response(stream_id))[0][":status"] == "413"
 
 
+@pytest.mark.parametrize(
+    "name", ["host", "content-length", "content-type", "authorization", "x-forwarded-for", "set-cookie", "x_real_ip"]
+)
+async def test_trailer_that_routes_or_authenticates_resets_the_stream(run: Run, name: str) -> None:
+    read: list[bytes] = []
+
+    async def app(request: Request) -> Response:
+        read.append(await request.body.read(100))
+        return Response.text(200, "ok")
+
+    async with h2_client(run(HttpServer(app, h2c=True)).port) as client:
+        stream_id = client.request(with_((":method", "POST")), end=False)
+        client.h2.send_data(stream_id, b"hello")
+        client.h2.send_headers(stream_id, [(name, "1")], end_stream=True)
+        reset = await client.until(h2.events.StreamReset)
+        assert reset.error_code == h2.errors.ErrorCodes.PROTOCOL_ERROR
+    assert read == []
+
+
 async def test_trailers_pass_both_ways(run: Run) -> None:
     async def app(request: Request) -> Response:
         async def chunks() -> AsyncIterator[bytes]:

@@ -12,7 +12,7 @@ from typing import Final
 
 from .errors import MalformedMessage
 from .headers import Headers
-from .heads import check_field_section
+from .heads import check_field_section, check_trailers
 from .limits import HttpLimits
 
 __all__ = ["ChunkGuard"]
@@ -21,35 +21,6 @@ _TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _QUOTED: Final = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
 _EXTENSION: Final = rb"[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?"
 _SIZE_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:" + _EXTENSION + rb")*")
-
-# What frames, routes, authenticates or changes how the content is read has no place in a trailer (RFC 9110, 6.5.1).
-_NOT_IN_TRAILERS: Final = frozenset(
-    {
-        b"authorization",
-        b"cache-control",
-        b"connection",
-        b"content-encoding",
-        b"content-length",
-        b"content-range",
-        b"content-type",
-        b"cookie",
-        b"expect",
-        b"forwarded",
-        b"host",
-        b"keep-alive",
-        b"max-forwards",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"set-cookie",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"via",
-        b"x-forwarded-for",
-    }
-)
 
 
 class ChunkGuard:
@@ -125,9 +96,7 @@ class ChunkGuard:
             if not line:
                 break
         fields = check_field_section(bytes(data[start : offset - 2]), self._limits)
-        for name, _, _ in fields:
-            if name in _NOT_IN_TRAILERS:
-                raise MalformedMessage("a field that must not stand in a trailer section")
+        check_trailers(fields)
         self.trailers = Headers._of_fields(fields)
         self.done = True
         return offset - start

@@ -85,7 +85,8 @@ class Channel:
         self._changed.set()
 
     def on_end(self) -> None:
-        self.received_end = True
+        if self.error is None:  # else what ended was refused, such as trailers
+            self.received_end = True
         self._changed.set()
         self._watcher()
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from .errors import MalformedMessage
 from .headers import Headers
-from .heads import check_field, check_field_count, content_length
+from .heads import check_field, check_field_count, check_trailers, content_length
 from .limits import HttpLimits
 from .model import Request, Response
 from .uri import TargetForm, parse_authority, parse_target
@@ -130,9 +130,7 @@ def read_response(fields: Fields, limits: HttpLimits) -> H2ResponseHead:
 def read_trailers(fields: Fields, limits: HttpLimits) -> Headers:
     """Read a trailer section. Raises :class:`MalformedMessage`."""
     _, regular = _split(fields, frozenset(), limits)
-    for key, _, _ in regular:
-        if key in _NOT_FORWARDED:
-            raise MalformedMessage("a field that must not stand in a trailer section")
+    check_trailers(regular)
     return Headers._of_fields(regular)
 
 

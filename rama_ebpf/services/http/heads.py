@@ -22,6 +22,7 @@ __all__ = [
     "check_field",
     "check_field_count",
     "check_field_section",
+    "check_trailers",
     "content_length",
     "head_end",
     "parse_request",
@@ -76,6 +77,35 @@ _PROTECTED: Final = frozenset(
         b"x-forwarded-host",
         b"x-forwarded-proto",
         b"x-real-ip",
+    }
+)
+
+# What frames, routes, authenticates or changes how the content is read has no place in a trailer (RFC 9110, 6.5.1).
+_NOT_IN_TRAILERS: Final = frozenset(
+    {
+        b"authorization",
+        b"cache-control",
+        b"connection",
+        b"content-encoding",
+        b"content-length",
+        b"content-range",
+        b"content-type",
+        b"cookie",
+        b"expect",
+        b"forwarded",
+        b"host",
+        b"keep-alive",
+        b"max-forwards",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"set-cookie",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"via",
+        b"x-forwarded-for",
     }
 )
 
@@ -218,6 +248,13 @@ def check_field_section(data: bytes, limits: HttpLimits) -> list[_Field]:
         _check_lookalike(lowered)
         fields.append((lowered, name, value.strip(b" \t")))
     return fields
+
+
+def check_trailers(fields: list[tuple[bytes, bytes, bytes]]) -> None:
+    """Raise :class:`MalformedMessage` if one of the fields (see :func:`check_field_section`) is none for a trailer."""
+    for name, _, _ in fields:
+        if name in _NOT_IN_TRAILERS:
+            raise MalformedMessage("a field that must not stand in a trailer section")
 
 
 def check_field_count(count: int, size: int, limits: HttpLimits) -> None:

@@ -7,6 +7,7 @@ identifiers, empty or zero-padded ports, fragments, backslashes.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -46,6 +47,7 @@ class Target:
     path: str
 
 
+@functools.lru_cache(maxsize=1024)  # most clients ask the same few hosts again and again
 def parse_authority(text: str, default_port: int | None = None) -> Authority:
     """Return the host and port that ``text`` (``host``, ``host:port``, ``[v6]:port``) names.
 
