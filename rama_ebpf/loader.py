@@ -116,6 +116,11 @@ class Gate:
             os.close(target)
 
     @property
+    def own_cgroups(self) -> tuple[Path, ...]:
+        """The cgroups that hold this proxy and nothing else: none where cgroups may not be changed."""
+        return () if self._cgroup is None or self._workers is None else (self._cgroup, self._workers)
+
+    @property
     def guards_workers(self) -> bool:
         """Whether the kernel enforces the egress policy on workers: not where cgroups may not be changed."""
         return self._workers is not None

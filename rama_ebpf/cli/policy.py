@@ -47,6 +47,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     block.add_argument("--ttl", metavar="TIME", help="how long, for example 90s, 15m, 1h, 7d (default: for good)")
     block.add_argument("--reject", action="store_true", help="answer RST instead of silence")
     block.add_argument("--dry-run", action="store_true", help="count what would be turned away, turn nothing away")
+    block.add_argument("--kill", action="store_true", help="also end the source's live connections")
     allow = command("allow", "let a source in, also as an exception inside a wider block", _allow)
     allow.add_argument("source", metavar="CIDR", help="address or network")
     allow.add_argument("--ttl", metavar="TIME", help="how long (default: for good)")
@@ -70,7 +71,8 @@ def _show_change(args: argparse.Namespace, verb: str, result: Json) -> int:
         until = "" if result["expires_in"] is None else f" for {duration(result['expires_in'])}"
         sources = ", ".join(cast("list[str]", result["sources"]))
         dry = " (dry run)" if result["dry_run"] else ""
-        print(f"{verb} {sources}{until}{dry}")
+        killed = f", {result['killed']} live connections ended" if "killed" in result else ""
+        print(f"{verb} {sources}{until}{dry}{killed}")
     return OK
 
 
@@ -83,7 +85,18 @@ def _block(args: argparse.Namespace) -> int:
         "reason": args.reason,
         "dry_run": args.dry_run,
     }
-    return _show_change(args, "blocked", call(args.instance, "add", params))
+    result = call(args.instance, "add", params)
+    if args.kill:
+        result["killed"] = _kill(args)
+    return _show_change(args, "blocked", result)
+
+
+def _kill(args: argparse.Namespace) -> int:
+    """Have the server end live connections: it is in the network namespace where they are."""
+    if args.dry_run or args.instance.serving_pid() is None:
+        return 0
+    result = control.call(args.instance.control_socket, "kill", {"source": args.source, "port": args.port})
+    return cast("int", result["killed"])
 
 
 def _allow(args: argparse.Namespace) -> int:

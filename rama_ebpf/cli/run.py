@@ -58,6 +58,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     add("--workers", type=_workers, default=min(os.cpu_count() or 1, most), metavar="N", help="default: one a CPU")
     add("--user", metavar="NAME", help=f"who the workers become (default, as root: {_UNPRIVILEGED})")
     add("--require-kernel", action="store_true", help="exit instead of serving with the policy in userspace")
+    add("--kill", action="store_true", help="end live connections of sources that the policy comes to deny")
     add("--persist", action="store_true", help="leave the policy pinned when the server stops")
     add("--kernel-headers", type=Path, metavar="DIR", help="compile against a kernel build tree instead of our stubs")
     add("--handshake-timeout", type=_positive, default=10.0, metavar="S", help="default: %(default)s")
@@ -173,6 +174,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         kernel_headers=args.kernel_headers,
         require_kernel=policy.require_kernel,
         persist=policy.persist,
+        kill=policy.kill,
         xdp=policy.xdp,
         metrics=server.metrics,
         access_log=config.logging.access,
@@ -215,6 +217,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
         kernel_headers=args.kernel_headers,
         require_kernel=args.require_kernel,
         persist=args.persist,
+        kill=args.kill,
         xdp=tuple(args.xdp),
         metrics=metrics,
         log_level=args.log_level,

@@ -111,6 +111,7 @@ class PolicyConfig:
     )
     require_kernel: bool = setting(BOOLEAN, "exit instead of serving with the policy in userspace", default=False)
     xdp: tuple[str, ...] = setting(ListOf(TEXT), "interfaces where XDP drops before the stack", default=())
+    kill: bool = setting(BOOLEAN, "end live connections of sources that come to be denied", default=False)
     persist: bool = setting(BOOLEAN, "leave the policy in the kernel when the server stops", default=False)
     rules: tuple[RuleConfig, ...] = setting(ListOf(Table(RuleConfig)), "rules", default=())
 

@@ -45,6 +45,7 @@ from ..services.tcp import bind_tcp
 from .api import ControlApi
 from .events import Event, EventHub, GateEvents
 from .kernel_relay import KernelRelay
+from .kill import ConnectionKiller
 from .listeners import ListenAt, Listeners
 from .socket import ControlServer
 
@@ -56,6 +57,7 @@ __all__ = ["DaemonOptions", "GateUnavailable", "serve"]
 log = logging.getLogger("rama_ebpf")
 
 _SWEEP_SECONDS: Final = 30.0
+_ENFORCE_SECONDS: Final = 1.0
 _WORKER_TARGET: Final = "rama_ebpf.control.worker:application"
 
 
@@ -98,6 +100,7 @@ class DaemonOptions:
     require_kernel: bool = False
     persist: bool = False
     xdp: tuple[str, ...] = ()
+    kill: bool = False
     metrics: Endpoint | None = None
     access_log: bool = True
     log_level: str = "info"
@@ -204,6 +207,7 @@ class _Daemon:
         if options.rules is not None and home.store.pending is not None:
             log.warning("the set on trial is undone: the configuration has a set of its own")
             home.store.roll_back()
+        self._killer = ConnectionKiller(self._listeners.addresses, () if home.gate is None else home.gate.own_cgroups)
         self._events = EventHub() if home.gate is None else GateEvents(home.gate.maps, _rule_names(home.store)).hub
         self._relay = KernelRelay(
             options.workers,
@@ -230,7 +234,7 @@ class _Daemon:
         options, home = self._options, self._home
         control = ControlServer(
             options.instance.control_socket,
-            ControlApi(home.store, self._feeds).call,
+            self._control,
             {"events": self._events.stream, "flows": self._flows},
         )
         await control.start()
@@ -239,10 +243,12 @@ class _Daemon:
             metrics.start()
         self._write_state()
         sweeper = asyncio.create_task(_sweep(home.store, Refresher(home.store, self._feeds)))
+        enforcer = asyncio.create_task(self._enforce())
         try:
             await self._supervisor.run()
         finally:
             sweeper.cancel()
+            enforcer.cancel()
             self._feeds.cancel()  # its thread is waited for at the end
             if metrics is not None:
                 await metrics.stop()
@@ -272,6 +278,27 @@ class _Daemon:
             watchdog=options.watchdog,
             log_level=options.log_level,
         )
+
+    def _control(self, method: str, params: Mapping[str, object]) -> dict[str, object]:
+        if method == "kill":
+            return self._killer.call(params)
+        return ControlApi(self._home.store, self._feeds).call(method, params)
+
+    async def _enforce(self) -> None:
+        """Where the operator wants it, end live connections that the policy has come to deny."""
+        store, seen = self._home.store, -1
+        while True:
+            await asyncio.sleep(_ENFORCE_SECONDS)
+            if not self._options.kill or (revision := store.revision) == seen:
+                continue
+            try:
+                killed = await asyncio.to_thread(self._killer.kill_denied, store)
+            except PolicyError as error:
+                log.error("%s", error)
+            else:
+                if killed:
+                    log.warning("revision %d of the policy ended %d live connections", revision, killed)
+            seen = revision
 
     async def _flows(self, _params: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
         """Answer ``flows``: what each worker says of its tunnels."""

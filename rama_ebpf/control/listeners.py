@@ -77,6 +77,10 @@ class Listeners:
         """Close all."""
         self.keep(())
 
+    def addresses(self) -> list[SocketAddress]:
+        """The TCP addresses that are open now."""
+        return [entry.address for entry in list(self._open.values()) if entry.address is not None]
+
     def described(self, wanted: Iterable[ListenAt]) -> list[dict[str, object]]:
         """What ``status`` needs to know: name, address, and the index in the gate's maps of those under it."""
         rows: list[dict[str, object]] = []

@@ -1,0 +1,73 @@
+"""Ending live connections: a block keeps new ones out, this ends those that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import ip_address
+from pathlib import Path
+
+from ..core.address import IPAddress, SocketAddress, unmap
+from ..kernel import sock_diag
+from ..kernel.sock_diag import Connection
+from ..policy.rule import Action, IPNetwork, PolicyError, parse_network
+from ..policy.store import PolicyStore
+from .api import Json
+
+__all__ = ["ConnectionKiller"]
+
+
+class ConnectionKiller:
+    """Ends connections of the proxy's clients: those to its listeners, and of its own cgroup where it has one.
+
+    ``listeners`` returns the addresses as they are now; ``cgroups`` are the directories of its cgroups.
+    """
+
+    def __init__(self, listeners: Callable[[], Iterable[SocketAddress]], cgroups: Iterable[Path] = ()) -> None:
+        self._listeners = listeners
+        self._cgroups = {directory.stat().st_ino for directory in cgroups}
+
+    def call(self, params: Mapping[str, object]) -> Json:
+        """The control method ``kill``: end the connections of ``source``, of one ``port`` of ours if it is given."""
+        source, port = parse_network(str(params.get("source"))), params.get("port")
+        return {"killed": self.kill(source, int(str(port)) if port is not None else None)}
+
+    def kill(self, source: IPNetwork, port: int | None = None) -> int:
+        """End the connections of a source, to one port of ours or to all; return how many there were.
+
+        Raises :class:`PolicyError` where that is not allowed or the kernel cannot.
+        """
+        live = [found for found in self._live() if port in (None, found.local_port)]
+        return self._end(found for found in live if unmap(found.peer) in source)
+
+    def kill_denied(self, store: PolicyStore) -> int:
+        """End the connections whose source the policy would not let in now. Raises like :meth:`kill`."""
+        verdicts: dict[tuple[IPAddress, int], bool] = {}
+
+        def is_denied(found: Connection) -> bool:
+            key = unmap(found.peer), found.local_port
+            if key not in verdicts:
+                verdicts[key] = store.verdict(*key).action is not Action.ALLOW
+            return verdicts[key]
+
+        return self._end(filter(is_denied, self._live()))
+
+    def _live(self) -> list[Connection]:
+        listeners = {(listener.ip, listener.port) for listener in self._listeners()}
+        ports = {port for _, port in listeners}
+        return [found for port in ports for found in sock_diag.connections(port) if self._is_ours(found, listeners)]
+
+    def _is_ours(self, found: Connection, listeners: set[tuple[IPAddress, int]]) -> bool:
+        if self._cgroups and found.cgroup is not None and found.cgroup not in self._cgroups:
+            return False
+        wildcard = ip_address("0.0.0.0" if found.local.version == 4 else "::")
+        return any((ip, found.local_port) in listeners for ip in (found.local, wildcard))
+
+    @staticmethod
+    def _end(connections: Iterable[Connection]) -> int:
+        try:
+            return sum(map(sock_diag.destroy, connections))
+        except OSError as error:
+            raise PolicyError(
+                f"live connections cannot be ended: {error.strerror} (it takes CAP_NET_ADMIN, and a kernel with "
+                "CONFIG_INET_DIAG_DESTROY)"
+            ) from error

@@ -1,0 +1,100 @@
+"""Listing and ending TCP connections of this network namespace, over netlink.
+
+Reference: sock_diag(7), ``include/uapi/linux/inet_diag.h``. SOCK_DESTROY takes CAP_NET_ADMIN and
+CONFIG_INET_DIAG_DESTROY.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
+
+__all__ = ["Connection", "connections", "destroy"]
+
+_BY_FAMILY, _DESTROY = 20, 21
+_REQUEST, _ACK, _DUMP = 1, 4, 0x300
+_ERROR, _DONE = 2, 3
+_NETLINK_SOCK_DIAG: Final = 4
+_STATES: Final = sum(1 << state for state in (1, 3, 4, 5, 8, 9, 11))  # all that have a peer, less SYN_SENT, TIME_WAIT
+_CGROUP_ID: Final = 21
+
+_HEADER: Final = struct.Struct("=IHHII")
+_REQUEST_V2: Final = struct.Struct("=BBBBI48s")
+_MESSAGE: Final = struct.Struct("=BBBB48sIIIII")
+_SOCKID: Final = struct.Struct("!HH16s16s")
+_ATTRIBUTE: Final = struct.Struct("=HH")
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A connection as the kernel has it. ``cgroup`` is the id of its socket's cgroup (the inode of the directory),
+    None where the kernel does not tell. ``identity`` is ``struct inet_diag_sockid``, its cookie included."""
+
+    local: IPv4Address | IPv6Address
+    local_port: int
+    peer: IPv4Address | IPv6Address
+    peer_port: int
+    cgroup: int | None
+    identity: bytes
+
+
+def connections(local_port: int) -> list[Connection]:
+    """Return the connections, also those not yet accepted, whose local port is this one. Raises OSError."""
+    return [found for family in (socket.AF_INET, socket.AF_INET6) for found in _dump(family, local_port)]
+
+
+def destroy(connection: Connection) -> bool:
+    """End a connection: its peer gets RST, its owner ECONNABORTED. Return False if it has ended by itself.
+
+    Raises PermissionError without CAP_NET_ADMIN, and OSError EOPNOTSUPP where the kernel cannot.
+    """
+    family = socket.AF_INET if connection.local.version == 4 else socket.AF_INET6
+    request = _REQUEST_V2.pack(family, socket.IPPROTO_TCP, 0, 0, _STATES, connection.identity)
+    try:
+        list(_ask(_DESTROY, _REQUEST | _ACK, request))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _dump(family: int, local_port: int) -> list[Connection]:
+    identity = struct.pack("!H46x", local_port)  # the kernel compares what is not zero
+    request = _REQUEST_V2.pack(family, socket.IPPROTO_TCP, 0, 0, _STATES, identity)
+    return [_parse(body) for body in _ask(_BY_FAMILY, _REQUEST | _DUMP, request)]
+
+
+def _ask(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
+    """Send a request and yield the bodies of the answer's messages. Raises the OSError that the kernel answers."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as sock:
+        sock.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, 1, 0) + body)
+        while True:
+            data = memoryview(sock.recv(1 << 16))
+            while len(data) >= _HEADER.size:
+                length, answer, _, _, _ = _HEADER.unpack_from(data)
+                content = data[_HEADER.size : length]
+                data = data[(length + 3) & ~3 :]
+                if answer in (_DONE, _ERROR):
+                    number = -struct.unpack_from("=i", content)[0] if len(content) >= 4 else 0
+                    if number:
+                        raise OSError(number, f"sock_diag: {os.strerror(number)}")
+                    return
+                yield bytes(content)
+
+
+def _parse(body: bytes) -> Connection:
+    family, _, _, _, identity, *_ = _MESSAGE.unpack_from(body)
+    local_port, peer_port, local, peer = _SOCKID.unpack_from(identity)
+    make = (lambda raw: IPv4Address(raw[:4])) if family == socket.AF_INET else IPv6Address
+    cgroup = None
+    at = _MESSAGE.size
+    while at + _ATTRIBUTE.size <= len(body):
+        length, kind = _ATTRIBUTE.unpack_from(body, at)
+        if kind == _CGROUP_ID:
+            (cgroup,) = struct.unpack_from("=Q", body, at + _ATTRIBUTE.size)
+        at += max(_ATTRIBUTE.size, (length + 3) & ~3)
+    return Connection(make(local), local_port, make(peer), peer_port, cgroup, identity)

@@ -1,0 +1,92 @@
+"""Live connections of a blocked source: ended on request, or because the policy says so, and nobody else's."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from ..conftest import StartProxy
+from ..lab import Host, Lab, wait_for
+from .test_gate import PORT
+
+pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+
+OTHER = "198.18.77.7"
+
+
+def greet(sock: socket.socket) -> bytes:
+    sock.sendall(b"\x05\x01\x00")
+    return sock.recv(2)
+
+
+def is_reset(sock: socket.socket) -> bool:
+    sock.settimeout(20)
+    try:
+        sock.recv(1)
+    except ConnectionResetError:
+        return True
+    return False
+
+
+def is_alive(sock: socket.socket) -> bool:
+    sock.settimeout(0.3)
+    try:
+        return sock.recv(1) != b""
+    except TimeoutError:
+        return True
+
+
+def connected(client: Host, server: Host, source: str | None = None) -> socket.socket:
+    address = server.ipv6 if source == client.ipv6 else server.ipv4
+    sock = client.connect(address, PORT, source=source)
+    assert greet(sock) == b"\x05\x00"
+    return sock
+
+
+def test_block_with_kill_ends_the_source_s_connections_and_no_others(lab: Lab, start_proxy: StartProxy) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    client.add_address(f"{OTHER}/16", "eth0")
+    server.add_address("198.18.200.1/16", "eth0")
+    listen = ("--listen", f"{server.ipv4}:{PORT}", "--listen", f"[::]:{PORT}", "--handshake-timeout", "600")
+    proxy = start_proxy(server, *listen)
+    with server.socket() as neighbour:  # another service of the host, of the same port on another address
+        neighbour.bind(("198.18.200.1", PORT))
+        neighbour.listen()
+        beside = client.connect("198.18.200.1", PORT)
+        blocked = [connected(client, server) for _ in range(3)]
+        unread = client.connect(server.ipv4, PORT)  # it has not said anything yet
+        six, other = connected(client, server, client.ipv6), connected(client, server, OTHER)
+        wait_for(lambda: proxy.accepted() == 6)
+
+        result = proxy.json("block", client.ipv4, "--kill")
+        assert result["killed"] == 4
+        assert all(is_reset(sock) for sock in (*blocked, unread))
+        assert all(is_alive(sock) for sock in (beside, six, other))
+        assert proxy.command("block", client.ipv4, "--kill").stdout.endswith(", 0 live connections ended\n")
+        assert proxy.json("block", client.ipv6, "--kill", "--dry-run")["killed"] == 0
+        assert proxy.json("block", client.ipv6, "--kill", "--port", "9")["killed"] == 0
+        assert is_alive(six)
+        assert proxy.json("block", client.ipv6, "--kill", "--port", str(PORT))["killed"] == 1
+        assert is_reset(six)
+        assert is_alive(other)
+        for sock in (beside, *blocked, unread, six, other):
+            sock.close()
+
+
+def test_policy_that_kills_ends_what_it_has_come_to_deny_but_not_the_failsafe(
+    lab: Lab, start_proxy: StartProxy
+) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    client.add_address(f"{OTHER}/16", "eth0")
+    listen = ("--listen", f"{server.ipv4}:{PORT}", "--handshake-timeout", "600")
+    proxy = start_proxy(server, *listen, "--kill", "--failsafe", f"{OTHER}/32")
+    denied, safe = connected(client, server), connected(client, server, OTHER)
+    proxy.command("block", "198.19.0.0/16")
+    assert is_alive(denied)
+    proxy.command("block", "198.18.0.0/16")
+    assert is_reset(denied)
+    assert proxy.logged("ended 1 live connections")
+    assert is_alive(safe)
+    for sock in (denied, safe):
+        sock.close()
