@@ -77,7 +77,7 @@ class DaemonOptions:
     interfaces that get the XDP program; the server does not start if one cannot. ``egress`` is where workers may
     connect to, ``user`` who they become, None to stay. ``metrics`` is where metrics are served, nowhere if None.
     ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
-    the first tunnel wants it.
+    the first tunnel wants it. ``kill``: a source that the policy comes to deny loses its live connections, too.
     """
 
     instance: Instance
