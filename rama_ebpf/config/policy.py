@@ -26,7 +26,7 @@ class FeedConfig:
     url: str | None = setting(TEXT, "an HTTP or HTTPS URL", default=None)
     refresh: float = setting(DURATION, "how often it is read again", default=3600.0)
     max_bad: float = setting(number(0, 1), "the share of bad lines from which on it is refused", default=0.05)
-    timeout: float = setting(DURATION, "for a transfer", default=30.0)
+    timeout: float = setting(DURATION, "for a transfer, at most 5m", default=30.0)
     max_size: int = setting(SIZE, "at most, also when unpacked", default=64 << 20)
 
     def __post_init__(self) -> None:

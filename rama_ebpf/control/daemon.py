@@ -58,6 +58,7 @@ log = logging.getLogger("rama_ebpf")
 
 _SWEEP_SECONDS: Final = 30.0
 _ENFORCE_SECONDS: Final = 1.0
+_REFRESH_SECONDS: Final = 10.0  # how often feeds are looked at, not read
 _WORKER_TARGET: Final = "rama_ebpf.control.worker:application"
 
 
@@ -204,8 +205,8 @@ class _Daemon:
         restored = home.store.restore_bans()
         if restored:
             log.info("%d bans of earlier are in force again", restored)
-        if options.rules is not None and home.store.pending is not None:
-            log.warning("the set on trial is undone: the configuration has a set of its own")
+        if home.store.pending is not None and (options.rules is not None or options.default is not None):
+            log.warning("the set on trial is undone: this start says what is to be in force")
             home.store.roll_back()
         self._killer = ConnectionKiller(self._listeners.addresses, () if home.gate is None else home.gate.own_cgroups)
         self._events = EventHub() if home.gate is None else GateEvents(home.gate.maps, _rule_names(home.store)).hub
@@ -242,14 +243,17 @@ class _Daemon:
         if metrics is not None:
             metrics.start()
         self._write_state()
-        sweeper = asyncio.create_task(_sweep(home.store, Refresher(home.store, self._feeds)))
-        enforcer = asyncio.create_task(self._enforce())
+        keepers = [
+            asyncio.create_task(_sweep(home.store)),
+            asyncio.create_task(_refresh(home.store, Refresher(home.store, self._feeds))),
+            asyncio.create_task(self._enforce()),
+        ]
         try:
             await self._supervisor.run()
         finally:
-            sweeper.cancel()
-            enforcer.cancel()
-            self._feeds.cancel()  # its thread is waited for at the end
+            for keeper in keepers:
+                keeper.cancel()
+            self._feeds.cancel()  # their threads are waited for at the end
             if metrics is not None:
                 await metrics.stop()
             await control.stop()
@@ -361,8 +365,7 @@ class _Daemon:
         settings = replace(settings, per_source=options.per_source, overall=options.overall)
         ruleset, reports = with_feeds(RuleSet(options.rules, settings), self._feeds, known=store.ruleset())
         for report in reports:
-            if report.content is None:
-                log.warning("rule %s has no sources yet: %s", report.rule, report.stale)
+            report.log()
         store.replace(ruleset, origin="configuration")
 
     # -- what is seen from outside -------------------------------------------------------------------------------
@@ -463,22 +466,37 @@ def _handlers(store: PolicyStore, events: EventHub) -> dict[str, Handler]:
     return {"verdict": verdict, "ban": ban, "strike": strike}
 
 
-async def _sweep(store: PolicyStore, refresher: Refresher) -> None:
-    """Keep the policy's house: feeds as they fall due, what has expired, what nobody confirmed."""
+async def _sweep(store: PolicyStore) -> None:
+    """Forget what has expired and what nobody confirmed."""
 
-    def keep(*, all_feeds: bool) -> None:
-        try:
-            freed = store.sweep()
-            if freed:
-                log.info("policy: %d expired rules and bans removed", freed)
-            if store.pending is None:
-                refresher.run(all_feeds=all_feeds)
-        except PolicyError as error:
-            log.warning("feeds: %s; trying again in %g s", error, _SWEEP_SECONDS)
-        except OSError:
-            log.exception("cannot keep the policy in order; trying again in %g s", _SWEEP_SECONDS)
+    def sweep() -> None:
+        freed = store.sweep()
+        if freed:
+            log.info("policy: %d expired rules and bans removed", freed)
 
-    await asyncio.to_thread(keep, all_feeds=True)
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
-        await asyncio.to_thread(keep, all_feeds=False)
+        await _keep("the policy in order", sweep)
+
+
+async def _refresh(store: PolicyStore, refresher: Refresher) -> None:
+    """Keep feeds fresh: all at the start, then each as it falls due. It may take as long as their servers do."""
+
+    def refresh(*, all_feeds: bool = False) -> None:
+        if store.pending is None:
+            for report in refresher.run(all_feeds=all_feeds):
+                report.log()
+
+    await _keep("feeds fresh", lambda: refresh(all_feeds=True))
+    while True:
+        await asyncio.sleep(_REFRESH_SECONDS)
+        await _keep("feeds fresh", refresh)
+
+
+async def _keep(what: str, work: Callable[[], None]) -> None:
+    try:
+        await asyncio.to_thread(work)
+    except PolicyError as error:
+        log.warning("cannot keep %s, trying again: %s", what, error)
+    except OSError:
+        log.exception("cannot keep %s, trying again", what)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Final
 
 from .feed import FeedContent, FeedError
 from .feed_store import FeedStore
@@ -16,7 +18,9 @@ __all__ = ["FeedReport", "Refresher", "with_feeds"]
 
 log = logging.getLogger(__name__)
 
-_RETRY_SECONDS = 60.0
+_RETRY_SECONDS: Final = 60.0
+_AT_ONCE: Final = 8
+"""Feeds that are read at the same time: one that hangs does not hold up the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,19 @@ class FeedReport:
     feed: Feed
     content: FeedContent | None
     stale: str = ""
+
+    def log(self) -> None:
+        """Tell a server's operator what is wrong with the feed, if anything is."""
+        if self.content is None:
+            log.warning("rule %s: %s", self.rule, self.stale)
+        elif self.content.bad_count:
+            log.warning(
+                "rule %s: %d lines of feed %s are no network and left out: %s",
+                self.rule,
+                self.content.bad_count,
+                self.feed.source,
+                "; ".join(map(str, self.content.bad[:3])),
+            )
 
 
 def with_feeds(ruleset: RuleSet, feeds: FeedStore, *, known: RuleSet | None = None) -> tuple[RuleSet, list[FeedReport]]:
@@ -53,7 +70,7 @@ def with_feeds(ruleset: RuleSet, feeds: FeedStore, *, known: RuleSet | None = No
             if known is None:
                 raise
             rules.append(rule)
-            reports.append(FeedReport(rule.name, rule.feed, None, str(error)))
+            reports.append(FeedReport(rule.name, rule.feed, None, f"it has no sources yet: {error}"))
             continue
         rules.append(replace(rule, sources=loaded.content.prefixes))
         reports.append(FeedReport(rule.name, rule.feed, loaded.content, loaded.stale))
@@ -70,7 +87,8 @@ class Refresher:
         self._due: dict[tuple[str, Feed], float] = {}
 
     def run(self, *, all_feeds: bool = False) -> list[FeedReport]:
-        """Read the feeds that are due, or all, and put what is new into force. Blocks for as long as a feed takes.
+        """Read the feeds that are due, or all, and put what is new into force together. Blocks for as long as the
+        slowest takes, which is its ``timeout`` at most.
 
         A feed that cannot be read leaves its rule as it is, and is tried again after a minute. Raises
         :class:`PolicyError` while a set is on trial, and where what is new cannot be put into force;
@@ -82,28 +100,22 @@ class Refresher:
         keys = {(rule.name, rule.feed) for rule in ruleset.rules if rule.feed is not None}
         now = self._clock()
         self._due = {key: self._due.get(key, self._first_due(key, ruleset, now)) for key in keys}
-        reports = []
-        rules = []
-        for rule in ruleset.rules:
-            due = rule.feed is not None and (all_feeds or self._due[rule.name, rule.feed] <= now)
-            if rule.feed is None or not due:
-                rules.append(rule)
-                continue
-            report = self._read(rule, rule.feed)
-            reports.append(report)
+        due = {rule.name: rule.feed for rule in ruleset.rules if rule.feed is not None}
+        if not all_feeds:
+            due = {name: feed for name, feed in due.items() if self._due[name, feed] <= now}
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            reports = dict(zip(due, pool.map(self._read, due, due.values()), strict=True))
+        for name, report in reports.items():
             fresh = not report.stale and report.content is not None
-            self._due[rule.name, rule.feed] = self._clock() + (rule.feed.refresh if fresh else _RETRY_SECONDS)
-            rules.append(replace(rule, sources=report.content.prefixes) if report.content is not None else rule)
-        new = replace(ruleset, rules=tuple(rules))
+            self._due[name, report.feed] = self._clock() + (report.feed.refresh if fresh else _RETRY_SECONDS)
+        new = replace(ruleset, rules=tuple(_fresh(rule, reports.get(rule.name)) for rule in ruleset.rules))
         if new != ruleset:
             try:
-                self._store.replace(
-                    new, expected_set=token, origin=f"feeds: {', '.join(report.rule for report in reports)}"
-                )
+                self._store.replace(new, expected_set=token, origin=f"feeds: {', '.join(reports)}")
             except StaleSet:
                 self._due.clear()
                 raise
-        return reports
+        return list(reports.values())
 
     @staticmethod
     def _first_due(key: tuple[str, Feed | None], ruleset: RuleSet, now: float) -> float:
@@ -112,10 +124,14 @@ class Refresher:
         assert rule.feed is not None
         return now + rule.feed.refresh if len(rule.sources) else now
 
-    def _read(self, rule: Rule, feed: Feed) -> FeedReport:
+    def _read(self, rule: str, feed: Feed) -> FeedReport:
         try:
             loaded = self._feeds.load(feed)
         except FeedError as error:
-            log.warning("rule %s: %s", rule.name, error)
-            return FeedReport(rule.name, feed, None, str(error))
-        return FeedReport(rule.name, feed, loaded.content, loaded.stale)
+            return FeedReport(rule, feed, None, str(error))
+        return FeedReport(rule, feed, loaded.content, loaded.stale)
+
+
+def _fresh(rule: Rule, report: FeedReport | None) -> Rule:
+    """The rule with the sources that were read for it, if any were."""
+    return rule if report is None or report.content is None else replace(rule, sources=report.content.prefixes)

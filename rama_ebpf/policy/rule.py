@@ -102,8 +102,8 @@ class Feed:
     """Where a rule's sources come from: a file, or an HTTP or HTTPS URL, with one network a line.
 
     It is read again every ``refresh`` seconds. Lines that are no network are left out, unless they are more than
-    ``max_bad`` of all (0 to 1): then the feed is refused as a whole. ``timeout`` (seconds) and ``max_size`` (bytes,
-    also when unpacked) bound a transfer. Raises :class:`PolicyError`.
+    ``max_bad`` of all (0 to 1): then the feed is refused as a whole. ``timeout`` (seconds, at most 300) and
+    ``max_size`` (bytes, also when unpacked) bound a transfer. Raises :class:`PolicyError`.
     """
 
     source: str
@@ -118,6 +118,8 @@ class Feed:
             raise PolicyError(f"feed {self.source}: use http, https, or the path of a file")
         if not separator and not self.source.startswith("/"):
             raise PolicyError(f"feed {self.source}: use an absolute path")
+        if not 0 < self.timeout <= 300:
+            raise PolicyError(f"feed {self.source}: timeout {self.timeout:g} s: use at most 5 minutes")
 
     @property
     def is_url(self) -> bool:

@@ -444,18 +444,25 @@ class PolicyStore(abc.ABC):
         """Forget what has expired; return how many rules and bans. Only frees room: an expired rule decides nothing
         anyway."""
         now = boottime_ns() if now is None else now
+        # Looked for without the lock: with 100,000 rules it takes a second, and mostly there are none.
+        entries = self._runtime_entries()
+        candidates = [(network, port) for network, port, rule_id in entries if self._has_ended(rule_id, now)]
         with self._locked():
             self._settle()
             expired = 0
-            for network, port, rule_id in self._runtime_entries():
-                rule = self._rule(rule_id)
-                if rule is None or (rule.expires is not None and now >= rule.expires):
+            for network, port in candidates:
+                rule_id = self._runtime(network, port)
+                if rule_id is not None and self._has_ended(rule_id, now):
                     self._drop_runtime(network, port)
                     expired += 1
             self._free_rules()
             if self._ban_log is not None and self._ban_log.overgrown():
                 self._ban_log.rewrite(self.bans())
             return expired + self._drop_expired_bans(now)
+
+    def _has_ended(self, rule_id: int, now: int) -> bool:
+        rule = self._rule(rule_id)
+        return rule is None or (rule.expires is not None and now >= rule.expires)
 
 
 def _around(source: IPAddress, length: int) -> IPNetwork:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import random
 import socket
+import ssl
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from rama_ebpf.policy.rule import Action, Feed, PolicyError, Rule, RuleSet
 from rama_ebpf.policy.store import StaleSet
 
 from ..lab import wait_for
+from ..tls.pki import Authority
 
 GOOD = b"198.18.1.0/24\n198.18.2.0/24\n2001:db8:1::/48\n"
 NEW = b"198.18.7.0/24\n"
@@ -291,6 +294,44 @@ def test_whatever_a_server_does_the_last_good_copy_stays(server: Server, store: 
     assert any(word in loaded.stale for word in why.split("|")), loaded.stale
     server.answer = server.serve
     assert store.load(Feed(server.url, timeout=30)).stale == ""
+
+
+def test_https_is_read_only_from_a_server_that_proves_its_name(
+    server: Server, store: FeedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:  # that nobody, too, can look into
+        Path(directory).chmod(0o755)
+        authority = Authority(Path(directory))
+        leaf = authority.issue("127.0.0.1")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(leaf.chain, leaf.key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        url = server.url.replace("http:", "https:")
+        with pytest.raises(FeedError, match="certificate verify failed"):
+            store.load(Feed(url))
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
+        assert store.load(Feed(url)).content.prefixes == parse_feed(GOOD).prefixes
+        with pytest.raises(FeedError, match="certificate verify failed"):
+            store.load(Feed(url.replace("127.0.0.1", "localhost")))
+        server.answer = lambda handler: handler.say(302, Location="http://127.0.0.1:1/")
+        assert "refusing to be redirected to http://127.0.0.1:1/" in store.load(Feed(url)).stale
+
+
+def test_one_feed_that_hangs_does_not_hold_up_the_others(server: Server, tmp_path: Path, store: FeedStore) -> None:
+    """Both are read at once: the file's rule would otherwise wait for the server's five minutes."""
+    path, local = tmp_path / "list", LocalStore()
+    path.write_bytes(NEW)
+    first = ruleset_of(Feed(server.url, timeout=300)).rules[0]
+    second = Rule("second", (), Action.DROP, origin="file", feed=Feed(str(path)))
+    local.replace(RuleSet((first, second)))
+    server.answer = server.hang
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(Refresher(local, store).run)
+        wait_for(lambda: server.asked and any((tmp_path / "feeds").glob("*")), what="both to be read")
+        store.cancel()
+        stale = {report.rule: report.stale for report in running.result(60)}
+    assert (stale["second"], "ended with -9" in stale["listed"]) == ("", True)
+    assert decided(local, "198.18.7.1") == "second"
 
 
 def test_a_server_that_does_not_listen_is_an_error_that_says_so(store: FeedStore) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from rama_ebpf.cli import main
 from rama_ebpf.config.policy import load_policy
@@ -108,7 +109,7 @@ def local_policy(instance: str, tmp_path: Path) -> Iterator[Policy]:
     place, local = Instance(instance), LocalStore(max_entries=4095)
     local.remember_in(place.state_dir)
     place.make_run_dir()
-    loop = asyncio.new_event_loop()
+    loop = uvloop.new_event_loop()  # as the server's
     server = ControlServer(place.control_socket, ControlApi(local, FeedStore(place.feeds_dir)).call)
     loop.run_until_complete(server.start())
     thread = threading.Thread(target=loop.run_forever)
