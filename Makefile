@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: run test lint unit setup setup-test docker-test clean help
+.PHONY: run test lint unit setup setup-test docker-test kernels vagrant-test clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -29,6 +29,12 @@ test: lint ## everything that CI runs; needs root
 docker-test: setup-test ## the proxy among containers, on a Docker daemon of its own (part of `make test`)
 	@$(BIN)/python -m integration.require docker
 	$(PYTEST) integration/docker $(PYTEST_ARGS)
+
+kernels: setup-test ## the kernel suite on the host's kernel and on Debian's, in emulated machines; writes docs/kernels.md
+	@$(BIN)/python -m integration.kernels $(KERNELS)
+
+vagrant-test: setup-test ## a Debian 12 machine: install the project, run the suite in it, bring the reports out, destroy it
+	@vagrant/test
 
 clean: ## remove the virtual environment and caches (also of images, kernels and boxes)
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache

@@ -46,6 +46,28 @@ def _disk(where: Path, gib: int) -> Callable[[], str | None]:
     return check
 
 
+def _kvm() -> str | None:
+    if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return None
+    return (
+        "/dev/kvm cannot be used: switch on (nested) virtualisation for this host and load kvm_intel or kvm_amd, or "
+        "leave RAMA_EBPF_EMULATE unset, and the machine is emulated in software"
+    )
+
+
+_BOX = (
+    _root,
+    _command("mmdebstrap", "apt install mmdebstrap"),
+    _command("mke2fs", "apt install e2fsprogs"),
+    _command("qemu-img", "apt install qemu-utils (Fedora: qemu-img)"),
+    _command("busybox", "apt install busybox-static (Fedora: busybox)"),
+    _command("cpio", "apt install cpio"),
+    _command("modprobe", "apt install kmod"),
+    _command("vagrant", "apt install vagrant"),  # its well-known key goes into the box
+    _disk(SCRATCH, 10),
+    _disk(CACHE, 4),
+)
+
 SUITES: dict[str, Sequence[Callable[[], str | None]]] = {
     "docker": (
         _root,
@@ -55,6 +77,28 @@ SUITES: dict[str, Sequence[Callable[[], str | None]]] = {
         _command("unshare", "apt install util-linux"),
         _disk(SCRATCH, 3),
         _disk(CACHE, 1),
+    ),
+    "kernels": (
+        _root,
+        _command("qemu-system-x86_64", "apt install qemu-system-x86 (Fedora: qemu-system-x86-core)"),
+        _command(
+            "apt-get", "the kernels are Debian's: run it on Debian, or give kernels that are unpacked below .cache"
+        ),
+        _command("busybox", "apt install busybox-static"),
+        _command("cpio", "apt install cpio"),
+        _command("modprobe", "apt install kmod"),
+        _disk(CACHE, 2),
+    ),
+    "box": _BOX,
+    "kvm": (_kvm,),
+    "vagrant": (
+        *_BOX,
+        _command("libvirtd", "apt install libvirt-daemon-system libvirt-daemon-driver-qemu"),
+        _command("virsh", "apt install libvirt-clients"),
+        _command("dnsmasq", "apt install dnsmasq-base"),
+        _command("qemu-system-x86_64", "apt install qemu-system-x86"),
+        _command("rsync", "apt install rsync"),
+        _command("ssh", "apt install openssh-client"),
     ),
 }
 

@@ -73,32 +73,33 @@ def known_bad(release: str) -> str:
     return ""
 
 
-async def self_test(fds: Mapping[str, int], release: str | None = None) -> SelfTest:
+async def self_test(fds: Mapping[str, int], release: str | None = None, timeout: float = _TIMEOUT) -> SelfTest:
     """Try the kernel's relay whose descriptors are ``fds`` (of :class:`~rama_ebpf.kernel.splice.SpliceMaps`).
 
+    It fails if it is not done after ``timeout`` seconds; a quarter of them is for each of its checks.
     Needs CAP_SYS_ADMIN and CAP_NET_ADMIN, for the network; takes some seconds. Never raises for what the kernel does.
     """
     started = time.monotonic()
-    refusal = known_bad(platform.release() if release is None else release) or await _run_child(fds)
+    refusal = known_bad(platform.release() if release is None else release) or await _run_child(fds, timeout)
     return SelfTest(refusal, time.monotonic() - started)
 
 
-async def _run_child(fds: Mapping[str, int]) -> str:
+async def _run_child(fds: Mapping[str, int], timeout: float) -> str:
     child = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", __spec__.name, json.dumps(dict(fds))),
+        *("-m", __spec__.name, json.dumps(dict(fds)), str(timeout)),
         pass_fds=list(fds.values()),
         stdin=asyncio.subprocess.PIPE,  # the child ends when we do
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(_TIMEOUT):
+        async with asyncio.timeout(timeout):
             assert child.stderr is not None
             words = await child.stderr.read()
             await child.wait()
     except TimeoutError:
-        return f"the self-test did not end within {_TIMEOUT:g} s"
+        return f"the self-test did not end within {timeout:g} s"
     finally:
         if child.returncode is None:
             child.kill()
@@ -268,12 +269,12 @@ async def _read_all(sock: socket.socket, arrived: asyncio.Event) -> bytes:
 _CHECKS: Final = {"half-close": _half_close, "bulk": _bulk, "stalled reader": _stall, "overlapping segments": _overlap}
 
 
-async def _child(fds: Mapping[str, int]) -> None:
+async def _child(fds: Mapping[str, int], timeout: float) -> None:
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), lambda: os._exit(1))
     Engine.current().use_sockmap(Sockmap(fds))
     for name, check in _CHECKS.items():
         try:
-            async with asyncio.timeout(_TIMEOUT / len(_CHECKS)):
+            async with asyncio.timeout(timeout / len(_CHECKS)):
                 await check()
         except (_Failed, OSError, BaseExceptionGroup) as error:
             what = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
@@ -284,4 +285,4 @@ async def _child(fds: Mapping[str, int]) -> None:
 
 if __name__ == "__main__":
     isolate_with_veth(_NEAR, _FAR, _OURS, str(_THEIRS))
-    asyncio.run(_child(json.loads(sys.argv[1])))
+    asyncio.run(_child(json.loads(sys.argv[1]), float(sys.argv[2])))

@@ -30,7 +30,7 @@ def _declared() -> set[str]:
 
 def _relay() -> dict[str, int]:
     """What the verifier walked of the relay's program, of which only the sockmap holds a reference."""
-    maps = SpliceMaps.load(rings=1, tunnels=16)
+    maps = SpliceMaps.load(1, 16)
     try:
         command = ["bpftool", "--json", "prog", "show", "name", "relay_verdict"]
         shown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from .flows import open_descriptors, plan, relay_by, run_flow
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
-FLOWS = 250
+FLOWS = int(os.environ.get("RAMA_EBPF_FLOWS", "250"))
 AT_ONCE = 25
 
 

@@ -7,12 +7,13 @@ import pytest
 from rama_ebpf.kernel.abi import source_dir
 from rama_ebpf.kernel.splice import SpliceMaps
 from rama_ebpf.relay.selftest import known_bad, self_test
+from tests.lab import PATIENCE
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
 
 async def test_this_kernel_passes(splice_maps: SpliceMaps) -> None:
-    assert (await self_test(splice_maps.fds)).refusal == ""
+    assert (await self_test(splice_maps.fds, timeout=100 * PATIENCE)).refusal == ""
 
 
 @pytest.mark.parametrize(

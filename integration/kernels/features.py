@@ -1,0 +1,115 @@
+"""What is tried on each kernel, and the table that says how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+__all__ = ["FEATURES", "Feature", "Outcome", "outcomes", "table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A row of the table: what is shown, and the tests that show it, as pytest wants them."""
+
+    name: str
+    tests: tuple[str, ...]
+
+
+_GATE = "tests/kernel/test_gate.py::"
+_PACKETS = "tests/policy/test_packets.py::"
+
+FEATURES = (
+    Feature("every program passes the verifier", ("tests/kernel/test_programs.py",)),
+    Feature(
+        "gate: a blocked client gets no SYN-ACK (`cgroup_skb`)",
+        (
+            f"{_GATE}test_blocked_source_gets_no_answer_until_it_is_unblocked",
+            f"{_GATE}test_source_blocked_between_its_syn_and_its_ack_stays_out",
+            f"{_GATE}test_other_services_of_the_host_are_never_touched",
+        ),
+    ),
+    Feature(
+        "steer, and RST for rejected clients (`sk_lookup`)",
+        (
+            f"{_GATE}test_rejected_source_gets_rst",
+            f"{_PACKETS}test_sk_lookup_rejects_and_leaves_other_ports_alone",
+        ),
+    ),
+    Feature(
+        "links and pins: kill -9, next start, clean stop",
+        (
+            f"{_GATE}test_kill_9_leaves_no_program_and_the_next_start_keeps_the_policy",
+            f"{_GATE}test_clean_stop_and_unload_leave_nothing",
+        ),
+    ),
+    Feature(
+        "XDP: the denied SYN is dropped",
+        (
+            f"{_PACKETS}test_xdp_drops_the_denied_syn",
+            f"{_PACKETS}test_xdp_leaves_to_the_stack_what_it_cannot_judge",
+            f"{_PACKETS}test_xdp_leaves_alone_other_ports_and_all_but_syns_and_leaves_rejects_to_sk_lookup",
+        ),
+    ),
+    Feature(
+        "packets: VLAN, extension headers, fragments, cut frames",
+        (
+            f"{_PACKETS}test_a_syn_is_found_behind",
+            f"{_PACKETS}test_not_the_gate_s_business",
+            f"{_PACKETS}test_malformed",
+            f"{_PACKETS}test_a_frame_that_is_cut_anywhere_is_malformed",
+            f"{_PACKETS}test_a_syn_is_one_without_ack",
+        ),
+    ),
+    Feature("policy: kernel, stores and definition agree", ("tests/policy/test_differential.py",)),
+    Feature("the kernel's relay passes its self-test", ("tests/relay/test_selftest.py::test_this_kernel_passes",)),
+    Feature(
+        "random flows through each relay, every byte", ("tests/relay/test_flows.py::test_random_flows_arrive_exactly",)
+    ),
+    Feature(
+        "the command: half-close, whole answer",
+        ("integration/test_main_job.py::test_client_that_half_closes_still_gets_the_whole_answer",),
+    ),
+    Feature("two capabilities are enough", ("integration/test_confined.py",)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How many tests of a feature passed of those that ran, and the names of the others."""
+
+    passed: int
+    failed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.failed:
+            return f"yes ({self.passed})" if self.passed else "**not run**"
+        return f"**no** ({len(self.failed)} of {self.passed + len(self.failed)} failed)"
+
+
+def outcomes(junit: str) -> tuple[dict[str, Outcome], dict[str, str]]:
+    """Read a JUnit report: how each feature went, by its name, and the properties that tests have recorded."""
+    results: dict[str, list[tuple[str, bool]]] = {feature.name: [] for feature in FEATURES}
+    properties: dict[str, str] = {}
+    for case in ElementTree.fromstring(junit).iter("testcase"):
+        file = case.get("classname", "").replace(".", "/") + ".py"
+        name = case.get("name", "")
+        test = f"{file}::{name}"
+        passed = all(case.find(kind) is None for kind in ("failure", "error", "skipped"))
+        for feature in FEATURES:
+            if any(test.startswith(wanted) for wanted in feature.tests):
+                results[feature.name].append((test, passed))
+        for entry in case.iter("property"):
+            properties[entry.get("name", "")] = entry.get("value", "")
+    return {
+        name: Outcome(sum(passed for _, passed in ran), tuple(test for test, passed in ran if not passed))
+        for name, ran in results.items()
+    }, properties
+
+
+def table(head: str, columns: Sequence[str], rows: Mapping[str, Sequence[object]]) -> str:
+    """Return a Markdown table with a row's name in front."""
+    lines = [f"| {head} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(str(cell) for cell in cells) + " |" for name, cells in rows.items()]
+    return "\n".join(lines) + "\n"
