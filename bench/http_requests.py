@@ -70,8 +70,8 @@ def _requests(proxy: Contestant, script: str, seconds: float, connections: int) 
     failed = connect + write + timeout + (int(statuses[1]) if statuses else 0)
     return Result(
         float(_found(r"Requests/sec:\s+([0-9.]+)", out)[1]),
-        _milliseconds(_found(r"^\s+50%\s+(\S+)$", out)[1]),
-        _milliseconds(_found(r"^\s+99%\s+(\S+)$", out)[1]),
+        _milliseconds(_found(r"^\s+50%\s+(\S+)", out)[1]),
+        _milliseconds(_found(r"^\s+99%\s+(\S+)", out)[1]),
         used / max(count, 1) * 1e6,
         failed,
         read,

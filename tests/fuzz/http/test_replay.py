@@ -1,0 +1,29 @@
+"""What fuzzing has found stays found: the corpus is replayed, and mutated a little further, in every run."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from ..socks5.test_replay import mutate
+from .targets import TARGETS
+
+CORPUS = {name: sorted((Path(__file__).parent / name).iterdir()) for name in TARGETS}
+MUTATIONS = {"proxy_header": 20_000, "requests": 5000, "responses": 5000, "h2_fields": 5000}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_corpus_breaks_no_guarantee(name: str) -> None:
+    assert len(CORPUS[name]) >= 10, "the corpus is part of the repository"
+    for path in CORPUS[name]:
+        TARGETS[name](path.read_bytes())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_mutated_corpus_breaks_no_guarantee(name: str) -> None:
+    chance = random.Random(9112)
+    seeds = [path.read_bytes() for path in CORPUS[name]]
+    for _ in range(MUTATIONS.get(name, 1000)):
+        TARGETS[name](mutate(chance, seeds))
