@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rama_ebpf.core import AuthFailed, Authority, Credentials, IPAddress, Service, Stream, User, stack
+from rama_ebpf.layers import by_source
 from rama_ebpf.layers.rate import RateLimitLayer
 from rama_ebpf.layers.strikes import StrikeLayer, StrikeLimit
 from rama_ebpf.services.http import (
@@ -251,6 +252,19 @@ async def test_rate_by_header_refuses_with_429_and_retry_after(run: Run) -> None
     assert "Retry-After: 10" in head(answer)
     now = 10.0
     assert await status("a") == "200"
+
+
+async def test_rate_by_client_refuses_one_address_and_not_another(run: Run) -> None:
+    server = run(HttpServer(stack(RateLimitLayer(0.1, burst=1, key=by_source(), clock=lambda: 0.0), show)))
+
+    async def status(source: str) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, local_addr=(source, 0))
+        writer.write(get())
+        answer = await reader.read()
+        writer.close()
+        return answer.split()[1]
+
+    assert [await status("127.0.0.1"), await status("127.0.0.1"), await status("127.0.0.2")] == [b"200", b"429", b"200"]
 
 
 # -- CORS ------------------------------------------------------------------------------------------------------
