@@ -32,7 +32,12 @@ def _state_root() -> Path:
     if os.geteuid() == 0:
         return Path("/var/lib/rama-ebpf")
     home = os.environ.get("XDG_STATE_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "state") / "rama-ebpf"
+    if home:
+        return Path(home) / "rama-ebpf"
+    try:
+        return Path.home() / ".local" / "state" / "rama-ebpf"
+    except RuntimeError:  # a user without a home, as in containers: what is kept lasts as long as the locks
+        return _run_root() / ".state"  # no instance has such a name
 
 
 class InstanceBusy(RuntimeError):
