@@ -44,7 +44,7 @@ def test_readme_commands_do_what_they_say(lab: Lab, instance: str, tmp_path: Pat
             assert server.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
             return "ready after" in (tmp_path / "log").read_text(encoding="utf-8")
 
-        wait_for(ready, timeout=90, what="make run")
+        wait_for(ready, timeout=90, what="make run")  # the setup of the tests has installed all
         outputs = {}
         for command in commands:
             result = subprocess.run(
