@@ -15,6 +15,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/tcp.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -213,6 +214,39 @@ static void bulk(int n, double seconds, int pull)
 	       (t1 - t0) / 1e9, total * 8.0 / (t1 - t0), cpu() - cpu0);
 }
 
+static double dial_seconds;
+
+static void *dialler(void *counter)
+{
+	uint64_t end = now_ns() + dial_seconds * 1e9;
+	long *count = counter;
+	char byte = 'x';
+	while (now_ns() < end) {
+		int fd = tunnel();
+		all(fd, 1, &byte, 1);
+		all(fd, 0, &byte, 1);
+		close(fd);
+		++*count;
+	}
+	return 0;
+}
+
+static void dial(int n, double seconds)
+{
+	pthread_t threads[n];
+	long counts[n], total = 0;
+	uint64_t t0 = now_ns();
+	dial_seconds = seconds;
+	memset(counts, 0, sizeof counts);
+	for (int i = 0; i < n; i++)
+		if (pthread_create(&threads[i], 0, dialler, &counts[i])) die("pthread_create");
+	for (int i = 0; i < n; i++) {
+		pthread_join(threads[i], 0);
+		total += counts[i];
+	}
+	printf("{\"connections\": %ld, \"rate\": %.1f}\n", total, total / ((now_ns() - t0) / 1e9));
+}
+
 static void hold(int n)
 {
 	for (int i = 0; i < n; i++) {
@@ -238,6 +272,7 @@ int main(int argc, char **argv)
 	if (!strcmp(mode, "ping")) ping(n, atoi(argv[4]), atof(argv[5]));
 	else if (!strcmp(mode, "pull") || !strcmp(mode, "push")) bulk(n, atof(argv[4]), mode[2] == 'l');
 	else if (!strcmp(mode, "hold")) hold(n);
+	else if (!strcmp(mode, "dial")) dial(n, atof(argv[4]));
 	else return 2;
 	return 0;
 }

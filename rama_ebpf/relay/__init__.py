@@ -8,7 +8,8 @@ from ..core.lifecycle import Lifecycle, Stage
 from ..core.stream import SocketStream, Stream
 from .choice import choose
 from .copy import copy
-from .engine import Engine, Tunnel
+from .engine import Engine
+from .flow import Tunnel
 from .handler import Move, TunnelHandler
 from .registry import FlowSnapshot, TunnelRegistry, tunnels
 from .tunnel import CloseReason, DirectionEnd, RelayKind, RelayOptions, TunnelLimits, TunnelReport
@@ -63,8 +64,7 @@ async def _move(client: Stream, upstream: Stream, limits: TunnelLimits, options:
     why = "not a plain socket"
     if isinstance(client, SocketStream) and isinstance(upstream, SocketStream):
         try:
-            kind, reason = choose(client, upstream, options)
-            tunnel = Engine.current().open(client, upstream, kind, reason, limits)
+            tunnel = Engine.current().open(client, upstream, choose(client, upstream, options), limits)
         except OSError as error:
             why = f"the kernel watches no more sockets: {error.strerror}"
         else:

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..core.address import SocketAddress
 from ..core.stream import SocketStream
 from .tunnel import RelayKind, RelayOptions
 
-__all__ = ["choose"]
+__all__ = ["Choice", "choose"]
 
 
-def choose(client: SocketStream, upstream: SocketStream, options: RelayOptions) -> tuple[RelayKind, str]:
-    """Return the relay that is wanted for two sockets, and why.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The relay that a tunnel begins with, and why; ``rises`` if the kernel may take it over when it has shown that
+    it talks in small messages."""
+
+    kind: RelayKind
+    why: str
+    rises: bool = False
+
+
+def choose(client: SocketStream, upstream: SocketStream, options: RelayOptions) -> Choice:
+    """Return the relay that is wanted for two sockets.
 
     ``auto`` wants the kernel's relay only where no segment is lost on the way: it is the one way that is not plain
-    TCP, so it is kept to where no peer has reason to send a byte twice.
+    TCP, so it is kept to where no peer has reason to send a byte twice. And only for tunnels that talk: bulk is
+    quicker by splice(2), and a short tunnel is over before it pays.
     """
     if options.kind is not RelayKind.AUTO:
-        return options.kind, "configured"
+        return Choice(options.kind, "configured")
     places = {_place(client, options), _place(upstream, options)}
     if None in places:
-        return RelayKind.AUTO, "auto: a peer is neither on this host nor in a lossless network"
-    return RelayKind.SOCKMAP, "auto: both peers are " + " or ".join(sorted(place for place in places if place))
+        return Choice(RelayKind.AUTO, "auto: a peer is neither on this host nor in a lossless network")
+    where = " or ".join(sorted(place for place in places if place))
+    return Choice(RelayKind.AUTO, f"auto: both peers are {where}", rises=True)
 
 
 def _place(stream: SocketStream, options: RelayOptions) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from .tunnel import DirectionEnd
 
 if TYPE_CHECKING:
-    from .engine import Tunnel
+    from .flow import Tunnel
 
 __all__ = ["BUFFER_SIZE", "TURN", "Direction", "buffer"]
 
@@ -36,11 +36,11 @@ class Direction:
 
     __slots__ = ("_pending", "_read_all", "blocked", "delivered", "end", "sink", "source", "tunnel", "waits_its_turn")
 
-    def __init__(self, tunnel: Tunnel, source: socket.socket, sink: socket.socket) -> None:
+    def __init__(self, tunnel: Tunnel, source: socket.socket, sink: socket.socket, delivered: int = 0) -> None:
         self.tunnel = tunnel
         self.source = source
         self.sink = sink
-        self.delivered = 0
+        self.delivered = delivered
         self.blocked = False
         self.end: DirectionEnd | None = None
         self.waits_its_turn = False
@@ -57,6 +57,11 @@ class Direction:
     def spills(self) -> int:
         """How often the kernel's relay has handed the direction back."""
         return 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is held or under way, so that another relay can go on from here."""
+        return self.end is None and not (self.blocked or self.waits_its_turn)
 
     @property
     def spliced(self) -> bool:

@@ -16,17 +16,16 @@ import weakref
 from collections.abc import Callable
 from typing import Final
 
-from ..core.address import SocketAddress
-from ..core.client import client_address
-from ..core.stream import SocketStream, reset_on_close
+from ..core.stream import SocketStream
+from .choice import Choice
 from .direction import Direction
-from .registry import FlowSnapshot
-from .sockmap import Sockmap, SockmapDirection
-from .splice import PipePool, SpliceDirection
-from .tunnel import CloseReason, DirectionEnd, RelayKind, TunnelLimits, TunnelReport
+from .flow import Tunnel
+from .sockmap import Sockmap
+from .splice import PipePool
+from .tunnel import CloseReason, DirectionEnd, TunnelLimits
 from .wheel import TimerWheel
 
-__all__ = ["Engine", "Tunnel"]
+__all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
 
@@ -37,184 +36,9 @@ _ALWAYS: Final = select.EPOLLRDHUP | select.EPOLLET
 _SPECIAL: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _EVENTS_PER_WAKE: Final = 256
 _WHEEL_RESOLUTION: Final = 0.1
-_IDLE_CHECKS: Final = 4
-"""How often the counters are looked at within one idle time-out: no clock is read per message."""
 _UNSENT: Final = 256 * 1024
 """Bytes that a send queue may hold beyond what the peer's window and the network take: enough to keep both busy, and
 not the megabytes to which the kernel lets it grow for a peer that has stopped reading."""
-
-
-class Tunnel:
-    """Two sockets whose bytes the engine moves; ``done`` is set when it has ended and both are closed."""
-
-    __slots__ = (
-        "_active_at",
-        "_loop",
-        "_seen",
-        "client",
-        "done",
-        "down",
-        "engine",
-        "error",
-        "kernel_slot",
-        "kind",
-        "limits",
-        "reason",
-        "slot",
-        "source",
-        "started",
-        "target",
-        "up",
-        "upstream",
-        "why",
-    )
-
-    def __init__(
-        self,
-        engine: Engine,
-        client: SocketStream,
-        upstream: SocketStream,
-        kind: RelayKind,
-        why: str,
-        limits: TunnelLimits,
-    ) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.engine = engine
-        self.kind = kind
-        self.limits = limits
-        self.source: SocketAddress | None = client_address(client) or client.peer
-        self.target: SocketAddress | None = upstream.peer
-        self.client = client.socket
-        self.upstream = upstream.socket
-        self.started = self._loop.time()
-        self.done: asyncio.Future[CloseReason] = self._loop.create_future()
-        self.reason: CloseReason | None = None
-        self.error: OSError | None = None
-        self.up: Direction
-        self.down: Direction
-        self.kernel_slot: int | None = None
-        self.why = why
-        self._choose()
-        self._active_at = self.started
-        self._seen = 0
-        self.slot: int | None = None
-
-    def _choose(self) -> None:
-        """Make the directions; where the kernel's relay is wanted and cannot be had, those of userspace."""
-        if self.kind is RelayKind.SOCKMAP:
-            sockmap = self.engine.sockmap
-            refusal = self.engine.want_sockmap() if sockmap is None else sockmap.join(self)
-            if not refusal:
-                return
-            self.kind, self.why = RelayKind.AUTO, f"no sockmap: {refusal}"
-            if self.kernel_slot is not None:
-                self.kind = RelayKind.COPY  # splice(2) reads nothing from a socket that is in a sockmap
-                return
-        if self.kind is RelayKind.COPY:
-            self.up = Direction(self, self.client, self.upstream)
-            self.down = Direction(self, self.upstream, self.client)
-        else:
-            adaptive = self.kind is RelayKind.AUTO
-            self.up = SpliceDirection(self, self.client, self.upstream, adaptive=adaptive)
-            self.down = SpliceDirection(self, self.upstream, self.client, adaptive=adaptive)
-
-    def relay_and_why(self) -> tuple[str, str]:
-        """Return which way the bytes move, or have moved, and why that one."""
-        spliced = self.up.spliced or self.down.spliced
-        if self.kind is RelayKind.AUTO:
-            return "splice" if spliced else "copy", self.why
-        if self.kind is RelayKind.SPLICE and not spliced and self.engine.pipes.refused:
-            return "copy", "no pipe to be had"
-        return self.kind.value, self.why
-
-    def snapshot(self) -> FlowSnapshot:
-        relay, why = self.relay_and_why()
-        return FlowSnapshot(
-            self.source,
-            self.target,
-            relay,
-            why,
-            self.up.moved,
-            self.down.moved,
-            self.up.spills + self.down.spills,
-            self._loop.time() - self.started,
-        )
-
-    def report(self) -> TunnelReport:
-        """Say how the tunnel went; for one that has ended."""
-        assert self.reason is not None
-        assert self.up.end is not None
-        assert self.down.end is not None
-        relay, why = self.relay_and_why()
-        return TunnelReport(
-            self.reason,
-            self.up.moved,
-            self.down.moved,
-            self._loop.time() - self.started,
-            relay,
-            why,
-            self.up.end,
-            self.down.end,
-            self.up.spills + self.down.spills,
-        )
-
-    def watch(self) -> None:
-        """Poll each socket for what userspace has to do: a direction that the kernel moves needs only its end."""
-        up = not isinstance(self.up, SockmapDirection) or self.up.passing
-        down = not isinstance(self.down, SockmapDirection) or self.down.passing
-        self.engine.watch(self.client, (_IN if up else 0) | (_OUT if down else 0))
-        self.engine.watch(self.upstream, (_IN if down else 0) | (_OUT if up else 0))
-
-    def cut(self) -> None:
-        self.finish(CloseReason.CUT)
-
-    def direction_ended(self) -> None:
-        """A direction has delivered its EOF; the other may still flow."""
-        if self.up.end is DirectionEnd.EOF and self.down.end is DirectionEnd.EOF:
-            self.finish(CloseReason.EOF)
-
-    def lost(self, direction: Direction, error: OSError) -> None:
-        """A read or write of ``direction`` failed: that socket's peer is gone, and the other is told by RST."""
-        culprit = direction.source if direction.end is DirectionEnd.SOURCE_LOST else direction.sink
-        self.error = error
-        self.finish(CloseReason.CLIENT_RESET if culprit is self.client else CloseReason.UPSTREAM_RESET)
-
-    def check_time(self, now: float) -> float | None:
-        """End the tunnel if a time-out has passed; else return when to look again, None for never."""
-        limits, when = self.limits, None
-        if limits.total is not None:
-            when = self.started + limits.total
-            if now >= when:
-                self.finish(CloseReason.TOTAL_TIMEOUT)
-                return None
-        if limits.idle is not None:
-            moved = self.up.moved + self.down.moved
-            if moved != self._seen:
-                # When in the last interval the bytes moved is not known: assume just now.
-                self._seen, self._active_at = moved, now
-            elif now >= self._active_at + limits.idle:
-                self.finish(CloseReason.IDLE_TIMEOUT)
-                return None
-            look = min(now + limits.idle / _IDLE_CHECKS, self._active_at + limits.idle)
-            when = look if when is None else min(when, look)
-        return when
-
-    def finish(self, reason: CloseReason) -> None:
-        """Close both sockets: in order after EOF, else with RST, so that nothing cut short looks complete."""
-        if self.reason is not None:
-            return
-        self.reason = reason
-        self.up.close()
-        self.down.close()
-        self.engine.forget(self)
-        for sock in (self.client, self.upstream):
-            if reason is CloseReason.EOF:
-                reset_on_close(sock, False)  # a socket that comes out of a stream is reset otherwise
-            sock.close()
-        if self.kernel_slot is not None and self.engine.sockmap is not None:
-            self.engine.sockmap.leave(self.kernel_slot)
-        if not self.done.done():
-            self.done.set_result(reason)
 
 
 class Engine:
@@ -258,9 +82,7 @@ class Engine:
             wanted()
         return self.sockmap_refusal
 
-    def open(
-        self, client: SocketStream, upstream: SocketStream, kind: RelayKind, why: str, limits: TunnelLimits
-    ) -> Tunnel:
+    def open(self, client: SocketStream, upstream: SocketStream, choice: Choice, limits: TunnelLimits) -> Tunnel:
         """Take both sockets out of their streams and start to move bytes.
 
         Raises OSError if the kernel refuses to watch another socket; then both streams are as they were. Raises
@@ -271,7 +93,7 @@ class Engine:
             for stream in (client, upstream):
                 epoll.register(stream.socket.fileno(), _ALWAYS | _IN | _OUT)
                 watched.append(stream.socket.fileno())
-            tunnel = Tunnel(self, client, upstream, kind, why, limits)
+            tunnel = Tunnel(self, client, upstream, choice, limits)
             from_client, from_upstream = client.detach()[1], upstream.detach()[1]
         except BaseException:
             for fd in watched:
@@ -279,8 +101,7 @@ class Engine:
             self._rest()
             raise
         self.tunnels.add(tunnel)
-        self._by_fd[watched[0]] = (tunnel.up, tunnel.down)
-        self._by_fd[watched[1]] = (tunnel.down, tunnel.up)
+        self.rewire(tunnel)
         self._schedule(tunnel, tunnel.check_time(tunnel.started))
         for sock in (tunnel.client, tunnel.upstream):
             if sock.family != socket.AF_UNIX:
@@ -292,10 +113,15 @@ class Engine:
             tunnel.down.start(from_upstream)
         return tunnel
 
-    def watch(self, sock: socket.socket, events: int) -> None:
-        """Poll ``sock`` for ``events`` besides its end and resets."""
+    def rewire(self, tunnel: Tunnel) -> None:
+        """Let the events of a tunnel's sockets go to the directions that it has now."""
+        self._by_fd[tunnel.client.fileno()] = (tunnel.up, tunnel.down)
+        self._by_fd[tunnel.upstream.fileno()] = (tunnel.down, tunnel.up)
+
+    def watch(self, sock: socket.socket, *, reads: bool, writes: bool) -> None:
+        """Poll ``sock`` for bytes and for room as told, besides its end and resets."""
         assert self._epoll is not None
-        self._epoll.modify(sock.fileno(), _ALWAYS | events)
+        self._epoll.modify(sock.fileno(), _ALWAYS | (_IN if reads else 0) | (_OUT if writes else 0))
 
     def again(self, direction: Direction) -> None:
         """Let ``direction`` go on after the others had their turn: it has used up its own."""

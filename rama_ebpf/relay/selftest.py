@@ -23,6 +23,7 @@ from typing import Final
 
 from ..core.stream import SocketStream
 from ..kernel.veth import isolate_with_veth
+from .choice import Choice
 from .engine import Engine
 from .sockmap import Sockmap
 from .synthetic import Wire, segment_plan
@@ -167,7 +168,7 @@ async def _relayed(
     if send_buffer:
         upstream_near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     tunnel = Engine.current().open(
-        SocketStream(client_near), SocketStream(upstream_near), RelayKind.SOCKMAP, "", TunnelLimits()
+        SocketStream(client_near), SocketStream(upstream_near), Choice(RelayKind.SOCKMAP, ""), TunnelLimits()
     )
     with client, upstream:
         await peers(client, upstream)
@@ -245,7 +246,7 @@ async def _overlap() -> None:
             accepted, _ = await accepting
             far, near = _pair()
             tunnel = Engine.current().open(
-                SocketStream(accepted), SocketStream(near), RelayKind.SOCKMAP, "", TunnelLimits()
+                SocketStream(accepted), SocketStream(near), Choice(RelayKind.SOCKMAP, ""), TunnelLimits()
             )
             playing = asyncio.create_task(connection.play(plan, _PATTERN[: plan.size], arrived))
             with far:

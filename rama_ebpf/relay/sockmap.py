@@ -30,7 +30,7 @@ from .direction import BUFFER_SIZE, TURN, Direction, buffer
 from .tunnel import CloseReason, DirectionEnd
 
 if TYPE_CHECKING:
-    from .engine import Tunnel
+    from .flow import Tunnel
 
 __all__ = ["Sockmap", "SockmapDirection"]
 
@@ -67,11 +67,12 @@ class Sockmap:
         """How many directions are in use."""
         return len(self._live)
 
-    def join(self, tunnel: Tunnel) -> str:
+    def join(self, tunnel: Tunnel, delivered: tuple[int, int] = (0, 0)) -> str:
         """Put both sockets of ``tunnel`` under the kernel's relay and give it its directions.
 
-        Returns the empty string, or why it could not be; then the tunnel is to go another way. One that has come
-        only half-way in has directions already.
+        ``delivered`` is how much has been moved before, up and down; nothing may be under way then. Returns the empty
+        string, or why it could not be; then the tunnel is to go another way. One that has come only half-way in has
+        directions already.
         """
         if not self._free:
             return self._refuse("all slots are in use")
@@ -93,13 +94,14 @@ class Sockmap:
                 return reason
             # The client's socket is in, and taking it out would lose what has come meanwhile: it stays and passes.
             tunnel.up = self._live[slot] = SockmapDirection(
-                tunnel, client, upstream, self._directions[slot], arms=False
+                tunnel, client, upstream, self._directions[slot], delivered[0], arms=False
             )
-            tunnel.down = Direction(tunnel, upstream, client)
+            tunnel.down = Direction(tunnel, upstream, client, delivered[1])
             tunnel.kernel_slot = slot
             return reason
-        tunnel.up = self._live[slot] = SockmapDirection(tunnel, client, upstream, self._directions[slot])
-        tunnel.down = self._live[slot + 1] = SockmapDirection(tunnel, upstream, client, self._directions[slot + 1])
+        up, down = self._directions[slot], self._directions[slot + 1]
+        tunnel.up = self._live[slot] = SockmapDirection(tunnel, client, upstream, up, delivered[0])
+        tunnel.down = self._live[slot + 1] = SockmapDirection(tunnel, upstream, client, down, delivered[1])
         tunnel.kernel_slot = slot
         return ""
 
@@ -140,14 +142,21 @@ class SockmapDirection(Direction):
     __slots__ = ("_arms", "_clear_at", "_consumed", "_delay", "_kernel", "_moved", "_retry", "_written", "passing")
 
     def __init__(
-        self, tunnel: Tunnel, source: socket.socket, sink: socket.socket, kernel: DirectionSlot, *, arms: bool = True
+        self,
+        tunnel: Tunnel,
+        source: socket.socket,
+        sink: socket.socket,
+        kernel: DirectionSlot,
+        delivered: int,
+        *,
+        arms: bool = True,
     ) -> None:
-        super().__init__(tunnel, source, sink)
+        super().__init__(tunnel, source, sink, delivered)
         self.passing = True
         self._kernel = kernel
         self._arms = arms
         self._consumed = 0
-        self._written = _taken(sink)  # where our own bytes begin in the sink's send queue
+        self._written = _taken(sink) - delivered  # where our own bytes begin in the sink's send queue
         self._clear_at = 0
         self._delay = _FIRST_RETRY
         self._retry: asyncio.TimerHandle | None = None

@@ -14,7 +14,7 @@ from .direction import BUFFER_SIZE, TURN, Direction
 from .tunnel import DirectionEnd
 
 if TYPE_CHECKING:
-    from .engine import Tunnel
+    from .flow import Tunnel
 
 __all__ = ["Pipe", "PipePool", "SpliceDirection"]
 
@@ -105,6 +105,10 @@ class SpliceDirection(Direction):
     @property
     def spliced(self) -> bool:
         return self._spliced
+
+    @property
+    def settled(self) -> bool:
+        return super().settled and not self._splicing
 
     def urgent(self) -> None:
         super().urgent()

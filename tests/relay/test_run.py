@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from rama_ebpf.cli.flows import live_flows
 from rama_ebpf.kernel.instance import Instance
 
 from ..conftest import StartProxy
@@ -85,23 +86,29 @@ def ping(ends: tuple[socket.socket, socket.socket], count: int = 3) -> None:
         assert client.recv(100) == b"pong"
 
 
+def sockmap_state(proxy: ProxyProcess) -> dict[str, str]:
+    return cast("dict[str, str]", Instance(proxy.instance).read_state()["sockmap"])
+
+
 def ready(proxy: ProxyProcess) -> bool:
-    state = proxy.json("status")["sockmap"]
+    state = sockmap_state(proxy)
     assert state["state"] != "refused", state
-    return bool(state["state"] == "ready")
+    return state["state"] == "ready"
 
 
 def flows(proxy: ProxyProcess) -> list[dict[str, Any]]:
-    return list(proxy.json("flows")["flows"])
+    return list(live_flows(Instance(proxy.instance))["flows"])
 
 
 @contextmanager
-def tunnel_of(host: Host, proxy: ProxyProcess, relay: str, why: str) -> Iterator[tuple[socket.socket, socket.socket]]:
+def tunnel_of(
+    host: Host, proxy: ProxyProcess, relay: str, why: str, messages: int = 3
+) -> Iterator[tuple[socket.socket, socket.socket]]:
     """A tunnel of that kind for that reason: others are opened before, until its worker has heard from the server."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with tunnel(host, 1080) as ends:
-            ping(ends)
+            ping(ends, messages)
             source = "{}:{}".format(*ends[0].getsockname())
             [flow] = [flow for flow in flows(proxy) if flow["source"] == source]
             if flow["relay"] == relay and why in flow["why"]:
@@ -116,7 +123,9 @@ def tunnel_in_the_kernel(
     return tunnel_of(host, proxy, "sockmap", "configured")
 
 
-def test_each_listener_has_its_relay_and_flows_are_listed(host: Host, start_proxy: StartProxy, config: Path) -> None:
+def test_each_listener_has_its_relay_through_deaths_and_reloads(
+    host: Host, start_proxy: StartProxy, config: Path
+) -> None:
     """With unprivileged workers, who have nothing but descriptors."""
     proxy = start_proxy(host, "--config", str(config))
     wait_for(lambda: ready(proxy), timeout=60, what="the kernel's relay")
@@ -133,51 +142,42 @@ def test_each_listener_has_its_relay_and_flows_are_listed(host: Host, start_prox
         assert target in shown
         assert "sockmap relay: ready" in proxy.command("status").stdout
         assert "passed the self-test" in rama_ebpf("doctor", check=False).stdout
-    wait_for(lambda: not flows(proxy), what="the end of the tunnels")
+    wait_for(lambda: not flows(proxy), timeout=60, what="the end of the tunnels")
     ended = {(row["relay"], row["reason"]): row["count"] for row in proxy.json("flows")["ended"]}
     assert ended["sockmap", "eof"] == 1
 
-
-def test_auto_loads_the_kernels_relay_when_a_tunnel_first_wants_it(
-    host: Host, start_proxy: StartProxy, config: Path
-) -> None:
-    config.write_text(CONFIG.format(relay="auto"))
-    proxy = start_proxy(host, "--config", str(config))
-    assert proxy.json("status")["sockmap"] == {"state": "unused", "why": ""}
-    with tunnel(host, 1080) as ends:
-        ping(ends)
-        assert flows(proxy)[0]["why"] == "no sockmap: not loaded yet"
-        wait_for(lambda: ready(proxy), timeout=60, what="the kernel's relay")
-    with tunnel_of(host, proxy, "sockmap", "auto: both peers are on this host") as ends:
-        ping(ends)
-
-
-def test_worker_that_dies_or_is_replaced_leaves_its_share_to_others(
-    host: Host, start_proxy: StartProxy, config: Path
-) -> None:
-    """Its tunnels end, reloads and deaths do not use up the shares, and tunnels of draining workers live on."""
-    proxy = start_proxy(host, "--config", str(config))
-    wait_for(lambda: ready(proxy), timeout=60, what="the kernel's relay")
+    # A worker that dies leaves its share to others, and one that drains keeps its own.
     with tunnel_in_the_kernel(host, proxy) as ends:
         for pid in proxy.workers():
             os.kill(pid, signal.SIGKILL)
         for sock in ends:
             with pytest.raises(ConnectionResetError):
                 sock.recv(1)
-    wait_for(lambda: len(proxy.workers()) == 2, what="new workers")
+    wait_for(lambda: len(proxy.workers()) == 2, timeout=60, what="new workers")
     with tunnel_in_the_kernel(host, proxy) as ends:
         proxy.signal(signal.SIGHUP)
-        wait_for(lambda: proxy.logged("reloaded"), what="the reload")
+        wait_for(lambda: proxy.logged("reloaded"), timeout=60, what="the reload")
         ping(ends)
         with tunnel_in_the_kernel(host, proxy) as others:
             ping(others)
             ping(ends)
             assert [flow["relay"] for flow in flows(proxy)].count("sockmap") == 2
-        proxy.signal(signal.SIGHUP)  # a third generation, while the first still drains
-        wait_for(lambda: sum("reloaded" in line for line in proxy.log) == 2, what="the second reload")
-        with tunnel_in_the_kernel(host, proxy) as others:
-            ping(others)
-            ping(ends)
+
+
+def test_auto_loads_the_kernels_relay_when_a_tunnel_has_talked(
+    host: Host, start_proxy: StartProxy, config: Path
+) -> None:
+    config.write_text(CONFIG.format(relay="auto"))
+    proxy = start_proxy(host, "--config", str(config))
+    assert sockmap_state(proxy) == {"state": "unused", "why": ""}
+    with tunnel(host, 1080) as ends:
+        ping(ends)
+        assert flows(proxy)[0]["why"] == "auto: both peers are on this host"
+        assert sockmap_state(proxy)["state"] == "unused"
+        ping(ends, 30)
+        wait_for(lambda: ready(proxy), timeout=60, what="the kernel's relay")
+    with tunnel_of(host, proxy, "sockmap", "auto: both peers are on this host", 30) as ends:
+        ping(ends)
 
 
 def test_refused_relay_is_said_and_tunnels_go_another_way(
@@ -185,8 +185,8 @@ def test_refused_relay_is_said_and_tunnels_go_another_way(
 ) -> None:
     """A compiler that finds no headers stands for whatever the kernel may refuse."""
     proxy = start_proxy(host, "--config", str(config), "--kernel-headers", str(tmp_path / "none"))
-    wait_for(lambda: proxy.json("status")["sockmap"]["state"] == "refused", timeout=60, what="the refusal")
-    why = proxy.json("status")["sockmap"]["why"]
+    wait_for(lambda: sockmap_state(proxy)["state"] == "refused", timeout=60, what="the refusal")
+    why = sockmap_state(proxy)["why"]
     assert "BCC failed" in why
     with tunnel_of(host, proxy, "copy", f"no sockmap: {why}") as ends:
         ping(ends)

@@ -20,12 +20,13 @@ from rama_ebpf.relay import CloseReason, RelayKind, TunnelReport
 from rama_ebpf.relay.engine import Engine
 from rama_ebpf.relay.sockmap import Sockmap
 
-from .flows import plan, relay_by, run_flow, running
+from .flows import expected, plan, relay_by, run_flow, running
 from .test_tunnel import Ends, push_until_held, receive, send
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
 FLOWS = 150
+TALKS = 75
 AT_ONCE = 25
 
 
@@ -61,6 +62,99 @@ async def test_random_flows_arrive_exactly_whatever_the_credit(splice_maps: Spli
     assert len(sockmap) == 0
     assert entries(splice_maps) == 0
     assert not sockmap.refused
+
+
+async def converse(rng: random.Random, here: socket.socket, there: socket.socket, sizes: list[int]) -> None:
+    """Send messages from one socket to the other, some before the one before has come, and check every byte."""
+
+    async def write() -> None:
+        sent = 0
+        for size in sizes:
+            while size:
+                count = min(size, rng.randrange(1, 100_000))
+                await asyncio.get_running_loop().sock_sendall(here, expected(sent, count))
+                sent, size = sent + count, size - count
+            if rng.random() < 0.7:
+                await asyncio.sleep(0.002 * rng.random())
+        here.shutdown(socket.SHUT_WR)
+
+    received = 0
+    writing = asyncio.create_task(write())
+    while data := await asyncio.get_running_loop().sock_recv(there, 1 << 18):
+        assert data == expected(received, len(data))
+        received += len(data)
+        if rng.random() < 0.02:
+            await asyncio.sleep(0.02)
+    await writing
+    assert received == sum(sizes)
+
+
+async def test_conversations_arrive_exactly_when_they_rise_to_the_kernel(
+    sockmap: Sockmap, splice_maps: SpliceMaps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Handed over in the middle of what is said, with a credit that makes the kernel hand back what is long."""
+    monkeypatch.setattr("rama_ebpf.relay.rising.MESSAGES", 2)
+    monkeypatch.setattr("rama_ebpf.relay.rising.SMALL", 1 << 16)
+    sockmap.credit = 1 << 16
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def one(seed: int) -> TunnelReport:
+        rng = random.Random(seed)
+        up, down = (
+            [int(rng.choice([50, 3000, 3000, 3000, 200_000]) * rng.random()) + 1 for _ in range(60)] for _ in range(2)
+        )
+        async with turn:
+            with Ends() as ends:
+                async with running(relay_by(RelayKind.AUTO), ends.client_near, ends.upstream_near) as tunnel:
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(converse(rng, ends.client, ends.upstream, up))
+                        group.create_task(converse(rng, ends.upstream, ends.client, down))
+                    report = await tunnel
+        assert (report.to_upstream, report.to_client, report.reason) == (sum(up), sum(down), CloseReason.EOF)
+        return report
+
+    reports = await asyncio.gather(*(one(seed) for seed in range(TALKS)))
+    risen = [report for report in reports if report.relay == "sockmap"]
+    assert len(risen) > TALKS // 3
+    assert sum(report.spills for report in risen) > 0
+    assert entries(splice_maps) == 0
+
+
+async def test_tunnel_that_talks_rises_to_the_kernel_and_bulk_does_not(sockmap: Sockmap) -> None:
+    with Ends() as ends, Ends() as others:
+        async with (
+            running(relay_by(RelayKind.AUTO), ends.client_near, ends.upstream_near) as talk,
+            running(relay_by(RelayKind.AUTO), others.client_near, others.upstream_near) as bulk,
+        ):
+            for _ in range(50):
+                await send(ends.client, b"ping")
+                assert await receive(ends.upstream, 4) == b"ping"
+                await send(ends.upstream, b"pong")
+                assert await receive(ends.client, 4) == b"pong"
+                sending = asyncio.create_task(send(others.client, b"x" * 100_000))
+                await receive(others.upstream, 100_000)
+                await sending
+            assert len(sockmap) == 2
+            for peer in (ends.client, ends.upstream, others.client, others.upstream):
+                peer.close()
+            report, other = await talk, await bulk
+    assert (report.relay, report.why) == ("sockmap", "auto: both peers are on this host")
+    assert (report.to_upstream, report.to_client, report.reason) == (200, 200, CloseReason.EOF)
+    assert (other.relay, other.to_upstream) == ("splice", 5_000_000)
+
+
+async def test_tunnel_that_cannot_rise_goes_on_as_it_is(sockmap: Sockmap) -> None:
+    sockmap._free.clear()
+    with Ends() as ends:
+        async with running(relay_by(RelayKind.AUTO), ends.client_near, ends.upstream_near) as tunnel:
+            for _ in range(50):
+                await send(ends.client, b"ping")
+                assert await receive(ends.upstream, 4) == b"ping"
+            ends.client.close()
+            ends.upstream.close()
+            report = await tunnel
+    assert (report.relay, report.why, report.to_upstream) == ("copy", "no sockmap: all slots are in use", 200)
+    assert sockmap.refused == {"all slots are in use": 1}, "it is tried once"
 
 
 def fdinfo(epoll: int) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from rama_ebpf.relay import (
     relay,
     tunnels,
 )
+from rama_ebpf.relay.choice import Choice
 from rama_ebpf.relay.engine import Engine
 
 from .flows import open_descriptors, relay_by, running, tcp_pair
@@ -419,7 +420,7 @@ async def test_bulk_flow_lets_others_have_their_turn(kind: RelayKind) -> None:
         ends.upstream_near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         await send(ends.client, bytes(3 << 20))
         tunnel = Engine.current().open(
-            SocketStream(ends.client_near), SocketStream(ends.upstream_near), kind, "", TunnelLimits()
+            SocketStream(ends.client_near), SocketStream(ends.upstream_near), Choice(kind, ""), TunnelLimits()
         )
         tunnel.up.readable()
         assert 1 << 20 <= tunnel.up.delivered < 2 << 20

@@ -1,0 +1,38 @@
+"""Tunnels that begin in userspace and go to the kernel's relay when they have shown that they talk."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Final
+
+from .splice import SpliceDirection
+
+if TYPE_CHECKING:
+    from .flow import Tunnel
+
+__all__ = ["MESSAGES", "SMALL", "RisingDirection"]
+
+MESSAGES: Final = 16
+"""So many times in a row the source has something to say: then the tunnel is looked at."""
+SMALL: Final = 4 * 1024
+"""Bytes that these messages may have on the average."""
+
+
+class RisingDirection(SpliceDirection):
+    """Relays as :class:`~.splice.SpliceDirection` does with ``adaptive``, and lets its tunnel rise when it has
+    moved :data:`MESSAGES` messages of at most :data:`SMALL` bytes on the average."""
+
+    __slots__ = ("_before", "_messages")
+
+    def __init__(self, tunnel: Tunnel, source: socket.socket, sink: socket.socket) -> None:
+        super().__init__(tunnel, source, sink, adaptive=True)
+        self._messages = 0
+        self._before = 0
+
+    def readable(self) -> None:
+        super().readable()
+        self._messages += 1
+        if self._messages >= MESSAGES:
+            moved, self._before, self._messages = self.delivered - self._before, self.delivered, 0
+            if moved <= MESSAGES * SMALL:
+                self.tunnel.rise()
