@@ -18,6 +18,7 @@ from ..layers.strikes import StrikeKeeper, StrikeLayer
 from ..layers.throttle import Bandwidth, ThrottleLayer
 from ..layers.timeout import TimeoutLayer
 from ..layers.trace import TraceLayer
+from ..services.connect import Egress, Resolver
 from ..services.proxy_protocol import ProxyProtocolLayer
 from .decode import ListOf, setting
 from .kinds import (
@@ -58,6 +59,12 @@ class Environment(Protocol):
 
     @property
     def shared(self) -> Shared | None: ...
+
+    @property
+    def resolver(self) -> Resolver: ...
+
+    @property
+    def egress(self) -> Egress: ...
 
     def load(self, target: str) -> Any:
         """Import ``module:attribute``."""

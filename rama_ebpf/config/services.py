@@ -15,7 +15,7 @@ from ..core.stream import Stream
 from ..layers.auth import PasswordFile
 from ..layers.breaker import CircuitBreakerLayer
 from ..layers.retry import RetryLayer
-from ..services.connect import ConnectError, Connector, Egress, Resolver
+from ..services.connect import ConnectError, Connector
 from ..services.forward import Forward
 from ..services.http import HttpProxy
 from ..services.http.layers import ProxyAuthLayer
@@ -34,12 +34,6 @@ __all__ = ["SERVICES", "ConnectSettings", "ServiceEnvironment", "ServiceSettings
 
 class ServiceEnvironment(Environment, HasLifecycle, Protocol):
     """What services find besides."""
-
-    @property
-    def resolver(self) -> Resolver: ...
-
-    @property
-    def egress(self) -> Egress: ...
 
     def call(self, factory: Any) -> Any:
         """Call a function that makes a service."""

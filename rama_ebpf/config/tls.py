@@ -13,6 +13,7 @@ from ..core.address import Authority
 from ..core.names import NameMap
 from ..core.service import Layer, Service, stack
 from ..core.stream import Stream
+from ..services.connect import Connector, Egress, Resolver
 from ..services.forward import Forward
 from ..services.tls import (
     CertificateAuthority,
@@ -37,7 +38,7 @@ from ..services.tls import (
 from .decode import ListOf, MapOf, Table, setting
 from .kinds import AUTHORITY, BOOLEAN, DURATION, HOST_PATTERN, PORT, TEXT, Kind, choice, file_path, integer
 
-__all__ = ["HasSecret", "TlsPassthroughSettings", "TlsSettings", "TlsTunnelSettings"]
+__all__ = ["TlsEnvironment", "TlsPassthroughSettings", "TlsSettings", "TlsTunnelSettings"]
 
 _VERSIONS: Final = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 _ACTION: Final = choice(*(action.value for action in TlsAction))
@@ -54,12 +55,18 @@ def _parse_new_file(value: Any) -> str:
 _NEW_FILE: Final = Kind("path of a file to write", _parse_new_file, is_path=True)
 
 
-class HasSecret(Protocol):
+class TlsEnvironment(Protocol):
     """What TLS finds where it runs."""
 
     @property
     def secret(self) -> bytes:
         """32 random bytes that all workers share."""
+
+    @property
+    def resolver(self) -> Resolver: ...
+
+    @property
+    def egress(self) -> Egress: ...
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class TlsSettings:
     client_auth: str = setting(choice("optional", "required"), "need clients show one", default="required")
     rules: tuple[TlsRuleSettings, ...] = setting(ListOf(Table(TlsRuleSettings)), "the first that matches", default=())
     default: str = setting(_ACTION, "where no rule matches", default="allow")
+    fallback: Authority | None = setting(AUTHORITY, "target of clients that do not speak TLS", default=None)
     ragged_eof: bool = setting(BOOLEAN, "bear clients that end without close_notify", default=False)
     handshake: float = setting(DURATION, "time for the handshake", default=10.0)
     max_handshakes: int = setting(integer(1, 1_000_000), "under way at once, in each worker", default=1000)
@@ -108,7 +116,7 @@ class TlsSettings:
         if self.client_crl is not None and self.client_ca is None:
             raise ValueError("client_crl needs client_ca")
 
-    def make(self, environment: HasSecret) -> Layer:
+    def make(self, environment: TlsEnvironment) -> Layer:
         """Load the certificates and make the layer."""
         settings = ServerTls(
             minimum_version=_VERSIONS[self.minimum_version],
@@ -124,8 +132,10 @@ class TlsSettings:
         else:
             pair = KeyPair(Path(self.chain or ""), Path(self.key or ""))
             store = CertificateStore.of_files(settings, pair, strict_sni=self.strict_sni)
+        connector = Connector(environment.resolver, environment.egress)
         return TlsTerminateLayer(
             store,
+            fallback=None if self.fallback is None else Forward(connector, self.fallback),
             policy=_policy(self.rules, self.default),
             handshake_timeout=self.handshake,
             max_handshakes=self.max_handshakes,
@@ -166,7 +176,7 @@ class TlsTunnelSettings:
     fail_open: bool = setting(BOOLEAN, "relay a ClientHello that cannot be read", default=False)
     handshake: float = setting(DURATION, "time for a ClientHello", default=10.0)
 
-    def make(self, environment: HasSecret) -> Layer:
+    def make(self, environment: TlsEnvironment) -> Layer:
         """Make the layer."""
         return TlsTunnelLayer(
             policy=_policy(self.rules, self.default),
@@ -196,7 +206,7 @@ class TlsPassthroughSettings:
         if self.fail_open and self.fallback is None:
             raise ValueError("fail_open needs fallback")
 
-    def make(self, environment: HasSecret, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
+    def make(self, environment: TlsEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         """Make the service."""
         fallback = None if self.fallback is None else Forward(connector, self.fallback)
         return stack(

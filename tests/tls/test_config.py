@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rama_ebpf.config.build import BuildEnvironment
 from rama_ebpf.config.load import ConfigError, config_of, load_config
 from rama_ebpf.config.show import effective
 from rama_ebpf.config.tls import TlsPassthroughSettings, TlsRuleSettings, TlsSettings
@@ -109,36 +110,50 @@ def test_a_mistake_is_told_with_its_line(directory: Path, text: str, expected: s
     assert mistake(directory, text).startswith(expected)
 
 
-class Nothing:
-    secret = bytes(32)
+@pytest.fixture
+def environment(connector: Connector) -> BuildEnvironment:
+    async def unused(*_: object) -> None:
+        raise AssertionError("nothing here strikes or calls")
+
+    return BuildEnvironment(unused, bytes(32), None, connector.resolver, connector.egress, ".", unused)  # type: ignore[arg-type]
+
+
+async def answer(stream: Stream) -> None:
+    while await stream.read():
+        pass
+    await stream.write(b"fallback")
 
 
 @pytest.mark.parametrize("fail_open", [False, True], ids=["closed", "open"])
 async def test_what_is_no_tls_goes_to_the_fallback_and_a_broken_hello_only_if_it_fails_open(
-    serve: Serve, connector: Connector, fail_open: bool
+    serve: Serve, connector: Connector, environment: BuildEnvironment, fail_open: bool
 ) -> None:
-    async def answer(stream: Stream) -> None:
-        while await stream.read():
-            pass
-        await stream.write(b"fallback")
-
     fallback = serve(answer)
     settings = TlsPassthroughSettings(
         port=443, fallback=Authority.of(HOST, fallback.port), fail_open=fail_open, handshake=0.2
     )
-    running = serve(settings.make(Nothing(), connector))
+    running = serve(settings.make(environment, connector))
     broken = records(handshake(bytes(range(256))))
     assert await exchange(running, b"GET / HTTP/1.0\r\n\r\n") == b"fallback"
     assert await exchange(running, broken) == (b"fallback" if fail_open else Alert.DECODE_ERROR.record)
 
 
-async def test_rules_of_a_terminating_listener_hold(serve: Serve, directory: Path) -> None:
-    async def answer(stream: Stream) -> None:
-        await stream.write(b"in")
+async def test_rules_and_fallback_of_a_terminating_listener_hold(
+    serve: Serve, environment: BuildEnvironment, directory: Path
+) -> None:
+    async def never(stream: Stream) -> None:
+        raise AssertionError("no handshake of these is good")
 
     rule = TlsRuleSettings(name="no-a", action="close", sni=("a.test",))
-    settings = TlsSettings(chain=str(directory / "a.test.crt"), key=str(directory / "a.test.key"), rules=(rule,))
-    running = serve(stack(settings.make(Nothing()), answer))
+    fallback = serve(answer)
+    settings = TlsSettings(
+        chain=str(directory / "a.test.crt"),
+        key=str(directory / "a.test.key"),
+        rules=(rule,),
+        fallback=Authority.of(HOST, fallback.port),
+    )
+    running = serve(stack(settings.make(environment), never))
+    assert await exchange(running, b"GET / HTTP/1.0\r\n\r\n") == b"fallback"
     # What passes the rules gets to OpenSSL, for which this hello is too poor.
     assert (await exchange(running, hello(b"b.test")))[-1] == Alert.HANDSHAKE_FAILURE
     assert await exchange(running, hello(b"a.test")) == Alert.ACCESS_DENIED.record

@@ -10,7 +10,7 @@ from ...core.service import Service
 from ...core.stream import Stream
 from .certs import SelectContext
 from .client_hello import ClientHello
-from .errors import AlertError
+from .errors import AlertError, NotTls
 from .limit import HandshakeLimit
 from .match import TlsPolicyLayer
 from .peek import add_client_hello, peek_client_hello
@@ -22,6 +22,7 @@ __all__ = ["TlsTerminateLayer"]
 class TlsTerminateLayer:
     """Does the server's side of TLS and hands a :class:`TlsStream` to the service inside.
 
+    A client that does not speak TLS goes to ``fallback``, its bytes unread, or without one is sent an alert.
     ``policy`` may refuse a client for what its ClientHello shows. ``certificates`` chooses the context from the whole
     ClientHello before anything is answered, and may wait while it does. ``handshake_timeout`` (seconds) covers
     everything from the first byte due to the end of the handshake. At most ``max_handshakes`` are under way at once;
@@ -40,6 +41,7 @@ class TlsTerminateLayer:
         self,
         certificates: SelectContext,
         *,
+        fallback: Service[Stream, Any] | None = None,
         policy: TlsPolicyLayer | None = None,
         handshake_timeout: float = 10.0,
         max_handshakes: int = 1000,
@@ -48,6 +50,7 @@ class TlsTerminateLayer:
         if handshake_timeout <= 0:
             raise ValueError(f"handshake_timeout must be positive, not {handshake_timeout}")
         self._certificates = certificates
+        self._fallback = fallback
         self._policy = policy
         self._timeout = handshake_timeout
         self._limit = HandshakeLimit(max_handshakes)
@@ -60,7 +63,13 @@ class TlsTerminateLayer:
 
     def __call__(self, inner: Service[TlsStream, Any], /) -> Service[Stream, Any]:
         async def terminate(stream: Stream, /) -> Any:
-            tls = await self._accept(stream)
+            try:
+                tls = await self._accept(stream)
+            except AlertError as error:
+                if self._fallback is not None and isinstance(error, NotTls):
+                    return await self._fallback(stream)
+                await stream.close_after(error.wire)
+                raise
             try:
                 result = await inner(tls)
             except BaseException:
@@ -89,8 +98,5 @@ class TlsTerminateLayer:
                         timeout=self._timeout,
                         ragged_eof=self._ragged_eof,
                     )
-        except AlertError as error:
-            await stream.close_after(error.wire)
-            raise
         except TimeoutError as error:
             raise HandshakeTimeout(f"TLS handshake not finished within {self._timeout} s") from error
