@@ -54,13 +54,10 @@ class BanLog:
             log.error("cannot write %s: %s", self._path, error)
 
     def replay(self) -> list[Ban]:
-        """Return the bans that are still in force."""
+        """Return the bans that are still in force. Raises OSError for a log that is there and cannot be read."""
         try:
             lines = self._path.read_bytes().splitlines()
         except FileNotFoundError:
-            return []
-        except OSError as error:
-            log.error("cannot read %s: %s", self._path, error)
             return []
         bans: dict[IPAddress, Ban] = {}
         damaged = 0

@@ -425,8 +425,13 @@ class PolicyStore(abc.ABC):
         if self._ban_log is None:
             return 0
         with self._locked():
+            try:
+                kept = self._ban_log.replay()
+            except OSError as error:
+                log.error("bans of earlier cannot be read, and are left as they are: %s", error)
+                return 0
             present = {ban.address for ban in self.bans()}
-            missing = [ban for ban in self._ban_log.replay() if ban.address not in present]
+            missing = [ban for ban in kept if ban.address not in present]
             restored = 0
             try:
                 for ban in missing:

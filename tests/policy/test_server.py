@@ -123,7 +123,7 @@ def test_bans_and_the_set_of_the_configuration_are_in_force_after_a_restart(
     assert answered(client, server.ipv4)
 
 
-def test_a_set_on_trial_is_undone_when_the_server_starts_anew(
+def test_a_set_on_trial_outlasts_a_reload_and_is_undone_when_the_server_starts_anew(
     lab: Lab, start_proxy: StartProxy, tmp_path: Path
 ) -> None:
     server, client = lab.host("proxy"), lab.host("client")
@@ -132,6 +132,8 @@ def test_a_set_on_trial_is_undone_when_the_server_starts_anew(
     path = tmp_path / "nobody.toml"
     path.write_text(NOBODY["default-deny-without-rules"])
     proxy.command("policy", "load", str(path), "--confirm-timeout", "1h")
+    proxy.signal(signal.SIGHUP)
+    wait_for(lambda: proxy.logged("the policy stays as it was: the last change waits to be confirmed"), timeout=60)
     assert shut_out(client, server.ipv4)
     proxy.signal(signal.SIGKILL)
     proxy.wait()

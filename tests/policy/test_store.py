@@ -303,6 +303,21 @@ def test_a_torn_log_of_bans_costs_no_whole_line(make_store: MakeStore, tmp_path:
     assert len(log.read_text().splitlines()) == 3
 
 
+def test_a_disk_that_refuses_is_told_and_hinders_no_ban(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "taken").write_text("no directory")
+    local = LocalStore()
+    local.remember_in(tmp_path / "taken")
+    local.ban(ip_address("198.18.1.1"))
+    assert decided(local, "198.18.1.1") == "drop by ban"
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+    assert f"cannot write {tmp_path}/taken/bans" in caplog.text
+    assert f"cannot write the journal {tmp_path}/taken/journal" in caplog.text
+    assert local.restore_bans() == 0
+    assert "bans of earlier cannot be read, and are left as they are" in caplog.text
+    with pytest.raises(NotADirectoryError):
+        local.journal()
+
+
 def test_bans_that_find_no_room_hinder_no_start_and_are_not_forgotten(
     kernel_store: KernelStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
