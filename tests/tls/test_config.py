@@ -129,9 +129,7 @@ async def test_what_is_no_tls_goes_to_the_fallback_and_a_broken_hello_only_if_it
     serve: Serve, connector: Connector, environment: BuildEnvironment, fail_open: bool
 ) -> None:
     fallback = serve(answer)
-    settings = TlsPassthroughSettings(
-        port=443, fallback=Authority.of(HOST, fallback.port), fail_open=fail_open, handshake=0.2
-    )
+    settings = TlsPassthroughSettings(port=443, fallback=Authority.of(HOST, fallback.port), fail_open=fail_open)
     running = serve(settings.make(environment, connector))
     broken = records(handshake(bytes(range(256))))
     assert await exchange(running, b"GET / HTTP/1.0\r\n\r\n") == b"fallback"
