@@ -15,6 +15,7 @@ from ..core.auth import User
 from ..core.client import client_address
 from ..core.errors import RamaError
 from ..core.extensions import Extensions
+from ..core.notes import Note
 from ..core.service import Service
 from ..core.stream import Stream
 from ..relay.tunnel import TunnelReport
@@ -27,7 +28,7 @@ log = logging.getLogger("rama_ebpf.access")
 @dataclass(frozen=True, slots=True)
 class AccessRecord:
     """What is known of a connection at its end. ``received`` and ``sent`` are bytes from and to the client, ``age``
-    is seconds; ``relay`` is how a tunnel's bytes moved, "" if there was none."""
+    is seconds; ``relay`` is how a tunnel's bytes moved, "" if there was none; ``notes`` is what layers have noted."""
 
     client: SocketAddress | None
     listener: SocketAddress | None
@@ -39,6 +40,7 @@ class AccessRecord:
     age: float
     relay: str = ""
     error: str = ""
+    notes: tuple[Note, ...] = ()
 
     def __str__(self) -> str:
         """Return the record as logfmt: ``key=value``, quoted where a peer chose the text and it needs quotes."""
@@ -52,6 +54,7 @@ class AccessRecord:
             ("sent", self.sent),
             ("age", f"{self.age:.3f}"),
             ("relay", self.relay),
+            *((note.key, note.value) for note in self.notes),
             ("error", self.error),
         ]
         return " ".join(f"{key}={_quoted(str(value))}" for key, value in pairs if value not in ("", None))
@@ -125,4 +128,5 @@ def _record(stream: Stream, error: BaseException | None, age: float) -> AccessRe
         age=age,
         relay="" if report is None else report.relay,
         error="" if error is None or isinstance(error, asyncio.CancelledError) else str(error),
+        notes=tuple(extensions.all(Note)),
     )

@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from rama_ebpf.core import Authority, LimitExceeded, Stream, User, stack
+from rama_ebpf.core import Authority, Extensions, LimitExceeded, Stream, User, stack
+from rama_ebpf.core.notes import Note
 from rama_ebpf.layers.access_log import AccessLogLayer, AccessRecord
 
 from .conftest import Serve, echo
@@ -34,6 +35,17 @@ async def test_a_tunnels_line_says_who_where_why_how_much_and_how_long(
         f"reason=eof received=5 sent=5 age=0."
     )
     assert line.endswith("relay=copy")
+
+
+async def test_notes_of_layers_are_in_the_line_and_a_peers_text_cannot_forge_fields() -> None:
+    extensions = Extensions()
+    for key, value in (("sni", "a.test"), ("agent", 'x" reason=eof\n')):
+        extensions.add(Note(key, value))
+    notes = tuple(extensions.all(Note))
+    record = AccessRecord(None, None, "", None, "done", 1, 2, 0.5, error="e", notes=notes)
+    assert str(record) == (
+        'client=unix reason=done received=1 sent=2 age=0.500 sni=a.test agent="x\\" reason=eof\\n" error=e'
+    )
 
 
 async def test_reason_of_an_error_is_its_kind(serve: Serve) -> None:

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rama_ebpf.services.tls import Alert, AlertError, ClientHello, ClientHelloParser, Ja3, Ja4, NotTls
+from rama_ebpf.services.tls import (
+    Alert,
+    AlertError,
+    ClientHello,
+    ClientHelloParser,
+    Ja3,
+    Ja4,
+    NotTls,
+    fingerprint,
+)
 
 from .hello import build, extension, handshake, of_vector, records, server_name, vec
 from .vectors import VECTORS, Vector
@@ -81,6 +90,19 @@ def test_ja4_counts_no_grease_and_stops_at_99() -> None:
         + "_"
         + "0" * 12
     )
+
+
+def test_what_is_kept_of_fingerprints_is_bounded() -> None:
+    """By number, and by size: a client cannot have us remember lists that no client sends."""
+    kept = fingerprint._ja4.cache_info
+    for number in range(600):
+        ordinary = parse(records(handshake(build(server_name(b"a.test"), cipher_suites=[number, 0x1301]))))
+        assert Ja4.of(ordinary) == Ja4.of(ordinary)
+    assert kept().currsize == kept().maxsize == 256
+    misses = kept().misses
+    huge = parse(records(handshake(build(server_name(b"a.test"), cipher_suites=range(10_000)))))
+    assert Ja4.of(huge).value.startswith("t12d990100_")
+    assert kept().misses == misses
 
 
 def test_the_answer_does_not_depend_on_how_segments_cut_it() -> None:

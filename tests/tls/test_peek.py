@@ -9,6 +9,7 @@ import ssl
 import pytest
 
 from rama_ebpf.core import HandshakeTimeout, PeerClosed, Stream, stack
+from rama_ebpf.layers.access_log import AccessLogLayer, AccessRecord
 from rama_ebpf.services.tls import Alert, AlertError, ClientHello, Ja3, Ja4, NotTls, TlsPeekLayer
 
 from .conftest import HOST, Running, Serve
@@ -159,3 +160,10 @@ async def test_what_real_openssl_sends_is_read(serve: Serve) -> None:
     assert hellos[0].server_name == "www.example.test"
     assert hellos[0].alpn == (b"h2", b"http/1.1")
     assert hellos[0].version == 0x0304
+
+
+async def test_the_access_log_shows_what_rules_are_written_of(serve: Serve) -> None:
+    records: list[AccessRecord] = []
+    running = serve(stack(AccessLogLayer(records.append), TlsPeekLayer(), everything))
+    await exchange(running, CHROME)
+    assert f" sni={VECTORS[1].server_name} ja4={VECTORS[1].ja4}" in str(records[0])

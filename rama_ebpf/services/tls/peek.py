@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from ...core.errors import HandshakeTimeout, PeerClosed
+from ...core.notes import Note
 from ...core.service import Service
 from ...core.stream import MAX_UNREAD, Stream
 from .client_hello import DEFAULT_LIMIT, ClientHello, ClientHelloParser
@@ -38,11 +39,19 @@ async def peek_client_hello(stream: Stream, *, timeout: float = 10.0, limit: int
 
 
 def add_client_hello(stream: Stream, hello: ClientHello) -> None:
-    """Add ``hello`` and its fingerprints to the stream's extensions, unless they are there already."""
-    if stream.extensions.get(ClientHello) != hello:
-        stream.extensions.add(hello)
-        stream.extensions.add(Ja3.of(hello))
-        stream.extensions.add(Ja4.of(hello))
+    """Add ``hello`` and its fingerprints to the stream's extensions, unless they are there already.
+
+    Its server name and JA4 are noted for the access log, which is where the rules about them come from.
+    """
+    extensions = stream.extensions
+    if extensions.get(ClientHello) == hello:
+        return
+    ja4 = Ja4.of(hello)
+    for value in (hello, Ja3.of(hello), ja4):
+        extensions.add(value)
+    if hello.server_name is not None:
+        extensions.add(Note("sni", hello.server_name))
+    extensions.add(Note("ja4", ja4.value))
 
 
 class TlsPeekLayer:

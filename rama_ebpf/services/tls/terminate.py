@@ -9,7 +9,6 @@ from ...core.errors import HandshakeTimeout
 from ...core.service import Service
 from ...core.stream import Stream
 from .certs import SelectContext
-from .client_hello import ClientHello
 from .errors import AlertError, NotTls
 from .limit import HandshakeLimit
 from .match import TlsPolicyLayer
@@ -29,9 +28,9 @@ class TlsTerminateLayer:
     what comes above that is cut (:class:`~rama_ebpf.core.errors.LimitExceeded`). ``ragged_eof``: see
     :class:`TlsStream`.
 
-    The ClientHello and the negotiated :class:`~.stream.TlsParameters` are added to the extensions. When the service
-    returns the stream is closed with close_notify, when it raises it is cut. Raises :class:`AlertError` and what
-    ``policy`` and :meth:`TlsStream.accept` raise, after the client has been told.
+    The ClientHello with its fingerprints and the negotiated :class:`~.stream.TlsParameters` are added to the
+    extensions. When the service returns the stream is closed with close_notify, when it raises it is cut. Raises
+    :class:`AlertError` and what ``policy`` and :meth:`TlsStream.accept` raise, after the client has been told.
     """
 
     accepts = Stream
@@ -85,11 +84,9 @@ class TlsTerminateLayer:
             with self._limit:
                 async with asyncio.timeout(self._timeout):
                     hello = await peek_client_hello(stream, timeout=self._timeout)
+                    add_client_hello(stream, hello)
                     if self._policy is not None:
-                        add_client_hello(stream, hello)
                         await self._policy.check(stream)
-                    elif stream.extensions.get(ClientHello) != hello:
-                        stream.extensions.add(hello)
                     context = await self._certificates(hello)
                     return await TlsStream.accept(
                         stream,
