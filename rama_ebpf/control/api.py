@@ -31,7 +31,8 @@ from ..policy.rule import (
     parse_network,
     parse_ttl,
 )
-from ..policy.store import PolicyStore, RuleRecord, StoredRule
+from ..policy.store import PolicyStore
+from ..policy.stored import RuleRecord, StoredRule
 
 __all__ = ["ControlApi", "Json"]
 

@@ -19,7 +19,8 @@ from .compiler import CompiledSet, compile_rules, read_chain
 from .intervals import find
 from .prefixes import IPNetwork, unmap_network
 from .rule import Ban, PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns
-from .store import PolicyStore, StoredRule
+from .store import PolicyStore
+from .stored import StoredRule
 
 __all__ = ["CountedPolicy", "LocalStore"]
 

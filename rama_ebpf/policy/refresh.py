@@ -12,7 +12,8 @@ from typing import Final
 from .feed import FeedContent, FeedError
 from .feed_store import FeedStore
 from .rule import Feed, PolicyError, Rule, RuleSet
-from .store import PolicyStore, StaleSet
+from .store import PolicyStore
+from .stored import StaleSet
 
 __all__ = ["FeedReport", "Refresher", "with_feeds"]
 
@@ -92,7 +93,7 @@ class Refresher:
 
         A feed that cannot be read leaves its rule as it is, and is tried again after a minute. Raises
         :class:`PolicyError` while a set is on trial, and where what is new cannot be put into force;
-        :class:`.store.StaleSet` if another set was loaded meanwhile, which stays.
+        :class:`.stored.StaleSet` if another set was loaded meanwhile, which stays.
         """
         if self._store.pending is not None:
             raise PolicyError("feeds are not read again before the set on trial is confirmed or undone")

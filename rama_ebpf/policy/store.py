@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
@@ -22,57 +22,12 @@ from .ban_log import BanLog
 from .compiler import CompiledSet, compile_rules
 from .journal import Journal
 from .prefixes import IPNetwork
-from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Stage, SynLimit, Verdict, boottime_ns
+from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Stage, Verdict, boottime_ns
+from .stored import RuleRecord, StaleRevision, StaleSet, StoredRule
 
-__all__ = ["Ban", "PolicyStore", "RuleRecord", "Settings", "StaleRevision", "StaleSet", "StoredRule"]
+__all__ = ["PolicyStore"]
 
 log = logging.getLogger(__name__)
-
-
-class StaleRevision(PolicyError):
-    """The policy was changed by somebody else meanwhile. ``revision`` is the one in force."""
-
-    def __init__(self, expected: int, revision: int) -> None:
-        super().__init__(
-            f"the policy is at revision {revision}, not {expected}: look at what changed (policy diff, policy log) "
-            f"and try again with --revision {revision}"
-        )
-        self.revision = revision
-
-
-class StaleSet(PolicyError):
-    """Another set was loaded meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__("another set was loaded meanwhile")
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRule:
-    """A rule as the tables hold it, without its sources. ``created`` is wall-clock nanoseconds."""
-
-    id: int
-    name: str
-    action: Action
-    port: int | None
-    expires: int | None
-    dry_run: bool
-    limit: SynLimit | None
-    reason: str
-    origin: str
-    created: int
-    order: int
-    """:attr:`.rule.Rule.order`"""
-
-
-@dataclass(frozen=True, slots=True)
-class RuleRecord:
-    """A rule with its sources and its counters, for listings."""
-
-    rule: StoredRule
-    sources: Sequence[IPNetwork]
-    hits: int
-    dry_hits: int
 
 
 class PolicyStore(abc.ABC):

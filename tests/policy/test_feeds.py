@@ -23,7 +23,7 @@ from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.prefixes import Prefixes, unmap_network
 from rama_ebpf.policy.refresh import Refresher, with_feeds
 from rama_ebpf.policy.rule import Action, Feed, PolicyError, Rule, RuleSet
-from rama_ebpf.policy.store import StaleSet
+from rama_ebpf.policy.stored import StaleSet
 
 from ..lab import wait_for
 from ..tls.pki import Authority

@@ -19,7 +19,8 @@ from rama_ebpf.policy.journal import Journal
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.rule import Action, PolicyError, Rule, RuleSet, Settings, SynLimit, boottime_ns
-from rama_ebpf.policy.store import PolicyStore, StaleRevision, StaleSet
+from rama_ebpf.policy.store import PolicyStore
+from rama_ebpf.policy.stored import StaleRevision, StaleSet
 
 from ..lab import wait_for
 

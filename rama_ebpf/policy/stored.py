@@ -1,0 +1,57 @@
+"""Rules as the tables of a store hold them, and why a change to them is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .prefixes import IPNetwork
+from .rule import Action, PolicyError, SynLimit
+
+__all__ = ["RuleRecord", "StaleRevision", "StaleSet", "StoredRule"]
+
+
+class StaleRevision(PolicyError):
+    """The policy was changed by somebody else meanwhile. ``revision`` is the one in force."""
+
+    def __init__(self, expected: int, revision: int) -> None:
+        super().__init__(
+            f"the policy is at revision {revision}, not {expected}: look at what changed (policy diff, policy log) "
+            f"and try again with --revision {revision}"
+        )
+        self.revision = revision
+
+
+class StaleSet(PolicyError):
+    """Another set was loaded meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__("another set was loaded meanwhile")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRule:
+    """A rule as the tables hold it, without its sources. ``created`` is wall-clock nanoseconds."""
+
+    id: int
+    name: str
+    action: Action
+    port: int | None
+    expires: int | None
+    dry_run: bool
+    limit: SynLimit | None
+    reason: str
+    origin: str
+    created: int
+    order: int
+    """:attr:`.rule.Rule.order`"""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleRecord:
+    """A rule with its sources and its counters, for listings."""
+
+    rule: StoredRule
+    sources: Sequence[IPNetwork]
+    hits: int
+    dry_hits: int
