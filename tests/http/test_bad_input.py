@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import socket
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -179,6 +180,24 @@ async def test_unread_body_is_dropped_if_short_and_ends_the_connection_if_long(r
     answer = await server.exchange(short + short + long + short)
     assert answer.count(b"HTTP/1.1 200 OK") == 3
     assert answer.count(b"Connection: close") == 1
+
+
+async def test_client_that_pipelines_does_not_keep_others_waiting(run: Run) -> None:
+    order: list[str] = []
+
+    async def app(request: Request) -> Response:
+        order.append(request.path)
+        return Response.text(200, "ok")
+
+    server = run(HttpServer(app))
+    with (
+        socket.create_connection(("127.0.0.1", server.port)) as greedy,
+        socket.create_connection(("127.0.0.1", server.port)) as modest,
+    ):
+        greedy.sendall(b"GET /greedy HTTP/1.1\r\nHost: a.test\r\n\r\n" * 200)
+        modest.sendall(b"GET /modest HTTP/1.1\r\nHost: a.test\r\n\r\n")
+        await eventually(lambda: "/modest" in order)
+    assert order.index("/modest") < 100
 
 
 async def test_fast_sender_is_held_back_by_a_stalled_upstream(run: Run, connector: Service[Authority, Stream]) -> None:

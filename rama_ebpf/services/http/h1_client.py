@@ -154,8 +154,9 @@ class H1ClientConnection:
             await self._write(self._strict.send(h11.EndOfMessage(headers=trailers)))
 
     async def _write(self, chunks: list[bytes]) -> None:
-        async with asyncio.timeout(self._timeouts.write):
-            await self.stream.write(*chunks)
+        if chunks:
+            async with asyncio.timeout(self._timeouts.write):
+                await self.stream.write(*chunks)
 
     # -- response ----------------------------------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ class H1ServerConnection:
         try:
             while await self._serve_one():
                 self._strict.next_cycle()
+                await asyncio.sleep(0)  # a client whose next request is always there must not keep the others waiting
         except MalformedMessage as error:
             log.info("%s: refused a message: %s", self._stream.peer, error)
             if self._strict.may_respond:
@@ -261,6 +262,8 @@ class H1ServerConnection:
         return fields
 
     async def _write(self, chunks: list[bytes]) -> None:
+        if not chunks:
+            return
         try:
             async with asyncio.timeout(self._timeouts.write):
                 await self._stream.write(*chunks)
