@@ -15,7 +15,7 @@ import pytest
 
 from rama_ebpf.core import Authority, IPAddress, RamaError, Service, Stream
 from rama_ebpf.policy.egress import EgressPolicy
-from rama_ebpf.services.connect import Connector, SystemResolver
+from rama_ebpf.services.connect import Connector, ResolveError, SystemResolver
 from rama_ebpf.services.http import HttpProxy
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
 
@@ -95,9 +95,14 @@ async def run() -> AsyncIterator[Run]:
 
 
 class Loopback(SystemResolver):
-    """Every name under ``.test`` is loopback; the others are the system's."""
+    """Every name under ``.test`` is loopback, but nowhere.test, which does not exist, and late.test, which nobody knows
+    in time. The others are the system's."""
 
     async def resolve(self, name: str) -> Sequence[IPAddress]:
+        if name == "nowhere.test":
+            return []
+        if name == "late.test":
+            raise ResolveError("no answer for 'late.test'", temporary=True)
         return [ip_address("127.0.0.1")] if name.endswith(".test") else await super().resolve(name)
 
 
