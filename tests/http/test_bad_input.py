@@ -108,6 +108,36 @@ async def test_slow_service_is_not_held_against_the_sender_of_a_body(run: Run) -
     assert answer.endswith(b"\r\n\r\n1")
 
 
+def resident() -> int:
+    """Bytes of memory that this process has in use."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("what", ["header section", "chunk extension", "trailer section"])
+async def test_what_stalls_unfinished_holds_no_more_than_its_limit(run: Run, what: str) -> None:
+    limits = HttpLimits(chunk_line=64 * 1024, trailers=64 * 1024)
+    server = run(HttpServer(swallow, limits=limits))
+    begun = {
+        "header section": b"GET / HTTP/1.1\r\nHost: a.test\r\nX: ",
+        "chunk extension": CHUNKED + b"5;a=",
+        "trailer section": CHUNKED + b"0\r\nX: ",
+    }[what]
+    before = resident()
+    clients = [await server.open() for _ in range(100)]
+    for _, writer in clients:
+        writer.write(begun + b"a" * 60_000)
+        await writer.drain()
+    await eventually(lambda: server.tcp.live == 100)
+    await asyncio.sleep(0.2)
+    assert resident() - before < 100 * 256 * 1024
+    for reader, writer in clients:
+        writer.write(b"a" * 10_000)
+        assert status_of(await reader.read()) == (b"400" if what == "chunk extension" else b"431")
+        writer.close()
+    await server.idle()
+
+
 async def test_endless_chunks_get_413_at_the_limit(run: Run) -> None:
     server = run(HttpServer(swallow, limits=HttpLimits(body=1_000_000)))
     reader, writer = await server.open()
