@@ -248,6 +248,14 @@ struct event_meter {
 };
 _Static_assert(sizeof(struct event_meter) == 16, "event_meter");
 
+struct verdict {
+	__u32 action;
+	__u32 stage;
+	__u32 rule;
+	__u32 dry_action; /* what the highest dry-run rule above the decision would have decided */
+	__u32 dry_rule;
+};
+
 /* What one layer says: its first rule that decides, and the first dry run above that. A rank of 0 is none. */
 struct finding {
 	__u32 rank, rule, action;
@@ -278,7 +286,8 @@ struct scratch {
 	__u64 word, next, last;
 	struct runtime_key key;
 	__u32 base;
+	struct verdict verdict;
 };
-_Static_assert(sizeof(struct scratch) == 152, "scratch");
+_Static_assert(sizeof(struct scratch) == 176, "scratch");
 
 #endif

@@ -13,14 +13,6 @@
 /* What a hook does about limits: only where a SYN is admitted for good is it charged, once whatever hooks it passed. */
 enum charge { CHARGE_NONE = 0, CHARGE_PEEK = 1, CHARGE_ADMIT = 2 };
 
-struct verdict {
-	u32 action;
-	u32 stage;
-	u32 rule;
-	u32 dry_action; /* what the highest dry-run rule above the decision would have decided */
-	u32 dry_rule;
-};
-
 /* Generic cell rate algorithm (ITU-T I.371): one theoretical arrival time per bucket. Two CPUs may race on one bucket
  * and admit a few SYNs too many; a lock would cost every packet. */
 static __always_inline int exceeds(u64 emission, u64 tolerance, u32 rule, const struct packet *p, int charge)
@@ -143,6 +135,7 @@ static __always_inline u32 bisect(void *set, const struct table *t, u32 at, u32 
 		} else {
 			left = half - 1;
 		}
+		left ^= t->zero;
 	}
 	p = page(set, t->page + first);
 	if (!p)
@@ -329,8 +322,7 @@ static __always_inline struct scratch *begin(void)
 	return s;
 }
 
-/* Judge the connection attempt in s->packet, on one of our listeners. */
-static __always_inline struct verdict verdict(struct scratch *s, int charge)
+static __always_inline struct verdict judge(struct scratch *s, int charge)
 {
 	struct verdict v = { .action = ACTION_ALLOW, .stage = STAGE_DEFAULT };
 	const struct set_head *head;
@@ -403,6 +395,15 @@ static __always_inline struct verdict verdict(struct scratch *s, int charge)
 	if (v.action == ACTION_ALLOW)
 		limit(&v, head->global.emission, head->global.tolerance, BUCKET_GLOBAL, p, charge);
 	return v;
+}
+
+/* Judge the connection attempt in s->packet, on one of our listeners. */
+static __always_inline struct verdict verdict(struct scratch *s, int charge)
+{
+	s->verdict = judge(s, charge);
+	/* Read back, it is unknown to the verifier, which else walks all that follows anew for each way it was found. */
+	barrier();
+	return s->verdict;
 }
 
 /* Tell those who watch, if there are any. */

@@ -54,7 +54,7 @@ EVENT_METER: Final = struct.Struct("=QQ")
 LIMIT: Final = struct.Struct("=QQ")
 RULE_HITS: Final = struct.Struct("=QQ")
 PACKET: Final = struct.Struct("=16s16sHBB")
-SCRATCH: Final = struct.Struct("=36s I QQ 6I 6I 3Q 20s I")
+SCRATCH: Final = struct.Struct("=36s I QQ 6I 6I 3Q 20s I 5I 4x")
 
 # Read and written by userspace alone (the map rule_info): created (wall clock, ns), name, origin, reason.
 RULE_INFO: Final = struct.Struct("=Q64s32s120s")
