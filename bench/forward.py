@@ -29,7 +29,7 @@ async def main() -> None:
     loopback = ipaddress.ip_network("127.0.0.0/8")
     connect = Connector(SystemResolver(), EgressPolicy(allow=(loopback,)))
     options = RelayOptions(kind)
-    if kind is RelayKind.SOCKMAP:
+    if kind in (RelayKind.SOCKMAP, RelayKind.AUTO):
         Engine.current().use_sockmap(Sockmap(SpliceMaps.load(1, 8192).fds))
 
     async def forward(client: Stream) -> None:

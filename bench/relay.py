@@ -179,6 +179,14 @@ def _cpu(pid: int) -> float:
     return 0.0
 
 
+def _tree_cpu(pid: int) -> float:
+    """Seconds of a process, its threads of earlier, and its children that live."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(_tree_cpu(int(child)) for child in children)
+
+
 def _user_cpu(pid: int) -> float:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11]) / os.sysconf("SC_CLK_TCK")
 
@@ -212,13 +220,14 @@ def bulk(rounds: int, seconds: float) -> list[Proxy]:
         proxies = [lab.haproxy(target), *(lab.ours(kind, target) for kind in _OURS), lab.microsocks()]
         for proxy in _turns(proxies, rounds):
             pids = [*_kernel_threads(), server.pid, proxy.process.pid]
-            before, own = sum(map(_cpu, pids)), _cpu(proxy.process.pid)
+            before, own = {pid: _cpu(pid) for pid in pids}, _cpu(proxy.process.pid)
             answer = lab.run("pull", proxy, 4, seconds, target=target)
             time.sleep(0.05)
             gigabytes = answer["bytes"] / 1e9
             proxy.add(
                 gbit_per_s=answer["gbit"],
-                cpu_s_per_gb=(sum(map(_cpu, pids)) - before + answer["cpu"]) / gigabytes,
+                # A kernel thread may have ended meanwhile.
+                cpu_s_per_gb=(sum(max(0.0, _cpu(pid) - before[pid]) for pid in pids) + answer["cpu"]) / gigabytes,
                 proxy_cpu_s_per_gb=(_cpu(proxy.process.pid) - own) / gigabytes,
             )
         return proxies
@@ -266,7 +275,10 @@ def dial(rounds: int, seconds: float) -> list[Proxy]:
         target, _ = lab.server("echo", None)
         proxies = [lab.microsocks(None), lab.dante(), lab.rama()]
         for proxy in _turns(proxies, rounds):
-            proxy.add(per_s=lab.run("dial", proxy, _DIALLERS, seconds, target=target, cpu=None)["rate"])
+            before = _tree_cpu(proxy.process.pid)
+            answer = lab.run("dial", proxy, _DIALLERS, seconds, target=target, cpu=None)
+            used = _tree_cpu(proxy.process.pid) - before
+            proxy.add(per_s=answer["rate"], proxy_cpu_ms_each=1000 * used / answer["connections"])
         return proxies
 
 
