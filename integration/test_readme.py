@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -37,7 +38,10 @@ def test_readme_commands_do_what_they_say(lab: Lab, instance: str, tmp_path: Pat
     serve, *commands = _commands()
     assert serve.startswith("make run ")
     log = (tmp_path / "log").open("w+", encoding="utf-8")
-    with log:
+    with log, contextlib.ExitStack() as cleanup:
+        # `make run` execs the server only in its last step: it is ended through its instance.
+        stop = [".venv/bin/rama-ebpf", "unload", "--stop"]
+        cleanup.callback(subprocess.run, stop, cwd=ROOT, env=environment, check=True)
         server = host.popen("sh", "-c", f"exec {serve}", stderr=log, env=environment, cwd=ROOT)
 
         def ready() -> bool:
@@ -58,6 +62,3 @@ def test_readme_commands_do_what_they_say(lab: Lab, instance: str, tmp_path: Pat
         assert "too curious" in outputs["list"]
         assert "drop" in outputs["test"]
         assert outputs["unblock"] == "unblocked 127.0.0.9\n"
-        # `make run` execs the server only in its last step: end the whole group through the instance.
-        subprocess.run([".venv/bin/rama-ebpf", "unload", "--stop"], cwd=ROOT, env=environment, check=True)
-        server.wait(30)
