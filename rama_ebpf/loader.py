@@ -101,7 +101,7 @@ class Gate:
             finally:
                 os.close(netns)
         except BaseException:
-            self._detach()
+            self.detach()
             raise
 
     def _guard_workers(self) -> None:
@@ -206,7 +206,7 @@ class Gate:
         """Detach everything and remove the cgroup; remove the maps' pins too unless ``keep_policy``."""
         for address in list(self._listeners):
             self.remove_listener(address)
-        self._detach()
+        self.detach()
         for fd in self.programs.values():
             os.close(fd)
         self.programs = {}
@@ -214,7 +214,8 @@ class Gate:
         if not keep_policy:
             _remove_pins(self.instance)
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Detach all hooks and leave the cgroup, which is removed if it was made for this gate. May be done twice."""
         while self._links:
             os.close(self._links.pop())
         self._xdp.clear()

@@ -86,7 +86,7 @@ def test_policy_that_kills_ends_what_it_has_come_to_deny_but_not_the_failsafe(
     assert is_alive(denied)
     proxy.command("block", "198.18.0.0/16")
     assert is_reset(denied)
-    assert proxy.logged("ended 1 live connections")
+    wait_for(lambda: proxy.logged("ended 1 live connections"), what="the log line")
     assert is_alive(safe)
     for sock in (denied, safe):
         sock.close()

@@ -1,0 +1,362 @@
+"""What a denied SYN costs the host, by where it is turned away: ``python -m bench.flood`` (root).
+
+Two network namespaces, joined by veth. Both ends process what they receive in NAPI threads of their own, so the cost
+of a segment is what the server's thread ran on a CPU (``schedstat``), whatever else the machine does: the sender's cost
+and the client's are in other threads. Accepting adds the server process's own time.
+
+Everything is measured in turn, round by round, in one run. Each filter holds the same 10,000 prefixes, one of which is
+the flood's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import random
+import re
+import select
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+import uvloop
+
+from rama_ebpf.core.stream import Stream
+from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.loader import Gate, load, unload
+from rama_ebpf.policy.kernel_store import KernelStore
+from rama_ebpf.policy.rule import Action, Rule, RuleSet
+from rama_ebpf.services.tcp import TcpServer
+from tests.policy.frames import checksum, ethernet, ipv4, tcp
+
+PORT = 1080
+SERVER, CLIENT = IPv4Address("198.18.0.1"), IPv4Address("198.18.0.2")
+FLOOD = IPv4Network("198.19.0.0/16")
+PREFIXES = 10_000
+FRAMES = 4096
+SENT = 200_000
+CONNECTIONS = 4_000
+ROUNDS = 7
+
+
+# -- the two hosts ----------------------------------------------------------------------------------------------------
+
+
+def _ip(*args: str) -> str:
+    return subprocess.run(["ip", *args], check=True, capture_output=True, text=True).stdout
+
+
+def _setns(name: str) -> None:
+    with open(f"/run/netns/{name}", "rb") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+
+
+def _use_napi_thread(netns: str, interface: str) -> None:
+    """Have veth use NAPI, with or without XDP: GRO here, and no TSO at the other end (``veth_xmit``)."""
+    with socket.socket() as sock:
+        for command, on in ((0x2C, 0), (0x2C, 1), (0x1F, 0)):  # ETHTOOL_SGRO, ETHTOOL_STSO; XDP's end turns GRO off
+            value = ctypes.create_string_buffer(struct.pack("=II", command, on))
+            request = struct.pack("16sQ16x", interface.encode(), ctypes.addressof(value))
+            fcntl.ioctl(sock, 0x8946, request)  # SIOCETHTOOL
+    script = f"echo 0 > /sys/class/net/{interface}/threaded; echo 1 > /sys/class/net/{interface}/threaded"
+    subprocess.run(["ip", "netns", "exec", netns, "sh", "-c", script], check=True)
+
+
+@contextlib.contextmanager
+def _hosts() -> Iterator[tuple[str, str]]:
+    """Make both namespaces, enter the server's, and yield their names."""
+    server, client = (f"flood-{os.getpid()}-{side}" for side in ("server", "client"))
+    with open("/proc/self/ns/net", "rb") as home, contextlib.ExitStack() as cleanup:
+        for name in (server, client):
+            _ip("netns", "add", name)
+            cleanup.callback(_ip, "netns", "delete", name)
+        _ip("link", "add", "fs0", "netns", server, "type", "veth", "peer", "name", "fc0", "netns", client)
+        for name, interface, address in ((server, "fs0", SERVER), (client, "fc0", CLIENT)):
+            _ip("-n", name, "link", "set", "lo", "up")
+            _ip("-n", name, "link", "set", interface, "up")
+            _ip("-n", name, "address", "add", f"{address}/16", "dev", interface)
+        _ip("-n", server, "route", "add", str(FLOOD), "via", str(CLIENT))
+        _ip("-n", client, "route", "add", "local", str(FLOOD), "dev", "lo")  # the client connects from all of it
+        cleanup.callback(lambda: ctypes.CDLL(None).setns(home.fileno(), 0x40000000))
+        for name, interface in ((client, "fc0"), (server, "fs0")):
+            _setns(name)
+            _use_napi_thread(name, interface)
+            command = "echo 0 > /proc/sys/net/ipv4/tcp_syncookies"
+            subprocess.run(["ip", "netns", "exec", name, "sh", "-c", command], check=True)
+        yield server, client
+
+
+def _hardware(interface: str) -> bytes:
+    with socket.socket() as sock:
+        return bytes(fcntl.ioctl(sock, 0x8927, struct.pack("16s24x", interface.encode()))[18:24])
+
+
+def _napi_nanoseconds() -> int:
+    """How long the server's receiving threads have run on a CPU."""
+    total = 0
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit():
+            with contextlib.suppress(OSError):  # it has just ended
+                if (directory / "comm").read_text().startswith("napi/fs0-"):
+                    total += int((directory / "schedstat").read_text().split()[0])
+    return total
+
+
+# -- the client's side: run as python -m bench.flood send|connect … ---------------------------------------------------
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class _Message(ctypes.Structure):  # struct mmsghdr
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_length", ctypes.c_uint32),
+        ("vector", ctypes.POINTER(_Iovec)),
+        ("count", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+        ("pad", ctypes.c_int),
+        ("sent", ctypes.c_uint32),
+    )
+
+
+def syn(source: IPv4Address, source_port: int) -> bytes:
+    segment = tcp(PORT, source_port=source_port)
+    pseudo = source.packed + SERVER.packed + struct.pack("!HH", socket.IPPROTO_TCP, len(segment))
+    return ipv4(source, SERVER, segment[:16] + checksum(pseudo + segment) + segment[18:])
+
+
+def _send(target: str, count: int) -> None:
+    """Send SYNs from anywhere in the flood's network."""
+    pick = random.Random(1)
+    header = bytes.fromhex(target) + _hardware("fc0")
+    packets = [syn(FLOOD[pick.randrange(1, 65535)], pick.randrange(1024, 65535)) for _ in range(FRAMES)]
+    frames = [header + ethernet(packet)[12:] for packet in packets]
+    buffers = [ctypes.create_string_buffer(frame, len(frame)) for frame in frames]
+    vectors = (_Iovec * FRAMES)(*(_Iovec(ctypes.addressof(buffer), len(buffer)) for buffer in buffers))
+    messages = (_Message * FRAMES)()
+    for index, message in enumerate(messages):
+        message.vector, message.count = ctypes.pointer(vectors[index]), 1
+    libc = ctypes.CDLL(None, use_errno=True)
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+        sock.bind(("fc0", 0))
+        for batch in range(count // 64):
+            at = ctypes.byref(messages, batch % (FRAMES // 64) * 64 * ctypes.sizeof(_Message))
+            if libc.sendmmsg(sock.fileno(), at, 64, 0) < 64:
+                if ctypes.get_errno() not in (0, errno.ENOBUFS):
+                    raise OSError(ctypes.get_errno(), "sendmmsg")
+                time.sleep(0.001)  # the ring of the veth is full: it holds 256
+            os.sched_yield()
+
+
+def _connect(count: int) -> None:
+    """Connect from anywhere in the flood's network, 64 at once, and close."""
+    pick = random.Random(2)
+    for _ in range(count // 64):
+        socks = []
+        for _ in range(64):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            sock.bind((str(FLOOD[pick.randrange(1, 65535)]), 0))
+            sock.connect_ex((str(SERVER), PORT))
+            socks.append(sock)
+        for sock in socks:
+            select.select([], [sock], [], 5)
+            sock.close()
+
+
+# -- the server's side ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to turn SYNs away: ``handled`` says how many it has."""
+
+    name: str
+    handled: Callable[[], int]
+
+
+def _run(client: str, *args: str) -> list[str]:
+    return ["nsenter", f"--net=/run/netns/{client}", sys.executable, "-m", "bench.flood", *args]
+
+
+def flood(client: str, method: Method) -> float:
+    """Return the nanoseconds that a SYN cost."""
+    handled, ran = method.handled(), _napi_nanoseconds()
+    subprocess.run(_run(client, "send", _hardware("fs0").hex(), str(SENT)), check=True)
+    time.sleep(0.2)
+    handled, ran = method.handled() - handled, _napi_nanoseconds() - ran
+    if handled < SENT // 10 or not ran:
+        raise RuntimeError(f"{method.name}: only {handled} of {SENT} SYNs were turned away there, in {ran} ns")
+    return ran / handled
+
+
+def accept_then_close(client: str, serve: Callable[[socket.socket, subprocess.Popen[bytes]], int]) -> float:
+    """Return the nanoseconds that a connection cost: its segments, and what ``serve`` did."""
+    with _listener() as listener:
+        connecting = subprocess.Popen(_run(client, "connect", str(CONNECTIONS)))
+        ran, own = _napi_nanoseconds(), time.process_time_ns()
+        accepted = serve(listener, connecting)
+        own = time.process_time_ns() - own
+        time.sleep(0.2)
+        ran = _napi_nanoseconds() - ran
+    if connecting.returncode or accepted < CONNECTIONS // 2 or not ran:
+        raise RuntimeError(f"only {accepted} of {CONNECTIONS} connections were accepted")
+    return (ran + own) / accepted
+
+
+def bare_calls(listener: socket.socket, connecting: subprocess.Popen[bytes]) -> int:
+    """poll(2), accept(2), close(2), and no object around a connection; return how many."""
+    listener.setblocking(False)
+    accepted = 0
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    while connecting.poll() is None or poll.poll(0):
+        if not poll.poll(100):
+            continue
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.close(listener._accept()[0])  # type: ignore[attr-defined]
+                accepted += 1
+    return accepted
+
+
+def tcp_server(listener: socket.socket, connecting: subprocess.Popen[bytes]) -> int:
+    """Our own server on uvloop, with a service that returns at once: where a policy in userspace would say no."""
+    listener.setblocking(False)
+    accepted = 0
+
+    def count() -> None:
+        nonlocal accepted
+        accepted += 1
+
+    async def service(_: Stream) -> None:
+        return
+
+    async def run() -> None:
+        server = TcpServer(listener, service, on_accept=count)
+        server.start()
+        while connecting.poll() is None:  # noqa: ASYNC110  a process, and no event of ours
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)
+        await server.drain(1)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+    return accepted
+
+
+def _listener() -> socket.socket:
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((str(SERVER), PORT))
+    sock.listen(4096)
+    return sock
+
+
+def _nft(text: str) -> None:
+    subprocess.run(["nft", "-f", "-"], input=text, check=True, text=True)
+
+
+def _nft_counter() -> int:
+    listed = subprocess.run(["nft", "list", "chain", *_CHAIN], check=True, capture_output=True, text=True).stdout
+    return int(re.findall(r"packets (\d+)", listed)[0])
+
+
+_CHAIN: list[str] = []
+
+
+@contextlib.contextmanager
+def nftables(where: str, networks: list[IPv4Network]) -> Iterator[Method]:
+    family, hook = ("netdev", "ingress device fs0") if where == "ingress" else ("inet", "prerouting")
+    priority = 0 if where == "ingress" else -300
+    elements = ", ".join(map(str, networks))
+    _nft(
+        f"table {family} flood {{ set denied {{ type ipv4_addr; flags interval; elements = {{ {elements} }} }}\n"
+        f"chain drops {{ type filter hook {hook} priority {priority};\n"
+        f"tcp dport {PORT} tcp flags & (syn | ack) == syn ip saddr @denied counter drop\n}}\n}}\n"
+    )
+    _CHAIN[:] = [family, "flood", "drops"]
+    try:
+        yield Method(f"nftables, set of {len(networks)}, {where}", _nft_counter)
+    finally:
+        _nft(f"delete table {family} flood\n")
+
+
+def main() -> None:
+    pick = random.Random(3)
+    networks = [FLOOD] + [IPv4Network((0x0B000000 + (n << 8), 24)) for n in pick.sample(range(1 << 21), PREFIXES - 1)]
+    found: dict[str, list[float]] = {}
+    instance = Instance(f"flood-{os.getpid()}")
+    with _hosts() as (server, client), contextlib.ExitStack() as cleanup:
+        cleanup.callback(unload, instance)
+        gate = load(instance, xdp=True)
+        cleanup.callback(gate.close)
+        for _ in range(ROUNDS):
+            _use_napi_thread(server, "fs0")
+            for name, serve in (("accept, then close", bare_calls), ("the same by TcpServer", tcp_server)):
+                found.setdefault(name, []).append(accept_then_close(client, serve))
+            with _listener():
+                for where in ("prerouting", "ingress"):
+                    with nftables(where, networks) as method:
+                        found.setdefault(method.name, []).append(flood(client, method))
+            _with_gate(gate, client, networks, found)
+    print(f"{'':<36} {'ns a SYN':>24}   {'cheaper than accept':>24}   {'than TcpServer':>24}")
+    for name, costs in found.items():
+        cells = [_spread(costs, 0)]
+        for base in ("accept, then close", "the same by TcpServer"):
+            cells.append(_spread([one / other for one, other in zip(found[base], costs, strict=True)], 1))
+        print(f"{name:<36} {cells[0]:>24}   {cells[1]:>24}   {cells[2]:>24}")
+    print(json.dumps(found))
+
+
+def _spread(values: list[float], digits: int) -> str:
+    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low} - {high})"
+
+
+def _with_gate(gate: Gate, client: str, networks: list[IPv4Network], found: dict[str, list[float]]) -> None:
+    store = KernelStore(gate.instance, gate.maps)
+
+    def dropped(hook: str, action: str) -> Callable[[], int]:
+        return lambda: store.totals().get((hook, "rule", action), 0)
+
+    gate.attach()
+    with _listener() as listener:
+        address = gate.add_listener([listener])
+        for name, hook, action in (
+            ("sk_lookup (answers RST)", "lookup", Action.REJECT),
+            ("cgroup_skb", "cgroup", Action.DROP),
+            ("XDP, native", "xdp", Action.DROP),
+        ):
+            store.replace(RuleSet((Rule("flood", tuple(networks), action, origin="file"),)))
+            if hook == "xdp":
+                gate.attach_xdp("fs0")
+            method = Method(name, dropped(hook, action.name.lower()))
+            found.setdefault(name, []).append(flood(client, method))
+        gate.remove_listener(address)
+    gate.detach()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["send"]:
+        _send(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1:2] == ["connect"]:
+        _connect(int(sys.argv[2]))
+    else:
+        main()
