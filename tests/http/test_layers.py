@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import h2.events
 import pytest
 
 from rama_ebpf.core import AuthFailed, Authority, Credentials, IPAddress, Service, Stream, User, stack
@@ -19,6 +20,7 @@ from rama_ebpf.layers.strikes import StrikeLayer, StrikeLimit
 from rama_ebpf.services.http import (
     BackendPool,
     Body,
+    ForwardProxy,
     Headers,
     HttpError,
     HttpProxy,
@@ -44,6 +46,7 @@ from rama_ebpf.services.http.layers import (
 )
 
 from .conftest import OK, Origin, Run
+from .h2_client import h2_client
 
 RunOrigin = Callable[..., Origin]
 Connect = Service[Authority, Stream]
@@ -119,6 +122,33 @@ async def test_407_to_a_request_with_a_body_keeps_the_connection_too(
     answer = await proxy.exchange(post.encode(), again.encode())
     assert answer.startswith(b"HTTP/1.1 407 ")
     assert b"HTTP/1.1 200 OK\r\n" in answer
+
+
+@pytest.mark.parametrize("method", ["GET", "CONNECT"])
+async def test_407_over_http_2_keeps_the_connection_too(
+    run: Run, connector: Connect, run_origin: RunOrigin, method: str
+) -> None:
+    origin = run_origin(OK)
+    forward = ForwardProxy(connector)
+    server = run(HttpServer(stack(ProxyAuthLayer(only_tom), forward), h2c=True))
+    fields = [(":method", method), (":authority", origin.authority)]
+    fields += [] if method == "CONNECT" else [(":scheme", "http"), (":path", "/")]
+    async with h2_client(server.port) as client:
+        refused, body = await client.response(client.request(fields))
+        assert (refused[":status"], body) == ("407", b"authentication required\n")
+        assert refused["proxy-authenticate"] == 'Basic realm="proxy", charset="UTF-8"'
+        credentials = ("proxy-authorization", basic("tom", "päss:word"))
+        stream_id = client.request([*fields, credentials], end=method == "GET")
+        head = await client.until(h2.events.ResponseReceived, stream_id)
+        assert dict(head.headers)[":status"] == "200"
+        if method == "CONNECT":
+            client.h2.send_data(stream_id, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        data = await client.until(h2.events.DataReceived, stream_id)
+        assert data.data == (OK if method == "CONNECT" else b"ok")
+    assert server.tcp.accepted == 1
+    assert [b"roxy-" in request for request in origin.requests] == [False]
+    forward.pool.close()
+    await forward.pool.wait_closed()
 
 
 @pytest.mark.parametrize(
