@@ -99,6 +99,8 @@ async def test_backend_connections_are_kept_across_clients(run: Run, pool_of: Ma
         (get("/api/", "a.test"), b"api"),
         (get("/api/v1?x", "a.test"), b"api"),
         (get("/apix", "a.test"), b"a"),
+        (get("/%61p%69/v1", "a.test"), b"api"),
+        (get("/api%20", "a.test"), b"a"),
         (get("/api/v1", "a.test", "POST", "Content-Length: 0"), b"post"),
         (get("/apix", "a.test", "POST", "Content-Length: 0"), b"a"),
         (get("/", "x.b.test"), b"wild"),
@@ -118,6 +120,13 @@ async def test_the_most_specific_route_takes_the_request(run: Run, request_bytes
     )
     server = run(HttpServer(routes))
     assert (await server.exchange(request_bytes)).rpartition(b"\r\n\r\n")[2] == answer
+
+
+async def test_path_is_forwarded_as_it_was_spelt(run: Run, pool_of: MakePool, run_origin: RunOrigin) -> None:
+    origin = run_origin(OK)
+    server = run(HttpServer(Routes([Route(pool_of(origin.port), path="/api")])))
+    await server.exchange(get("/%61p%69?%62", "a.test"))
+    assert origin.requests[0].startswith(b"GET /%61p%69?%62 HTTP/1.1\r\n")
 
 
 async def test_no_route_is_told_apart_by_host_path_and_method(run: Run) -> None:

@@ -15,6 +15,8 @@ __all__ = ["Route", "Routes"]
 
 # Dot segments, empty segments, and separators in disguise: a router and the server behind it read them differently.
 _AMBIGUOUS: Final = re.compile(r"//|/(?:\.|%2e){1,2}(?:/|$)|%2f|%5c|%00|;", re.IGNORECASE)
+_ESCAPE: Final = re.compile(r"%([0-9A-Fa-f]{2})")
+_UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ class Routes:
 
     No route for the host: 421; for the path: 404; for the method: 405. A path that the server behind might read
     differently (``/a/../b``, ``//``, ``%2f``, ``;``) is refused with 400 unless ``ambiguous_paths`` lets it pass: a
-    rule on ``/admin`` would not see ``/x/%2e%2e/admin``.
+    rule on ``/admin`` would not see ``/x/%2e%2e/admin``. ``/%61dmin`` is ``/admin`` here as it is there (RFC 3986
+    section 6.2.2.2); what is forwarded stays as it was sent.
     """
 
     accepts = Request
@@ -73,7 +76,7 @@ class Routes:
 
     def find(self, request: Request) -> Route:
         """Return the route of ``request``. Raises :class:`HttpError` if there is none."""
-        path = request.path.partition("?")[0]
+        path = _ESCAPE.sub(_unescaped, request.path.partition("?")[0])
         if not self._ambiguous_paths and _AMBIGUOUS.search(path) is not None:
             raise HttpError(400, "the path can be read in two ways")
         host = _host(request)
@@ -88,6 +91,11 @@ class Routes:
                 return route
         allowed = sorted({method for route in found for method in route.methods or ()})
         raise HttpError(405, "the method is not allowed here", headers=[("Allow", ", ".join(allowed))])
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    character = chr(int(escape[1], 16))
+    return character if character in _UNRESERVED else escape[0]
 
 
 def _host(request: Request) -> str:
