@@ -8,6 +8,7 @@ import re
 import select
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from rama_ebpf.relay import CloseReason, RelayKind, TunnelReport
 from rama_ebpf.relay.engine import Engine
 from rama_ebpf.relay.sockmap import Sockmap
 
-from .flows import expected, plan, relay_by, run_flow, running
-from .test_tunnel import Ends, push_until_held, receive, send
+from .flows import expected, open_descriptors, plan, relay_by, run_flow, running
+from .test_tunnel import Ends, push_until_held, receive, reset, send
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
@@ -141,6 +142,63 @@ async def test_tunnel_that_talks_rises_to_the_kernel_and_bulk_does_not(sockmap: 
     assert (report.relay, report.why) == ("sockmap", "auto: both peers are on this host")
     assert (report.to_upstream, report.to_client, report.reason) == (200, 200, CloseReason.EOF)
     assert (other.relay, other.to_upstream) == ("splice", 5_000_000)
+
+
+def _half_close(sock: socket.socket) -> None:
+    sock.shutdown(socket.SHUT_WR)
+
+
+def _say(sock: socket.socket) -> None:
+    sock.send(b"more")
+
+
+@pytest.mark.parametrize("who", ["client", "upstream"])
+@pytest.mark.parametrize("does", [_half_close, reset, socket.socket.close, _say])
+async def test_peer_may_do_anything_at_each_step_of_the_hand_over(
+    sockmap: Sockmap,
+    splice_maps: SpliceMaps,
+    monkeypatch: pytest.MonkeyPatch,
+    does: Callable[[socket.socket], None],
+    who: str,
+) -> None:
+    """Before the first of the four map entries, between them, and after the last: no byte is lost, nothing is left."""
+    before, update = open_descriptors(), bpf.map_update
+    for step in range(5):
+        with Ends() as ends:
+            peer, other = (ends.client, ends.upstream) if who == "client" else (ends.upstream, ends.client)
+            calls = 0
+
+            def updating(fd: int, key: bytes, value: bytes, step: int = step, peer: socket.socket = peer) -> None:
+                nonlocal calls
+                if calls == step:
+                    does(peer)
+                calls += 1
+                update(fd, key, value)
+                if calls == step == 4:
+                    does(peer)
+
+            with monkeypatch.context() as patch:
+                patch.setattr("rama_ebpf.relay.sockmap.bpf.map_update", updating)
+                await send(peer, b"before,")
+                async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
+                    if does is reset:
+                        assert (await tunnel).reason in (CloseReason.CLIENT_RESET, CloseReason.UPSTREAM_RESET)
+                        continue
+                    all_of_it = b"before," + (b"more" if does is _say else b"")
+                    assert await receive(other, len(all_of_it)) == all_of_it, step
+                    if does is not _say:
+                        assert await receive(other, 1) == b""
+                    if does is not socket.socket.close:
+                        sending = asyncio.create_task(send(other, bytes(1 << 20)))
+                        assert len(await receive(peer, 1 << 20)) == 1 << 20
+                        await sending
+                    other.close()
+                    peer.close()
+                    assert (await tunnel).reason is CloseReason.EOF
+            assert calls >= 3
+    assert len(sockmap) == 0
+    assert entries(splice_maps) == 0
+    assert open_descriptors() == before
 
 
 async def test_tunnel_that_cannot_rise_goes_on_as_it_is(sockmap: Sockmap) -> None:
