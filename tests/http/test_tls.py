@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -308,6 +309,25 @@ async def test_what_is_not_http_is_relayed(run: Run, pki: Pki, intercepting: Sta
     reader, writer = await proxy.open(origin.port)
     writer.write(b"\x00\x01\x02")
     assert await reader.readexactly(7) == b"got \x00\x01\x02"
+    writer.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"GE"])
+async def test_silence_is_no_way_around_the_layers(run: Run, pki: Pki, intercepting: Start, said: bytes) -> None:
+    received: list[bytes] = []
+
+    async def origin(stream: Stream) -> None:
+        with contextlib.suppress(OSError):
+            while data := await stream.read():
+                received.append(data)
+
+    proxy = intercepting(HttpInspector(timeouts=HttpTimeouts(idle=0.3, head=0.3)))
+    reader, writer = await proxy.open(run(stack(terminate(pki, "origin.test"), origin)).port)
+    writer.write(said)
+    with contextlib.suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    await proxy.server.idle()
+    assert received == []
     writer.close()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
 from typing import Final
 
+from ...core.errors import HandshakeTimeout
 from ...core.service import Layer, stack
 from ...core.stream import Stream
 from ...relay import CloseReason, TunnelReport
@@ -125,12 +126,17 @@ class HttpInspector:
         return upstream
 
     async def _begins_as_http(self, tunnel: Intercepted) -> bool:
-        """Whether the client speaks first, and HTTP. Nothing is consumed."""
+        """Whether the client speaks first, and HTTP. Nothing is consumed. Raises :class:`HandshakeTimeout`: who says
+        nothing, or half a method, is not let past the layers for that."""
         if not await _client_speaks_first(tunnel.client, tunnel.upstream, self._timeouts.idle):
             return False
-        while (verdict := is_http(tunnel.client.buffered)) is None:
-            if not await tunnel.client.fill(_METHOD):
-                return False
+        try:
+            async with asyncio.timeout(self._timeouts.head):
+                while (verdict := is_http(tunnel.client.buffered)) is None:
+                    if not await tunnel.client.fill(_METHOD):
+                        return False
+        except TimeoutError as error:
+            raise HandshakeTimeout(f"protocol not clear within {self._timeouts.head} s") from error
         return verdict
 
 
@@ -150,9 +156,11 @@ async def _client_speaks_first(client: Stream, upstream: Stream, timeout: float)
     loop = asyncio.get_running_loop()
     waiting = [loop.create_task(client.fill()), loop.create_task(upstream.fill())]
     try:
-        await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
+    if not done and not client.buffered:
+        raise HandshakeTimeout(f"neither side has spoken within {timeout} s")
     return bool(client.buffered)
