@@ -19,6 +19,7 @@ import pytest
 
 from rama_ebpf.policy.feed import FeedError, overlapping, parse_feed
 from rama_ebpf.policy.feed_store import FeedStore
+from rama_ebpf.policy.gzipped import unpack
 from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.prefixes import Prefixes, unmap_network
 from rama_ebpf.policy.refresh import Refresher, with_feeds
@@ -78,6 +79,22 @@ def test_a_feed_above_its_share_of_bad_lines_is_refused_whole() -> None:
 def test_what_is_no_list_of_networks_is_refused(data: bytes, why: str) -> None:
     with pytest.raises(FeedError, match=why):
         parse_feed(data)
+
+
+def test_whatever_bytes_come_are_parsed_or_refused() -> None:
+    pick = random.Random(8)
+    seeds = (GOOD, b"::ffff:198.18.9.0/120\n1.2.3.4/33\n", gzip.compress(GOOD), "# häufig\r\n1.2.3.4 ; x\n".encode())
+    refused = 0
+    for _ in range(3000):
+        data = bytearray(pick.choice(seeds) * pick.choice((1, 1, 50)))
+        for _ in range(pick.randint(1, 4)):
+            at = pick.randrange(len(data))
+            data[at : at + pick.choice((0, 1, 5))] = pick.choice((b"", b"\n", b"/", b":", pick.randbytes(2), b"\0"))
+        try:
+            parse_feed(unpack(bytes(data), 4000), max_bad=pick.choice((0, 0.5, 1)))
+        except ValueError:  # FeedError is one
+            refused += 1
+    assert 500 < refused < 2500
 
 
 def test_blocks_of_plain_lines_mean_what_each_line_means() -> None:

@@ -33,7 +33,7 @@ from rama_ebpf.policy.rule import Action, Settings, SynLimit
 from rama_ebpf.policy.store import PolicyStore
 
 from ..lab import wait_for
-from ..proxy import rama_ebpf
+from ..proxy import ProxyProcess, rama_ebpf
 from .writers import address, block_at_once
 
 FIRST = """
@@ -181,6 +181,24 @@ def test_a_stale_revision_is_refused_with_the_present_one(policy: Policy) -> Non
     assert f"--revision {seen + 1}" in said
     policy.command("policy", "load", policy.file("rules = []"), "--revision", seen + 1)
     assert policy.store.ruleset().rules == ()
+
+
+def test_of_loads_at_the_same_revision_one_wins(kernel_policy: Policy) -> None:
+    seen = kernel_policy.json("policy", "load", kernel_policy.file(FIRST))["revision"]
+    loads = []
+    for n in range(3):
+        rule = f'[[rules]]\nname = "load-{n}"\naction = "drop"\nsources = ["198.18.0.0/16"]'
+        path = str(kernel_policy.file(rule, f"{n}.toml"))
+        words = ("policy", "load", path, "--revision", str(seen), "--instance", kernel_policy.instance.name)
+        loads.append(
+            subprocess.Popen([ProxyProcess.COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        )
+    said = [load.communicate()[1].decode() for load in loads]
+    codes = [load.returncode for load in loads]
+    assert sorted(codes) == [0, 2, 2]
+    assert all(f"at revision {seen + 1}, not {seen}" in said[n] for n, code in enumerate(codes) if code == 2)
+    assert [rule.name for rule in kernel_policy.store.ruleset().rules] == [f"load-{codes.index(0)}"]
+    assert kernel_policy.store.revision == seen + 1
 
 
 @pytest.mark.parametrize(
