@@ -59,6 +59,9 @@ def shared() -> Iterator[Scene]:
         proxy = ProxyProcess(server, instance.name, *listen(server, "--xdp", "eth0", "--xdp", "veth8"))
         try:
             yield Scene(proxy.start(), server, client)
+            proxy.signal(signal.SIGTERM)
+            assert proxy.wait() == 0
+            assert "xdp" not in interface(server), "a clean stop left the program on the interface"
         finally:
             proxy.end()
             unload(instance)
@@ -264,10 +267,7 @@ def test_listener_on_any_address_is_guarded_at_every_local_one_and_forwarded_tra
         send(scene, ipv4(a4, b4, tcp(PORT)), to=bytes.fromhex("020000000001"))
         send(scene, ipv4(a4, b4, tcp(PORT)))
 
-    for end in (signal.SIGTERM, signal.SIGKILL):
-        proxy.signal(end)
-        proxy.wait()
-        wait_for(lambda: "xdp" not in interface(router), what=f"the end of the program after {end.name}")
-        if end is signal.SIGTERM:
-            proxy = start_proxy(router, "--listen", f"0.0.0.0:{PORT}", "--xdp", "eth0")
-            assert interface(router)["xdp"]["mode"] == 1  # native
+    assert interface(router)["xdp"]["mode"] == 1  # native
+    proxy.signal(signal.SIGKILL)
+    proxy.wait()
+    wait_for(lambda: "xdp" not in interface(router), what="the end of the program")
