@@ -145,6 +145,8 @@ class GateEvents:
         self._ring: RingBuffer | None = None
         self._lost = 0
         self._timer: asyncio.TimerHandle | None = None
+        # A server that was killed while somebody watched may have left it on.
+        bpf.map_update(maps["event_rate"], bytes(4), bytes(abi.LIMIT.size))
 
     def _watched(self, watched: bool) -> None:
         loop = asyncio.get_running_loop()

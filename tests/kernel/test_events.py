@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rama_ebpf.control.events import BACKLOG, MAX_WATCHERS, Event, EventHub
+from rama_ebpf.control.events import BACKLOG, MAX_WATCHERS, Event, EventHub, GateEvents
 from rama_ebpf.control.socket import follow
 from rama_ebpf.kernel import abi, bpf
 from rama_ebpf.kernel.bpf import AttachType
@@ -63,6 +63,10 @@ def test_a_watcher_is_told_who_was_turned_away_where_and_by_which_rule(lab: Lab,
         proxy.command("block", client.ipv6, "--dry-run")
         scene.greet(10)
         wait_for(lambda: "dry_run" in seen(), what="the dry run")
+        rate = bpf.obj_get(str(Instance(proxy.instance).pin_dir / "event_rate"))
+        assert bpf.map_lookup(rate, bytes(4), 16) != bytes(16)
+    wait_for(lambda: bpf.map_lookup(rate, bytes(4), 16) == bytes(16), what="the end of the events")
+    bpf.close(rate)
 
     name = f"drop:{client.ipv4}/32"
     proxy.command("block", client.ipv4)
@@ -78,6 +82,14 @@ def test_a_watcher_is_told_who_was_turned_away_where_and_by_which_rule(lab: Lab,
             assert json.loads(line)["rule"] == name
         else:
             assert f" cgroup {client.ipv4} to port {PORT}: drop (rule {name})" in line
+
+
+@pytest.mark.root
+@pytest.mark.ebpf
+def test_a_server_that_was_killed_while_somebody_watched_leaves_no_work_to_the_next(probe: Probe) -> None:
+    bpf.map_update(probe.maps["event_rate"], bytes(4), abi.LIMIT.pack(1, 1))
+    GateEvents(probe.maps, str)
+    assert bpf.map_lookup(probe.maps["event_rate"], bytes(4), abi.LIMIT.size) == bytes(abi.LIMIT.size)
 
 
 @pytest.fixture(scope="module")
