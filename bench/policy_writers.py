@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 import time
 from ipaddress import ip_address
 
@@ -30,22 +29,20 @@ def main() -> int:
     place = Instance(f"bench-{os.getpid()}")
     bpffs.ensure_mounted()
     place.pin_dir.mkdir(parents=True, mode=0o700)
-    with tempfile.TemporaryDirectory() as state:
-        os.environ["RAMA_EBPF_STATE_DIR"] = state
-        try:
-            GateMaps.create(place.pin_dir, MapSizes()).close()
-            seconds = block_at_once(place.name, processes=options.processes, calls=each)
-            with KernelStore(place) as store:
-                wanted = {address(process, number) for process in range(options.processes) for number in range(each)}
-                begun = time.perf_counter()
-                records = store.records()
-                listing = time.perf_counter() - begun
-                found = {str(source.network_address) for record in records for source in record.sources}
-                ids = {record.rule.id for record in records}
-                undecided = sum(store.verdict(ip_address(source), 1080).allowed for source in wanted)
-                revision = store.revision
-        finally:
-            unload(place)
+    try:
+        GateMaps.create(place.pin_dir, MapSizes()).close()
+        seconds = block_at_once(place.name, processes=options.processes, calls=each)
+        with KernelStore(place) as store:
+            wanted = {address(process, number) for process in range(options.processes) for number in range(each)}
+            begun = time.perf_counter()
+            records = store.records()
+            listing = time.perf_counter() - begun
+            found = {str(source.network_address) for record in records for source in record.sources}
+            ids = {record.rule.id for record in records}
+            undecided = sum(store.verdict(ip_address(source), 1080).allowed for source in wanted)
+            revision = store.revision
+    finally:
+        unload(place)
     total = each * options.processes
     print(
         f"{total} calls from {options.processes} processes in {seconds:.1f} s ({total / seconds:.0f} a second): "
