@@ -1,11 +1,12 @@
-"""The relays beside HAProxy and SOCKS5 servers: ``python -m bench.relay bulk|ping|idle|dial [ROUNDS] [SECONDS]``.
+"""The relays beside HAProxy and SOCKS5 servers: ``python -m bench.relay NAME [ROUNDS] [SECONDS]``.
 
-All contestants run at once and take turns, in another order each round; printed are medians, the lowest and the
-highest round, and the median of each round's ratio to the reference (HAProxy in TCP mode with splice-auto and one
-thread; of ``dial`` microsocks). The load (``load.c``) and its server have one CPU, the proxy has the other; in
-``dial`` nobody is pinned, and ours has as many workers as CPUs. CPU time is that of the proxy, the load, the server
-and all kernel threads: the kernel's relay works in those. Needs root, gcc, and from Debian haproxy, microsocks and
-dante-server.
+Names are ``bulk``, ``ping``, ``one-cpu``, ``idle`` and ``dial``.
+All contestants run at once and take turns, in another order each round; printed are medians, the lowest and the highest
+round, and the median of each round's ratio to the reference (HAProxy in TCP mode with splice-auto and one thread; of
+``dial`` microsocks). The load (``load.c``) and its server have one CPU, the proxy has the other; ``one-cpu`` is
+``ping`` with all of them on one; in ``dial`` nobody is pinned, and ours has as many workers as CPUs. CPU time is that
+of the proxy, the load, the server and all kernel threads: the kernel's relay works in those. Needs root, gcc, and from
+Debian haproxy, microsocks and dante-server.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Lab:
         wait_for_port(port)
         return process
 
-    def server(self, mode: str, cpu: int | None = _LOAD_CPU) -> tuple[int, subprocess.Popen[bytes]]:
+    def server(self, mode: str, cpu: int | None) -> tuple[int, subprocess.Popen[bytes]]:
         port = free_port()
         return port, self.start(self.load, mode, port, cpu=cpu, port=port)
 
@@ -155,9 +156,9 @@ class Lab:
         process = self.start(*command, "--config", config, cpu=None, port=port)
         return Proxy("rama-ebpf", port, process, socks=True)
 
-    def run(self, mode: str, proxy: Proxy, *args: object, target: int, cpu: int | None = _LOAD_CPU) -> dict[str, Any]:
+    def run(self, mode: str, proxy: Proxy, *args: object, target: int, pin: bool = True) -> dict[str, Any]:
         """Run the load against ``proxy`` and return what it prints."""
-        command = [*_placed(cpu), self.load, mode, f"127.0.0.1:{proxy.port}", *map(str, args)]
+        command = [*_placed(_LOAD_CPU if pin else None), self.load, mode, f"127.0.0.1:{proxy.port}", *map(str, args)]
         if proxy.socks:
             command.append(f"127.0.0.1:{target}")
         answer = json.loads(subprocess.check_output(command, start_new_session=True))
@@ -216,7 +217,7 @@ def _turns(proxies: Sequence[Proxy], rounds: int) -> Iterator[Proxy]:
 
 def bulk(rounds: int, seconds: float) -> list[Proxy]:
     with Lab() as lab:
-        target, server = lab.server("sink")
+        target, server = lab.server("sink", _LOAD_CPU)
         proxies = [lab.haproxy(target), *(lab.ours(kind, target) for kind in _OURS), lab.microsocks()]
         for proxy in _turns(proxies, rounds):
             pids = [*_kernel_threads(), server.pid, proxy.process.pid]
@@ -233,9 +234,15 @@ def bulk(rounds: int, seconds: float) -> list[Proxy]:
         return proxies
 
 
+def one_cpu(rounds: int, seconds: float) -> list[Proxy]:
+    global _LOAD_CPU
+    _LOAD_CPU = _PROXY_CPU
+    return ping(rounds, seconds)
+
+
 def ping(rounds: int, seconds: float) -> list[Proxy]:
     with Lab() as lab:
-        target, _ = lab.server("echo")
+        target, _ = lab.server("echo", _LOAD_CPU)
         proxies = [lab.haproxy(target), *(lab.ours(kind, target) for kind in _OURS), lab.microsocks()]
         for proxy in _turns(proxies, rounds):
             before = _user_cpu(proxy.process.pid)
@@ -251,7 +258,7 @@ def ping(rounds: int, seconds: float) -> list[Proxy]:
 
 def idle(_rounds: int, _seconds: float) -> list[Proxy]:
     with Lab() as lab:
-        target, _ = lab.server("echo")
+        target, _ = lab.server("echo", _LOAD_CPU)
         proxies = []
         for make in (lab.haproxy, *(lambda target, kind=kind: lab.ours(kind, target) for kind in _OURS)):
             proxy = make(target)
@@ -276,19 +283,25 @@ def dial(rounds: int, seconds: float) -> list[Proxy]:
         proxies = [lab.microsocks(None), lab.dante(), lab.rama()]
         for proxy in _turns(proxies, rounds):
             before = _tree_cpu(proxy.process.pid)
-            answer = lab.run("dial", proxy, _DIALLERS, seconds, target=target, cpu=None)
+            answer = lab.run("dial", proxy, _DIALLERS, seconds, target=target, pin=False)
             used = _tree_cpu(proxy.process.pid) - before
             proxy.add(per_s=answer["rate"], proxy_cpu_ms_each=1000 * used / answer["connections"])
         return proxies
 
 
-_RUNS: Final[dict[str, Callable[[int, float], list[Proxy]]]] = {"bulk": bulk, "ping": ping, "idle": idle, "dial": dial}
+_RUNS: Final[dict[str, Callable[[int, float], list[Proxy]]]] = {
+    "bulk": bulk,
+    "ping": ping,
+    "one-cpu": one_cpu,
+    "idle": idle,
+    "dial": dial,
+}
 
 
 def main() -> None:
     name, *numbers = sys.argv[1:] or [""]
     if name not in _RUNS:
-        sys.exit("usage: python -m bench.relay bulk|ping|idle|dial [ROUNDS] [SECONDS]")
+        sys.exit("usage: python -m bench.relay bulk|ping|one-cpu|idle|dial [ROUNDS] [SECONDS]")
     proxies = _RUNS[name](int(numbers[0]) if numbers else 7, float(numbers[1]) if numbers[1:] else 1.0)
     reference = proxies[0]
     print(f"load {os.getloadavg()[0]:.1f}")

@@ -23,6 +23,8 @@ BUFFER_SIZE: Final = 64 * 1024
 TURN: Final = 16 * BUFFER_SIZE
 """Bytes that one direction moves before the others have their turn; a small read counts as a whole buffer."""
 
+_READS: Final = range(TURN // BUFFER_SIZE)
+
 buffer: Final = memoryview(bytearray(BUFFER_SIZE))
 """Shared by all directions: nothing stays in it beyond one step of one of them."""
 
@@ -34,7 +36,19 @@ class Direction:
     then nothing is read, and the source's own window closes.
     """
 
-    __slots__ = ("_pending", "_read_all", "blocked", "delivered", "end", "sink", "source", "tunnel", "waits_its_turn")
+    __slots__ = (
+        "_pending",
+        "_read_all",
+        "_recv_into",
+        "_send",
+        "blocked",
+        "delivered",
+        "end",
+        "sink",
+        "source",
+        "tunnel",
+        "waits_its_turn",
+    )
 
     def __init__(self, tunnel: Tunnel, source: socket.socket, sink: socket.socket, delivered: int = 0) -> None:
         self.tunnel = tunnel
@@ -44,6 +58,7 @@ class Direction:
         self.blocked = False
         self.end: DirectionEnd | None = None
         self.waits_its_turn = False
+        self._recv_into, self._send = source.recv_into, sink.send  # looked up once, and not for each message
         self._pending = b""
         # A short read of TCP means that nothing is left; of a Unix socket it may be a message boundary.
         self._read_all = source.family == socket.AF_UNIX
@@ -104,8 +119,8 @@ class Direction:
         self._copy(read_all)
 
     def _copy(self, read_all: bool) -> None:
-        recv_into, send, chunk = self.source.recv_into, self.sink.send, buffer
-        for _ in range(TURN // BUFFER_SIZE):
+        recv_into, send, chunk = self._recv_into, self._send, buffer
+        for _ in _READS:
             try:
                 count = recv_into(chunk)
             except BlockingIOError:

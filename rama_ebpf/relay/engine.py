@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # The kernel wakes who polls for urgent data with every byte that comes, so the two go together.
 _IN: Final = select.EPOLLIN | select.EPOLLPRI
 _OUT: Final = select.EPOLLOUT
+_READABLE: Final = select.EPOLLIN
 _ALWAYS: Final = select.EPOLLRDHUP | select.EPOLLET
 _SPECIAL: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _EVENTS_PER_WAKE: Final = 256
@@ -180,7 +181,7 @@ class Engine:
                     continue
                 if writing.blocked:
                     writing.writable()
-                if events & select.EPOLLIN:
+                if events & _READABLE:
                     reading.readable()
             except Exception:
                 # A bug must not take the events of the other tunnels with it: an edge comes only once.
