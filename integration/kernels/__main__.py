@@ -32,7 +32,7 @@ DOCUMENT = ROOT / "docs/kernels.md"
 PACKAGES = ("linux-image-amd64", "linux-image-6.12-amd64")
 
 # One emulated CPU: what a real one does in a second takes up to a minute, most of all LLVM.
-_EMULATED = {"RAMA_EBPF_PATIENCE": "10", "RAMA_EBPF_DIFFERENTIAL_PAIRS": "2000", "RAMA_EBPF_FLOWS": "60"}
+_EMULATED = {"RAMA_EBPF_PATIENCE": "10", "RAMA_EBPF_DIFFERENTIAL_PAIRS": "1000", "RAMA_EBPF_FLOWS": "60"}
 _TIMEOUT = 5400.0
 _RESULTS = CACHE / "kernels/results"
 
