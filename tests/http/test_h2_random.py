@@ -25,7 +25,7 @@ from hyperframe.frame import (
 )
 
 from rama_ebpf.core import Authority, Service, Stream
-from rama_ebpf.services.http import BackendPool, HttpServer, HttpTimeouts
+from rama_ebpf.services.http import BackendPool, HttpServer, HttpTimeouts, Request, Response
 from rama_ebpf.services.http.h2_server import H2_PREFACE
 
 from .conftest import Run, descriptors, eventually
@@ -52,57 +52,90 @@ FIELDS = [
     ("x", "y"),
     ("x-bad", "\r\n"),
 ]
-GOOD_REQUEST = [(":method", "POST"), (":scheme", "http"), (":authority", "a.test"), (":path", "/")]
-GOOD_RESPONSE = [(":status", "200")]
-FLAGS = ["END_STREAM", "END_HEADERS", "END_STREAM", "END_HEADERS", "PADDED", "PRIORITY"]
+GOOD_REQUESTS = [
+    [(":method", "POST"), (":scheme", "http"), (":authority", "a.test"), (":path", "/")],
+    [(":method", "POST"), (":scheme", "http"), (":authority", "a.test"), (":path", "/"), ("expect", "100-continue")],
+    [(":method", "GET"), (":scheme", "http"), (":authority", "a.test"), (":path", "/"), ("te", "trailers")],
+    [(":method", "CONNECT"), (":authority", "a.test:1")],
+]
+GOOD_RESPONSES = [[(":status", "200")], [(":status", "100")], [(":status", "204")], [(":status", "200"), ("x", "y")]]
+TRAILERS = [[("x-sum", "7")], [("x-sum", "7")], [("host", "a.test")], [("x_real_ip", "1")]]
 
 
-def frames(chance: random.Random, good: list[tuple[str, str]], streams: list[int]) -> bytes:
-    """Return a connection's worth of frames, some as they should be, cut anywhere at the end."""
+def scenes(chance: random.Random, good: list[list[tuple[str, str]]], streams: list[int]) -> list[bytes]:
+    """Return what to write, piece by piece: frames in order, in half of all cases with one that is not."""
     encoder = hpack.Encoder()
-    out = bytearray()
-    for _ in range(chance.randint(1, 40)):
-        frame = _frame(chance, encoder, good, chance.choice(streams))
-        data = bytearray(frame.serialize())
-        if chance.random() < 0.05:
-            data[chance.randrange(len(data))] = chance.randrange(256)
-        out += data
-    return bytes(out[: chance.randint(1, len(out))] if chance.random() < 0.3 else out)
+    begun: list[int] = []
+    todo = list(streams)
+    out: list[Frame] = []
+    for _ in range(chance.randint(1, 25)):
+        if todo and (not begun or chance.random() < 0.3):
+            begun.append(todo.pop(0))
+            end = ["END_STREAM"] if chance.random() < 0.3 else []
+            fields = encoder.encode(chance.choice(good))
+            out.append(HeadersFrame(begun[-1], fields, flags=["END_HEADERS", *end]))
+            if end and chance.random() < 0.9:
+                begun.pop()
+        elif begun:
+            stream = chance.choice(begun)
+            frame, ends = _proper(chance, encoder, good, stream)
+            out.append(frame)
+            if ends:
+                begun.remove(stream)
+    if chance.random() < 0.5:
+        out.append(_improper(chance, encoder, chance.choice(streams)))
+    pieces = [bytearray(frame.serialize()) for frame in out]
+    if chance.random() < 0.1:
+        piece = chance.choice(pieces)
+        piece[chance.randrange(len(piece))] = chance.randrange(256)
+    if chance.random() < 0.3:
+        del pieces[-1][chance.randrange(len(pieces[-1])) :]
+    return [bytes(piece) for piece in pieces]
 
 
-def _frame(chance: random.Random, encoder: hpack.Encoder, good: list[tuple[str, str]], stream: int) -> Frame:
-    kind = chance.randrange(14)
-    if kind < 5:
-        fields = [*good, *chance.sample(FIELDS, chance.randint(0, 2))] if kind < 4 else chance.sample(FIELDS, 5)
-        flags = ["END_HEADERS"] if chance.random() < 0.9 else []
-        flags += ["END_STREAM"] if chance.random() < 0.4 else []
-        return HeadersFrame(stream, encoder.encode(fields), flags=flags)
-    match kind:
-        case 5 | 6:
-            return DataFrame(
-                stream, chance.randbytes(chance.choice((0, 5, 5, 20_000))), flags=_some(chance, "END_STREAM")
-            )
-        case 7:
-            return RstStreamFrame(stream, error_code=chance.randrange(15))
-        case 8:
-            return WindowUpdateFrame(chance.choice((0, stream)), window_increment=chance.choice((1, 65535, 2**31 - 1)))
-        case 9:
-            settings = {chance.randrange(10): chance.choice((0, 1, 100, 65535, 2**31 - 1, 2**32 - 1))}
-            return SettingsFrame(0, settings=settings)
-        case 10:
-            return chance.choice(
-                (PingFrame(0, bytes(8)), PriorityFrame(stream, depends_on=0), ExtensionFrame(0xF0, stream))
-            )
-        case 11:
-            return ContinuationFrame(stream, encoder.encode(good), flags=_some(chance, "END_HEADERS"))
-        case 12:
-            return GoAwayFrame(0, last_stream_id=chance.choice((0, 1, 2**31 - 1)), error_code=0)
+def _proper(
+    chance: random.Random, encoder: hpack.Encoder, good: list[list[tuple[str, str]]], stream: int
+) -> tuple[Frame, bool]:
+    match chance.randrange(10):
+        case 0:
+            return HeadersFrame(
+                stream, encoder.encode(chance.choice(TRAILERS)), flags=["END_HEADERS", "END_STREAM"]
+            ), True
+        case 1:
+            return RstStreamFrame(stream, error_code=chance.randrange(15)), True
+        case 2:
+            return WindowUpdateFrame(chance.choice((0, stream)), window_increment=chance.choice((1, 65535))), False
+        case 3:
+            return SettingsFrame(0, settings={4: chance.choice((0, 1, 65535, 2**31 - 1))}), False
+        case 4:
+            return chance.choice((PingFrame(0, bytes(8)), PriorityFrame(stream), ExtensionFrame(0xF0, stream))), False
+        case 5:
+            return HeadersFrame(stream, encoder.encode(chance.choice(good)), flags=["END_HEADERS"]), False
         case _:
-            return PushPromiseFrame(stream, 2, encoder.encode(good), flags=_some(chance, "END_HEADERS"))
+            end = chance.random() < 0.3
+            data = chance.randbytes(chance.choice((0, 5, 5, 16_000)))
+            return DataFrame(stream, data, flags=["END_STREAM"] if end else []), end
 
 
-def _some(chance: random.Random, flag: str) -> list[str]:
-    return [flag] if chance.random() < 0.5 else []
+def _improper(chance: random.Random, encoder: hpack.Encoder, stream: int) -> Frame:
+    fields = encoder.encode(chance.sample(FIELDS, 4))
+    settings = {chance.randrange(10): chance.choice((0, 2**31 - 1, 2**32 - 1))}
+    return chance.choice(
+        (
+            HeadersFrame(stream, fields, flags=["END_HEADERS"]),
+            HeadersFrame(stream, fields),
+            ContinuationFrame(stream, fields, flags=["END_HEADERS"]),
+            DataFrame(stream, bytes(20_000)),
+            WindowUpdateFrame(chance.choice((0, stream)), window_increment=2**31 - 1),
+            SettingsFrame(0, settings=settings),
+            GoAwayFrame(0, last_stream_id=chance.choice((0, 1, 2**31 - 1)), error_code=0),
+            PushPromiseFrame(stream, 2, fields, flags=["END_HEADERS"]),
+        )
+    )
+
+
+async def echo_but_connect(request: Request) -> Response:
+    return Response.text(405, "no") if request.method == "CONNECT" else await echo(request)
 
 
 def bugs(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -111,20 +144,25 @@ def bugs(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 async def test_server_survives_random_frames(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     chance = random.Random(9113)
-    server = run(HttpServer(echo, h2c=True, timeouts=HttpTimeouts(head=0.2, idle=0.2, body=0.2, write=0.5, linger=0.1)))
+    server = run(
+        HttpServer(
+            echo_but_connect, h2c=True, timeouts=HttpTimeouts(head=0.2, idle=0.2, body=0.2, write=0.5, linger=0.1)
+        )
+    )
     before = descriptors()
 
     async def one() -> None:
-        data = SettingsFrame(0).serialize() + frames(chance, GOOD_REQUEST, [1, 3, 5, 7, 9, 9, 2])
         reader, writer = await server.open()
         with contextlib.suppress(ConnectionError):
-            for offset in range(0, len(data), size := chance.choice((1000, 100_000))):
-                writer.write((H2_PREFACE if not offset else b"") + data[offset : offset + size])
+            writer.write(H2_PREFACE + SettingsFrame(0).serialize())
+            for piece in scenes(chance, GOOD_REQUESTS, [1, 3, 5, 7, 9]):
+                writer.write(piece)
                 await writer.drain()
+                await asyncio.sleep(chance.choice((0, 0, 0.01)))
             await reader.read(chance.choice((-1, 100)))
         writer.transport.abort()
 
-    for _ in range(10):
+    for _ in range(5):
         await asyncio.gather(*(one() for _ in range(30)))
     await server.idle()
     assert bugs(caplog) == []
@@ -140,9 +178,11 @@ async def test_client_survives_random_frames(
 
     async def origin(stream: Stream) -> None:
         await stream.read()
-        data = SettingsFrame(0).serialize() + frames(chance, GOOD_RESPONSE, [1, 1, 1, 3, 2])
         with contextlib.suppress(OSError):
-            await stream.write(data)
+            await stream.write(SettingsFrame(0).serialize())
+            for piece in scenes(chance, GOOD_RESPONSES, [1]):
+                await stream.write(piece)
+                await asyncio.sleep(chance.choice((0, 0, 0.01)))
             while await stream.read():
                 pass
 
@@ -164,7 +204,7 @@ async def test_client_survives_random_frames(
             assert answer == b"" or answer.startswith(b"HTTP/1.1 "), answer
         writer.transport.abort()
 
-    for _ in range(10):
+    for _ in range(5):
         await asyncio.gather(*(one(number) for number in range(20)))
     await proxy.idle()
     assert bugs(caplog) == []

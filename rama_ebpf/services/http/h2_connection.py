@@ -252,8 +252,7 @@ class H2Connection(abc.ABC):
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
             gone = failure if isinstance(failure, Exception) else PeerClosed("the HTTP/2 connection is over")
-            for channel in list(self.channels.values()):
-                channel.on_error(gone)
+            self._fail(gone)
             await self._finish(writer)
         if failure is not None:
             raise failure
@@ -311,18 +310,26 @@ class H2Connection(abc.ABC):
             if self.guard.last_stream is not None:
                 self.closing = True
                 self.on_go_away(self.guard.last_stream)
-        except FloodDetected:
+        except FloodDetected as flood:
             self.go_away(_Codes.ENHANCE_YOUR_CALM)
+            self._fail(flood)
             raise
         except h2.exceptions.ProtocolError as error:
             self.flush()  # h2 has queued the GOAWAY
-            raise H2Error(f"the peer broke the rules of HTTP/2: {error}") from error
+            failure = H2Error(f"the peer broke the rules of HTTP/2: {error}")
+            self._fail(failure)
+            raise failure from error
         self.flush()
         now = asyncio.get_running_loop().time()
         if not self.guard.unfinished:
             self._unfinished_since = None
         elif self._unfinished_since is None:
             self._unfinished_since = now
+
+    def _fail(self, error: Exception) -> None:
+        """End all streams, before one of them asks h2 for what it does not do any more."""
+        for channel in list(self.channels.values()):
+            channel.on_error(error)
 
     def _dispatch(self, event: h2.events.Event) -> None:
         match event:

@@ -11,7 +11,7 @@ from typing import Final
 import h2.errors
 import h2.events
 
-from ...core.errors import PeerClosed
+from ...core.errors import PeerClosed, RamaError
 from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service
 from ...core.stream import Stream
@@ -149,7 +149,7 @@ class H2ServerConnection(H2Connection):
         except ConnectionDropped as error:
             log.info("%s: %s", self.stream.peer, error)
             channel.reset(_Codes.REFUSED_STREAM)  # nothing was done: the client may try again
-        except (HttpError, OSError) as error:
+        except (RamaError, OSError) as error:
             log.info("%s: %s %s broke off: %s", self.stream.peer, head.method, head.path, error)
             channel.reset(_Codes.INTERNAL_ERROR)
         except Exception:
