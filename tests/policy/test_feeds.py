@@ -9,6 +9,7 @@ import ssl
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,6 +96,18 @@ def test_whatever_bytes_come_are_parsed_or_refused() -> None:
         except ValueError:  # FeedError is one
             refused += 1
     assert 500 < refused < 2500
+
+
+def test_no_more_is_unpacked_than_may_be() -> None:
+    bomb = gzip.compress(bytes(50_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="longer than 100000 bytes"):
+            unpack(bomb, 100_000)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    assert len(unpack(gzip.compress(bytes(100_000)), 100_000)) == 100_000
 
 
 def test_blocks_of_plain_lines_mean_what_each_line_means() -> None:
@@ -279,7 +292,8 @@ def test_a_feed_that_has_not_changed_is_not_sent_again(server: Server, store: Fe
     assert server.asked[3]["If-None-Match"] == '"2"'
 
 
-BOMB = gzip.compress(bytes(50_000_000))
+BOMB = gzip.compress(bytes(5_000_000))
+assert len(BOMB) < 10_000, "it would be refused before it is unpacked"
 
 ANSWERS: dict[str, tuple[Callable[[Server, Handler], None], str]] = {
     "hangs": (Server.hang, "not there within 1.5 s"),

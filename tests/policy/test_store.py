@@ -319,6 +319,17 @@ def test_a_disk_that_refuses_is_told_and_hinders_no_ban(tmp_path: Path, caplog: 
         local.journal()
 
 
+def test_a_log_of_bans_that_cannot_be_read_is_not_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bans = tmp_path / "bans"
+    bans.symlink_to("bans")  # to itself: not even root can read it, but its place could be taken
+    local = LocalStore()
+    local.ban(ip_address("198.18.1.1"))
+    local.remember_in(tmp_path)
+    assert local.restore_bans() == 0
+    assert bans.is_symlink()
+    assert "bans of earlier cannot be read, and are left as they are" in caplog.text
+
+
 def test_bans_that_find_no_room_hinder_no_start_and_are_not_forgotten(
     kernel_store: KernelStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
