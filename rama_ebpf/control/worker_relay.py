@@ -36,12 +36,9 @@ def serve_relay(channel: Channel, fds: Mapping[str, int], *, ask: bool) -> None:
 
     def flows(_body: Json) -> Json:
         """What ``rama-ebpf flows`` shows of this worker."""
-        refused: dict[str, int] = {} if engine.sockmap is None else dict(engine.sockmap.refused)
-        if engine.pipes.refused:
-            refused["no pipe to be had"] = engine.pipes.refused
         return {
             "flows": [flow.as_json() for flow in tunnels],
-            "refused": refused,
+            "refused": engine.refused(),
             "ended": [
                 {"relay": relay, "reason": reason.value, "count": count}
                 for (relay, reason), count in tunnels.ended.items()

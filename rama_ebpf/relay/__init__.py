@@ -66,6 +66,7 @@ async def _move(client: Stream, upstream: Stream, limits: TunnelLimits, options:
         try:
             tunnel = Engine.current().open(client, upstream, choose(client, upstream, options), limits)
         except OSError as error:
+            Engine.current().unwatched += 1
             why = f"the kernel watches no more sockets: {error.strerror}"
         else:
             return await _completion(client, upstream, tunnel)

@@ -54,6 +54,8 @@ class Engine:
         """Why there is none."""
         self.on_sockmap_wanted: Callable[[], None] | None = None
         """Called once, when the first tunnel would take the kernel's relay and there is none."""
+        self.unwatched = 0
+        """How many tunnels had to go another way because the kernel watches no more sockets."""
         self._epoll: select.epoll | None = None
         self._by_fd: dict[int, tuple[Direction, Direction]] = {}
         self._again: list[Direction] = []
@@ -68,6 +70,13 @@ class Engine:
         if engine is None:
             engine = _engines[loop] = Engine()
         return engine
+
+    def refused(self) -> dict[str, int]:
+        """How often something could not be had and tunnels went another way, by what it was."""
+        counts = {"no pipe to be had": self.pipes.refused, "the kernel watches no more sockets": self.unwatched}
+        if self.sockmap is not None:
+            counts |= self.sockmap.refused
+        return {reason: count for reason, count in counts.items() if count}
 
     def use_sockmap(self, sockmap: Sockmap) -> None:
         """Let new tunnels have the kernel's relay."""

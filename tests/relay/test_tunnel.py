@@ -326,6 +326,7 @@ async def test_without_descriptors_for_pipes_bytes_are_copied(kind: RelayKind) -
                 assert await receive(ends.upstream, len(data)) == data
                 await sending
             assert pipes.refused > refused
+            assert Engine.current().refused()["no pipe to be had"] == pipes.refused
             ends.client.close()
             ends.upstream.close()
             assert (await tunnel).reason is CloseReason.EOF
@@ -343,6 +344,7 @@ async def test_refused_registration_falls_back_to_copy() -> None:
         report = await task
         assert (report.relay, report.reason) == ("copy", CloseReason.EOF)
         assert "File exists" in report.why
+        assert Engine.current().refused() == {"the kernel watches no more sockets": 1}
 
 
 class Shouting(Stream):
