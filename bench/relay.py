@@ -152,7 +152,7 @@ class Lab:
         config = self.directory / "rama.toml"
         config.write_text(_RAMA.format(port=port, workers=os.cpu_count()))
         command = (Path(sys.executable).with_name("rama-ebpf"), "run", "--instance", f"bench-{os.getpid()}")
-        self._cleanup.callback(subprocess.run, [command[0], "unload", "--instance", command[3]], check=True)
+        self._cleanup.callback(subprocess.run, [command[0], "unload", "--purge", "--instance", command[3]], check=True)
         process = self.start(*command, "--config", config, cpu=None, port=port)
         return Proxy("rama-ebpf", port, process, socks=True)
 

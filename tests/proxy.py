@@ -24,6 +24,13 @@ def rama_ebpf(*args: str, check: bool = True, timeout: float = 60.0) -> subproce
     return result
 
 
+def _command_line(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""  # it has ended
+
+
 class ProxyProcess:
     """``rama-ebpf run`` inside a lab host. Its log is collected; :meth:`start` returns when it serves."""
 
@@ -122,5 +129,6 @@ class ProxyProcess:
         return {int(number) for text in texts for number in re.findall(r"^prog_id:\s+(\d+)", text, flags=re.M)}
 
     def workers(self) -> list[int]:
-        """The process ids of the workers."""
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        """The process ids of the workers: the server has other children for a moment, a compiler and a self-test."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"rama_ebpf.process.worker" in _command_line(pid)]
