@@ -7,9 +7,12 @@ accounting and delegation intact), and the gate cannot touch any other service o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import time
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 __all__ = [
     "CgroupUnavailable",
@@ -21,6 +24,8 @@ __all__ = [
     "move_here",
     "own_cgroup",
 ]
+
+_DYING_SECONDS: Final = 2.0
 
 
 class CgroupUnavailable(OSError):
@@ -102,16 +107,18 @@ def move_here(cgroup: Path) -> None:
 def leave_and_remove(cgroup: Path) -> None:
     """Move this process to the parent if it is inside, and remove the cgroup with its children.
 
-    Raises OSError EBUSY while other processes live in it; a cgroup that is gone already is fine.
+    Workers of a server that was killed may take a moment to die: they have up to two seconds. Raises OSError EBUSY if
+    other processes live in it then; a cgroup that is gone already is fine.
     """
     if not cgroup.is_dir():
         return
     if own_cgroup() == cgroup:
         move_here(cgroup.parent)
-    for child in cgroup.iterdir():
-        if child.is_dir():
-            child.rmdir()
-    try:
+    deadline = time.monotonic() + _DYING_SECONDS
+    while "populated 1" in (cgroup / "cgroup.events").read_text(encoding="ascii") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with contextlib.suppress(FileNotFoundError):  # somebody else removes it as well
+        for child in cgroup.iterdir():
+            if child.is_dir():
+                child.rmdir()
         cgroup.rmdir()
-    except FileNotFoundError:
-        return

@@ -101,7 +101,9 @@ def test_a_worker_cannot_dial_what_the_policy_denies_whatever_its_service_does(
     )
     options = [f"--allow-egress={network}" for network in policy.allow]
     options += [f"--deny-egress={network}" for network in policy.deny]
-    proxy = start_proxy(server, "bypass:service", "--listen", f"{server.ipv4}:{PORT}", *options, cwd=tmp_path)
+    proxy = start_proxy(
+        server, "bypass:service", "--listen", f"{server.ipv4}:{PORT}", "--workers", "2", *options, cwd=tmp_path
+    )
     assert proxy.json("status")["egress"] == "services and kernel"
 
     pick = random.Random(4)

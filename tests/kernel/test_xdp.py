@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,6 +269,9 @@ def test_listener_on_any_address_is_guarded_at_every_local_one_and_forwarded_tra
         send(scene, ipv4(a4, b4, tcp(PORT)))
 
     assert interface(router)["xdp"]["mode"] == 1  # native
+    cgroup = Path(proxy.json("status")["cgroup"])
     proxy.signal(signal.SIGKILL)
     proxy.wait()
+    proxy.command("unload")  # at once: its workers may still be dying
+    assert not cgroup.exists()
     wait_for(lambda: "xdp" not in interface(router), what="the end of the program")
