@@ -259,6 +259,9 @@ async def test_userspace_sleeps_while_the_kernel_moves_bytes(sockmap: Sockmap, m
 async def test_stalled_reader_spills_and_the_kernel_takes_over_again(splice_maps: SpliceMaps) -> None:
     Engine.current().use_sockmap(Sockmap(splice_maps.fds, credit=1 << 18))
     with Ends() as ends:
+        # Else the kernel lets both grow to what tcp_wmem and tcp_rmem say, by its own estimate of the flow.
+        ends.client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        ends.client_near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
             for _ in range(2):
                 await send(ends.client, b"ping")
