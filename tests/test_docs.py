@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+import pytest
 
 import rama_ebpf.layers
 from rama_ebpf.config.layers import LAYERS
@@ -10,11 +13,30 @@ from rama_ebpf.config.reference import with_reference
 from rama_ebpf.metrics import definitions
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+SOURCES = sorted(
+    path
+    for folder in ("rama_ebpf", "bpf", "bench", "examples", "integration", "vagrant")
+    for path in (ROOT / folder).rglob("*.*")
+    if path.suffix in (".py", ".c", ".h", ".toml", ".md", ".sh")
+)
 
 
 def test_configuration_reference_is_what_the_model_says() -> None:
     text = (ROOT / "docs/config.md").read_text()
     assert text == with_reference(text), "run: .venv/bin/python -m rama_ebpf.config.reference docs/config.md"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text())
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+def test_documents_that_sources_name_exist() -> None:
+    named = {name: path for path in SOURCES for name in re.findall(r"\bdocs/[a-z-]+\.md\b", path.read_text())}
+    assert {name: path for name, path in named.items() if not (ROOT / name).exists()} == {}
 
 
 def test_each_layer_has_its_line() -> None:
