@@ -73,7 +73,8 @@ def run(kernel: Kernel, command: str, directory: Path, *, timeout: float, memory
 def _boot(kernel: Kernel, share: Path, timeout: float, memory: int) -> str:
     # Nehalem: KVM guests with newer models hang on hosts that are guests themselves, and emulation of it is quick.
     command = [
-        *("nice", "-n", "10", "qemu-system-x86_64", "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
+        *("nice", "-n", "10", "setpriv", "--pdeathsig", "KILL"),  # the machine ends with us
+        *("qemu-system-x86_64", "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
         *("-machine", "q35,sata=off,smbus=off,i8042=off", "-cpu", "Nehalem", "-smp", "1", "-m", str(memory)),
         *("-accel", "tcg", "-serial", "stdio", "-nic", "none"),
         *("-kernel", str(kernel.image), "-initrd", str(kernel.initramfs)),

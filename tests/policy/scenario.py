@@ -58,7 +58,7 @@ class Scenario:
         )
 
     def _expiry(self) -> int | None:
-        return self.random.choice((None, None, None, self.now - _HOUR, self.now + _HOUR))
+        return self.random.choice((None, None, None, max(1, self.now - _HOUR), self.now + _HOUR))
 
     def _rule(self, name: str, sources: int, origin: str) -> Rule:
         pick = self.random
