@@ -24,7 +24,9 @@
 #include "verdict.h"
 #include "gate_cgroup.c"
 #include "gate_lookup.c"
+#ifndef WITHOUT_XDP /* it takes a fifth of the time to compile */
 #include "gate_xdp.c"
+#endif
 #include "egress.c"
 
 /*

@@ -249,7 +249,7 @@ def load(
 ) -> Gate:
     """Compile and load the programs of an instance over its maps, which are taken over from pins if there are any.
 
-    ``xdp`` loads the XDP program too (the verifier takes its time, so only where it is wanted).
+    ``xdp`` loads the XDP program too (compiler and verifier take their time, so only where it is wanted).
 
     The caller holds the instance's :class:`~rama_ebpf.kernel.instance.ServerLock`. Nothing is attached yet. Raises
     :class:`~rama_ebpf.kernel.compile.CompileError` or OSError; new pins are removed then.
@@ -260,8 +260,8 @@ def load(
     try:
         source = amalgamate(abi.source_dir() / "sockops_filter.c")
         wanted = [*_PROGRAMS, _XDP_PROGRAM] if xdp else _PROGRAMS
-        define = f'-DPIN_DIR="{instance.pin_dir}"'
-        programs = compile_and_load(source, wanted, cflags=[define], kernel_headers=kernel_headers)
+        defines = [f'-DPIN_DIR="{instance.pin_dir}"', *([] if xdp else ["-DWITHOUT_XDP"])]
+        programs = compile_and_load(source, wanted, cflags=defines, kernel_headers=kernel_headers)
     except BaseException:
         maps.close()
         if fresh:
