@@ -61,7 +61,7 @@ def _base_tar() -> Path:
         *(f"--dpkgopt=path-exclude=/usr/share/{unread}/*" for unread in ("doc", "man", "locale")),
         *(_SUITE, str(unfinished)),
     ]
-    _run(command, "the Debian packages of the image cannot be fetched (deb.debian.org must be reachable)")
+    _run(command, "the packages of the image cannot be fetched: Debian's mirror must be reachable")
     return unfinished.rename(tar)
 
 
