@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 
 import h2.errors
@@ -264,6 +265,19 @@ async def test_trailer_that_routes_or_authenticates_resets_the_stream(run: Run, 
         reset = await client.until(h2.events.StreamReset)
         assert reset.error_code == h2.errors.ErrorCodes.PROTOCOL_ERROR
     assert read == []
+
+
+async def test_refused_request_whose_trailers_are_refused_too_is_no_bug_of_ours(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = run(HttpServer(echo, h2c=True))
+    async with h2_client(server.port) as client:
+        stream_id = client.request(with_((":method", "POST"), ("expect", "200-ok")), end=False)
+        client.h2.send_headers(stream_id, [("host", "a.test")], end_stream=True)  # in one segment with the request
+        reset = await client.until(h2.events.StreamReset)
+        assert reset.error_code == h2.errors.ErrorCodes.PROTOCOL_ERROR
+        assert (await client.response(client.request()))[0][":status"] == "200"
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 async def test_trailers_pass_both_ways(run: Run) -> None:

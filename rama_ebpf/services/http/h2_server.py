@@ -157,7 +157,11 @@ class H2ServerConnection(H2Connection):
             raise
 
     async def _refuse_with(self, channel: Channel, error: HttpError) -> None:
-        await self._respond(channel, error_response(error, self._name), bodiless=False)
+        try:
+            await self._respond(channel, error_response(error, self._name), bodiless=False)
+        except (RamaError, OSError) as broken:  # what came behind the request may have ended the stream already
+            log.info("%s: the refusal (%d) cannot be sent: %s", self.stream.peer, error.status, broken)
+            channel.reset(_Codes.INTERNAL_ERROR)
 
     async def _exchange(self, channel: Channel, head: H2RequestHead) -> None:
         tunnel = head.method == "CONNECT"
