@@ -12,7 +12,10 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import errno
+import logging
 import os
+import select
 import socket
 import struct
 from ipaddress import ip_address
@@ -21,10 +24,13 @@ from typing import Final
 from .address import SocketAddress, unmap
 from .errors import LimitExceeded, PeerClosed
 from .extensions import Extensions
+from .poller import READABLE, SPECIAL, WRITABLE, Poller, Watcher
+
+log = logging.getLogger(__name__)
 
 _socket = socket.socket  # the property `socket` hides the module inside the class body
 
-__all__ = ["MAX_UNREAD", "SocketStream", "Stream", "reset_on_close"]
+__all__ = ["MAX_UNREAD", "SocketStream", "Stream", "reset_on_close", "resets_on_close"]
 
 MAX_UNREAD: Final = 64 * 1024
 """Upper bound in bytes of what a stream holds read ahead (peeked but not consumed)."""
@@ -37,6 +43,9 @@ _SPLICE_FLAGS: Final = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _SO_ORIGINAL_DST: Final = 80
 """linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST has the same number."""
 _LINGER_OFF: Final = struct.pack("ii", 0, 0)
+_UNWATCHED_SECONDS: Final = 0.02
+_READ_EVENTS: Final = READABLE | SPECIAL
+_WRITE_EVENTS: Final = WRITABLE | select.EPOLLERR | select.EPOLLHUP
 
 
 def reset_on_close(sock: socket.socket, on: bool) -> None:
@@ -46,6 +55,11 @@ def reset_on_close(sock: socket.socket, on: bool) -> None:
     """
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST if on else _LINGER_OFF)
+
+
+def resets_on_close(sock: socket.socket) -> bool:
+    """Return what :func:`reset_on_close` has said. Sockets that a listening one accepts inherit it."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(_LINGER_RST)) == _LINGER_RST
 
 
 class Stream(abc.ABC):
@@ -202,23 +216,78 @@ class SocketStream(Stream):
     Only :meth:`close` ends a TCP connection in order. If the process dies, by whatever signal, its kernel resets the
     connection: a peer must not take what was cut short for the whole.
 
+    ``peer`` is the peer's address where the caller knows it, from accept(2) for example; else the socket is asked.
+    ``reset`` says that the socket resets on close already (:func:`reset_on_close`), which accepted sockets inherit.
+
     ``original_destination`` is where the client meant to connect. That is our local address, also for connections
     steered here (sk_lookup, TPROXY), unless netfilter redirected it: then connection tracking knows.
     """
 
-    def __init__(self, sock: socket.socket, extensions: Extensions | None = None) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        extensions: Extensions | None = None,
+        *,
+        peer: SocketAddress | None = None,
+        reset: bool = False,
+    ) -> None:
         super().__init__(extensions)
         sock.setblocking(False)
-        reset_on_close(sock, True)
+        self._unix = sock.family == socket.AF_UNIX
+        if not (reset or self._unix):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST)
         self._sock = sock
+        self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
+        self._poller: Poller | None = None
+        self._maybe_readable = True
+        self._ended = False
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
         self._eof_sent = False
         self._closed = False
-        self._peer = _address(sock.getpeername) if sock.family != socket.AF_UNIX else None
-        self._local = _address(sock.getsockname) if sock.family != socket.AF_UNIX else None
+        self._connected = True
+        self._peer = _address(sock.getpeername) if peer is None and not self._unix else peer
+        self._local: SocketAddress | None = None
         self._redirected: SocketAddress | None = None
+
+    @classmethod
+    def connecting(cls, sock: socket.socket, address: SocketAddress) -> SocketStream:
+        """Begin to connect a TCP socket; until :meth:`connected` has returned the stream is good for nothing else.
+
+        Raises OSError; the socket is closed then.
+        """
+        try:
+            stream = cls(sock, peer=address)
+            code = sock.connect_ex(address.to_sockaddr())
+            if code == errno.EINPROGRESS:
+                stream._connected = False
+            elif code:
+                raise OSError(code, os.strerror(code))
+        except BaseException:
+            sock.close()
+            raise
+        return stream
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether nothing has to be waited for before bytes can flow; on this host often so at once."""
+        return self._connected
+
+    async def connected(self) -> None:
+        """Wait until the stream is connected. Raises OSError; the stream is aborted then, and when the caller is
+        cancelled."""
+        if self._connected:
+            return
+        try:
+            await self._wait_writable()
+            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+        except BaseException:
+            self.abort()
+            raise
+        self._connected = True
 
     @property
     def socket(self) -> _socket:
@@ -226,17 +295,25 @@ class SocketStream(Stream):
         return self._sock
 
     @property
+    def is_unix(self) -> bool:
+        """Whether it is a Unix socket, which has no addresses and knows no reset."""
+        return self._unix
+
+    @property
     def peer(self) -> SocketAddress | None:
         return self._peer
 
     @property
     def local(self) -> SocketAddress | None:
+        """Our own address; None for a Unix socket, and after the end of a stream that was not asked before."""
+        if self._local is None and not (self._closed or self._unix):
+            self._local = _address(self._sock.getsockname)
         return self._local
 
     @property
     def original_destination(self) -> SocketAddress | None:
         if self._redirected is None:
-            self._redirected = _before_redirection(self._sock) or self._local
+            self._redirected = _before_redirection(self._sock) or self.local
         return self._redirected
 
     @property
@@ -247,29 +324,39 @@ class SocketStream(Stream):
         while True:
             self._check_open()
             self._check_only_reader()
+            if not self._maybe_readable:
+                await self._wait_readable()
+                continue
             try:
                 data = self._sock.recv(max_bytes)
             except BlockingIOError:
                 await self._wait_readable()
                 continue
-            except InterruptedError:
-                continue
-            self.bytes_received += len(data)
+            self._count_received(len(data), max_bytes)
             return data
 
     async def _receive_into(self, view: memoryview) -> int:
         while True:
             self._check_open()
             self._check_only_reader()
+            if not self._maybe_readable:
+                await self._wait_readable()
+                continue
             try:
                 count = self._sock.recv_into(view)
             except BlockingIOError:
                 await self._wait_readable()
                 continue
-            except InterruptedError:
-                continue
-            self.bytes_received += count
+            self._count_received(count, len(view))
             return count
+
+    def _count_received(self, count: int, asked: int) -> None:
+        self.bytes_received += count
+        if not count:
+            self._ended = True  # and the next read says so, too
+        elif count < asked and self._poller is not None and not (self._ended or self._unix):
+            # TCP gives all that it has. What comes later is told, also if it has come by now.
+            self._maybe_readable = False
 
     async def write(self, *chunks: bytes | bytearray | memoryview) -> None:
         pending = [memoryview(chunk).cast("B") for chunk in chunks if len(chunk)]
@@ -281,9 +368,9 @@ class SocketStream(Stream):
             except BlockingIOError:
                 await self._wait_writable()
                 continue
-            except InterruptedError:
-                continue
             self.bytes_sent += sent
+            if sent == len(pending[0]) and len(pending) == 1:
+                return
             done = 0
             while done < len(pending) and sent >= len(pending[done]):
                 sent -= len(pending[done])
@@ -331,7 +418,7 @@ class SocketStream(Stream):
             raise ConnectionResetError(error.errno, f"cannot half-close: {error.strerror}") from error
 
     async def close(self) -> None:
-        if not self._closed:
+        if not (self._closed or self._unix):
             reset_on_close(self._sock, False)
         self._close()
 
@@ -355,10 +442,37 @@ class SocketStream(Stream):
         The caller owns the socket and must forward those bytes first. Closing it resets the connection unless
         :func:`reset_on_close` says otherwise. Raises RuntimeError while a task is waiting on the stream.
         """
+        self._check_idle()
+        if self._poller is not None:
+            self._poller.remove(self._fd)
+        return self._give_up()
+
+    def poll(self) -> None:
+        """Let the poller watch the socket, for :meth:`detach_polled`. Raises OSError if the kernel watches no more
+        sockets, and RuntimeError while a task is waiting on the stream."""
+        self._check_idle()
+        if self._poller is None:
+            self._watch()
+
+    def detach_polled(self, watcher: Watcher) -> tuple[_socket, bytes, bool]:
+        """As :meth:`detach`, but the poller goes on watching the socket (:meth:`poll`), and tells ``watcher``.
+
+        The third item says whether there may be something to read that the watcher is not told of.
+        """
+        self._check_idle()
+        assert self._poller is not None
+        self._poller.replace(self._fd, watcher)
+        maybe_readable = self._maybe_readable
+        return *self._give_up(), maybe_readable
+
+    def _check_idle(self) -> None:
         self._check_open()
         if self._reader is not None or self._writer is not None:
             raise RuntimeError("cannot detach a stream that a task is reading or writing")
+
+    def _give_up(self) -> tuple[_socket, bytes]:
         self._closed = True
+        self._poller = None
         unread = bytes(self._unread)
         self._unread.clear()
         return self._sock, unread
@@ -367,12 +481,11 @@ class SocketStream(Stream):
         if self._closed:
             return
         self._closed = True
-        fd = self._sock.fileno()
-        for waiter, remove in ((self._reader, self._loop.remove_reader), (self._writer, self._loop.remove_writer)):
-            if waiter is not None:
-                remove(fd)
-                if not waiter.done():
-                    waiter.set_exception(ConnectionAbortedError("stream closed"))
+        if self._poller is not None:
+            self._poller.remove(self._fd)
+        for waiter in (self._reader, self._writer):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(ConnectionAbortedError("stream closed"))
         self._sock.close()
 
     def _check_open(self) -> None:
@@ -387,32 +500,55 @@ class SocketStream(Stream):
         if self._writer is not None:
             raise RuntimeError("two tasks write one stream")
 
-    async def _wait_readable(self) -> None:
-        self._reader = waiter = self._loop.create_future()
-        fd = self._sock.fileno()
-        self._loop.add_reader(fd, _wake, waiter)
+    def _told(self, events: int) -> None:
+        """The poller tells of a change."""
+        if events & _READ_EVENTS:
+            self._maybe_readable = True
+            if events & SPECIAL:
+                self._ended = True
+            if self._reader is not None and not self._reader.done():
+                self._reader.set_result(None)
+        if events & _WRITE_EVENTS and self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
+    def _watch(self, *, writes: bool = False) -> None:
+        poller = Poller.current()
+        poller.add(self._fd, self._told, writes=writes)
+        self._poller = poller
+        self._maybe_readable = False  # if it is, that is what is told first
+
+    def _can_watch(self, *, writes: bool = False) -> bool:
+        """Have the socket watched; false if the kernel watches no more: then it is tried again after a nap."""
         try:
-            await waiter
+            self._watch(writes=writes)
+        except OSError as error:
+            log.debug("descriptor %d is not watched: %s", self._fd, error)
+            return False
+        return True
+
+    async def _wait_readable(self) -> None:
+        self._maybe_readable = False
+        if not (self._poller or self._can_watch()):
+            self._maybe_readable = True
+            await asyncio.sleep(_UNWATCHED_SECONDS)
+            return
+        self._reader = self._loop.create_future()
+        try:
+            await self._reader
         finally:
             self._reader = None
-            if not self._closed:
-                self._loop.remove_reader(fd)
 
     async def _wait_writable(self) -> None:
-        self._writer = waiter = self._loop.create_future()
-        fd = self._sock.fileno()
-        self._loop.add_writer(fd, _wake, waiter)
+        if self._poller is not None:
+            self._poller.want_writes(self._fd)
+        elif not self._can_watch(writes=True):
+            await asyncio.sleep(_UNWATCHED_SECONDS)
+            return
+        self._writer = self._loop.create_future()
         try:
-            await waiter
+            await self._writer
         finally:
             self._writer = None
-            if not self._closed:
-                self._loop.remove_writer(fd)
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 def _before_redirection(sock: _socket) -> SocketAddress | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
+from typing import NamedTuple
 
 from ..core.address import IPAddress, unmap
 from ..core.errors import PolicyDenied
@@ -66,6 +68,18 @@ def _embedded(ip: IPAddress) -> IPAddress | None:
     return ip.sixtofour if ip in _6TO4 else None
 
 
+class _Denial(NamedTuple):
+    why: str
+    rule: str
+
+
+class _Networks(NamedTuple):
+    """Networks of one prefix length, by the bits above ``shift``: the denial, or None where the policy allows."""
+
+    shift: int
+    said: dict[int, _Denial | None]
+
+
 @dataclass(frozen=True)
 class EgressPolicy:
     """Which target addresses may be dialled: ``allow`` and ``deny`` are networks; the longest matching prefix wins,
@@ -82,17 +96,36 @@ class EgressPolicy:
 
     def check(self, ip: IPAddress) -> None:
         """Raise :class:`PolicyDenied`, naming the rule, if ``ip`` may not be dialled."""
+        if ip.version == 4:
+            self._check_one(ip)
+            return
         ip = unmap(ip)
         self._check_one(ip)
         inner = _embedded(ip)
         if inner is not None:
             self._check_one(inner)
 
+    @cached_property
+    def _by_length(self) -> dict[int, tuple[_Networks, ...]]:
+        """By IP version: the networks of each prefix length, the longest first, and what is said of each."""
+        said: dict[IPNetwork, _Denial | None] = {
+            network: _Denial(f" ({name}, {network})", f"egress-default:{name}") for network, name in DENIED_BY_DEFAULT
+        }
+        said.update(dict.fromkeys(self.allow))
+        said.update(dict.fromkeys(self.deny, _Denial("", "egress")))
+        tables: dict[int, dict[int, _Networks]] = {4: {}, 6: {}}
+        for network, denial in said.items():
+            shift = network.max_prefixlen - network.prefixlen
+            table = tables[network.version].setdefault(shift, _Networks(shift, {}))
+            table.said[int(network.network_address) >> shift] = denial
+        return {version: tuple(by_shift[shift] for shift in sorted(by_shift)) for version, by_shift in tables.items()}
+
     def _check_one(self, ip: IPAddress) -> None:
-        allowed = max((net.prefixlen for net in self.allow if ip in net), default=-1)
-        denied = max((net.prefixlen for net in self.deny if ip in net), default=-1)
-        if denied >= 0 and denied >= allowed:
-            raise PolicyDenied(f"egress to {ip} is denied", rule="egress")
-        for net, name in DENIED_BY_DEFAULT:
-            if ip in net and allowed < net.prefixlen:
-                raise PolicyDenied(f"egress to {ip} is denied ({name}, {net})", rule=f"egress-default:{name}")
+        number = int(ip)
+        for shift, said in self._by_length[ip.version]:
+            prefix = number >> shift
+            if prefix in said:
+                denial = said[prefix]
+                if denial is not None:
+                    raise PolicyDenied(f"egress to {ip} is denied{denial.why}", rule=denial.rule)
+                return

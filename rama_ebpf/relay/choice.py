@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.address import SocketAddress
+from ..core.address import SocketAddress, is_loopback
 from ..core.stream import SocketStream
 from .tunnel import RelayKind, RelayOptions
 
@@ -41,7 +41,7 @@ def _place(stream: SocketStream, options: RelayOptions) -> str | None:
     peer, local = stream.peer, stream.local
     if peer is None or local is None:
         return None
-    if peer.ip.is_loopback or peer.ip == local.ip:
+    if is_loopback(peer.ip) or peer.ip == local.ip:
         return "on this host"
     return "in a lossless network" if _within(peer, options) else None
 

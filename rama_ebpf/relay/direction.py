@@ -61,7 +61,7 @@ class Direction:
         self._recv_into, self._send = source.recv_into, sink.send  # looked up once, and not for each message
         self._pending = b""
         # A short read of TCP means that nothing is left; of a Unix socket it may be a message boundary.
-        self._read_all = source.family == socket.AF_UNIX
+        self._read_all = tunnel.with_unix
 
     @property
     def moved(self) -> int:
@@ -83,10 +83,13 @@ class Direction:
         """Whether bytes have moved by splice(2)."""
         return False
 
-    def start(self, unread: bytes) -> None:
-        """Forward what was read ahead of the hand-over; the first event of epoll brings the rest."""
-        if unread:
-            self._flush(unread)
+    def start(self, unread: bytes, *, resume: bool) -> None:
+        """Forward what was read ahead of the hand-over. With ``resume`` there may be more to read already, else the
+        poller tells of it."""
+        if unread and not self._flush(unread):
+            return
+        if resume:
+            self.resume()
 
     def readable(self) -> None:
         """The source has bytes, or has ended."""
@@ -152,6 +155,11 @@ class Direction:
         """A read has filled the buffer; true if another way goes on from here."""
         return False
 
+    def _block(self) -> None:
+        """The sink is full: go on when the poller tells of room."""
+        self.blocked = True
+        self.tunnel.engine.poller.want_writes(self.sink.fileno())
+
     def _flush_held(self) -> bool:
         return self._flush(self._pending)
 
@@ -165,7 +173,7 @@ class Direction:
                 view = view[sent:]
         except BlockingIOError:
             self._pending = bytes(view)
-            self.blocked = True
+            self._block()
             return False
         except OSError as error:
             self.lost(DirectionEnd.SINK_LOST, error)

@@ -10,6 +10,7 @@ from ..core.client import client_address
 from ..core.stream import SocketStream, reset_on_close
 from .choice import Choice
 from .direction import Direction
+from .end import TunnelEnd
 from .registry import FlowSnapshot
 from .rising import RisingDirection
 from .sockmap import SockmapDirection
@@ -26,7 +27,10 @@ _IDLE_CHECKS: Final = 4
 
 
 class Tunnel:
-    """Two sockets whose bytes the engine moves; ``done`` is set when it has ended and both are closed."""
+    """Two sockets whose bytes the engine moves; ``done`` is set when it has ended and both are closed.
+
+    ``with_unix`` if one of them is a Unix socket.
+    """
 
     __slots__ = (
         "_active_at",
@@ -34,6 +38,7 @@ class Tunnel:
         "_loop",
         "_seen",
         "client",
+        "client_end",
         "done",
         "down",
         "engine",
@@ -48,7 +53,9 @@ class Tunnel:
         "target",
         "up",
         "upstream",
+        "upstream_end",
         "why",
+        "with_unix",
     )
 
     def __init__(
@@ -67,6 +74,7 @@ class Tunnel:
         self.target: SocketAddress | None = upstream.peer
         self.client = client.socket
         self.upstream = upstream.socket
+        self.with_unix = client.is_unix or upstream.is_unix
         self.started = self._loop.time()
         self.done: asyncio.Future[CloseReason] = self._loop.create_future()
         self.reason: CloseReason | None = None
@@ -77,9 +85,16 @@ class Tunnel:
         self.why = choice.why
         self._choice = choice
         self._choose()
+        self.client_end, self.upstream_end = TunnelEnd(), TunnelEnd()
+        self._wire()
         self._active_at = self.started
         self._seen = 0
         self.slot: int | None = None
+
+    def _wire(self) -> None:
+        """Let the events of the sockets go to the directions that the tunnel has now."""
+        self.client_end.reading = self.upstream_end.writing = self.up
+        self.client_end.writing = self.upstream_end.reading = self.down
 
     def _choose(self) -> None:
         """Make the directions; where the kernel's relay is wanted and cannot be had, those of userspace."""
@@ -118,7 +133,7 @@ class Tunnel:
             if self.kernel_slot is None:
                 return
         self.kind, self.why = (RelayKind.COPY, self.why) if refusal else (RelayKind.SOCKMAP, self._choice.why)
-        self.engine.rewire(self)
+        self._wire()
         self.up.resume()
         if self.reason is None:
             self.down.resume()
@@ -167,8 +182,8 @@ class Tunnel:
         """Poll each socket for what userspace has to do: a direction that the kernel moves needs only its end."""
         up = not isinstance(self.up, SockmapDirection) or self.up.passing
         down = not isinstance(self.down, SockmapDirection) or self.down.passing
-        self.engine.watch(self.client, reads=up, writes=down)
-        self.engine.watch(self.upstream, reads=down, writes=up)
+        self.engine.poller.watch(self.client.fileno(), reads=up, writes=down)
+        self.engine.poller.watch(self.upstream.fileno(), reads=down, writes=up)
 
     def cut(self) -> None:
         self.finish(CloseReason.CUT)

@@ -203,7 +203,7 @@ class SpliceDirection(Direction):
                 self.delivered += sent
         except BlockingIOError:
             self._pipe = pipe
-            self.blocked = True
+            self._block()
             return False
         except OSError as error:
             self._pipe = pipe

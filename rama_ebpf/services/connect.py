@@ -114,18 +114,26 @@ class Connector:
     async def __call__(self, target: Authority, /) -> Stream:
         ips = [target.ip] if target.ip is not None else await self.resolver.resolve(str(target.host))
         addresses = [SocketAddress(ip, target.port) for ip in self._allowed(target, ips)]
+        timeout = None
         try:
+            if len(addresses) == 1 and (stream := self._begin(addresses[0])).is_connected:
+                return stream
             async with asyncio.timeout(self.timeout) as timeout:
-                sock = await (self._dial(addresses[0]) if len(addresses) == 1 else self._race(addresses))
+                if len(addresses) > 1:
+                    return await self._race(addresses)
+                await stream.connected()
+                return stream
         except OSError as error:  # TimeoutError among them
-            if isinstance(error, TimeoutError) and timeout.expired():
+            if isinstance(error, TimeoutError) and timeout is not None and timeout.expired():
                 number, why = errno.ETIMEDOUT, f"no answer within {self.timeout} s"
             else:
                 number, why = error.errno or errno.EIO, _reason(error)
             raise ConnectError(number, f"cannot connect to {target}: {why}") from error
-        return SocketStream(sock)
 
     def _allowed(self, target: Authority, ips: Iterable[IPAddress]) -> list[IPAddress]:
+        if target.ip is not None:
+            self.egress.check(target.ip)
+            return [target.ip]
         allowed: list[IPAddress] = []
         denied: PolicyDenied | None = None
         for ip in ips:
@@ -141,12 +149,12 @@ class Connector:
             raise denied
         raise ResolveError(f"{target.host} has no address")
 
-    async def _race(self, addresses: Sequence[SocketAddress]) -> socket.socket:
-        """Return the first socket that connects; the others are closed. Raises the OSError of the last failure."""
+    async def _race(self, addresses: Sequence[SocketAddress]) -> SocketStream:
+        """Return the first stream that connects; the others are aborted. Raises the OSError of the last failure."""
         waiting = deque(addresses)
-        attempts: set[asyncio.Task[socket.socket]] = set()
+        attempts: set[asyncio.Task[SocketStream]] = set()
         failure: OSError | None = None
-        winner: socket.socket | None = None
+        winner: SocketStream | None = None
         try:
             while winner is None and (waiting or attempts):
                 if waiting:
@@ -165,25 +173,29 @@ class Connector:
                         raise error
         finally:
             for attempt in attempts:
-                attempt.add_done_callback(_close_loser)
+                attempt.add_done_callback(_abort_loser)
                 attempt.cancel()
         if winner is not None:
             return winner
         assert failure is not None
         raise failure
 
-    async def _dial(self, address: SocketAddress) -> socket.socket:
+    async def _dial(self, address: SocketAddress) -> SocketStream:
+        stream = self._begin(address)
+        await stream.connected()
+        return stream
+
+    def _begin(self, address: SocketAddress) -> SocketStream:
         sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             self.options.apply(sock)
             source = self.source_v4 if address.ip.version == 4 else self.source_v6
             if source is not None:
                 self.options.bind_source(sock, source)
-            await asyncio.get_running_loop().sock_connect(sock, address.to_sockaddr())
         except BaseException:
             sock.close()
             raise
-        return sock
+        return SocketStream.connecting(sock, address)
 
 
 def _reason(error: OSError) -> str:
@@ -192,9 +204,9 @@ def _reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno and text.startswith("Connect call failed") else text
 
 
-def _close_loser(attempt: asyncio.Task[socket.socket]) -> None:
+def _abort_loser(attempt: asyncio.Task[SocketStream]) -> None:
     if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().close()
+        attempt.result().abort()
 
 
 def _families_in_turn(ips: list[IPAddress]) -> list[IPAddress]:

@@ -9,11 +9,13 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
+from ..core.address import SocketAddress
 from ..core.client import ClientAddress, ListenerName, LocalAddress
 from ..core.errors import RamaError
 from ..core.graceful import Drain
+from ..core.poller import Poller
 from ..core.service import Service
-from ..core.stream import SocketStream, Stream
+from ..core.stream import SocketStream, Stream, reset_on_close, resets_on_close
 
 __all__ = ["TcpServer", "bind_tcp"]
 
@@ -39,6 +41,7 @@ def bind_tcp(host: str, port: int, *, backlog: int = 4096, reuse_port: bool = Fa
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         # Accepted sockets inherit it. Without it a second small write waits for the peer's delayed ACK (40 ms).
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        reset_on_close(sock, True)  # inherited, too, also by those that nobody has accepted yet
         sock.bind((host, port))
         sock.listen(backlog)
     except OSError as error:
@@ -76,6 +79,8 @@ class TcpServer:
         self._connections: dict[asyncio.Task[None], SocketStream] = {}
         self._accepting = False
         self._drain = Drain()
+        self._unix = listener.family == socket.AF_UNIX
+        self._resets = resets_on_close(listener)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resume: asyncio.TimerHandle | None = None
 
@@ -87,6 +92,7 @@ class TcpServer:
     def start(self) -> None:
         """Start to accept, on the running event loop."""
         self._loop = asyncio.get_running_loop()
+        Poller.current()  # made now, and so there when descriptors run out
         self._accepting = True
         self._loop.add_reader(self.listener.fileno(), self._accept_ready)
 
@@ -101,7 +107,9 @@ class TcpServer:
 
     def adopt(self, sock: socket.socket) -> None:
         """Serve a connected socket that was accepted elsewhere, for example by a process that handed it to us."""
-        stream = SocketStream(sock)
+        self._begin(SocketStream(sock))
+
+    def _begin(self, stream: SocketStream) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(stream))
         self._connections[task] = stream
         task.add_done_callback(self._ended)
@@ -128,7 +136,7 @@ class TcpServer:
     def _accept_ready(self) -> None:
         for _ in range(_ACCEPTS_PER_WAKE):
             try:
-                sock, _peer = self.listener.accept()
+                sock, peer = self.listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -141,7 +149,8 @@ class TcpServer:
             self.accepted += 1
             if self._on_accept is not None:
                 self._on_accept()
-            self.adopt(sock)
+            address = None if self._unix else SocketAddress.from_sockaddr(peer)
+            self._begin(SocketStream(sock, peer=address, reset=self._resets))
 
     def _back_off(self, error: OSError) -> None:
         assert self._loop is not None
@@ -164,7 +173,7 @@ class TcpServer:
     async def _serve(self, stream: SocketStream) -> None:
         if stream.peer is not None:
             stream.extensions.add(ClientAddress(stream.peer))
-        elif stream.socket.family != socket.AF_UNIX:
+        elif not stream.is_unix:
             stream.abort()  # reset before we could ask who it was: policy could not judge it
             return
         stream.extensions.add(self._drain)

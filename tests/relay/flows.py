@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from rama_ebpf.core.poller import Poller
 from rama_ebpf.core.stream import SocketStream
 from rama_ebpf.relay import RelayKind, RelayOptions, TunnelLimits, TunnelReport, relay
 
@@ -263,6 +264,8 @@ async def running(
 
 
 def open_descriptors() -> int:
-    """How many descriptors this process holds, after those of earlier tests' event loops were collected."""
+    """How many descriptors this process holds, the poller's among them, after those of earlier tests' event loops were
+    collected."""
+    Poller.current()
     gc.collect()
     return len(os.listdir("/proc/self/fd"))

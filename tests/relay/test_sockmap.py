@@ -230,19 +230,18 @@ async def test_userspace_sleeps_while_the_kernel_moves_bytes(sockmap: Sockmap, m
                 await receive(ends.client, 4)
             engine = Engine.current()
             woken = 0
-            run = engine._run
+            run, epoll = engine.poller._run, engine.poller.fileno()
 
             def counting_run() -> None:
                 nonlocal woken
                 woken += 1
                 run()
 
-            assert engine._epoll is not None
             # Whoever polls for bytes is woken in the kernel by each message, though nothing is reported.
-            polled = {int(fd): int(mask, 16) for fd, mask in fdinfo(engine._epoll.fileno())}
+            polled = {int(fd): int(mask, 16) for fd, mask in fdinfo(epoll)}
             for sock in (ends.client_near, ends.upstream_near):
                 assert not polled[sock.fileno()] & (select.EPOLLIN | select.EPOLLPRI | select.EPOLLOUT)
-            asyncio.get_running_loop().add_reader(engine._epoll.fileno(), counting_run)
+            asyncio.get_running_loop().add_reader(epoll, counting_run)
             for _ in range(100):
                 await send(ends.client, b"ping")
                 assert await receive(ends.upstream, 4) == b"ping"

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 
 from rama_ebpf.core.address import SocketAddress
+from rama_ebpf.core.poller import Poller
 from rama_ebpf.core.stream import SocketStream, Stream
 from rama_ebpf.relay import (
     CloseReason,
@@ -335,7 +336,7 @@ async def test_without_descriptors_for_pipes_bytes_are_copied(kind: RelayKind) -
 async def test_refused_registration_falls_back_to_copy() -> None:
     with Ends() as ends:
         client, upstream = SocketStream(ends.client_near), SocketStream(ends.upstream_near)
-        Engine.current()._wake().register(ends.upstream_near.fileno(), 0)  # so the kernel says EEXIST
+        Poller.current().add(ends.upstream_near.fileno(), lambda _events: None)  # so the kernel says EEXIST
         task = asyncio.create_task(relay(client, upstream))
         await send(ends.client, b"ping")
         assert await receive(ends.upstream, 4) == b"ping"

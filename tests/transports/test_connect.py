@@ -11,6 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from rama_ebpf.core import Authority, IPAddress, PolicyDenied, SocketStream
+from rama_ebpf.core.poller import Poller
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import ConnectError, Connector, ResolveError
 from rama_ebpf.services.socket_options import KeepAlive, SocketOptions
@@ -58,6 +59,7 @@ async def dialled(connect: Connector, port: int) -> str:
 
 
 async def test_a_silent_address_delays_only_for_a_moment_and_leaves_no_socket(port: int) -> None:
+    Poller.current()  # which holds one for the loop's life
     before = len(os.listdir("/proc/self/fd"))
     assert await dialled(connector("127.0.0.66", "127.0.0.1", attempt_delay=0.05), port) == "127.0.0.1"
     await asyncio.sleep(0)
@@ -110,6 +112,7 @@ async def test_a_name_without_addresses() -> None:
 
 
 async def test_cancelled_while_racing_leaves_no_socket(port: int) -> None:
+    Poller.current()  # which holds one for the loop's life
     before = len(os.listdir("/proc/self/fd"))
     connecting = asyncio.create_task(dialled(connector(*("127.0.0.66",) * 4, attempt_delay=0.01), port))
     await asyncio.sleep(0.1)

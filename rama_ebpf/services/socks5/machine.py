@@ -84,6 +84,8 @@ Event = Greeting | Credentials | Request
 class State(enum.Enum):
     """Where the machine stands: what it waits for, from the client or from the caller."""
 
+    __hash__ = object.__hash__  # members are single objects; Enum's own hash is a call of Python for each look-up
+
     START = "greeting or SOCKS4 request due"
     CREDENTIALS = "credentials due"
     VERDICT = "caller must accept or refuse the credentials"
@@ -95,6 +97,7 @@ class State(enum.Enum):
 
 
 class _Step(enum.Enum):
+    __hash__ = object.__hash__
     METHOD_NONE = enum.auto()
     METHOD_PASSWORD = enum.auto()
     CREDENTIALS = enum.auto()
@@ -152,12 +155,14 @@ class ServerMachine:
         Returns ``(None, 0)`` if more bytes are needed. Raises :class:`ProtocolError` or :class:`AuthFailed` with
         the reply in :meth:`data_to_send`; RuntimeError if nothing is due from the client.
         """
-        parse = {
-            State.START: self._start,
-            State.CREDENTIALS: self._credentials,
-            State.REQUEST: self._request,
-        }.get(self.state)
-        if parse is None:
+        state = self.state
+        if state is State.START:
+            parse = self._start
+        elif state is State.REQUEST:
+            parse = self._request
+        elif state is State.CREDENTIALS:
+            parse = self._credentials
+        else:
             raise RuntimeError(f"nothing is due from the client: {self.state.value}")
         if not data:
             return None, 0
@@ -188,7 +193,7 @@ class ServerMachine:
     @property
     def owes_reply(self) -> bool:
         """Whether the client waits for a reply that only the caller can give."""
-        return self.state in (State.REPLY, State.BOUND)
+        return self.state is State.REPLY or self.state is State.BOUND
 
     def reply(self, reply: Reply, bound: SocketAddress | None = None, *, listening: bool = False) -> None:
         """Answer the request with ``reply`` and our own address ``bound`` towards the target.
