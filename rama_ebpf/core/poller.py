@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
-import weakref
 from collections.abc import Callable
 from typing import Final
+
+from .per_loop import PerLoop
 
 __all__ = ["READABLE", "SPECIAL", "WRITABLE", "Poller", "Watcher"]
 
@@ -48,11 +49,7 @@ class Poller:
     @staticmethod
     def current() -> Poller:
         """Return the poller of the running event loop; the first call makes it."""
-        loop = asyncio.get_running_loop()
-        poller = _pollers.get(loop)
-        if poller is None:
-            poller = _pollers[loop] = Poller()
-        return poller
+        return _current()
 
     def add(self, fd: int, watcher: Watcher, *, writes: bool = False) -> None:
         """Let ``watcher`` be told when there are bytes, the peer's end, a reset, or urgent data, and with ``writes``
@@ -105,4 +102,4 @@ class Poller:
                 log.exception("watcher of descriptor %d failed", fd)
 
 
-_pollers: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Poller]] = weakref.WeakKeyDictionary()
+_current: Final = PerLoop(Poller)

@@ -18,6 +18,7 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Final
 
@@ -43,6 +44,8 @@ _SPLICE_FLAGS: Final = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _SO_ORIGINAL_DST: Final = 80
 """linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST has the same number."""
 _LINGER_OFF: Final = struct.pack("ii", 0, 0)
+_family: Final[Callable[[socket.socket], int]] = _socket.__mro__[1].family.__get__  # type: ignore[attr-defined]
+# The number itself: the property of socket.socket makes an enumeration of it at each call.
 _UNWATCHED_SECONDS: Final = 0.02
 _READ_EVENTS: Final = READABLE | SPECIAL
 _WRITE_EVENTS: Final = WRITABLE | select.EPOLLERR | select.EPOLLHUP
@@ -233,7 +236,7 @@ class SocketStream(Stream):
     ) -> None:
         super().__init__(extensions)
         sock.setblocking(False)
-        self._unix = sock.family == socket.AF_UNIX
+        self._unix = _family(sock) == socket.AF_UNIX
         if not (reset or self._unix):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST)
         self._sock = sock
@@ -259,8 +262,11 @@ class SocketStream(Stream):
         """
         try:
             stream = cls(sock, peer=address)
-            code = sock.connect_ex(address.to_sockaddr())
+            code = sock.connect_ex(sockaddr := address.to_sockaddr())
             if code == errno.EINPROGRESS:
+                # The answer of a target on this host was waiting for the call to end, and is known to the next.
+                code = sock.connect_ex(sockaddr)
+            if code == errno.EALREADY:
                 stream._connected = False
             elif code:
                 raise OSError(code, os.strerror(code))
@@ -359,6 +365,16 @@ class SocketStream(Stream):
             self._maybe_readable = False
 
     async def write(self, *chunks: bytes | bytearray | memoryview) -> None:
+        if len(chunks) == 1 and self._writer is None and not self._closed and isinstance(chunks[0], bytes):
+            # The send queue nearly always takes it whole.
+            try:
+                sent = self._sock.send(chunks[0])
+            except BlockingIOError:
+                sent = 0
+            self.bytes_sent += sent
+            if sent == len(chunks[0]):
+                return
+            chunks = (memoryview(chunks[0])[sent:],)
         pending = [memoryview(chunk).cast("B") for chunk in chunks if len(chunk)]
         while pending:
             self._check_open()
@@ -369,8 +385,6 @@ class SocketStream(Stream):
                 await self._wait_writable()
                 continue
             self.bytes_sent += sent
-            if sent == len(pending[0]) and len(pending) == 1:
-                return
             done = 0
             while done < len(pending) and sent >= len(pending[done]):
                 sent -= len(pending[done])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from ..core.address import SocketAddress, is_loopback
 from ..core.stream import SocketStream
@@ -29,21 +30,40 @@ def choose(client: SocketStream, upstream: SocketStream, options: RelayOptions) 
     quicker by splice(2), and a short tunnel is over before it pays.
     """
     if options.kind is not RelayKind.AUTO:
-        return Choice(options.kind, "configured")
-    places = {_place(client, options), _place(upstream, options)}
-    if None in places:
-        return Choice(RelayKind.AUTO, "auto: a peer is neither on this host nor in a lossless network")
-    where = " or ".join(sorted(place for place in places if place))
-    return Choice(RelayKind.AUTO, f"auto: both peers are {where}", rises=True)
+        return _CONFIGURED[options.kind]
+    places = _place(client, options), _place(upstream, options)
+    if _ELSEWHERE in places:
+        return _USERSPACE
+    return _RISES[places]
 
 
-def _place(stream: SocketStream, options: RelayOptions) -> str | None:
-    peer, local = stream.peer, stream.local
-    if peer is None or local is None:
-        return None
-    if is_loopback(peer.ip) or peer.ip == local.ip:
-        return "on this host"
-    return "in a lossless network" if _within(peer, options) else None
+_HERE: Final = "on this host"
+_LOSSLESS: Final = "in a lossless network"
+_ELSEWHERE: Final = "elsewhere"
+
+_CONFIGURED: Final = {kind: Choice(kind, "configured") for kind in RelayKind}
+_USERSPACE: Final = Choice(RelayKind.AUTO, "auto: a peer is neither on this host nor in a lossless network")
+_RISES: Final = {
+    (client, upstream): Choice(
+        RelayKind.AUTO, f"auto: both peers are {' or '.join(sorted({client, upstream}))}", rises=True
+    )
+    for client in (_HERE, _LOSSLESS)
+    for upstream in (_HERE, _LOSSLESS)
+}
+
+
+def _place(stream: SocketStream, options: RelayOptions) -> str:
+    peer = stream.peer
+    if peer is None:
+        return _ELSEWHERE
+    if is_loopback(peer.ip):
+        return _HERE
+    local = stream.local
+    if local is None:
+        return _ELSEWHERE
+    if peer.ip == local.ip:
+        return _HERE
+    return _LOSSLESS if _within(peer, options) else _ELSEWHERE
 
 
 def _within(address: SocketAddress, options: RelayOptions) -> bool:

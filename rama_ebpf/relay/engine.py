@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import weakref
 from collections.abc import Callable
 from typing import Final
 
+from ..core.per_loop import PerLoop
 from ..core.poller import Poller
 from ..core.stream import SocketStream
 from .choice import Choice
@@ -56,11 +56,7 @@ class Engine:
     @staticmethod
     def current() -> Engine:
         """Return the engine of the running event loop; the first call makes it."""
-        loop = asyncio.get_running_loop()
-        engine = _engines.get(loop)
-        if engine is None:
-            engine = _engines[loop] = Engine()
-        return engine
+        return _current()
 
     def refused(self) -> dict[str, int]:
         """How often something could not be had and tunnels went another way, by what it was."""
@@ -182,4 +178,4 @@ class Engine:
             self._arm()
 
 
-_engines: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Engine]] = weakref.WeakKeyDictionary()
+_current: Final = PerLoop(Engine)

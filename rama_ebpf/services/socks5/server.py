@@ -120,18 +120,25 @@ class Socks5Server:
             stream.extensions.add(request)
             stream.extensions.add(request.target)
             Lifecycle.of(stream.extensions).reached(Stage.ESTABLISHED)
-            with self._admit(request.command, stream.extensions):
-                if request.command is Command.CONNECT:
-                    return await self._connect(request, stream, machine)
-                if request.command is Command.BIND:
-                    return await self._bind(request, stream, machine)
-                return await self._associate(request, stream, machine)
+            if self._limits is None:
+                return await self._carry_out(request, stream, machine)
+            with self._admit(request.command, stream.extensions, self._limits):
+                return await self._carry_out(request, stream, machine)
         except (RamaError, OSError) as error:
             if machine.owes_reply:
                 machine.reply(reply_for(error))
             last = machine.data_to_send()
             await (stream.close_after(last) if last else stream.close())
             raise
+
+    async def _carry_out(
+        self, request: Request, stream: Stream, machine: ServerMachine
+    ) -> TunnelReport | AssociationReport:
+        if request.command is Command.CONNECT:
+            return await self._connect(request, stream, machine)
+        if request.command is Command.BIND:
+            return await self._bind(request, stream, machine)
+        return await self._associate(request, stream, machine)
 
     async def _handshake(self, stream: Stream, machine: ServerMachine) -> Request:
         try:
@@ -157,13 +164,15 @@ class Socks5Server:
         stream.extensions.add(user)
 
     @contextlib.contextmanager
-    def _admit(self, command: Command, extensions: Extensions) -> Iterator[None]:
+    def _admit(
+        self, command: Command, extensions: Extensions, limits_of: Callable[[User], UserLimits]
+    ) -> Iterator[None]:
         """Hold the user to what it may do while the command is served. Raises :class:`LimitExceeded`."""
         user = extensions.get(User)
-        if user is None or self._limits is None:
+        if user is None:
             yield
             return
-        limits = self._limits(user)
+        limits = limits_of(user)
         if command not in limits.commands:
             raise PolicyDenied(f"user {user.name!r} may not use {command.name}", rule="user")
         if limits.tunnel is not None:
@@ -248,10 +257,11 @@ class Socks5Server:
 
 async def _next_event(stream: Stream, machine: ServerMachine) -> Event:
     while True:
-        event, used = machine.receive(stream.buffered)
-        if event is not None:
-            stream.consume(used)
-            return event
+        if data := stream.buffered:
+            event, used = machine.receive(data)
+            if event is not None:
+                stream.consume(used)
+                return event
         if not await stream.fill(MAX_MESSAGE):
             raise PeerClosed(f"client closed during its SOCKS handshake ({machine.state.value})")
 
