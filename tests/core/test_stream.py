@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import socket
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from rama_ebpf.core import LimitExceeded, PeerClosed, SocketStream
+from rama_ebpf.core.poller import Poller
 from rama_ebpf.core.stream import MAX_UNREAD
 from rama_ebpf.core.wrapped import WrappedStream
 
@@ -256,3 +258,73 @@ async def test_splice_from_waits_for_a_peer_that_does_not_read(pair: Pair) -> No
     finally:
         os.close(read)
         os.close(write)
+
+
+async def test_the_end_of_the_stream_is_read_as_often_as_it_is_asked_for(pair: Pair) -> None:
+    reading = asyncio.create_task(pair.stream.read())
+    await asyncio.sleep(0.01)  # so that the poller watches the socket
+    await pair.send(b"last")
+    assert await reading == b"last"
+    pair.peer.shutdown(socket.SHUT_WR)
+    async with asyncio.timeout(5):
+        assert [await pair.stream.read() for _ in range(3)] == [b""] * 3
+
+
+async def test_bytes_behind_an_urgent_mark_are_read_though_no_new_ones_come(pair: Pair) -> None:
+    """A read ends at the mark (tcp(7)), which looks like "that was all"."""
+    reading = asyncio.create_task(pair.stream.read())
+    await asyncio.sleep(0.01)
+    await pair.send(b"first")
+    assert await reading == b"first"
+    pair.peer.send(b"before!", socket.MSG_OOB)
+    await pair.send(b"behind")
+    data = b""
+    async with asyncio.timeout(5):
+        while len(data) < len(b"beforebehind"):
+            data += await pair.stream.read()
+    assert data == b"beforebehind", "the urgent byte itself is out of band"
+
+
+async def test_a_stream_that_the_kernel_does_not_watch_goes_on_all_the_same(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = 0
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        nonlocal refusals
+        refusals += 1
+        raise OSError(errno.ENOSPC, "no more watches")
+
+    monkeypatch.setattr(Poller.current(), "add", refuse)
+    reading = asyncio.create_task(pair.stream.read_exactly(4))
+    await asyncio.sleep(0.01)
+    await pair.send(b"ping")
+    assert await reading == b"ping"
+    writing = asyncio.create_task(pair.stream.write(b"x" * (32 << 20)))
+    assert len(await pair.receive(32 << 20)) == 32 << 20
+    await writing
+    assert refusals >= 2
+
+
+async def test_no_byte_is_missed_between_short_reads(pair: Pair) -> None:
+    """A read that is shorter than asked for ends the trying; the bytes that come at that moment must still be told."""
+    rng = random.Random(4)
+    sent = rng.randbytes(400_000)
+
+    async def send() -> None:
+        at = 0
+        while at < len(sent):
+            step = rng.choice((1, 7, 100, 5_000))
+            await pair.send(sent[at : at + step])
+            at += step
+            if rng.random() < 0.1:
+                await asyncio.sleep(0)
+        pair.peer.shutdown(socket.SHUT_WR)
+
+    sending = asyncio.create_task(send())
+    data = bytearray()
+    async with asyncio.timeout(30):
+        while chunk := await pair.stream.read(rng.choice((1, 50, 4_096, 65_536))):
+            data += chunk
+    await sending
+    assert data == sent

@@ -3,19 +3,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 import socket
 from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 
 import pytest
 
-from rama_ebpf.core import Authority, IPAddress, PolicyDenied, SocketStream
-from rama_ebpf.core.poller import Poller
+from rama_ebpf.core import Authority, IPAddress, PolicyDenied, SocketAddress, SocketStream
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import ConnectError, Connector, ResolveError
 from rama_ebpf.services.socket_options import KeepAlive, SocketOptions
 from rama_ebpf.services.tcp import bind_tcp
+
+from ..relay.flows import open_descriptors
 
 LOOPBACK = EgressPolicy.of(["127.0.0.0/8", "::1/128"])
 
@@ -59,12 +59,11 @@ async def dialled(connect: Connector, port: int) -> str:
 
 
 async def test_a_silent_address_delays_only_for_a_moment_and_leaves_no_socket(port: int) -> None:
-    Poller.current()  # which holds one for the loop's life
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     assert await dialled(connector("127.0.0.66", "127.0.0.1", attempt_delay=0.05), port) == "127.0.0.1"
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 async def test_a_refused_address_is_followed_by_the_next_at_once(port: int) -> None:
@@ -112,15 +111,14 @@ async def test_a_name_without_addresses() -> None:
 
 
 async def test_cancelled_while_racing_leaves_no_socket(port: int) -> None:
-    Poller.current()  # which holds one for the loop's life
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     connecting = asyncio.create_task(dialled(connector(*("127.0.0.66",) * 4, attempt_delay=0.01), port))
     await asyncio.sleep(0.1)
     connecting.cancel()
     await asyncio.gather(connecting, return_exceptions=True)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 async def test_source_address_and_options_are_set(port: int) -> None:
@@ -150,3 +148,26 @@ def test_options_out_of_range_are_refused() -> None:
         SocketOptions(dscp=64)
     with pytest.raises(ValueError, match="attempt_delay"):
         connector(attempt_delay=0)
+
+
+async def test_a_target_on_this_host_is_connected_without_waiting(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        stream = SocketStream.connecting(sock, SocketAddress(ip_address("127.0.0.1"), port))
+        assert stream.is_connected
+        assert stream.local is not None
+        assert stream.local.port == sock.getsockname()[1]
+        stream.abort()
+
+
+async def test_a_target_that_does_not_answer_is_waited_for(port: int) -> None:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    stream = SocketStream.connecting(sock, SocketAddress(ip_address("127.0.0.66"), port))
+    assert not stream.is_connected
+    waiting = asyncio.create_task(stream.connected())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert stream.closed
+    assert sock.fileno() == -1

@@ -8,11 +8,10 @@ import socket
 import pytest
 
 from rama_ebpf.core import SocketStream, Stream
+from rama_ebpf.core.stream import resets_on_close
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
 
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+from ..relay.flows import open_descriptors
 
 
 async def test_a_connection_that_is_cut_before_its_first_step_leaks_nothing() -> None:
@@ -52,3 +51,34 @@ async def test_accepted_sockets_send_small_writes_at_once() -> None:
             writer.close()
             await server.drain(5)
     assert seen == [1, 1]
+
+
+async def test_a_connection_that_waited_for_its_server_to_start_is_reset_when_the_process_dies() -> None:
+    """Accepted sockets inherit it from the listener, so those in its queue have it before anybody accepts them."""
+    with bind_tcp("127.0.0.1", 0) as listener:
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        accepted = listener._accept()[0]  # type: ignore[attr-defined]  # as close to accept(2) as Python goes
+        os.close(accepted)
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+        with contextlib.suppress(ConnectionResetError):
+            await writer.wait_closed()
+
+
+async def test_connections_of_a_listener_of_others_are_reset_when_the_process_dies_too() -> None:
+    lingers: list[bool] = []
+
+    async def look(stream: Stream) -> None:
+        assert isinstance(stream, SocketStream)
+        lingers.append(resets_on_close(stream.socket))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # a service manager's, say
+        listener.setblocking(False)
+        server = TcpServer(listener, look)
+        server.start()
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        await reader.read()
+        writer.close()
+        await server.drain(1)
+    assert lingers == [True]

@@ -1,0 +1,68 @@
+"""The egress policy in userspace against its definition; tests/kernel/test_egress.py holds the kernel against it."""
+
+from __future__ import annotations
+
+import random
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+
+from rama_ebpf.core import IPAddress, PolicyDenied
+from rama_ebpf.policy.egress import DENIED_BY_DEFAULT, EgressPolicy
+
+
+def is_denied(policy: EgressPolicy, ip: IPAddress) -> bool:
+    """Whether ``ip``, which embeds no other address, is denied by the words of :class:`EgressPolicy`."""
+    allowed = max((network.prefixlen for network in policy.allow if ip in network), default=-1)
+    denied = max((network.prefixlen for network in policy.deny if ip in network), default=-1)
+    if denied >= 0 and denied >= allowed:
+        return True
+    return any(ip in network and allowed < network.prefixlen for network, _ in DENIED_BY_DEFAULT)
+
+
+def said(policy: EgressPolicy, ip: IPAddress) -> str | None:
+    try:
+        policy.check(ip)
+    except PolicyDenied as error:
+        return error.rule
+    return None
+
+
+def test_random_policies_say_of_random_addresses_what_the_definition_says() -> None:
+    pick = random.Random(6)
+    differences = []
+    denials = 0
+    for _ in range(300):
+        bits4, bits6 = pick.getrandbits(32), 0x2A << 120 | pick.getrandbits(112)
+        networks = []
+        for _ in range(pick.randrange(12)):
+            if pick.random() < 0.5:
+                base, length = bits4 ^ pick.getrandbits(12), pick.randrange(33)
+                networks.append(ip_network((base >> 32 - length << 32 - length, length)))
+            else:
+                base, length = bits6 ^ pick.getrandbits(40), pick.randrange(129)
+                whole = base >> 128 - length << 128 - length
+                networks.append(ip_network((IPv6Address(whole), length)))
+        networks += pick.sample([network for network, _ in DENIED_BY_DEFAULT], 3)
+        half = len(networks) // 2
+        policy = EgressPolicy(tuple(networks[:half]), tuple(networks[half:]))
+        edges = [pick.choice(networks) for _ in range(10)]
+        addresses: list[IPAddress] = [IPv4Address(bits4 ^ pick.getrandbits(14)) for _ in range(10)]
+        addresses += [IPv6Address(bits6 ^ pick.getrandbits(42)) for _ in range(10)]
+        for network in edges:
+            addresses += [network[0], network[-1]]
+        for ip in addresses:
+            if isinstance(ip, IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip in ip_network("64:ff9b::/96")):
+                continue
+            wanted = is_denied(policy, ip)
+            denials += wanted
+            if (said(policy, ip) is not None) != wanted:
+                differences.append((policy, ip, wanted, said(policy, ip)))
+    assert not differences, differences[:3]
+    assert denials > 1_000
+
+
+def test_what_is_embedded_is_judged_as_well() -> None:
+    policy = EgressPolicy.of(deny=["8.8.8.0/24"])
+    for text in ("::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"):
+        assert said(policy, ip_address(text)) == "egress", text
+        assert said(EgressPolicy(), ip_address(text)) is None
+    assert said(EgressPolicy(), ip_address("64:ff9b::7f00:1")) == "egress-default:loopback"
