@@ -32,11 +32,15 @@ from .tunnel import CloseReason, DirectionEnd
 if TYPE_CHECKING:
     from .flow import Tunnel
 
-__all__ = ["Sockmap", "SockmapDirection"]
+__all__ = ["RECEIVE_BUFFER", "Sockmap", "SockmapDirection"]
 
 _SO_COOKIE: Final = 57
 _SIOCOUTQ: Final = 0x5411
 _TCP_INFO_BYTES: Final = struct.Struct("=120xQQ")  # tcpi_bytes_acked, tcpi_bytes_received
+RECEIVE_BUFFER: Final = 512 * 1024
+"""Bytes that a receive buffer may hold while a direction spills (SO_RCVBUF; net.core.rmem_max bounds it, too).
+Without it the kernel lets it grow to megabytes for a peer that sends quickly, which fill when the other stalls."""
+
 _FIRST_RETRY: Final = 0.001
 _LAST_RETRY: Final = 0.05
 
@@ -78,6 +82,8 @@ class Sockmap:
             return self._refuse("all slots are in use")
         slot = self._free.popleft()
         client, upstream = sockets = (tunnel.client, tunnel.upstream)
+        for sock in sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         entered = 0
         try:
             for index, sock in enumerate(sockets):

@@ -19,7 +19,7 @@ from rama_ebpf.kernel.abi import source_dir
 from rama_ebpf.kernel.splice import DirectionSlot, SpliceMaps
 from rama_ebpf.relay import CloseReason, RelayKind, TunnelReport
 from rama_ebpf.relay.engine import Engine
-from rama_ebpf.relay.sockmap import Sockmap
+from rama_ebpf.relay.sockmap import RECEIVE_BUFFER, Sockmap
 
 from .flows import expected, open_descriptors, plan, relay_by, run_flow, running
 from .test_tunnel import Ends, push_until_held, receive, reset, send
@@ -255,12 +255,31 @@ async def test_userspace_sleeps_while_the_kernel_moves_bytes(sockmap: Sockmap, m
             assert (await tunnel).reason is CloseReason.EOF
 
 
+async def test_the_receive_buffers_of_a_tunnel_do_not_grow_with_its_speed(splice_maps: SpliceMaps) -> None:
+    """The kernel lets that of a quick reader grow to megabytes (tcp_rmem), which all fill when the sink stalls."""
+    bound = 2 * min(RECEIVE_BUFFER, int(Path("/proc/sys/net/core/rmem_max").read_text()))  # the kernel doubles it
+    Engine.current().use_sockmap(Sockmap(splice_maps.fds, credit=1 << 16))  # so that much of it is read here
+    quick = 100 << 20
+    with Ends() as ends:
+        ends.client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
+            sending = asyncio.create_task(send(ends.client, bytes(quick)))
+            got = 0
+            while got < quick:
+                got += len(await receive(ends.upstream, 1 << 20))
+            await sending
+            for sock in (ends.client_near, ends.upstream_near):
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == bound
+            ends.client.close()
+            ends.upstream.close()
+            assert (await tunnel).reason is CloseReason.EOF
+
+
 async def test_stalled_reader_spills_and_the_kernel_takes_over_again(splice_maps: SpliceMaps) -> None:
     Engine.current().use_sockmap(Sockmap(splice_maps.fds, credit=1 << 18))
     with Ends() as ends:
-        # Else the kernel lets both grow to what tcp_wmem and tcp_rmem say, by its own estimate of the flow.
+        # Else the kernel lets it grow to what tcp_wmem says, by its own estimate of the flow.
         ends.client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        ends.client_near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near) as tunnel:
             for _ in range(2):
                 await send(ends.client, b"ping")
