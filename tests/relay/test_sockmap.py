@@ -255,9 +255,12 @@ async def test_userspace_sleeps_while_the_kernel_moves_bytes(sockmap: Sockmap, m
             assert (await tunnel).reason is CloseReason.EOF
 
 
+RMEM_MAX = int(Path("/proc/sys/net/core/rmem_max").read_text())
+
+
 async def test_the_receive_buffers_of_a_tunnel_do_not_grow_with_its_speed(splice_maps: SpliceMaps) -> None:
     """The kernel lets that of a quick reader grow to megabytes (tcp_rmem), which all fill when the sink stalls."""
-    bound = 2 * min(RECEIVE_BUFFER, int(Path("/proc/sys/net/core/rmem_max").read_text()))  # the kernel doubles it
+    bound = 2 * min(RECEIVE_BUFFER, RMEM_MAX)  # the kernel doubles it
     Engine.current().use_sockmap(Sockmap(splice_maps.fds, credit=1 << 16))  # so that much of it is read here
     quick = 100 << 20
     with Ends() as ends:
