@@ -1,10 +1,11 @@
 """The relays beside HAProxy and SOCKS5 servers: ``python -m bench.relay NAME [ROUNDS] [SECONDS]``.
 
-Names are ``bulk``, ``ping``, ``one-cpu``, ``idle`` and ``dial``.
+Names are ``bulk``, ``ping``, ``nic``, ``one-cpu``, ``idle`` and ``dial``.
 All contestants run at once and take turns, in another order each round; printed are medians, the lowest and the highest
 round, and the median of each round's ratio to the reference (HAProxy in TCP mode with splice-auto and one thread; of
-``dial`` microsocks). The load (``load.c``) and its server have one CPU, the proxy has the other; ``one-cpu`` is
-``ping`` with all of them on one; in ``dial`` nobody is pinned, and ours has as many workers as CPUs. CPU time is that
+``dial`` microsocks). The load (``load.c``) and its server have one CPU, the proxy has the other; ``nic`` is
+``ping`` with the kernel's receive work on the proxy's CPU too, where a network card's interrupts would put it, and not
+on that of whoever sends, as loopback does; ``one-cpu`` has all of them on one; in ``dial`` nobody is pinned, and ours has as many workers as CPUs. CPU time is that
 of the proxy, the load, the server and all kernel threads: the kernel's relay works in those. Needs root, gcc, and from
 Debian haproxy, microsocks and dante-server.
 """
@@ -257,6 +258,16 @@ def ping(rounds: int, seconds: float) -> list[Proxy]:
         return proxies
 
 
+def nic(rounds: int, seconds: float) -> list[Proxy]:
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run(["mount", "-t", "sysfs", "sysfs", directory], check=True)  # that of our network namespace
+        try:
+            (Path(directory) / "class/net/lo/queues/rx-0/rps_cpus").write_text(f"{1 << _PROXY_CPU:x}")
+        finally:
+            subprocess.run(["umount", directory], check=True)
+    return ping(rounds, seconds)
+
+
 def idle(_rounds: int, _seconds: float) -> list[Proxy]:
     with Lab() as lab:
         target, _ = lab.server("echo", _LOAD_CPU)
@@ -293,6 +304,7 @@ def dial(rounds: int, seconds: float) -> list[Proxy]:
 _RUNS: Final[dict[str, Callable[[int, float], list[Proxy]]]] = {
     "bulk": bulk,
     "ping": ping,
+    "nic": nic,
     "one-cpu": one_cpu,
     "idle": idle,
     "dial": dial,
@@ -312,7 +324,7 @@ def _enter_namespace() -> None:
 def main() -> None:
     name, *numbers = sys.argv[1:] or [""]
     if name not in _RUNS:
-        sys.exit("usage: python -m bench.relay bulk|ping|one-cpu|idle|dial [ROUNDS] [SECONDS]")
+        sys.exit("usage: python -m bench.relay bulk|ping|nic|one-cpu|idle|dial [ROUNDS] [SECONDS]")
     _enter_namespace()
     proxies = _RUNS[name](int(numbers[0]) if numbers else 7, float(numbers[1]) if numbers[1:] else 1.0)
     reference = proxies[0]

@@ -86,6 +86,20 @@ static __always_inline s64 in_flight(struct direction *d, u32 sink, int arm)
 	return bytes;
 }
 
+/*
+ * Whether the credit holds. What is on its way grows by nothing but what is redirected from here on, so the answer is good
+ * for as many bytes more as are missing to the credit: a tunnel that talks is looked up at its sink once in a credit.
+ */
+static __always_inline int has_credit(struct direction *d, u32 sink, int arm)
+{
+	s64 bytes = in_flight(d, sink, arm);
+
+	if (bytes < 0 || bytes > d->credit)
+		return 0;
+	d->cleared = d->redirected + d->credit - bytes;
+	return 1;
+}
+
 int relay_verdict(struct __sk_buff *skb)
 {
 	u64 cookie = bpf_get_socket_cookie(skb);
@@ -93,7 +107,6 @@ int relay_verdict(struct __sk_buff *skb)
 	struct direction *d;
 	u32 slot, sink, seq, len;
 	s32 duplicate;
-	s64 bytes;
 
 	if (!known)
 		return SK_PASS;
@@ -138,15 +151,10 @@ int relay_verdict(struct __sk_buff *skb)
 	}
 	d->next += len;
 
-	if (!(d->state & DIRECTION_ARMED) && d->resume == d->passed) {
-		bytes = in_flight(d, sink, 1);
-		if (bytes >= 0 && bytes <= d->credit) {
-			d->state |= DIRECTION_ARMED;
-		}
-	}
+	if (!(d->state & DIRECTION_ARMED) && d->resume == d->passed && has_credit(d, sink, 1))
+		d->state |= DIRECTION_ARMED;
 	if (d->state & DIRECTION_ARMED) {
-		bytes = in_flight(d, sink, 0);
-		if (bytes >= 0 && bytes <= d->credit) {
+		if (d->redirected <= d->cleared || has_credit(d, sink, 0)) {
 			d->redirected += len;
 			return relayed.sk_redirect_hash(skb, &sink, 0);
 		}

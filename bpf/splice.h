@@ -24,7 +24,7 @@ struct direction {
 	__u32 origin;     /* sequence number at the sink of redirected byte 0 */
 	__u32 state;      /* enum direction_state */
 	__u32 spills;     /* how often it went from armed to passing because the sink did not take the bytes */
-	__u32 pad[2];
+	__u64 cleared;    /* while armed: up to so many redirected bytes the credit holds, whatever is acknowledged */
 	/* Written by userspace alone. */
 	__u64 cookie;   /* of the source socket */
 	__u64 resume;   /* arm when as many bytes have passed: userspace has forwarded them all */

@@ -41,7 +41,7 @@ async def test_bad_kernels_are_refused_by_name(splice_maps: SpliceMaps, release:
 FAULTS = {
     "bulk": ("duplicate = d->next - seq;", "duplicate = d->next - seq + (d->redirected > 10000000);"),
     "half-close": ("return SK_DROP; /* a bare FIN", "return relayed.sk_redirect_hash(skb, &sink, 0); /* a bare FIN"),
-    "stalled reader": ("if (bytes >= 0 && bytes <= d->credit) {\n\t\t\td->redirected", "if (1) {\n\t\t\td->redirected"),
+    "stalled reader": ("if (d->redirected <= d->cleared || has_credit(d, sink, 0)) {", "if (1) {"),
     "overlapping segments": ("duplicate = d->next - seq;", "duplicate = 0;"),
 }
 
