@@ -6,8 +6,8 @@ round, and the median of each round's ratio to the reference (HAProxy in TCP mod
 ``dial`` microsocks). The load (``load.c``) and its server have one CPU, the proxy has the other; ``nic`` is
 ``ping`` with the kernel's receive work on the proxy's CPU too, where a network card's interrupts would put it, and not
 on that of whoever sends, as loopback does; ``one-cpu`` has all of them on one; in ``dial`` nobody is pinned, and ours
-has as many workers as CPUs. CPU time is that of the proxy, the load, the server and all kernel threads: the kernel's relay works in those. Needs root, gcc, and from
-Debian haproxy, microsocks and dante-server.
+has as many workers as CPUs. CPU time is that of the proxy, the load, the server and all kernel threads: the kernel's
+relay works in those. Needs root, gcc, and from Debian haproxy, microsocks and dante-server.
 """
 
 from __future__ import annotations
