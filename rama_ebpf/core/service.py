@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from .errors import StackError
 
-__all__ = ["Layer", "Service", "accepts_of", "name_of", "service_fn", "stack"]
+__all__ = ["Layer", "Service", "accepts_of", "check_fit", "name_of", "service_fn", "stack"]
 
 In = TypeVar("In", contravariant=True)
 Out = TypeVar("Out", covariant=True)
@@ -97,6 +97,14 @@ def accepts_of(service: object) -> type | None:
     if inspect.isfunction(service) or inspect.ismethod(service):
         return _first_annotation(service)
     return None
+
+
+def check_fit(outer: object, provided: type, inner: object) -> None:
+    """Say that ``outer`` will call the service ``inner`` with a ``provided``, for a service that is given another one.
+
+    Raises :class:`StackError`, naming both, if ``inner`` declares that it takes something else.
+    """
+    _check_fit(outer, provided, inner, accepts_of(inner))
 
 
 def _check_fit(outer: object, provided: type | None, inner: object, wanted: type | None) -> None:

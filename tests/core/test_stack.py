@@ -5,6 +5,8 @@ import pytest
 from rama_ebpf.core import Authority, Service, StackError, Stream, service_fn, stack
 from rama_ebpf.layers.concurrency import ConcurrencyLimitLayer
 from rama_ebpf.layers.timeout import TimeoutLayer
+from rama_ebpf.services.http import HttpServer
+from rama_ebpf.services.socks5 import Socks5Server
 
 
 async def on_stream(stream: Stream) -> str:
@@ -56,6 +58,13 @@ def test_a_misfit_inside_is_named_by_the_layer_not_by_its_closure() -> None:
 
     with pytest.raises(StackError, match=r"Decrypt hands on Authority, but TimeoutLayer takes Stream"):
         stack(Decrypt(), TimeoutLayer(), on_stream)
+
+
+def test_a_service_inside_another_must_take_what_it_will_be_called_with() -> None:
+    with pytest.raises(StackError, match=r"HttpServer hands on Request, but on_stream takes Stream"):
+        HttpServer(on_stream)  # type: ignore[arg-type]
+    with pytest.raises(StackError, match=r"Socks5Server hands on Target, but on_stream takes Stream"):
+        Socks5Server(on_stream)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

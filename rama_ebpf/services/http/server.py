@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from ...core.graceful import Drain
-from ...core.service import Service
+from ...core.service import Service, check_fit
 from ...core.stream import Stream
 from ..tls.stream import TlsParameters
 from .h1_server import H1ServerConnection
@@ -42,6 +42,7 @@ class HttpServer:
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
     ) -> None:
+        check_fit(self, Request, service)
         self._service = service
         self._scheme = scheme
         self._h2c = h2c

@@ -24,7 +24,7 @@ from ...core.errors import (
 )
 from ...core.extensions import Extensions
 from ...core.lifecycle import Lifecycle, Stage
-from ...core.service import Service
+from ...core.service import Service, check_fit
 from ...core.stream import MAX_UNREAD, Stream
 from ...core.target import Target
 from ...relay import TunnelLimits, TunnelReport, relay
@@ -97,6 +97,7 @@ class Socks5Server:
             raise ValueError(f"handshake_timeout must be positive, not {handshake_timeout}")
         if auth is None and (auth_optional or limits is not None):
             raise ValueError("auth_optional and limits need an authenticator")
+        check_fit(self, Target, connector)
         self._connector = connector
         self._binder = binder
         self._udp = udp
