@@ -22,7 +22,8 @@ from .extensions import Extensions
 from .graceful import Drain
 from .lifecycle import Lifecycle, Stage
 from .service import Layer, Service, service_fn, stack
-from .stream import SocketStream, Stream
+from .socket_stream import SocketStream
+from .stream import Stream
 from .target import Target
 from .wrapped import WrappedStream
 

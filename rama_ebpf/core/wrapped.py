@@ -1,6 +1,6 @@
 """A stream around a stream, for layers that watch or slow what passes.
 
-It is not a :class:`~rama_ebpf.core.stream.SocketStream`, so the relay moves its bytes by copying, through it.
+It is not a :class:`~rama_ebpf.core.socket_stream.SocketStream`, so the relay moves its bytes by copying, through it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 from ..core.lifecycle import Lifecycle, Stage
-from ..core.stream import SocketStream, Stream
+from ..core.socket_stream import SocketStream
+from ..core.stream import Stream
 from .choice import choose
 from .copy import copy
 from .engine import Engine

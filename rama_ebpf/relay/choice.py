@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..core.address import SocketAddress, is_loopback
-from ..core.stream import SocketStream
+from ..core.socket_stream import SocketStream
 from .tunnel import RelayKind, RelayOptions
 
 __all__ = ["Choice", "choose"]

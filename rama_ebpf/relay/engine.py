@@ -14,7 +14,7 @@ from typing import Final
 
 from ..core.per_loop import PerLoop
 from ..core.poller import Poller
-from ..core.stream import SocketStream
+from ..core.socket_stream import SocketStream
 from .choice import Choice
 from .direction import Direction
 from .flow import Tunnel

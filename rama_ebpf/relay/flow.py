@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..core.address import SocketAddress
 from ..core.client import client_address
-from ..core.stream import SocketStream, reset_on_close
+from ..core.socket_stream import SocketStream, reset_on_close
 from .choice import Choice
 from .direction import Direction
 from .end import TunnelEnd

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface
 from typing import Final
 
-from ..core.stream import SocketStream
+from ..core.socket_stream import SocketStream
 from ..kernel.veth import isolate_with_veth
 from .choice import Choice
 from .engine import Engine

@@ -18,7 +18,8 @@ from typing import Final, Protocol
 from ..core.address import Authority, IPAddress, SocketAddress
 from ..core.errors import AuthFailed, PeerClosed, PolicyDenied, ProtocolError, RamaError
 from ..core.service import Service
-from ..core.stream import SocketStream, Stream
+from ..core.socket_stream import SocketStream
+from ..core.stream import Stream
 from .resolver import ResolveError, Resolver, SystemResolver
 from .socket_options import SocketOptions
 

@@ -1,4 +1,4 @@
-"""TCP server: accepts connections and gives each, as a :class:`~rama_ebpf.core.stream.SocketStream`, to a service."""
+"""TCP server: accepts connections and gives each, as a :class:`~rama_ebpf.core.socket_stream.SocketStream`, to a service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..core.errors import RamaError
 from ..core.graceful import Drain
 from ..core.poller import Poller
 from ..core.service import Service
-from ..core.stream import SocketStream, Stream, reset_on_close, resets_on_close
+from ..core.socket_stream import SocketStream, reset_on_close, resets_on_close
+from ..core.stream import Stream
 
 __all__ = ["TcpServer", "bind_tcp"]
 

@@ -14,7 +14,8 @@ from typing import Any
 from ..core.address import Authority
 from ..core.errors import StackError
 from ..core.service import Service
-from ..core.stream import SocketStream, Stream
+from ..core.socket_stream import SocketStream
+from ..core.stream import Stream
 from .connect import ConnectError
 
 __all__ = ["PeerCredentials", "PeerCredentialsLayer", "UnixConnector", "bind_unix"]

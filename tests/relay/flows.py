@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from rama_ebpf.core.poller import Poller
-from rama_ebpf.core.stream import SocketStream
+from rama_ebpf.core.socket_stream import SocketStream
 from rama_ebpf.relay import RelayKind, RelayOptions, TunnelLimits, TunnelReport, relay
 
 BLOCK_SIZE = 1_048_573

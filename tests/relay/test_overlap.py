@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rama_ebpf.core.stream import SocketStream
+from rama_ebpf.core.socket_stream import SocketStream
 from rama_ebpf.kernel.abi import source_dir
 from rama_ebpf.kernel.splice import SpliceMaps
 from rama_ebpf.relay import RelayKind

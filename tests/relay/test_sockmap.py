@@ -395,7 +395,7 @@ async def test_byte_that_passes_at_the_moment_of_the_hand_over_is_not_forgotten(
 
 WORKER = """
 import asyncio, os, socket, sys, uvloop
-from rama_ebpf.core.stream import SocketStream
+from rama_ebpf.core.socket_stream import SocketStream
 from rama_ebpf.relay import RelayKind, RelayOptions, relay
 from rama_ebpf.relay.engine import Engine
 from rama_ebpf.relay.sockmap import Sockmap

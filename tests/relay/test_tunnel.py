@@ -14,7 +14,8 @@ import pytest
 
 from rama_ebpf.core.address import SocketAddress
 from rama_ebpf.core.poller import Poller
-from rama_ebpf.core.stream import SocketStream, Stream
+from rama_ebpf.core.socket_stream import SocketStream
+from rama_ebpf.core.stream import Stream
 from rama_ebpf.relay import (
     CloseReason,
     DirectionEnd,

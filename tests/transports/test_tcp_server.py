@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from rama_ebpf.core import SocketStream, Stream
-from rama_ebpf.core.stream import resets_on_close
+from rama_ebpf.core.socket_stream import resets_on_close
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
 
 from ..relay.flows import open_descriptors

@@ -11,7 +11,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from ...core.stream import SocketStream, Stream
+from ...core.socket_stream import SocketStream
+from ...core.stream import Stream
 from ...relay.splice import PipePool
 from .model import Body
 

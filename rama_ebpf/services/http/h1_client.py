@@ -9,7 +9,8 @@ from typing import Final
 import h11
 
 from ...core.errors import PeerClosed
-from ...core.stream import SocketStream, Stream
+from ...core.socket_stream import SocketStream
+from ...core.stream import Stream
 from .bulk import move, worth_moving
 from .errors import HttpError, MalformedMessage
 from .heads import ResponseHead

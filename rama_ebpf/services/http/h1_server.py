@@ -13,7 +13,8 @@ import h11
 from ...core.errors import PeerClosed
 from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service
-from ...core.stream import SocketStream, Stream
+from ...core.socket_stream import SocketStream
+from ...core.stream import Stream
 from .answer import checked_response
 from .bulk import move, worth_moving
 from .disconnect import DisconnectWatch

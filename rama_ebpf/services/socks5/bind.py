@@ -11,7 +11,7 @@ from typing import Final, Self
 
 from ...core.address import Authority, IPAddress, SocketAddress, unmap
 from ...core.errors import PolicyDenied
-from ...core.stream import SocketStream
+from ...core.socket_stream import SocketStream
 from ..connect import Egress, ResolveError, Resolver
 from .ports import advertised, bound_socket, local_address_towards
 

@@ -1,0 +1,410 @@
+"""Streams over sockets, whose socket can be taken out and given to the relay."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from .address import SocketAddress
+from .extensions import Extensions
+from .poller import READABLE, SPECIAL, WRITABLE, Poller, Watcher
+from .redirection import before_redirection
+from .stream import Stream
+
+__all__ = ["SocketStream", "reset_on_close", "resets_on_close"]
+
+log = logging.getLogger(__name__)
+
+_socket = socket.socket  # the property `socket` hides the module inside the class body
+
+_LINGER_RST: Final = struct.pack("ii", 1, 0)
+_IOV_MAX: Final = 1024
+"""How many chunks one sendmsg(2) takes (limits.h)."""
+_SPLICE_FLAGS: Final = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
+_LINGER_OFF: Final = struct.pack("ii", 0, 0)
+_family: Final[Callable[[socket.socket], int]] = _socket.__mro__[1].family.__get__  # type: ignore[attr-defined]
+# The number itself: the property of socket.socket makes an enumeration of it at each call.
+_UNWATCHED_SECONDS: Final = 0.02
+_READ_EVENTS: Final = READABLE | SPECIAL
+_WRITE_EVENTS: Final = WRITABLE | select.EPOLLERR | select.EPOLLHUP
+
+
+def reset_on_close(sock: socket.socket, on: bool) -> None:
+    """Say how the connection of ``sock`` ends when its last descriptor is closed: with RST, or in order.
+
+    Unix sockets know no reset; for them this does nothing.
+    """
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST if on else _LINGER_OFF)
+
+
+def resets_on_close(sock: socket.socket) -> bool:
+    """Return what :func:`reset_on_close` has said. Sockets that a listening one accepts inherit it."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(_LINGER_RST)) == _LINGER_RST
+
+
+class SocketStream(Stream):
+    """A stream over a connected non-blocking stream socket (TCP or Unix).
+
+    Only :meth:`close` ends a TCP connection in order. If the process dies, by whatever signal, its kernel resets the
+    connection: a peer must not take what was cut short for the whole.
+
+    ``peer`` is the peer's address where the caller knows it, from accept(2) for example; else the socket is asked.
+    ``reset`` says that the socket resets on close already (:func:`reset_on_close`), which accepted sockets inherit.
+
+    ``original_destination`` is where the client meant to connect. That is our local address, also for connections
+    steered here (sk_lookup, TPROXY), unless netfilter redirected it: then connection tracking knows.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        extensions: Extensions | None = None,
+        *,
+        peer: SocketAddress | None = None,
+        reset: bool = False,
+    ) -> None:
+        super().__init__(extensions)
+        sock.setblocking(False)
+        self._unix = _family(sock) == socket.AF_UNIX
+        if not (reset or self._unix):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST)
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._loop = asyncio.get_running_loop()
+        self._poller: Poller | None = None
+        self._maybe_readable = True
+        self._ended = False
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        self._eof_sent = False
+        self._closed = False
+        self._connected = True
+        self._peer = _address(sock.getpeername) if peer is None and not self._unix else peer
+        self._local: SocketAddress | None = None
+        self._redirected: SocketAddress | None = None
+
+    @classmethod
+    def connecting(cls, sock: socket.socket, address: SocketAddress) -> SocketStream:
+        """Begin to connect a TCP socket; until :meth:`connected` has returned the stream is good for nothing else.
+
+        Raises OSError; the socket is closed then.
+        """
+        try:
+            stream = cls(sock, peer=address)
+            code = sock.connect_ex(sockaddr := address.to_sockaddr())
+            if code == errno.EINPROGRESS:
+                # The answer of a target on this host was waiting for the call to end, and is known to the next.
+                code = sock.connect_ex(sockaddr)
+            if code == errno.EALREADY:
+                stream._connected = False
+            elif code:
+                raise OSError(code, os.strerror(code))
+        except BaseException:
+            sock.close()
+            raise
+        return stream
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether nothing has to be waited for before bytes can flow; on this host often so at once."""
+        return self._connected
+
+    async def connected(self) -> None:
+        """Wait until the stream is connected. Raises OSError; the stream is aborted then, and when the caller is
+        cancelled."""
+        if self._connected:
+            return
+        try:
+            await self._wait_writable()
+            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+        except BaseException:
+            self.abort()
+            raise
+        self._connected = True
+
+    @property
+    def socket(self) -> _socket:
+        """The socket itself, for options and tcp_info. Do not read or write it: see :meth:`detach`."""
+        return self._sock
+
+    @property
+    def is_unix(self) -> bool:
+        """Whether it is a Unix socket, which has no addresses and knows no reset."""
+        return self._unix
+
+    @property
+    def peer(self) -> SocketAddress | None:
+        return self._peer
+
+    @property
+    def local(self) -> SocketAddress | None:
+        """Our own address; None for a Unix socket, and after the end of a stream that was not asked before."""
+        if self._local is None and not (self._closed or self._unix):
+            self._local = _address(self._sock.getsockname)
+        return self._local
+
+    @property
+    def original_destination(self) -> SocketAddress | None:
+        if self._redirected is None:
+            self._redirected = before_redirection(self._sock) or self.local
+        return self._redirected
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        while True:
+            self._check_open()
+            self._check_only_reader()
+            if not self._maybe_readable:
+                await self._wait_readable()
+                continue
+            try:
+                data = self._sock.recv(max_bytes)
+            except BlockingIOError:
+                await self._wait_readable()
+                continue
+            self._count_received(len(data), max_bytes)
+            return data
+
+    async def _receive_into(self, view: memoryview) -> int:
+        while True:
+            self._check_open()
+            self._check_only_reader()
+            if not self._maybe_readable:
+                await self._wait_readable()
+                continue
+            try:
+                count = self._sock.recv_into(view)
+            except BlockingIOError:
+                await self._wait_readable()
+                continue
+            self._count_received(count, len(view))
+            return count
+
+    def _count_received(self, count: int, asked: int) -> None:
+        self.bytes_received += count
+        if not count:
+            self._ended = True  # and the next read says so, too
+        elif count < asked and self._poller is not None and not (self._ended or self._unix):
+            # TCP gives all that it has. What comes later is told, also if it has come by now.
+            self._maybe_readable = False
+
+    async def write(self, *chunks: bytes | bytearray | memoryview) -> None:
+        if len(chunks) == 1 and self._writer is None and not self._closed and isinstance(chunks[0], bytes):
+            # The send queue nearly always takes it whole.
+            try:
+                sent = self._sock.send(chunks[0])
+            except BlockingIOError:
+                sent = 0
+            self.bytes_sent += sent
+            if sent == len(chunks[0]):
+                return
+            chunks = (memoryview(chunks[0])[sent:],)
+        pending = [memoryview(chunk).cast("B") for chunk in chunks if len(chunk)]
+        while pending:
+            self._check_open()
+            self._check_only_writer()
+            try:
+                sent = self._sock.send(pending[0]) if len(pending) == 1 else self._sock.sendmsg(pending[:_IOV_MAX])
+            except BlockingIOError:
+                await self._wait_writable()
+                continue
+            self.bytes_sent += sent
+            done = 0
+            while done < len(pending) and sent >= len(pending[done]):
+                sent -= len(pending[done])
+                done += 1
+            del pending[:done]
+            if sent:
+                pending[0] = pending[0][sent:]
+
+    def splice_to(self, pipe: int, most: int) -> int:
+        """Move up to ``most`` received bytes into an empty pipe, within the kernel (splice(2)), and return how many.
+
+        It does not wait: 0 if there is nothing to move now, at EOF, and while bytes are read ahead or a task reads.
+        Raises OSError if the connection is lost.
+        """
+        self._check_open()
+        if self._unread or self._reader is not None:
+            return 0
+        try:
+            count = os.splice(self._sock.fileno(), pipe, most, flags=_SPLICE_FLAGS)
+        except BlockingIOError:
+            return 0
+        self.bytes_received += count
+        return count
+
+    async def splice_from(self, pipe: int, count: int) -> None:
+        """Write ``count`` bytes that are in a pipe; otherwise as :meth:`write`."""
+        while count:
+            self._check_open()
+            self._check_only_writer()
+            try:
+                sent = os.splice(pipe, self._sock.fileno(), count, flags=_SPLICE_FLAGS)
+            except BlockingIOError:
+                await self._wait_writable()
+                continue
+            self.bytes_sent += sent
+            count -= sent
+
+    async def write_eof(self) -> None:
+        if self._eof_sent or self._closed:
+            return
+        self._eof_sent = True
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise ConnectionResetError(error.errno, f"cannot half-close: {error.strerror}") from error
+
+    async def close(self) -> None:
+        if not (self._closed or self._unix):
+            reset_on_close(self._sock, False)
+        self._close()
+
+    def abort(self) -> None:
+        self._close()
+
+    def quiet(self) -> bool:
+        if self._closed or self._unread:
+            return False
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def detach(self) -> tuple[_socket, bytes]:
+        """Take the socket out: return it with the bytes that were read ahead; the stream is closed from then on.
+
+        The caller owns the socket and must forward those bytes first. Closing it resets the connection unless
+        :func:`reset_on_close` says otherwise. Raises RuntimeError while a task is waiting on the stream.
+        """
+        self._check_idle()
+        if self._poller is not None:
+            self._poller.remove(self._fd)
+        return self._give_up()
+
+    def poll(self) -> None:
+        """Let the poller watch the socket, for :meth:`detach_polled`. Raises OSError if the kernel watches no more
+        sockets, and RuntimeError while a task is waiting on the stream."""
+        self._check_idle()
+        if self._poller is None:
+            self._watch()
+
+    def detach_polled(self, watcher: Watcher) -> tuple[_socket, bytes, bool]:
+        """As :meth:`detach`, but the poller goes on watching the socket (:meth:`poll`), and tells ``watcher``.
+
+        The third item says whether there may be something to read that the watcher is not told of.
+        """
+        self._check_idle()
+        assert self._poller is not None
+        self._poller.replace(self._fd, watcher)
+        maybe_readable = self._maybe_readable
+        return *self._give_up(), maybe_readable
+
+    def _check_idle(self) -> None:
+        self._check_open()
+        if self._reader is not None or self._writer is not None:
+            raise RuntimeError("cannot detach a stream that a task is reading or writing")
+
+    def _give_up(self) -> tuple[_socket, bytes]:
+        self._closed = True
+        self._poller = None
+        unread = bytes(self._unread)
+        self._unread.clear()
+        return self._sock, unread
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._poller is not None:
+            self._poller.remove(self._fd)
+        for waiter in (self._reader, self._writer):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(ConnectionAbortedError("stream closed"))
+        self._sock.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionAbortedError("stream closed")
+
+    def _check_only_reader(self) -> None:
+        if self._reader is not None:
+            raise RuntimeError("two tasks read one stream")
+
+    def _check_only_writer(self) -> None:
+        if self._writer is not None:
+            raise RuntimeError("two tasks write one stream")
+
+    def _told(self, events: int) -> None:
+        """The poller tells of a change."""
+        if events & _READ_EVENTS:
+            self._maybe_readable = True
+            if events & SPECIAL:
+                self._ended = True
+            if self._reader is not None and not self._reader.done():
+                self._reader.set_result(None)
+        if events & _WRITE_EVENTS and self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
+    def _watch(self, *, writes: bool = False) -> None:
+        poller = Poller.current()
+        poller.add(self._fd, self._told, writes=writes)
+        self._poller = poller
+        self._maybe_readable = False  # if it is, that is what is told first
+
+    def _can_watch(self, *, writes: bool = False) -> bool:
+        """Have the socket watched; false if the kernel watches no more: then it is tried again after a nap."""
+        try:
+            self._watch(writes=writes)
+        except OSError as error:
+            log.debug("descriptor %d is not watched: %s", self._fd, error)
+            return False
+        return True
+
+    async def _wait_readable(self) -> None:
+        self._maybe_readable = False
+        if not (self._poller or self._can_watch()):
+            self._maybe_readable = True
+            await asyncio.sleep(_UNWATCHED_SECONDS)
+            return
+        self._reader = self._loop.create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    async def _wait_writable(self) -> None:
+        if self._poller is not None:
+            self._poller.want_writes(self._fd)
+        elif not self._can_watch(writes=True):
+            await asyncio.sleep(_UNWATCHED_SECONDS)
+            return
+        self._writer = self._loop.create_future()
+        try:
+            await self._writer
+        finally:
+            self._writer = None
+
+
+def _address(getter: object) -> SocketAddress | None:
+    assert callable(getter)
+    try:
+        return SocketAddress.from_sockaddr(getter())
+    except OSError:
+        return None  # the peer reset the connection between accept(2) and here; the first read reports it
