@@ -1,4 +1,4 @@
-"""TCP server: accepts connections and gives each, as a :class:`~rama_ebpf.core.socket_stream.SocketStream`, to a service."""
+"""TCP server: accepts connections and gives each, as a stream over its socket, to a service."""
 
 from __future__ import annotations
 
