@@ -39,7 +39,7 @@ __all__ = ["AcceptCounter", "Gate", "load", "unload"]
 
 log = logging.getLogger(__name__)
 
-_CGROUP_SKB, _XDP, _SOCK_OPS, _SOCK_ADDR, _SK_LOOKUP = 8, 6, 13, 18, 30  # enum bpf_prog_type
+_CGROUP_SKB, _XDP, _SOCK_OPS, _SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = 8, 6, 13, 18, 25, 30  # enum bpf_prog_type
 
 _PROGRAMS: Final = [
     Program("gate_cgroup", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
@@ -47,8 +47,11 @@ _PROGRAMS: Final = [
     Program("count_established", _SOCK_OPS, AttachType.CGROUP_SOCK_OPS),
     Program("egress_connect4", _SOCK_ADDR, AttachType.CGROUP_INET4_CONNECT),
     Program("egress_connect6", _SOCK_ADDR, AttachType.CGROUP_INET6_CONNECT),
+    Program("egress_sendmsg4", _SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG),
+    Program("egress_sendmsg6", _SOCK_ADDR, AttachType.CGROUP_UDP6_SENDMSG),
+    Program("egress_note_peer", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
+    Program("egress_setsockopt", _SOCKOPT, AttachType.CGROUP_SETSOCKOPT),
 ]
-
 
 _XDP_PROGRAM: Final = Program("gate_xdp", _XDP, AttachType.XDP)
 
@@ -87,12 +90,11 @@ class Gate:
             self._cgroup = cgroup.enter_child(self.instance.cgroup_name)
             if self._cgroup.name != self.instance.cgroup_name:
                 log.info("cgroups may not be changed here: the gate is attached to %s as a whole", self._cgroup)
-            target = os.open(self._cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                self._link("gate_cgroup", target, AttachType.CGROUP_INET_INGRESS)
-                self._link("count_established", target, AttachType.CGROUP_SOCK_OPS)
-            finally:
-                os.close(target)
+            self._link_cgroup(
+                self._cgroup,
+                ("gate_cgroup", AttachType.CGROUP_INET_INGRESS),
+                ("count_established", AttachType.CGROUP_SOCK_OPS),
+            )
             if self._cgroup.name == self.instance.cgroup_name:
                 self._guard_workers()
             netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -105,15 +107,26 @@ class Gate:
             raise
 
     def _guard_workers(self) -> None:
-        """Attach the egress programs to a cgroup for the workers, below ours: this process may connect anywhere."""
+        """Put all under the egress policy but what stays in our own cgroup, and make one below it for the workers.
+
+        The programs that judge are attached to ours: a worker's listeners, and what it accepted, belong to it.
+        """
         assert self._cgroup is not None
         self._workers = cgroup.make_child(self._cgroup, "workers")
-        target = os.open(self._workers, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self._link("egress_connect4", target, AttachType.CGROUP_INET4_CONNECT)
-            self._link("egress_connect6", target, AttachType.CGROUP_INET6_CONNECT)
-        finally:
-            os.close(target)
+        identity = self._cgroup.stat().st_ino.to_bytes(8, sys.byteorder)
+        bpf.map_update(self.maps["server_cgroup"], bytes(4), identity)
+        self._link_cgroup(
+            self._cgroup,
+            ("egress_connect4", AttachType.CGROUP_INET4_CONNECT),
+            ("egress_connect6", AttachType.CGROUP_INET6_CONNECT),
+            ("egress_sendmsg4", AttachType.CGROUP_UDP4_SENDMSG),
+            ("egress_sendmsg6", AttachType.CGROUP_UDP6_SENDMSG),
+        )
+        self._link_cgroup(
+            self._workers,
+            ("egress_note_peer", AttachType.CGROUP_INET_INGRESS),
+            ("egress_setsockopt", AttachType.CGROUP_SETSOCKOPT),
+        )
 
     @property
     def own_cgroups(self) -> tuple[Path, ...]:
@@ -145,6 +158,14 @@ class Gate:
     def xdp(self) -> tuple[xdp.XdpAttachment, ...]:
         """Where XDP is attached."""
         return tuple(self._xdp)
+
+    def _link_cgroup(self, directory: Path, *programs: tuple[str, AttachType]) -> None:
+        target = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for program, kind in programs:
+                self._link(program, target, kind)
+        finally:
+            os.close(target)
 
     def _link(self, program: str, target: int, kind: AttachType) -> None:
         self._links.append(bpf.link_create(self.programs[program], target, kind))

@@ -31,7 +31,7 @@ from ..kernel.xdp import XdpAttachment, XdpError
 from ..layers.strikes import StrikeBook, StrikeLimit
 from ..metrics.directory import MetricsDirectory
 from ..policy.egress import EgressPolicy
-from ..policy.egress_map import put_egress
+from ..policy.egress_map import put_egress, system_nameservers
 from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
 from ..policy.local import CountedPolicy, LocalStore
@@ -58,6 +58,7 @@ log = logging.getLogger("rama_ebpf")
 
 _SWEEP_SECONDS: Final = 30.0
 _ENFORCE_SECONDS: Final = 1.0
+_NAMESERVER_SECONDS: Final = 2.0
 _REFRESH_SECONDS: Final = 10.0  # how often feeds are looked at, not read
 _WORKER_TARGET: Final = "rama_ebpf.control.worker:application"
 
@@ -201,6 +202,8 @@ class _Daemon:
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(MetricsDirectory(options.user))
+        self._nameservers = system_nameservers()
+        self._egress = options.egress
         self._feeds = FeedStore(options.instance.feeds_dir)
         restored = home.store.restore_bans()
         if restored:
@@ -247,6 +250,7 @@ class _Daemon:
             asyncio.create_task(_sweep(home.store)),
             asyncio.create_task(_refresh(home.store, Refresher(home.store, self._feeds))),
             asyncio.create_task(self._enforce()),
+            asyncio.create_task(self._follow_nameservers()),
         ]
         try:
             await self._supervisor.run()
@@ -304,6 +308,19 @@ class _Daemon:
                     log.warning("revision %d of the policy ended %d live connections", revision, killed)
             seen = revision
 
+    async def _follow_nameservers(self) -> None:
+        """Keep the workers' way to the nameservers open when the host gets others, as by DHCP or a VPN."""
+        while self._home.gate is not None:
+            await asyncio.sleep(_NAMESERVER_SECONDS)
+            try:
+                found = system_nameservers()
+                if found != self._nameservers:
+                    self._nameservers = found
+                    put_egress(self._home.gate.maps, self._egress, found)
+                    log.info("nameservers are now %s", ", ".join(map(str, found)))
+            except (PolicyError, OSError) as error:
+                log.error("workers may not reach the nameservers: %s", error)
+
     async def _flows(self, _params: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
         """Answer ``flows``: what each worker says of its tunnels."""
         answers = await self._supervisor.ask("flows")
@@ -347,8 +364,9 @@ class _Daemon:
         self._write_state()
 
     def _put_egress(self, options: DaemonOptions) -> None:
+        self._egress = options.egress
         if self._home.gate is not None:
-            put_egress(self._home.gate.maps, options.egress)
+            put_egress(self._home.gate.maps, options.egress, self._nameservers)
 
     def _apply_policy(self, options: DaemonOptions) -> None:
         self._put_egress(options)
