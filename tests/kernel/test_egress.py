@@ -9,7 +9,11 @@ import os
 import random
 import signal
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -374,6 +378,128 @@ def test_a_worker_cannot_write_to_itself_in_the_name_of_another_host(
 
 @pytest.mark.root
 @pytest.mark.ebpf
+def test_the_server_reads_feeds_from_where_its_workers_may_not_connect(
+    lab: Lab, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    (tmp_path / "listed").write_text("203.0.113.0/24\n")
+    serve = client.popen(
+        *(sys.executable, "-m", "http.server", "80", "--bind", client.ipv4, "--directory", str(tmp_path)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: serve.poll() is None and _listens(client, 80), what="the feed's server")
+    config = tmp_path / "rama.toml"
+    config.write_text(
+        f'listeners.main = {{ address = "{server.ipv4}:{PORT}", stack = "main" }}\n'
+        "stacks.main.service.echo = {}\nserver.workers = 1\n"
+        f'[[policy.rules]]\nname = "listed"\naction = "drop"\nfeed = {{ url = "http://{client.ipv4}/listed" }}\n'
+    )
+    proxy = start_proxy(server, "--config", str(config))
+    asked = f"203.0.113.7:{PORT}"
+    wait_for(lambda: "drop" in proxy.command("policy", "test", asked, check=False).stdout, what="the feed's network")
+
+
+def _listens(host: Host, port: int) -> bool:
+    try:
+        host.connect(host.ipv4, port).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@dataclass
+class Resolving(Host):
+    """A host whose programs find another resolv.conf."""
+
+    resolv_conf: Path = Path()
+
+    def command(self, *args: str) -> list[str]:
+        script = 'mount --bind "$1" /etc/resolv.conf && shift && exec "$@"'
+        return super().command("unshare", "--mount", "sh", "-c", script, "sh", str(self.resolv_conf), *args)
+
+
+@contextlib.contextmanager
+def nameserver(host: Host, address: str, answers: str) -> Iterator[None]:
+    """Answer every question for an IPv4 address on ``address`` with ``answers``, and that there is no IPv6 address."""
+    with host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((address, 53))
+        sock.settimeout(None)
+
+        def serve() -> None:
+            while (received := sock.recvfrom(512))[0] != b"stop":
+                query, asker = received
+                end = query.index(b"\0", 12) + 5
+                found = query[end - 4 : end - 2] == b"\0\1"
+                head = query[:2] + b"\x81\x80\0\1" + bytes((0, found)) + bytes(4)
+                record = b"\xc0\x0c\0\1\0\1" + bytes(4) + b"\0\4" + socket.inet_aton(answers)
+                sock.sendto(head + query[12:end] + record * found, asker)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            with host.socket(socket.AF_INET, socket.SOCK_DGRAM) as stopper:
+                stopper.sendto(b"stop", (address, 53))
+            thread.join()
+
+
+@pytest.mark.root
+@pytest.mark.ebpf
+def test_names_are_resolved_wherever_the_nameserver_is_and_only_its_port_53_is_open(
+    lab: Lab, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    plain, client, target = lab.host("proxy"), lab.host("client"), lab.host("target")
+    conf = tmp_path / "resolv.conf"
+    conf.write_text("nameserver 127.0.0.53\n")
+    server = Resolving(**vars(plain), resolv_conf=conf)
+    (tmp_path / "bypass.py").write_text(APPLICATION)
+    listen = ("--listen", f"{server.ipv4}:{PORT}", "--workers", "1")
+    proxy = start_proxy(server, "bypass:service", *listen, cwd=tmp_path)
+    with Worker(client, server) as worker:
+
+        def may_send(address: str, port: int) -> bool:
+            ways = attempts(address, how="sendto", kind=socket.SOCK_DGRAM, port=port)
+            ways += attempts(address, how="connect", kind=socket.SOCK_DGRAM, port=port)
+            refused = {error == errno.EPERM for error in worker.do(*ways)}
+            assert len(refused) == 1
+            return refused == {False}
+
+        assert may_send("127.0.0.53", 53)
+        assert not may_send("127.0.0.53", 54)
+        assert not may_send("127.0.0.1", 53)
+        conf.write_text("nameserver 198.18.0.3\n")  # as another network would have it
+        wait_for(lambda: may_send("198.18.0.3", 53), what="the way to the new nameserver")
+        assert not may_send("127.0.0.53", 53)
+        conf.write_text("search example\n")
+        wait_for(lambda: may_send("127.0.0.1", 53), what="the way to this host's own nameserver")
+        assert not may_send("198.18.0.3", 53)
+    proxy.end()
+
+    with (
+        nameserver(server, "127.0.0.53", target.ipv4),
+        nameserver(client, client.ipv4, target.ipv4),
+        target.socket() as listener,
+    ):
+        listener.bind((target.ipv4, 80))
+        listener.listen()
+        for asked in ("127.0.0.53", client.ipv4):
+            conf.write_text(f"nameserver {asked}\n")
+            proxy = start_proxy(server, *listen, "--allow-egress", f"{target.ipv4}/32")
+            with client.connect(server.ipv4, PORT) as sock:
+                name = b"target.example"
+                sock.sendall(b"\5\1\0\5\1\0\3" + bytes((len(name),)) + name + b"\0\x50")
+                answer = b""
+                while len(answer) < 4:
+                    answer += sock.recv(64)
+                assert answer[:4] == b"\5\0\5\0", asked
+                listener.accept()[0].close()
+            proxy.end()
+
+
+@pytest.mark.root
+@pytest.mark.ebpf
 def test_a_reload_changes_what_the_kernel_refuses(lab: Lab, start_proxy: StartProxy, tmp_path: Path) -> None:
     server = lab.host("proxy")
     config = tmp_path / "rama.toml"
@@ -432,3 +558,4 @@ def test_the_longest_prefix_of_one_list_says_what_the_policy_says() -> None:
 def test_nameservers_are_read_as_the_resolver_reads_them() -> None:
     text = "# comment\nnameserver 10.0.0.2\nsearch x\nnameserver fe80::1%eth0\nnameserver nonsense\n nameserver ::1\n"
     assert nameservers(text) == [ip_address("10.0.0.2"), ip_address("fe80::1"), ip_address("::1")]
+    assert nameservers("search x\n") == [ip_address("127.0.0.1")], "resolv.conf(5): then this host is asked"
