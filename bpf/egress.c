@@ -21,6 +21,7 @@
 /* From linux/in.h and linux/in6.h, and the levels from the libc's headers. */
 #define SOL_IP_LEVEL 0
 #define SOL_IPV6_LEVEL 41
+#define MPTCP_PROTOCOL 262
 #ifndef IP_FREEBIND
 #define IP_FREEBIND 15
 #endif
@@ -156,6 +157,15 @@ int egress_note_peer(struct __sk_buff *skb)
 	if (!datagram_peers.lookup(&peer))
 		datagram_peers.update(&peer, &heard);
 	return CGROUP_PASS;
+}
+
+/* No sockets of protocols whose addresses nothing here judges: ICMP, raw, SCTP, DCCP, L2TP. */
+int egress_socket(struct bpf_sock *ctx)
+{
+	u32 protocol = ctx->protocol;
+
+	return protocol == IPPROTO_TCP || protocol == MPTCP_PROTOCOL || protocol == IPPROTO_UDP ||
+	       protocol == IPPROTO_UDPLITE;
 }
 
 int egress_setsockopt(struct bpf_sockopt *ctx)

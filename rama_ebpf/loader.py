@@ -39,7 +39,15 @@ __all__ = ["AcceptCounter", "Gate", "load", "unload"]
 
 log = logging.getLogger(__name__)
 
-_CGROUP_SKB, _XDP, _SOCK_OPS, _SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = 8, 6, 13, 18, 25, 30  # enum bpf_prog_type
+_XDP, _CGROUP_SKB, _CGROUP_SOCK, _SOCK_OPS, _SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = (
+    6,
+    8,
+    9,
+    13,
+    18,
+    25,
+    30,
+)  # enum bpf_prog_type
 
 _PROGRAMS: Final = [
     Program("gate_cgroup", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
@@ -50,6 +58,7 @@ _PROGRAMS: Final = [
     Program("egress_sendmsg4", _SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG),
     Program("egress_sendmsg6", _SOCK_ADDR, AttachType.CGROUP_UDP6_SENDMSG),
     Program("egress_note_peer", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
+    Program("egress_socket", _CGROUP_SOCK, AttachType.CGROUP_INET_SOCK_CREATE),
     Program("egress_setsockopt", _SOCKOPT, AttachType.CGROUP_SETSOCKOPT),
 ]
 
@@ -125,6 +134,7 @@ class Gate:
         self._link_cgroup(
             self._workers,
             ("egress_note_peer", AttachType.CGROUP_INET_INGRESS),
+            ("egress_socket", AttachType.CGROUP_INET_SOCK_CREATE),
             ("egress_setsockopt", AttachType.CGROUP_SETSOCKOPT),
         )
 

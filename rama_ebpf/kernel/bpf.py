@@ -76,6 +76,7 @@ class AttachType(enum.IntEnum):
     """``enum bpf_attach_type``, those used here."""
 
     CGROUP_INET_INGRESS = 0
+    CGROUP_INET_SOCK_CREATE = 2
     CGROUP_SOCK_OPS = 3
     CGROUP_INET4_CONNECT = 10
     CGROUP_INET6_CONNECT = 11

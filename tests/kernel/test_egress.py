@@ -289,6 +289,15 @@ def test_no_form_of_a_call_and_no_socket_that_is_there_already_leads_past_the_po
             *attempts("127.0.0.1", how="as of any family", kind=socket.SOCK_DGRAM),
         ]
         assert worker.do(*forms) == [errno.EPERM] * len(forms)
+        # Protocols that no hook judges: ICMP, which the host may let anybody send, and SCTP, where there is any.
+        server.run("sysctl", "-w", "net.ipv4.ping_group_range=0 2147483647")
+        others = [
+            *attempts("127.0.0.1", kind=socket.SOCK_DGRAM, protocol=socket.IPPROTO_ICMP),
+            *attempts("::1", kind=socket.SOCK_DGRAM, protocol=socket.IPPROTO_ICMPV6),
+        ]
+        assert worker.do(*others) == [errno.EPERM] * 2
+        (sctp,) = worker.do(*attempts("127.0.0.1", protocol=socket.IPPROTO_SCTP))
+        assert sctp in {errno.EPERM, errno.EPROTONOSUPPORT}
     # What the server made, it made in a cgroup of its own: listeners, and with them all that they accept.
     with server.socket() as inside:
         inside.bind(target)
