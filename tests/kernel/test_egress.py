@@ -292,8 +292,8 @@ def test_no_form_of_a_call_and_no_socket_that_is_there_already_leads_past_the_po
         # Protocols that no hook judges: ICMP, which the host may let anybody send, and SCTP, where there is any.
         server.run("sysctl", "-w", "net.ipv4.ping_group_range=0 2147483647")
         others = [
-            *attempts("127.0.0.1", kind=socket.SOCK_DGRAM, protocol=socket.IPPROTO_ICMP),
-            *attempts("::1", kind=socket.SOCK_DGRAM, protocol=socket.IPPROTO_ICMPV6),
+            *attempts("127.0.0.1", how="sendto", kind=socket.SOCK_DGRAM, protocol=socket.IPPROTO_ICMP),
+            *attempts("::1", how="sendto", kind=socket.SOCK_DGRAM, protocol=socket.IPPROTO_ICMPV6),
         ]
         assert worker.do(*others) == [errno.EPERM] * 2
         (sctp,) = worker.do(*attempts("127.0.0.1", protocol=socket.IPPROTO_SCTP))
