@@ -16,6 +16,7 @@ listeners that no longer exist), and TC or netfilter hooks (they see other servi
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import mmap
 import os
@@ -302,6 +303,7 @@ def load(
 
 
 def _open_or_create_maps(instance: Instance, sizes: MapSizes) -> tuple[GateMaps, bool]:
+    _refuse_foreign(instance)
     if instance.pin_dir.is_dir():
         try:
             maps = GateMaps.open(instance.pin_dir)
@@ -319,14 +321,33 @@ def _open_or_create_maps(instance: Instance, sizes: MapSizes) -> tuple[GateMaps,
     # Made aside and renamed: other processes see all of the maps or none.
     parent = instance.pin_root
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    aside = Path(tempfile.mkdtemp(prefix="new-", dir=parent))
     try:
+        _refuse_foreign(instance)
+        aside = Path(tempfile.mkdtemp(prefix="new-", dir=parent))
         maps = GateMaps.create(aside, sizes)
         aside.rename(instance.pin_dir)
     except BaseException:
-        bpffs.remove_tree(aside)
+        _remove_pins(instance)
         raise
     return maps, True
+
+
+def _refuse_foreign(instance: Instance) -> None:
+    """Raise PermissionError if the directory of the pins, or its parent, is somebody else's and not empty.
+
+    As the kernel mounts it by default, anybody may make directories on a bpffs, and whoever owns one can put other maps
+    in place of ours. An empty one is taken away.
+    """
+    for directory in (instance.pin_root, instance.pin_root.parent):
+        try:
+            if directory.lstat().st_uid == os.geteuid():
+                continue
+            directory.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            text = f"{directory} belongs to another user: remove it"
+            raise PermissionError(errno.EPERM, text) from error
 
 
 def _remove_pins(instance: Instance) -> None:
