@@ -58,6 +58,7 @@ log = logging.getLogger("rama_ebpf")
 
 _SWEEP_SECONDS: Final = 30.0
 _ENFORCE_SECONDS: Final = 1.0
+_SYNC_SECONDS: Final = 1.0
 _NAMESERVER_SECONDS: Final = 2.0
 _REFRESH_SECONDS: Final = 10.0  # how often feeds are looked at, not read
 _WORKER_TARGET: Final = "rama_ebpf.control.worker:application"
@@ -248,6 +249,7 @@ class _Daemon:
         self._write_state()
         keepers = [
             asyncio.create_task(_sweep(home.store)),
+            asyncio.create_task(_sync(home.store)),
             asyncio.create_task(_refresh(home.store, Refresher(home.store, self._feeds))),
             asyncio.create_task(self._enforce()),
             asyncio.create_task(self._follow_nameservers()),
@@ -261,6 +263,7 @@ class _Daemon:
             if metrics is not None:
                 await metrics.stop()
             await control.stop()
+            home.store.sync()
 
     def _plan(self, options: DaemonOptions) -> Plan:
         gate = self._home.gate
@@ -290,7 +293,10 @@ class _Daemon:
     def _control(self, method: str, params: Mapping[str, object]) -> dict[str, object]:
         if method == "kill":
             return self._killer.call(params)
-        return ControlApi(self._home.store, self._feeds).call(method, params)
+        try:
+            return ControlApi(self._home.store, self._feeds).call(method, params)
+        finally:
+            self._home.store.sync()  # this is a thread of its own; the answer says that it is kept
 
     async def _enforce(self) -> None:
         """Where the operator wants it, end live connections that the policy has come to deny."""
@@ -482,6 +488,13 @@ def _handlers(store: PolicyStore, events: EventHub) -> dict[str, Handler]:
         return {}
 
     return {"verdict": verdict, "ban": ban, "strike": strike}
+
+
+async def _sync(store: PolicyStore) -> None:
+    """Bring the bans that services made to the disk, for which the event loop, where they are made, does not wait."""
+    while True:
+        await asyncio.sleep(_SYNC_SECONDS)
+        await asyncio.to_thread(store.sync)
 
 
 async def _sweep(store: PolicyStore) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
+from typing import Final
 
 from ..core.address import IPAddress, unmap
 from .ban_log import BanLog
@@ -29,6 +30,9 @@ __all__ = ["PolicyStore"]
 
 log = logging.getLogger(__name__)
 
+_OF_SINGLE_RULES: Final = {"add", "remove"}
+"""What the journal says of them is not synced: there may be thousands in a second, and they end with the machine."""
+
 
 class PolicyStore(abc.ABC):
     """A policy that can be asked and changed. All methods may raise OSError where the kernel refuses an operation."""
@@ -38,6 +42,7 @@ class PolicyStore(abc.ABC):
 
     _journal: Journal | None = None
     _ban_log: BanLog | None = None
+    _unsynced = False
 
     def remember_in(self, directory: Path) -> None:
         """Keep the journal and the bans in this directory from now on."""
@@ -48,7 +53,20 @@ class PolicyStore(abc.ABC):
         """Return the last entries of the journal (None: all there are), the oldest first."""
         return [] if self._journal is None else self._journal.read(count)
 
+    def sync(self) -> None:
+        """Have bans, and the journal's entries of all but single rules, outlive a power failure.
+
+        Waits for the disk, so not on an event loop. Does nothing if there is nothing new.
+        """
+        if not self._unsynced:
+            return
+        self._unsynced = False
+        for noted in (self._ban_log, self._journal):
+            if noted is not None:
+                noted.sync()
+
     def _note(self, what: str, revision: int, **details: object) -> None:
+        self._unsynced |= what not in _OF_SINGLE_RULES
         if self._journal is not None:
             told = {name: value for name, value in details.items() if value is not None}
             self._journal.append(what, {**told, "revision": revision})
