@@ -22,7 +22,6 @@ from ..core.errors import RamaError
 from ..kernel.instance import ServerLock
 from ..kernel.xdp import XdpAttachment
 from ..metrics.directory import MetricsDirectory
-from ..policy.egress_map import put_egress, system_nameservers
 from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
 from ..policy.refresh import Refresher, with_feeds
@@ -31,6 +30,7 @@ from ..process import Plan, Supervisor
 from ..services.tcp import bind_tcp
 from . import upkeep
 from .api import ControlApi
+from .egress import EgressBackstop
 from .events import EventHub, GateEvents, rule_names
 from .home import Home, open_home
 from .kernel_relay import KernelRelay
@@ -48,7 +48,6 @@ __all__ = ["serve"]
 log = logging.getLogger("rama_ebpf")
 
 _ENFORCE_SECONDS: Final = 1.0
-_NAMESERVER_SECONDS: Final = 2.0
 _WORKER_TARGET: Final = "rama_ebpf.control.worker:application"
 
 
@@ -86,8 +85,7 @@ class _Daemon:
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(MetricsDirectory(options.user))
-        self._nameservers = system_nameservers()
-        self._egress = options.egress
+        self._egress = EgressBackstop(home.gate)
         self._feeds = FeedStore(options.instance.feeds_dir)
         restored = home.store.restore_bans()
         if restored:
@@ -135,7 +133,7 @@ class _Daemon:
             asyncio.create_task(upkeep.sync(home.store)),
             asyncio.create_task(upkeep.refresh(home.store, Refresher(home.store, self._feeds))),
             asyncio.create_task(self._enforce()),
-            asyncio.create_task(self._follow_nameservers()),
+            asyncio.create_task(self._egress.follow_nameservers()),
         ]
         try:
             await self._supervisor.run()
@@ -197,19 +195,6 @@ class _Daemon:
                     log.warning("revision %d of the policy ended %d live connections", revision, killed)
             seen = revision
 
-    async def _follow_nameservers(self) -> None:
-        """Keep the workers' way to the nameservers open when the host gets others, as by DHCP or a VPN."""
-        while self._home.gate is not None:
-            await asyncio.sleep(_NAMESERVER_SECONDS)
-            try:
-                found = system_nameservers()
-                if found != self._nameservers:
-                    self._nameservers = found
-                    put_egress(self._home.gate.maps, self._egress, found)
-                    log.info("nameservers are now %s", ", ".join(map(str, found)))
-            except (PolicyError, OSError) as error:
-                log.error("workers may not reach the nameservers: %s", error)
-
     async def _flows(self, _params: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
         """Answer ``flows``: what each worker says of its tunnels."""
         answers = await self._supervisor.ask("flows")
@@ -235,7 +220,7 @@ class _Daemon:
             log.warning("only a restart changes %s", ", ".join(fixed))
         try:
             plan = self._plan(options)
-            self._put_egress(options)  # now, so that the new workers can do what they may
+            self._egress.put(options.egress)  # now, so that the new workers can do what they may
         except (OSError, ValueError) as error:
             raise RamaError(str(error)) from error
         return plan
@@ -248,17 +233,12 @@ class _Daemon:
             except PolicyError as error:  # the rest of the configuration is in force already
                 log.error("the policy stays as it was: %s", error)
         else:
-            self._put_egress(self._options)
+            self._egress.put(self._options.egress)
         self._listeners.keep(self._options.listen)
         self._write_state()
 
-    def _put_egress(self, options: DaemonOptions) -> None:
-        self._egress = options.egress
-        if self._home.gate is not None:
-            put_egress(self._home.gate.maps, options.egress, self._nameservers)
-
     def _apply_policy(self, options: DaemonOptions) -> None:
-        self._put_egress(options)
+        self._egress.put(options.egress)
         store = self._home.store
         if options.failsafe is not None:
             store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
