@@ -40,15 +40,8 @@ __all__ = ["AcceptCounter", "Gate", "load", "unload"]
 
 log = logging.getLogger(__name__)
 
-_XDP, _CGROUP_SKB, _CGROUP_SOCK, _SOCK_OPS, _SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = (
-    6,
-    8,
-    9,
-    13,
-    18,
-    25,
-    30,
-)  # enum bpf_prog_type
+_XDP, _CGROUP_SKB, _CGROUP_SOCK, _SOCK_OPS = 6, 8, 9, 13  # enum bpf_prog_type
+_SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = 18, 25, 30
 
 _PROGRAMS: Final = [
     Program("gate_cgroup", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
@@ -322,14 +315,25 @@ def _open_or_create_maps(instance: Instance, sizes: MapSizes) -> tuple[GateMaps,
     parent = instance.pin_root
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        _refuse_foreign(instance)
-        aside = Path(tempfile.mkdtemp(prefix="new-", dir=parent))
+        maps = _create_maps(instance, sizes)
+    except BaseException:
+        for directory in (parent, parent.parent):
+            with contextlib.suppress(OSError):  # other instances, or another user, have things in there
+                directory.rmdir()
+        raise
+    return maps, True
+
+
+def _create_maps(instance: Instance, sizes: MapSizes) -> GateMaps:
+    _refuse_foreign(instance)
+    aside = Path(tempfile.mkdtemp(prefix="new-", dir=instance.pin_root))
+    try:
         maps = GateMaps.create(aside, sizes)
         aside.rename(instance.pin_dir)
     except BaseException:
-        _remove_pins(instance)
+        bpffs.remove_tree(aside)
         raise
-    return maps, True
+    return maps
 
 
 def _refuse_foreign(instance: Instance) -> None:
@@ -351,6 +355,7 @@ def _refuse_foreign(instance: Instance) -> None:
 
 
 def _remove_pins(instance: Instance) -> None:
+    _refuse_foreign(instance)  # who owns it could have us follow a link while we remove
     bpffs.remove_tree(instance.pin_root)
     with contextlib.suppress(OSError):  # other instances still have their pins beside ours
         instance.pin_root.parent.rmdir()
