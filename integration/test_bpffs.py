@@ -13,13 +13,14 @@ from tests.proxy import ProxyProcess
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
-NOBODY = "setpriv --reuid=65534 --regid=65534 --clear-groups env RAMA_EBPF_STATE_DIR=/nonexistent"
+NOBODY = "setpriv --reuid=65534 --regid=65534 --clear-groups env RAMA_EBPF_STATE_DIR=/mnt XDG_RUNTIME_DIR=/mnt"
 
 
 def on_open_bpffs(script: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script where /sys/fs/bpf is a new bpffs with the kernel's own mode."""
-    mount = "mount -t bpf bpf /sys/fs/bpf -o mode=1777"
-    command = ["unshare", "--mount", "sh", "-c", f"{mount} && {script}"]
+    """Run a shell script where /sys/fs/bpf is a new bpffs with the kernel's own mode. What it starts ends with it."""
+    mounts = "mount -t bpf bpf /sys/fs/bpf -o mode=1777 && mount -t tmpfs tmpfs /mnt -o mode=1777"
+    alone = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+    command = [*alone, "sh", "-c", f"{mounts} && {script}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
