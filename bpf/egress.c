@@ -1,19 +1,35 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
 /*
- * connect4 and connect6 on the workers' cgroup: the backstop of the egress policy. The services check the address that
- * they dial and say no in their protocol's words; this refuses (EPERM) what was dialled in any other way. Its meaning is
- * that of rama_ebpf/policy/egress.py: the longest prefix decides, and an address that embeds an IPv4 address is judged as
- * both.
+ * The backstop of the egress policy: the services check the address that they dial or send to and say no in their
+ * protocol's words; this refuses (EPERM) what was tried in any other way. Its meaning is that of
+ * rama_ebpf/policy/egress.py: the longest prefix decides, and an address that embeds an IPv4 address is judged as both.
  *
- * Only streams are judged: a datagram socket is connected for DNS, and answers clients wherever they are.
+ * connect4 and connect6 judge every connect(2), sendmsg4 and sendmsg6 every datagram that names its target. The process
+ * is what counts, not whose socket it is: a listener was made by the server, but a worker can turn it, and whatever it
+ * has accepted, into a new connection (connect(2) to AF_UNSPEC, and again).
+ *
+ * A datagram socket may answer: egress_note_peer, cgroup_skb ingress on the workers' cgroup, keeps who has sent to which
+ * socket from where policy lets nothing be sent to. Without it a client of UDP ASSOCIATE on a private network would get
+ * no answer. Who sends is believed as far as the network is; the workers themselves are not: egress_setsockopt denies
+ * them the option with which they could send to themselves from an address that is not this host's.
  */
 
-#define SOCK_STREAM_TYPE 1
-#define CONNECT_REFUSE 0
-#define CONNECT_ALLOW 1
+#define EGRESS_REFUSE 0
+#define EGRESS_ALLOW 1
+#define SOCK_DGRAM_TYPE 2
 #define DNS_PORT 53
+/* From linux/in.h and linux/in6.h, and the levels from the libc's headers. */
+#define SOL_IP_LEVEL 0
+#define SOL_IPV6_LEVEL 41
+#define MPTCP_PROTOCOL 262
+#ifndef IP_FREEBIND
+#define IP_FREEBIND 15
+#endif
+#ifndef IPV6_FREEBIND
+#define IPV6_FREEBIND 78
+#endif
 
-static __always_inline int is_refused(const struct address *target, u16 port)
+static __always_inline int is_denied(const struct address *target, u16 port)
 {
 	struct failsafe_key key = { .plen = 32 + 128, .ipv4 = is_mapped(target), .addr = *target };
 	u32 *found = egress.lookup(&key);
@@ -23,40 +39,139 @@ static __always_inline int is_refused(const struct address *target, u16 port)
 	return !(*found & EGRESS_NAMESERVER && port == DNS_PORT);
 }
 
-static __always_inline int judge_connect(const struct address *target, u16 port)
+static __always_inline int policy_refuses(const struct address *target, u16 port)
 {
 	struct address inner;
-	u32 ip;
+	u32 nat64, six_to_four, ip;
 
-	if (is_refused(target, port))
-		return CONNECT_REFUSE;
+	if (is_denied(target, port))
+		return 1;
+	__builtin_memcpy(&nat64, target->b + 12, 4);
+	__builtin_memcpy(&six_to_four, target->b + 2, 4);
+	asm volatile("" : "+r"(nat64), "+r"(six_to_four)); /* or else clang computes the address to read from */
 	if (target->half[0] == bpf_htonll(0x0064ff9b00000000ull) && !*(u32 *)(target->b + 8))
-		__builtin_memcpy(&ip, target->b + 12, 4); /* NAT64, RFC 6052 */
+		ip = nat64; /* RFC 6052 */
 	else if (target->b[0] == 0x20 && target->b[1] == 0x02)
-		__builtin_memcpy(&ip, target->b + 2, 4); /* 6to4, RFC 3056 */
+		ip = six_to_four; /* RFC 3056 */
 	else
-		return CONNECT_ALLOW;
+		return 0;
 	map_ipv4(&inner, ip);
-	return is_refused(&inner, port) ? CONNECT_REFUSE : CONNECT_ALLOW;
+	return is_denied(&inner, port);
 }
 
-int egress_connect4(struct bpf_sock_addr *ctx)
+/* The server itself, and what it starts beside its workers: it reads feeds from anywhere. */
+static __always_inline int is_server(void)
+{
+	u32 zero = 0;
+	u64 *server = server_cgroup.lookup(&zero);
+
+	return server && *server == bpf_get_current_cgroup_id();
+}
+
+static __always_inline int judge_target(struct bpf_sock_addr *ctx, const struct address *target)
+{
+	struct peer_key peer = { .addr = *target, .port = bpf_ntohs(ctx->user_port) };
+
+	if (!policy_refuses(target, peer.port) || is_server())
+		return EGRESS_ALLOW;
+	if (ctx->type != SOCK_DGRAM_TYPE)
+		return EGRESS_REFUSE;
+	peer.socket = bpf_get_socket_cookie(ctx);
+	return datagram_peers.lookup(&peer) ? EGRESS_ALLOW : EGRESS_REFUSE;
+}
+
+static __always_inline int judge_context4(struct bpf_sock_addr *ctx)
 {
 	struct address target;
 
-	if (ctx->type != SOCK_STREAM_TYPE)
-		return CONNECT_ALLOW;
 	map_ipv4(&target, ctx->user_ip4);
-	return judge_connect(&target, bpf_ntohs(ctx->user_port));
+	return judge_target(ctx, &target);
 }
 
-int egress_connect6(struct bpf_sock_addr *ctx)
+static __always_inline int judge_context6(struct bpf_sock_addr *ctx)
 {
 	u32 words[4] = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] };
 	struct address target;
 
-	if (ctx->type != SOCK_STREAM_TYPE)
-		return CONNECT_ALLOW;
 	__builtin_memcpy(&target, words, 16);
-	return judge_connect(&target, bpf_ntohs(ctx->user_port));
+	return judge_target(ctx, &target);
+}
+
+int egress_connect4(struct bpf_sock_addr *ctx)
+{
+	return judge_context4(ctx);
+}
+
+int egress_connect6(struct bpf_sock_addr *ctx)
+{
+	return judge_context6(ctx);
+}
+
+/* Also for an IPv6 socket that sends to an IPv4-mapped address. */
+int egress_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return judge_context4(ctx);
+}
+
+int egress_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return judge_context6(ctx);
+}
+
+int egress_note_peer(struct __sk_buff *skb)
+{
+	struct peer_key peer = {};
+	struct bpf_sock *sk = skb->sk;
+	void *at = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct udphdr *udp;
+	u32 heard = 1;
+
+	if (!sk)
+		return CGROUP_PASS;
+	sk = bpf_sk_fullsock(sk);
+	if (!sk || sk->protocol != IPPROTO_UDP)
+		return CGROUP_PASS;
+
+	/* Fragments are put together by now. Behind IPv6 extension headers nothing is looked for: no answer goes there. */
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = at;
+
+		if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_UDP || ip->ihl < 5)
+			return CGROUP_PASS;
+		map_ipv4(&peer.addr, ip->saddr);
+		udp = at + ip->ihl * 4;
+	} else {
+		struct ipv6hdr *ip = at;
+
+		if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_UDP)
+			return CGROUP_PASS;
+		__builtin_memcpy(&peer.addr, &ip->saddr, 16);
+		udp = (void *)(ip + 1);
+	}
+	if ((void *)(udp + 1) > end)
+		return CGROUP_PASS;
+	peer.port = bpf_ntohs(udp->source);
+	if (!policy_refuses(&peer.addr, peer.port))
+		return CGROUP_PASS;
+	peer.socket = bpf_get_socket_cookie(skb);
+	if (!datagram_peers.lookup(&peer))
+		datagram_peers.update(&peer, &heard);
+	return CGROUP_PASS;
+}
+
+/* No sockets of protocols whose addresses nothing here judges: ICMP, raw, SCTP, DCCP, L2TP. */
+int egress_socket(struct bpf_sock *ctx)
+{
+	u32 protocol = ctx->protocol;
+
+	return protocol == IPPROTO_TCP || protocol == MPTCP_PROTOCOL || protocol == IPPROTO_UDP ||
+	       protocol == IPPROTO_UDPLITE;
+}
+
+int egress_setsockopt(struct bpf_sockopt *ctx)
+{
+	s32 level = ctx->level, name = ctx->optname;
+
+	ctx->optlen = 0; /* nothing was changed: the kernel takes what the process passed, however long */
+	return !((level == SOL_IP_LEVEL && name == IP_FREEBIND) || (level == SOL_IPV6_LEVEL && name == IPV6_FREEBIND));
 }

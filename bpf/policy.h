@@ -9,7 +9,7 @@
 #define RAMA_EBPF_POLICY_H
 
 /* Changes whenever a map's meaning does: pins with another number are not reused. */
-enum layout { LAYOUT_VERSION = 1 };
+enum layout { LAYOUT_VERSION = 2 };
 
 /* What is decided for a connection attempt. */
 enum action {
@@ -61,6 +61,7 @@ enum bound {
 	MAX_INTERFACES       = 64, /* with gate_xdp */
 	SOCKETS_PER_LISTENER = 64,
 	MAX_FAILSAFE_PORTS   = 8,
+	MAX_DATAGRAM_PEERS   = 65536, /* of all workers' sockets together */
 	MAX_CHAIN            = 64, /* rules of the set that may apply to one address before one is certain to decide */
 	MAX_RUNTIME_LENGTHS  = 64, /* different prefix lengths that the runtime layer has of one family */
 	ACTION_COUNT         = 5,
@@ -171,6 +172,15 @@ struct failsafe_key {
 	struct address addr;
 };
 _Static_assert(sizeof(struct failsafe_key) == 24, "failsafe_key");
+
+/* Who has sent a datagram to a worker's socket, from where egress policy would let none be sent to. */
+struct peer_key {
+	__u64 socket; /* cookie: never used twice while the machine is up */
+	struct address addr;
+	__u16 port;
+	__u16 pad[3];
+};
+_Static_assert(sizeof(struct peer_key) == 32, "peer_key");
 
 struct ban {
 	__u64 expires; /* 0: never */

@@ -13,6 +13,7 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/tcp.h>
+#include <linux/udp.h>
 
 /* From the libc's headers, which do not compile for BPF. */
 #define AF_INET 2

@@ -41,8 +41,8 @@ def target(lab: Lab) -> Iterator[Host]:
     sock.close()
 
 
-def ask(client: Host, proxy: str, target: str) -> bytes:
-    """Send hello to ``target`` through an association, and return the payload that comes back."""
+def ask(client: Host, proxy: str, target: str, payload: bytes = b"hello", timeout: float = 20) -> bytes:
+    """Send ``payload`` to ``target`` through an association, and return what comes back."""
     with client.connect(proxy, PORT) as control, client.socket(control.family, socket.SOCK_DGRAM) as udp:
         control.sendall(b"\x05\x01\x00\x05\x03\x00\x01" + bytes(6))
         with control.makefile("rb") as answers:
@@ -52,8 +52,8 @@ def ask(client: Host, proxy: str, target: str) -> bytes:
             port = int.from_bytes(answers.read(2), "big")
         assert str(bound) == proxy
         header = b"\0\0\0" + address(target, ECHO_PORT)
-        udp.sendto(header + b"hello", (str(bound), port))
-        udp.settimeout(2 if ip_address(target).is_loopback else 20)
+        udp.sendto(header + payload, (str(bound), port))
+        udp.settimeout(timeout)
         data = udp.recv(65535)
         assert data.startswith(header)
         return data[len(header) :]
@@ -75,6 +75,30 @@ def test_datagrams_go_through_the_command_and_policy_judges_their_targets(
             inside.bind(("127.0.0.1", ECHO_PORT))
             inside.setblocking(False)
             with pytest.raises(TimeoutError):
-                ask(client, proxy, "127.0.0.1")
+                ask(client, proxy, "127.0.0.1", timeout=2)
             with pytest.raises(BlockingIOError):
                 inside.recv(1)
+
+
+def test_clients_on_networks_that_policy_denies_and_on_this_host_get_their_answers(
+    lab: Lab, target: Host, start_proxy: StartProxy
+) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    for host, number in ((server, 1), (target, 2)):
+        host.add_address(f"198.19.0.{number}/16", "eth0")
+        host.add_address(f"2001:db8:1::{number}/64", "eth0")
+    loopback = ("127.0.0.1", "::1")
+    start_proxy(
+        server,
+        *("--listen", f"{server.ipv4}:{PORT}", "--listen", f"[{server.ipv6}]:{PORT}"),
+        *("--listen", f"127.0.0.1:{PORT}", "--listen", f"[::1]:{PORT}"),
+        *("--allow-egress", "198.19.0.0/16", "--allow-egress", "2001:db8:1::/48"),
+    )
+    with pytest.raises(TimeoutError):
+        ask(client, server.ipv4, target.ipv4, timeout=2)  # the clients' own network
+    for host, proxies in ((client, (server.ipv4, server.ipv6)), (server, loopback)):
+        for proxy in proxies:
+            for address_of_target in ("198.19.0.2", "2001:db8:1::2"):
+                assert ask(host, proxy, address_of_target) == b"HELLO"
+                # More than a frame holds: each half of the way is made of fragments.
+                assert ask(host, proxy, address_of_target, b"a" * 9000) == b"A" * 9000

@@ -16,6 +16,7 @@ listeners that no longer exist), and TC or netfilter hooks (they see other servi
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import mmap
 import os
@@ -39,7 +40,8 @@ __all__ = ["AcceptCounter", "Gate", "load", "unload"]
 
 log = logging.getLogger(__name__)
 
-_CGROUP_SKB, _XDP, _SOCK_OPS, _SOCK_ADDR, _SK_LOOKUP = 8, 6, 13, 18, 30  # enum bpf_prog_type
+_XDP, _CGROUP_SKB, _CGROUP_SOCK, _SOCK_OPS = 6, 8, 9, 13  # enum bpf_prog_type
+_SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = 18, 25, 30
 
 _PROGRAMS: Final = [
     Program("gate_cgroup", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
@@ -47,8 +49,12 @@ _PROGRAMS: Final = [
     Program("count_established", _SOCK_OPS, AttachType.CGROUP_SOCK_OPS),
     Program("egress_connect4", _SOCK_ADDR, AttachType.CGROUP_INET4_CONNECT),
     Program("egress_connect6", _SOCK_ADDR, AttachType.CGROUP_INET6_CONNECT),
+    Program("egress_sendmsg4", _SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG),
+    Program("egress_sendmsg6", _SOCK_ADDR, AttachType.CGROUP_UDP6_SENDMSG),
+    Program("egress_note_peer", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
+    Program("egress_socket", _CGROUP_SOCK, AttachType.CGROUP_INET_SOCK_CREATE),
+    Program("egress_setsockopt", _SOCKOPT, AttachType.CGROUP_SETSOCKOPT),
 ]
-
 
 _XDP_PROGRAM: Final = Program("gate_xdp", _XDP, AttachType.XDP)
 
@@ -87,12 +93,11 @@ class Gate:
             self._cgroup = cgroup.enter_child(self.instance.cgroup_name)
             if self._cgroup.name != self.instance.cgroup_name:
                 log.info("cgroups may not be changed here: the gate is attached to %s as a whole", self._cgroup)
-            target = os.open(self._cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                self._link("gate_cgroup", target, AttachType.CGROUP_INET_INGRESS)
-                self._link("count_established", target, AttachType.CGROUP_SOCK_OPS)
-            finally:
-                os.close(target)
+            self._link_cgroup(
+                self._cgroup,
+                ("gate_cgroup", AttachType.CGROUP_INET_INGRESS),
+                ("count_established", AttachType.CGROUP_SOCK_OPS),
+            )
             if self._cgroup.name == self.instance.cgroup_name:
                 self._guard_workers()
             netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -105,15 +110,27 @@ class Gate:
             raise
 
     def _guard_workers(self) -> None:
-        """Attach the egress programs to a cgroup for the workers, below ours: this process may connect anywhere."""
+        """Put all under the egress policy but what stays in our own cgroup, and make one below it for the workers.
+
+        The programs that judge are attached to ours: a worker's listeners, and what it accepted, belong to it.
+        """
         assert self._cgroup is not None
         self._workers = cgroup.make_child(self._cgroup, "workers")
-        target = os.open(self._workers, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self._link("egress_connect4", target, AttachType.CGROUP_INET4_CONNECT)
-            self._link("egress_connect6", target, AttachType.CGROUP_INET6_CONNECT)
-        finally:
-            os.close(target)
+        identity = self._cgroup.stat().st_ino.to_bytes(8, sys.byteorder)
+        bpf.map_update(self.maps["server_cgroup"], bytes(4), identity)
+        self._link_cgroup(
+            self._cgroup,
+            ("egress_connect4", AttachType.CGROUP_INET4_CONNECT),
+            ("egress_connect6", AttachType.CGROUP_INET6_CONNECT),
+            ("egress_sendmsg4", AttachType.CGROUP_UDP4_SENDMSG),
+            ("egress_sendmsg6", AttachType.CGROUP_UDP6_SENDMSG),
+        )
+        self._link_cgroup(
+            self._workers,
+            ("egress_note_peer", AttachType.CGROUP_INET_INGRESS),
+            ("egress_socket", AttachType.CGROUP_INET_SOCK_CREATE),
+            ("egress_setsockopt", AttachType.CGROUP_SETSOCKOPT),
+        )
 
     @property
     def own_cgroups(self) -> tuple[Path, ...]:
@@ -145,6 +162,14 @@ class Gate:
     def xdp(self) -> tuple[xdp.XdpAttachment, ...]:
         """Where XDP is attached."""
         return tuple(self._xdp)
+
+    def _link_cgroup(self, directory: Path, *programs: tuple[str, AttachType]) -> None:
+        target = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for program, kind in programs:
+                self._link(program, target, kind)
+        finally:
+            os.close(target)
 
     def _link(self, program: str, target: int, kind: AttachType) -> None:
         self._links.append(bpf.link_create(self.programs[program], target, kind))
@@ -271,6 +296,7 @@ def load(
 
 
 def _open_or_create_maps(instance: Instance, sizes: MapSizes) -> tuple[GateMaps, bool]:
+    _refuse_foreign(instance)
     if instance.pin_dir.is_dir():
         try:
             maps = GateMaps.open(instance.pin_dir)
@@ -288,17 +314,48 @@ def _open_or_create_maps(instance: Instance, sizes: MapSizes) -> tuple[GateMaps,
     # Made aside and renamed: other processes see all of the maps or none.
     parent = instance.pin_root
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    aside = Path(tempfile.mkdtemp(prefix="new-", dir=parent))
+    try:
+        maps = _create_maps(instance, sizes)
+    except BaseException:
+        for directory in (parent, parent.parent):
+            with contextlib.suppress(OSError):  # other instances, or another user, have things in there
+                directory.rmdir()
+        raise
+    return maps, True
+
+
+def _create_maps(instance: Instance, sizes: MapSizes) -> GateMaps:
+    _refuse_foreign(instance)
+    aside = Path(tempfile.mkdtemp(prefix="new-", dir=instance.pin_root))
     try:
         maps = GateMaps.create(aside, sizes)
         aside.rename(instance.pin_dir)
     except BaseException:
         bpffs.remove_tree(aside)
         raise
-    return maps, True
+    return maps
+
+
+def _refuse_foreign(instance: Instance) -> None:
+    """Raise PermissionError if the directory of the pins, or its parent, is somebody else's and not empty.
+
+    As the kernel mounts it by default, anybody may make directories on a bpffs, and whoever owns one can put other maps
+    in place of ours. An empty one is taken away.
+    """
+    for directory in (instance.pin_root, instance.pin_root.parent):
+        try:
+            if directory.lstat().st_uid == os.geteuid():
+                continue
+            directory.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            text = f"{directory} belongs to another user: remove it"
+            raise PermissionError(errno.EPERM, text) from error
 
 
 def _remove_pins(instance: Instance) -> None:
+    _refuse_foreign(instance)  # who owns it could have us follow a link while we remove
     bpffs.remove_tree(instance.pin_root)
     with contextlib.suppress(OSError):  # other instances still have their pins beside ours
         instance.pin_root.parent.rmdir()

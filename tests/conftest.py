@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import tempfile
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from rama_ebpf.kernel import cgroup
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.loader import unload
 
-from .lab import Host, Lab, remove_stale, wait_for
+from .lab import PREFIX, Host, Lab, remove_stale, wait_for
 from .proxy import ProxyProcess
 
 _numbers = itertools.count()
@@ -34,6 +36,24 @@ def _state_of_our_own() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAMA_EBPF_STATE_DIR", directory)
             yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """Fail if this run leaves pins, cgroups, namespaces or files below /run on the host, or pins of another user.
+
+    What other runs beside this one have is theirs: names carry the process's id.
+    """
+    yield
+    if os.geteuid() != 0:
+        return
+    ours = f"test-{os.getpid()}-*"
+    left = [*Path("/sys/fs/bpf/rama-ebpf").glob(ours), *Path("/run/rama-ebpf").glob(ours)]
+    with contextlib.suppress(cgroup.CgroupUnavailable):
+        left += cgroup.own_cgroup().glob(f"rama-ebpf-{ours}")
+    left += Path("/run/netns").glob(f"{PREFIX}-{os.getpid()}-*")
+    left += [pins for pins in Path("/sys/fs/bpf/rama-ebpf").glob("*") if pins.stat().st_uid != 0]
+    assert not left, f"left behind: {', '.join(map(str, left))}"
 
 
 @pytest.fixture

@@ -22,14 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["PATIENCE", "Capture", "Host", "Lab", "Segment", "remove_stale", "wait_for"]
+__all__ = ["PATIENCE", "PREFIX", "Capture", "Host", "Lab", "Segment", "remove_stale", "wait_for"]
 
 T = TypeVar("T")
 
 PATIENCE = float(os.environ.get("RAMA_EBPF_PATIENCE", "1"))
 """How many times longer than on hardware things may take: emulated machines set it."""
 
-_PREFIX = "ramalab"
+PREFIX = "ramalab"
+"""What the names of namespaces begin with; this process's id follows."""
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count()
@@ -54,7 +55,7 @@ def _ip(*args: str) -> None:
 def remove_stale() -> None:
     """Delete namespaces of earlier runs whose process is gone."""
     listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout
-    for name in re.findall(rf"^({_PREFIX}-(\d+)-\S+)", listed, flags=re.M):
+    for name in re.findall(rf"^({PREFIX}-(\d+)-\S+)", listed, flags=re.M):
         if not Path(f"/proc/{name[1]}").exists():
             subprocess.run(["ip", "netns", "delete", name[0]], check=False, capture_output=True)
 
@@ -209,7 +210,7 @@ class Lab:
     """Hosts on one Ethernet segment (a bridge in a namespace of its own). A context manager."""
 
     def __init__(self) -> None:
-        self._id = f"{_PREFIX}-{os.getpid()}-{next(_numbers)}"
+        self._id = f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
         self._stack = ExitStack()
         self._count = 0
 

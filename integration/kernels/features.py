@@ -21,6 +21,7 @@ class Feature:
 
 _GATE = "tests/kernel/test_gate.py::"
 _PACKETS = "tests/policy/test_packets.py::"
+_EGRESS = "tests/kernel/test_egress.py::"
 
 FEATURES = (
     Feature("every program passes the verifier", ("tests/kernel/test_programs.py",)),
@@ -56,6 +57,14 @@ FEATURES = (
             f"{_PACKETS}test_a_frame_that_is_cut_anywhere_is_malformed",
             f"{_PACKETS}test_a_syn_is_one_without_ack",
         ),
+    ),
+    Feature(
+        "egress: no datagram to what is denied, but answers (`cgroup_sock_addr`)",
+        (
+            f"{_EGRESS}test_a_worker_cannot_send_a_datagram_where_the_policy_lets_it_dial_nothing",
+            f"{_EGRESS}test_a_worker_answers_who_has_sent_to_it_from_that_socket_and_nobody_else",
+        ),
+        True,
     ),
     Feature("policy: kernel, stores and definition agree", ("tests/policy/test_differential.py",)),
     Feature("the kernel's relay passes its self-test", ("tests/relay/test_selftest.py::test_this_kernel_passes",)),

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..control.daemon import DaemonOptions, serve
+from ..control.daemon import serve
 from ..control.listeners import ListenAt
+from ..control.options import DaemonOptions
 from ..core.address import Endpoint
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes

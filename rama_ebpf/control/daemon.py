@@ -12,173 +12,57 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from ipaddress import ip_address
-from pathlib import Path
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Final
 
 import uvloop
 
-from .. import loader
-from ..core.address import Endpoint
 from ..core.errors import RamaError
-from ..kernel import abi
-from ..kernel.compile import CompileError
-from ..kernel.gate_maps import MapSizes
-from ..kernel.instance import Instance, ServerLock
-from ..kernel.xdp import XdpAttachment, XdpError
-from ..layers.strikes import StrikeBook, StrikeLimit
+from ..kernel.instance import ServerLock
+from ..kernel.xdp import XdpAttachment
 from ..metrics.directory import MetricsDirectory
-from ..policy.egress import EgressPolicy
-from ..policy.egress_map import put_egress
 from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
-from ..policy.local import CountedPolicy, LocalStore
 from ..policy.refresh import Refresher, with_feeds
-from ..policy.rule import Action, IPNetwork, PolicyError, Rule, RuleSet, SynLimit
-from ..policy.store import PolicyStore
+from ..policy.rule import PolicyError, RuleSet
 from ..process import Plan, Supervisor
-from ..process.channel import Handler
-from ..process.plan import Json, UserIds
 from ..services.tcp import bind_tcp
+from . import upkeep
 from .api import ControlApi
-from .events import Event, EventHub, GateEvents
+from .egress import EgressBackstop
+from .events import EventHub, GateEvents, rule_names
+from .home import Home, open_home
 from .kernel_relay import KernelRelay
 from .kill import ConnectionKiller
-from .listeners import ListenAt, Listeners
+from .listeners import Listeners
+from .options import FIXED, DaemonOptions
 from .socket import ControlServer
+from .worker_requests import handlers
 
 if TYPE_CHECKING:
     from ..metrics.exposition import MetricsServer
 
-__all__ = ["DaemonOptions", "GateUnavailable", "serve"]
+__all__ = ["serve"]
 
 log = logging.getLogger("rama_ebpf")
 
-_SWEEP_SECONDS: Final = 30.0
 _ENFORCE_SECONDS: Final = 1.0
-_REFRESH_SECONDS: Final = 10.0  # how often feeds are looked at, not read
 _WORKER_TARGET: Final = "rama_ebpf.control.worker:application"
-
-
-class GateUnavailable(RamaError):
-    """The gate cannot run in the kernel, and the operator demanded it."""
-
-    kind = "gate"
-
-
-@dataclass(frozen=True)
-class DaemonOptions:
-    """What to serve, and how.
-
-    ``target`` is ``module:attribute`` (see :class:`~rama_ebpf.process.Plan`), found with ``directory`` on the module
-    path; ``params`` is what it is given. ``default``, ``failsafe`` and ``rules`` are left as they are pinned where
-    they are None; ``per_source`` and ``overall`` limit what the default lets in, and go with ``rules``. ``xdp`` are the
-    interfaces that get the XDP program; the server does not start if one cannot. ``egress`` is where workers may
-    connect to, ``user`` who they become, None to stay. ``metrics`` is where metrics are served, nowhere if None.
-    ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
-    the first tunnel wants it. ``kill``: a source that the policy comes to deny loses its live connections, too.
-    """
-
-    instance: Instance
-    listen: tuple[ListenAt, ...]
-    target: str
-    params: Json
-    directory: str | None = None
-    workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, abi.constants()["SOCKETS_PER_LISTENER"]))
-    user: UserIds | None = None
-    egress: EgressPolicy = field(default_factory=EgressPolicy)
-    drain: float = 10.0
-    watchdog: float = 60.0
-    default: Action | None = None
-    failsafe: tuple[IPNetwork, ...] | None = None
-    rules: tuple[Rule, ...] | None = None
-    per_source: SynLimit | None = None
-    overall: SynLimit | None = None
-    sizes: MapSizes = field(default_factory=MapSizes)
-    kernel_headers: Path | None = None
-    require_kernel: bool = False
-    persist: bool = False
-    xdp: tuple[str, ...] = ()
-    kill: bool = False
-    metrics: Endpoint | None = None
-    access_log: bool = True
-    log_level: str = "info"
-    sockmap: bool = False
-
-
-_FIXED: Final = ("instance", "user", "sizes", "kernel_headers", "require_kernel", "persist", "xdp", "metrics")
-"""Options that a reload cannot change."""
-
-
-@dataclass
-class _Home:
-    """Where the policy lives for this run: in the kernel behind a gate, or in this process."""
-
-    store: PolicyStore
-    gate: loader.Gate | None
-    why_local: str = ""
 
 
 def serve(options: DaemonOptions, reload: Callable[[], DaemonOptions] | None = None) -> None:
     """Serve until SIGTERM or SIGINT. ``reload`` makes the options for SIGHUP; without it they stay the same, and the
     workers load the application anew.
 
-    Raises :class:`~rama_ebpf.kernel.instance.InstanceBusy`, :class:`GateUnavailable`,
+    Raises :class:`~rama_ebpf.kernel.instance.InstanceBusy`, :class:`~.home.GateUnavailable`,
     :class:`~rama_ebpf.process.WorkersFailed`, or OSError (a port that is taken, say); nothing stays behind then.
     """
     started = time.monotonic()
-    with ServerLock(options.instance, create=True), _home(options) as home, contextlib.ExitStack() as cleanup:
+    with ServerLock(options.instance, create=True), open_home(options) as home, contextlib.ExitStack() as cleanup:
         daemon = _Daemon(options, reload or (lambda: options), home, cleanup, started)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(daemon.run())
-
-
-@contextlib.contextmanager
-def _home(options: DaemonOptions) -> Iterator[_Home]:
-    gate, why = None, ""
-    try:
-        gate = loader.load(
-            options.instance, sizes=options.sizes, kernel_headers=options.kernel_headers, xdp=bool(options.xdp)
-        )
-        gate.attach()
-        if not gate.guards_workers:
-            log.warning("cgroups may not be changed here: egress policy is kept by the services alone")
-    except (OSError, CompileError) as error:
-        why = str(error)
-        if gate is not None:
-            gate.close(keep_policy=options.persist)
-            gate = None
-    if gate is not None:
-        try:
-            _attach_xdp(gate, options.xdp)
-            yield _Home(KernelStore(options.instance, gate.maps), gate)
-        finally:
-            gate.close(keep_policy=options.persist)
-        return
-    if options.require_kernel or options.xdp:
-        raise GateUnavailable(f"no gate in the kernel: {why} (rama-ebpf doctor says more)")
-    log.warning(
-        "POLICY IS NOT IN THE KERNEL: unwanted clients are turned away only after accept. Reason: %s "
-        "(rama-ebpf doctor says more; --require-kernel refuses to run like this)",
-        why.splitlines()[0],
-    )
-    local = LocalStore()
-    local.remember_in(options.instance.state_dir)
-    yield _Home(local, None, why)
-
-
-def _attach_xdp(gate: loader.Gate, interfaces: Iterable[str]) -> None:
-    for interface in dict.fromkeys(interfaces):
-        try:
-            attached = gate.attach_xdp(interface)
-        except XdpError as error:
-            raise GateUnavailable(str(error)) from error
-        if attached.mode == "generic":
-            log.warning("XDP on %s is generic, slower: native was refused (%s)", interface, attached.why)
-        else:
-            log.info("XDP on %s is native", interface)
 
 
 class _Daemon:
@@ -188,7 +72,7 @@ class _Daemon:
         self,
         options: DaemonOptions,
         reload: Callable[[], DaemonOptions],
-        home: _Home,
+        home: Home,
         cleanup: contextlib.ExitStack,
         started: float,
     ) -> None:
@@ -201,6 +85,7 @@ class _Daemon:
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(MetricsDirectory(options.user))
+        self._egress = EgressBackstop(home.gate)
         self._feeds = FeedStore(options.instance.feeds_dir)
         restored = home.store.restore_bans()
         if restored:
@@ -209,7 +94,7 @@ class _Daemon:
             log.warning("the set on trial is undone: this start says what is to be in force")
             home.store.roll_back()
         self._killer = ConnectionKiller(self._listeners.addresses, () if home.gate is None else home.gate.own_cgroups)
-        self._events = EventHub() if home.gate is None else GateEvents(home.gate.maps, _rule_names(home.store)).hub
+        self._events = EventHub() if home.gate is None else GateEvents(home.gate.maps, rule_names(home.store)).hub
         self._relay = KernelRelay(
             options.workers,
             options.instance.relay_record,
@@ -221,7 +106,7 @@ class _Daemon:
         self._pending = options
         self._supervisor = Supervisor(
             self._plan(options),
-            handlers=_handlers(home.store, self._events),
+            handlers=handlers(home.store, self._events),
             reload=self._reloaded_plan,
             on_reloaded=self._after_reload,
             on_ready=self._ready,
@@ -244,9 +129,11 @@ class _Daemon:
             metrics.start()
         self._write_state()
         keepers = [
-            asyncio.create_task(_sweep(home.store)),
-            asyncio.create_task(_refresh(home.store, Refresher(home.store, self._feeds))),
+            asyncio.create_task(upkeep.sweep(home.store)),
+            asyncio.create_task(upkeep.sync(home.store)),
+            asyncio.create_task(upkeep.refresh(home.store, Refresher(home.store, self._feeds))),
             asyncio.create_task(self._enforce()),
+            asyncio.create_task(self._egress.follow_nameservers()),
         ]
         try:
             await self._supervisor.run()
@@ -257,6 +144,7 @@ class _Daemon:
             if metrics is not None:
                 await metrics.stop()
             await control.stop()
+            home.store.sync()
 
     def _plan(self, options: DaemonOptions) -> Plan:
         gate = self._home.gate
@@ -286,7 +174,10 @@ class _Daemon:
     def _control(self, method: str, params: Mapping[str, object]) -> dict[str, object]:
         if method == "kill":
             return self._killer.call(params)
-        return ControlApi(self._home.store, self._feeds).call(method, params)
+        try:
+            return ControlApi(self._home.store, self._feeds).call(method, params)
+        finally:
+            self._home.store.sync()  # this is a thread of its own; the answer says that it is kept
 
     async def _enforce(self) -> None:
         """Where the operator wants it, end live connections that the policy has come to deny."""
@@ -324,12 +215,12 @@ class _Daemon:
 
     def _reloaded_plan(self) -> Plan:
         self._pending = options = self._reload()
-        fixed = [name for name in _FIXED if getattr(options, name) != getattr(self._options, name)]
+        fixed = [name for name in FIXED if getattr(options, name) != getattr(self._options, name)]
         if fixed:
             log.warning("only a restart changes %s", ", ".join(fixed))
         try:
             plan = self._plan(options)
-            self._put_egress(options)  # now, so that the new workers can do what they may
+            self._egress.put(options.egress)  # now, so that the new workers can do what they may
         except (OSError, ValueError) as error:
             raise RamaError(str(error)) from error
         return plan
@@ -342,16 +233,12 @@ class _Daemon:
             except PolicyError as error:  # the rest of the configuration is in force already
                 log.error("the policy stays as it was: %s", error)
         else:
-            self._put_egress(self._options)
+            self._egress.put(self._options.egress)
         self._listeners.keep(self._options.listen)
         self._write_state()
 
-    def _put_egress(self, options: DaemonOptions) -> None:
-        if self._home.gate is not None:
-            put_egress(self._home.gate.maps, options.egress)
-
     def _apply_policy(self, options: DaemonOptions) -> None:
-        self._put_egress(options)
+        self._egress.put(options.egress)
         store = self._home.store
         if options.failsafe is not None:
             store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
@@ -417,86 +304,3 @@ def _verdicts(store: KernelStore) -> dict[tuple[str, str, str], int]:
     for record in store.records():
         counts["rule", record.rule.name, record.rule.action.name.lower()] += record.hits
     return dict(counts)
-
-
-def _rule_names(store: PolicyStore) -> Callable[[int], str]:
-    """Names of rules by their id, remembered until the policy changes."""
-    known: dict[int, str] = {}
-    revision = -1
-
-    def name(rule_id: int) -> str:
-        nonlocal revision
-        if store.revision != revision:
-            known.clear()
-            revision = store.revision
-        if rule_id not in known:
-            known[rule_id] = store.rule_name(rule_id)
-        return known[rule_id]
-
-    return name
-
-
-def _handlers(store: PolicyStore, events: EventHub) -> dict[str, Handler]:
-    """What workers may ask. They parse bytes from the network: each request is bounded and checked."""
-    judge = CountedPolicy(store) if isinstance(store, LocalStore) else store
-
-    def verdict(body: Json) -> Json:
-        source, port = ip_address(str(body["source"])), int(str(body["port"]))
-        answer = judge.verdict(source, port)
-        if events.is_watched:
-            details = (answer.rule, answer.action, answer.stage, "accept", answer.dry_rule, answer.dry_action)
-            events.publish(Event(time.time(), source, port, *details))
-        return {"action": int(answer.action), "stage": int(answer.stage), "rule": answer.rule}
-
-    def ban(body: Json) -> Json:
-        ttl = float(str(body["ttl"]))
-        source = ip_address(str(body["source"]))
-        done = store.ban(source, ttl=ttl, reason=str(body["reason"]))
-        log.warning("banned %s for %g s: %s", done.address, ttl, done.reason)
-        return {}
-
-    book = StrikeBook()
-
-    def strike(body: Json) -> Json:
-        limit = StrikeLimit(int(str(body["strikes"])), float(str(body["window"])), float(str(body["ban"])))
-        if book.add(ip_address(str(body["source"])), limit, time.monotonic()):
-            ban({**body, "ttl": limit.ban, "reason": f"{limit.strikes} strikes, the last: {body['reason']}"})
-        return {}
-
-    return {"verdict": verdict, "ban": ban, "strike": strike}
-
-
-async def _sweep(store: PolicyStore) -> None:
-    """Forget what has expired and what nobody confirmed."""
-
-    def sweep() -> None:
-        freed = store.sweep()
-        if freed:
-            log.info("policy: %d expired rules and bans removed", freed)
-
-    while True:
-        await asyncio.sleep(_SWEEP_SECONDS)
-        await _keep("the policy in order", sweep)
-
-
-async def _refresh(store: PolicyStore, refresher: Refresher) -> None:
-    """Keep feeds fresh: all at the start, then each as it falls due. It may take as long as their servers do."""
-
-    def refresh(*, all_feeds: bool = False) -> None:
-        if store.pending is None:
-            for report in refresher.run(all_feeds=all_feeds):
-                report.log()
-
-    await _keep("feeds fresh", lambda: refresh(all_feeds=True))
-    while True:
-        await asyncio.sleep(_REFRESH_SECONDS)
-        await _keep("feeds fresh", refresh)
-
-
-async def _keep(what: str, work: Callable[[], None]) -> None:
-    try:
-        await asyncio.to_thread(work)
-    except PolicyError as error:
-        log.warning("cannot keep %s, trying again: %s", what, error)
-    except OSError:
-        log.exception("cannot keep %s, trying again", what)

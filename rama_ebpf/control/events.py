@@ -21,9 +21,10 @@ from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from ..kernel.ringbuf import RingBuffer
 from ..policy.rule import Action, PolicyError, Stage, SynLimit, boottime_ns
+from ..policy.store import PolicyStore
 from .api import Json
 
-__all__ = ["Event", "EventHub", "GateEvents"]
+__all__ = ["Event", "EventHub", "GateEvents", "rule_names"]
 
 MAX_WATCHERS: Final = 16
 BACKLOG: Final = 4096
@@ -197,3 +198,20 @@ class GateEvents:
             self.hub.lost(lost - self._lost)
             self._lost = lost
         self._timer = asyncio.get_running_loop().call_later(_LOST_SECONDS, self._count_lost)
+
+
+def rule_names(store: PolicyStore) -> Callable[[int], str]:
+    """Names of rules by their id, remembered until the policy changes."""
+    known: dict[int, str] = {}
+    revision = -1
+
+    def name(rule_id: int) -> str:
+        nonlocal revision
+        if store.revision != revision:
+            known.clear()
+            revision = store.revision
+        if rule_id not in known:
+            known[rule_id] = store.rule_name(rule_id)
+        return known[rule_id]
+
+    return name

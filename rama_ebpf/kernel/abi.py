@@ -24,6 +24,7 @@ __all__ = [
     "LISTENER",
     "LISTENER_KEY",
     "PACKET",
+    "PEER_KEY",
     "RULE",
     "RULE_HITS",
     "RULE_INFO",
@@ -46,6 +47,7 @@ RUNTIME_KEY: Final = struct.Struct("=HH16s")
 TABLE: Final = struct.Struct("=QIIIIIIII")
 SET_HEAD: Final = struct.Struct("=II QQ QQ 40s40s II")
 FAILSAFE_KEY: Final = struct.Struct("=II16s")
+PEER_KEY: Final = struct.Struct("=Q16sH6x")
 BAN: Final = struct.Struct("=QQQII64s")
 GATE: Final = struct.Struct("=QQ III 8H I 3Q 3Q 128s128s")
 BUCKET_KEY: Final = struct.Struct("=II8s")

@@ -76,9 +76,13 @@ class AttachType(enum.IntEnum):
     """``enum bpf_attach_type``, those used here."""
 
     CGROUP_INET_INGRESS = 0
+    CGROUP_INET_SOCK_CREATE = 2
     CGROUP_SOCK_OPS = 3
     CGROUP_INET4_CONNECT = 10
     CGROUP_INET6_CONNECT = 11
+    CGROUP_UDP4_SENDMSG = 14
+    CGROUP_UDP6_SENDMSG = 15
+    CGROUP_SETSOCKOPT = 22
     SK_LOOKUP = 36
     XDP = 37
     SK_SKB_VERDICT = 38

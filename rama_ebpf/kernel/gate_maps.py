@@ -98,6 +98,8 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "bans": MapSpec(_HASH[0], 16, abi.BAN.size, sizes.bans, _HASH[1]),
         "failsafe": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 1024, _LPM[1]),
         "egress": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 65_536, _LPM[1]),
+        "server_cgroup": MapSpec(MapType.ARRAY, 4, 8, 1),
+        "datagram_peers": MapSpec(MapType.LRU_HASH, abi.PEER_KEY.size, 4, constant["MAX_DATAGRAM_PEERS"]),
         "buckets": MapSpec(MapType.LRU_HASH, abi.BUCKET_KEY.size, 8, sizes.buckets),
         "event_rate": MapSpec(MapType.ARRAY, 4, abi.LIMIT.size, 1),
         "event_meter": MapSpec(MapType.PERCPU_ARRAY, 4, abi.EVENT_METER.size, 1),

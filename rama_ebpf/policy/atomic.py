@@ -1,4 +1,5 @@
-"""Files that are replaced as a whole: a reader, or the next start after a crash, finds the old one or the new one."""
+"""Files that outlive a crash: replaced as a whole, so that the next start finds the old one or the new one; or appended
+to, and then brought to the disk."""
 
 from __future__ import annotations
 
@@ -6,7 +7,17 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["bring_to_disk", "write_atomically"]
+
+
+def bring_to_disk(path: Path) -> None:
+    """Return when what was appended to a file outlives a power failure. Raises OSError."""
+    for what, sync in ((path, os.fdatasync), (path.parent, os.fsync)):  # the directory, in which its name may be new
+        fd = os.open(what, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            sync(fd)
+        finally:
+            os.close(fd)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

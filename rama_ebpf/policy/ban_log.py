@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from ..core.address import IPAddress
-from .atomic import write_atomically
+from .atomic import bring_to_disk, write_atomically
 from .rule import Action, Ban, boottime_ns
 
 __all__ = ["BanLog"]
@@ -52,6 +52,15 @@ class BanLog:
                 os.close(fd)
         except OSError as error:
             log.error("cannot write %s: %s", self._path, error)
+
+    def sync(self) -> None:
+        """Have what was noted outlive a power failure, too. A disk that refuses is logged as an error."""
+        try:
+            bring_to_disk(self._path)
+        except FileNotFoundError:
+            return  # nothing was ever noted
+        except OSError as error:
+            log.error("cannot sync %s: %s", self._path, error)
 
     def replay(self) -> list[Ban]:
         """Return the bans that are still in force. Raises OSError for a log that is there and cannot be read."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +19,7 @@ from .egress import DENIED_BY_DEFAULT, EgressPolicy
 from .prefixes import IPNetwork
 from .rule import PolicyError
 
-__all__ = ["decisions", "nameservers", "put_egress"]
+__all__ = ["decisions", "nameservers", "put_egress", "system_nameservers"]
 
 _RESOLV_CONF: Final = Path("/etc/resolv.conf")
 
@@ -36,24 +36,30 @@ def decisions(policy: EgressPolicy) -> dict[IPNetwork, bool]:
 
 
 def nameservers(text: str) -> list[IPAddress]:
-    """Return the addresses in a resolv.conf(5): workers ask them over TCP if an answer is too long for a datagram."""
+    """Return the addresses in a resolv.conf(5), or if there are none the one that is asked then: this host's."""
     found: list[IPAddress] = []
     for line in text.splitlines():
         words = line.split()
         if len(words) >= 2 and words[0] == "nameserver":
             with contextlib.suppress(ValueError):  # glibc ignores what it cannot read, too
                 found.append(unmap(ip_address(words[1].partition("%")[0])))
-    return found
+    return found or [IPv4Address("127.0.0.1")]
 
 
-def put_egress(maps: GateMaps, policy: EgressPolicy, resolvers: Iterable[IPAddress] | None = None) -> None:
-    """Have the programs enforce ``policy``, except for DNS over TCP to ``resolvers`` (by default, this host's).
+def system_nameservers() -> list[IPAddress]:
+    """Return the nameservers that this host's resolver asks now. Raises OSError for a resolv.conf it may not read."""
+    try:
+        return nameservers(_RESOLV_CONF.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return nameservers("")
+
+
+def put_egress(maps: GateMaps, policy: EgressPolicy, resolvers: Iterable[IPAddress]) -> None:
+    """Have the programs enforce ``policy``, except for port 53 of ``resolvers``.
 
     Networks that stay denied are never open in between. Raises :class:`PolicyError` if there are too many.
     """
     constant = abi.constants()
-    if resolvers is None:
-        resolvers = nameservers(_RESOLV_CONF.read_text(encoding="utf-8")) if _RESOLV_CONF.is_file() else ()
     wanted = {_key(network): constant["EGRESS_DENY"] * denied for network, denied in decisions(policy).items()}
     for address in resolvers:
         key = _key(ip_network(address))

@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from .atomic import bring_to_disk
+
 __all__ = ["Journal", "acting_for", "actor"]
 
 log = logging.getLogger(__name__)
@@ -96,6 +98,15 @@ class Journal:
                 os.close(fd)
         except OSError as error:
             log.error("cannot write the journal %s: %s", self._path, error)
+
+    def sync(self) -> None:
+        """Have what was appended outlive a power failure, too. A disk that refuses is logged as an error."""
+        try:
+            bring_to_disk(self._path)
+        except FileNotFoundError:
+            return  # it was renamed this moment
+        except OSError as error:
+            log.error("cannot sync the journal %s: %s", self._path, error)
 
     def _is_current(self, fd: int) -> bool:
         """Whether nobody has renamed the file since it was opened."""

@@ -68,7 +68,8 @@ class KernelStore(KernelSets, GateCounters):
         self.remember_in(instance.state_dir)
 
     def close(self) -> None:
-        """Close the maps if this store opened them."""
+        """Have what was noted reach the disk, and close the maps if this store opened them."""
+        self.sync()
         if self._owned:
             self._maps.close()
 

@@ -1,43 +1,43 @@
 """The policy in force: one interface, two places where it can live.
 
-A policy has two layers. The *set* was loaded as a whole and is replaced as a whole; the *runtime layer* on top of it
-holds the rules that are put into force one by one. Beside them stand bans and the failsafe. :class:`PolicyStore` holds
-all the logic on top of a handful of table operations. ``KernelStore`` keeps the tables in the BPF maps that the kernel
-programs read; ``LocalStore`` keeps them in this process, with the same meaning, for hosts without privileges.
+:class:`PolicyStore` holds all the logic on top of the operations of :class:`.tables.PolicyTables`. ``KernelStore``
+keeps the tables in the BPF maps that the kernel programs read; ``LocalStore`` keeps them in this process, with the
+same meaning, for hosts without privileges.
 """
 
 from __future__ import annotations
 
-import abc
-import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
+from typing import Final
 
 from ..core.address import IPAddress, unmap
 from .ban_log import BanLog
-from .compiler import CompiledSet, compile_rules
+from .compiler import compile_rules
 from .journal import Journal
 from .prefixes import IPNetwork
 from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Stage, Verdict, boottime_ns
 from .stored import RuleRecord, StaleRevision, StaleSet, StoredRule
+from .tables import PolicyTables
 
 __all__ = ["PolicyStore"]
 
 log = logging.getLogger(__name__)
 
+_OF_SINGLE_RULES: Final = {"add", "remove"}
+"""What the journal says of them is not synced: there may be thousands in a second, and they end with the machine."""
 
-class PolicyStore(abc.ABC):
+
+class PolicyStore(PolicyTables):
     """A policy that can be asked and changed. All methods may raise OSError where the kernel refuses an operation."""
-
-    kind: str
-    """``kernel`` or ``local``."""
 
     _journal: Journal | None = None
     _ban_log: BanLog | None = None
+    _unsynced = False
 
     def remember_in(self, directory: Path) -> None:
         """Keep the journal and the bans in this directory from now on."""
@@ -48,135 +48,31 @@ class PolicyStore(abc.ABC):
         """Return the last entries of the journal (None: all there are), the oldest first."""
         return [] if self._journal is None else self._journal.read(count)
 
+    def sync(self) -> None:
+        """Have bans, and the journal's entries of all but single rules, outlive a power failure.
+
+        Waits for the disk, so not on an event loop. Does nothing if there is nothing new.
+        """
+        if not self._unsynced:
+            return
+        self._unsynced = False
+        for noted in (self._ban_log, self._journal):
+            if noted is not None:
+                noted.sync()
+
     def _note(self, what: str, revision: int, **details: object) -> None:
+        self._unsynced |= what not in _OF_SINGLE_RULES
         if self._journal is not None:
             told = {name: value for name, value in details.items() if value is not None}
             self._journal.append(what, {**told, "revision": revision})
 
-    # -- table operations, one process or many -----------------------------------------------------------------
-
-    @abc.abstractmethod
-    def _locked(self) -> contextlib.AbstractContextManager[None]:
-        """Keep all other writers out."""
-
-    @abc.abstractmethod
-    def _runtime(self, network: IPNetwork, port: int) -> int | None:
-        """Return the id of the runtime rule of exactly this prefix and port (0: any)."""
-
-    @abc.abstractmethod
-    def _set_runtime(self, network: IPNetwork, port: int, rule_id: int) -> None:
-        """Set it. Raises :class:`PolicyError` when the table is full."""
-
-    @abc.abstractmethod
-    def _drop_runtime(self, network: IPNetwork, port: int) -> None: ...
-
-    @abc.abstractmethod
-    def _runtime_lengths(self, version: int) -> Sequence[int]:
-        """Return the prefix lengths that the runtime layer has, the longest first."""
-
-    @abc.abstractmethod
-    def _runtime_entries(self) -> list[tuple[IPNetwork, int, int]]:
-        """Return every (prefix, port, rule id)."""
-
-    @abc.abstractmethod
-    def _chain(self, source: IPAddress) -> list[tuple[int, int]]:
-        """Return (prefix length, rule id) of the rules of the set that may decide, in their order."""
-
-    @abc.abstractmethod
-    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = ()) -> int:
-        """Store a rule with its counters at zero and return its id; room may be made as by ``_free_rules(keep)``.
-        Raises :class:`PolicyError` when full."""
-
-    @abc.abstractmethod
-    def _rule(self, rule_id: int) -> StoredRule | None: ...
-
-    @abc.abstractmethod
-    def _loaded_ids(self) -> Sequence[int]:
-        """Return the id of each rule of the set in force, in the order of :meth:`ruleset`."""
-
-    @abc.abstractmethod
-    def _free_rules(self, keep: Collection[int] = ()) -> int:
-        """Forget the rules that nothing refers to, but for the ids of ``keep``; return how many."""
-
-    @abc.abstractmethod
-    def _hits(self, rule_id: int) -> tuple[int, int]:
-        """Return (decided, dry)."""
-
-    @abc.abstractmethod
-    def _changed(self) -> int:
-        """Bump and return the revision."""
-
-    @abc.abstractmethod
-    def _install(self, compiled: CompiledSet, ids: Sequence[int], deadline: int | None) -> int:
-        """Put a set into force at once; fall back to the present one at ``deadline``. Return the new revision."""
-
-    @abc.abstractmethod
-    def _settle(self) -> None:
-        """If a deadline has passed unconfirmed, make the fall-back final."""
-
-    @abc.abstractmethod
-    def _confirm(self) -> None: ...
-
-    @abc.abstractmethod
-    def _roll_back(self) -> None: ...
-
-    @abc.abstractmethod
-    def _ban(self, address: IPAddress) -> Ban | None: ...
-
-    @abc.abstractmethod
-    def _set_ban(self, ban: Ban) -> None: ...
-
-    @abc.abstractmethod
-    def _drop_ban(self, address: IPAddress) -> bool: ...
-
-    @abc.abstractmethod
-    def _drop_expired_bans(self, now: int) -> int: ...
-
-    @abc.abstractmethod
-    def _in_failsafe(self, source: IPAddress, port: int) -> bool: ...
-
     # -- the whole policy --------------------------------------------------------------------------------------
-
-    @property
-    @abc.abstractmethod
-    def revision(self) -> int:
-        """Grows with every change."""
-
-    @property
-    @abc.abstractmethod
-    def pending(self) -> int | None:
-        """When the set that was loaded last will be undone unless it is confirmed, None if it need not be."""
-
-    @abc.abstractmethod
-    def set_token(self) -> int:
-        """Return a number that names the set in force: it differs after every :meth:`replace` and roll-back."""
-
-    @abc.abstractmethod
-    def ruleset(self) -> RuleSet:
-        """Return the set in force, with the settings in force."""
-
-    @abc.abstractmethod
-    def settings(self) -> Settings: ...
-
-    @abc.abstractmethod
-    def _set_settings(self, settings: Settings) -> int:
-        """Change the settings of the set in force; return the new revision."""
 
     def set_settings(self, settings: Settings) -> None:
         """Change the default and the SYN limits, until the next set is loaded."""
         with self._locked():
             self._settle()
             self._note("settings", self._set_settings(settings), default=settings.default.name.lower())
-
-    @abc.abstractmethod
-    def bans(self) -> list[Ban]: ...
-
-    @abc.abstractmethod
-    def failsafe(self) -> list[IPNetwork]: ...
-
-    @abc.abstractmethod
-    def _set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int]) -> int:
-        """Replace the failsafe; return the new revision."""
 
     def set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int] = ()) -> None:
         """Replace the networks, and the listeners' ports (at most 8), that no rule, ban or default can shut."""

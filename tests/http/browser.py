@@ -1,4 +1,8 @@
-"""Headless Chromium behind a proxy, driven over the DevTools protocol."""
+"""Headless Chromium behind a proxy, driven over the DevTools protocol.
+
+A browser is a dozen processes, and a test that is stopped by its time-out may run no more of its own code, ``finally``
+of a coroutine included. So a fixture ends them, and the kernel does where pytest itself is killed.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,18 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import AsyncIterator
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from .peers import command, text
 
-__all__ = ["Browser", "browser"]
+__all__ = ["Browser", "StartBrowser", "start_browser"]
 
 _FLAGS = (
     "--headless=new",
@@ -23,6 +30,7 @@ _FLAGS = (
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
+    "--disable-breakpad",  # its handlers leave the process group
     "--disable-component-update",
     "--disable-sync",
     "--disable-dev-shm-usage",
@@ -75,32 +83,20 @@ class Browser:
             self.events.append(await self._socket.receive_json())
 
 
-@contextlib.asynccontextmanager
-async def browser(directory: Path, proxy: str, ca: Path | None) -> AsyncIterator[Browser]:
-    """Run Chromium with a profile of its own in ``directory``, behind ``proxy``, trusting ``ca``."""
-    home = directory / "home"
-    database = home / ".pki" / "nssdb"
-    database.mkdir(parents=True)
-    if ca is not None:
-        await command("certutil", "-d", f"sql:{database}", "-N", "--empty-password")
-        await command("certutil", "-d", f"sql:{database}", "-A", "-t", "C,,", "-n", "tests", "-i", ca)
-    profile = directory / "profile"
-    environment = {**os.environ, "HOME": str(home)}
-    log = (directory / "chromium.log").open("wb")
-    process = await asyncio.create_subprocess_exec(
-        "chromium",
-        *_FLAGS,
-        f"--proxy-server={proxy}",
-        f"--user-data-dir={profile}",
-        "about:blank",
-        env=environment,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    log.close()
-    try:
-        port, path = await _endpoint(process, profile / "DevToolsActivePort", directory / "chromium.log")
+StartBrowser = Callable[..., contextlib.AbstractAsyncContextManager[Browser]]
+
+
+@pytest.fixture
+def start_browser() -> Iterator[StartBrowser]:
+    """Start browsers, each a context manager. None outlives the test, however that ends."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    @contextlib.asynccontextmanager
+    async def start(directory: Path, proxy: str, ca: Path | None) -> AsyncIterator[Browser]:
+        """Run Chromium with a profile of its own in ``directory``, behind ``proxy``, trusting ``ca``."""
+        process = _start(directory, proxy, await _home(directory, ca))
+        started.append(process)
+        port, path = await _endpoint(process, directory / "profile/DevToolsActivePort", directory / "chromium.log")
         async with aiohttp.ClientSession() as session:
             url = f"ws://127.0.0.1:{port}{path}"
             async with session.ws_connect(url, max_msg_size=2**26) as socket:
@@ -108,18 +104,40 @@ async def browser(directory: Path, proxy: str, ca: Path | None) -> AsyncIterator
                 yield running
                 with contextlib.suppress(TypeError, ConnectionError):
                     await running.call("Browser.close")  # the answer may be that the socket closes
-    finally:
-        try:
-            async with asyncio.timeout(20):
-                await process.wait()
-        except TimeoutError:
-            os.killpg(process.pid, 9)
-            await process.wait()
+        await asyncio.to_thread(process.wait, 20)
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):  # the whole group has ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-async def _endpoint(process: asyncio.subprocess.Process, file: Path, log: Path) -> tuple[int, str]:
+def _start(directory: Path, proxy: str, home: Path) -> subprocess.Popen[bytes]:
+    options = (f"--proxy-server={proxy}", f"--user-data-dir={directory / 'profile'}", "about:blank")
+    with (directory / "chromium.log").open("wb") as log:
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", "chromium", *_FLAGS, *options],
+            env={**os.environ, "HOME": str(home)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+async def _home(directory: Path, ca: Path | None) -> Path:
+    home = directory / "home"
+    database = home / ".pki" / "nssdb"
+    database.mkdir(parents=True)
+    if ca is not None:
+        await command("certutil", "-d", f"sql:{database}", "-N", "--empty-password")
+        await command("certutil", "-d", f"sql:{database}", "-A", "-t", "C,,", "-n", "tests", "-i", ca)
+    return home
+
+
+async def _endpoint(process: subprocess.Popen[bytes], file: Path, log: Path) -> tuple[int, str]:
     while len(found := text(file).split()) < 2:
-        if process.returncode is not None:
+        if process.poll() is not None:
             raise RuntimeError(f"chromium ended with {process.returncode}: {text(log)}")
         await asyncio.sleep(0.05)
     return int(found[0]), found[1]

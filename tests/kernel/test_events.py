@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from ipaddress import IPv4Address, ip_address
@@ -94,7 +95,10 @@ def test_a_server_that_was_killed_while_somebody_watched_leaves_no_work_to_the_n
 
 @pytest.fixture(scope="module")
 def probe() -> Iterator[Probe]:
-    with Probe(Instance("test-events"), None, Program("gate_xdp", 6, AttachType.XDP)) as made, listen(made, PORT):
+    with (
+        Probe(Instance(f"test-{os.getpid()}-events"), None, Program("gate_xdp", 6, AttachType.XDP)) as made,
+        listen(made, PORT),
+    ):
         made.store.add(Rule("denied", (parse_network(str(SOURCE)),), Action.DROP))
         yield made
 

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 # The verifier's limit is 1,000,000, and kernels differ by a factor: 6.18 walks twice as many as 6.1, or the reverse.
 ROOM = 300_000
 
-_CONTEXTS = "__sk_buff|xdp_md|bpf_sk_lookup|bpf_sock_ops|bpf_sock_addr"
+_CONTEXTS = "__sk_buff|xdp_md|bpf_sk_lookup|bpf_sock_ops|bpf_sock_addr|bpf_sockopt|bpf_sock"
 
 
 def _declared() -> set[str]:

@@ -17,6 +17,7 @@ from rama_ebpf.kernel.bpf import AttachType
 from rama_ebpf.kernel.compile import Program, amalgamate, compile_and_load
 from rama_ebpf.kernel.gate_maps import GateMaps, MapSizes
 from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.loader import unload
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.rule import Action, Stage, Verdict
 
@@ -67,7 +68,7 @@ class Probe:
             self.programs = compile_and_load(text, programs, cflags=[f'-DPIN_DIR="{instance.pin_dir}"'])
         except BaseException:
             self.maps.close()
-            bpffs.remove_tree(instance.pin_root)
+            unload(instance)
             raise
         self._names: dict[int, str] = {}
 
@@ -80,7 +81,7 @@ class Probe:
         for fd in self.programs.values():
             os.close(fd)
         self.maps.close()
-        bpffs.remove_tree(self.instance.pin_root)
+        unload(self.instance)
 
     def judge(self, frame: bytes) -> Parsed:
         """Parse and judge a frame."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
@@ -29,7 +30,7 @@ MF, DF = 0x2000, 0x4000
 @pytest.fixture(scope="module")
 def probe() -> Iterator[Probe]:
     extra = [Program("gate_xdp", 6, AttachType.XDP), Program("gate_lookup", 30, AttachType.SK_LOOKUP)]
-    with Probe(Instance("test-packets"), None, *extra) as made:
+    with Probe(Instance(f"test-{os.getpid()}-packets"), None, *extra) as made:
         yield made
 
 

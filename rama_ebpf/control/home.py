@@ -1,0 +1,82 @@
+"""Where the policy lives: in the kernel behind a gate, or in the server process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .. import loader
+from ..core.errors import RamaError
+from ..kernel.compile import CompileError
+from ..kernel.xdp import XdpError
+from ..policy.kernel_store import KernelStore
+from ..policy.local import LocalStore
+from ..policy.store import PolicyStore
+from .options import DaemonOptions
+
+__all__ = ["GateUnavailable", "Home", "open_home"]
+
+log = logging.getLogger("rama_ebpf")
+
+
+class GateUnavailable(RamaError):
+    """The gate cannot run in the kernel, and the operator demanded it."""
+
+    kind = "gate"
+
+
+@dataclass
+class Home:
+    """Where the policy lives for this run: in the kernel behind a gate, or in this process."""
+
+    store: PolicyStore
+    gate: loader.Gate | None
+    why_local: str = ""
+
+
+@contextlib.contextmanager
+def open_home(options: DaemonOptions) -> Iterator[Home]:
+    gate, why = None, ""
+    try:
+        gate = loader.load(
+            options.instance, sizes=options.sizes, kernel_headers=options.kernel_headers, xdp=bool(options.xdp)
+        )
+        gate.attach()
+        if not gate.guards_workers:
+            log.warning("cgroups may not be changed here: egress policy is kept by the services alone")
+    except (OSError, CompileError) as error:
+        why = str(error)
+        if gate is not None:
+            gate.close(keep_policy=options.persist)
+            gate = None
+    if gate is not None:
+        try:
+            _attach_xdp(gate, options.xdp)
+            yield Home(KernelStore(options.instance, gate.maps), gate)
+        finally:
+            gate.close(keep_policy=options.persist)
+        return
+    if options.require_kernel or options.xdp:
+        raise GateUnavailable(f"no gate in the kernel: {why} (rama-ebpf doctor says more)")
+    log.warning(
+        "POLICY IS NOT IN THE KERNEL: unwanted clients are turned away only after accept. Reason: %s "
+        "(rama-ebpf doctor says more; --require-kernel refuses to run like this)",
+        why.splitlines()[0],
+    )
+    local = LocalStore()
+    local.remember_in(options.instance.state_dir)
+    yield Home(local, None, why)
+
+
+def _attach_xdp(gate: loader.Gate, interfaces: Iterable[str]) -> None:
+    for interface in dict.fromkeys(interfaces):
+        try:
+            attached = gate.attach_xdp(interface)
+        except XdpError as error:
+            raise GateUnavailable(str(error)) from error
+        if attached.mode == "generic":
+            log.warning("XDP on %s is generic, slower: native was refused (%s)", interface, attached.why)
+        else:
+            log.info("XDP on %s is native", interface)

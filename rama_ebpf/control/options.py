@@ -1,0 +1,63 @@
+"""What ``rama-ebpf run`` serves, and how: made from the command line or a configuration, and again for a reload."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ..core.address import Endpoint
+from ..kernel import abi
+from ..kernel.gate_maps import MapSizes
+from ..kernel.instance import Instance
+from ..policy.egress import EgressPolicy
+from ..policy.rule import Action, IPNetwork, Rule, SynLimit
+from ..process.plan import Json, UserIds
+from .listeners import ListenAt
+
+__all__ = ["FIXED", "DaemonOptions"]
+
+
+@dataclass(frozen=True)
+class DaemonOptions:
+    """What to serve, and how.
+
+    ``target`` is ``module:attribute`` (see :class:`~rama_ebpf.process.Plan`), found with ``directory`` on the module
+    path; ``params`` is what it is given. ``default``, ``failsafe`` and ``rules`` are left as they are pinned where
+    they are None; ``per_source`` and ``overall`` limit what the default lets in, and go with ``rules``. ``xdp`` are the
+    interfaces that get the XDP program; the server does not start if one cannot. ``egress`` is where workers may
+    connect to, ``user`` who they become, None to stay. ``metrics`` is where metrics are served, nowhere if None.
+    ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
+    the first tunnel wants it. ``kill``: a source that the policy comes to deny loses its live connections, too.
+    """
+
+    instance: Instance
+    listen: tuple[ListenAt, ...]
+    target: str
+    params: Json
+    directory: str | None = None
+    workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, abi.constants()["SOCKETS_PER_LISTENER"]))
+    user: UserIds | None = None
+    egress: EgressPolicy = field(default_factory=EgressPolicy)
+    drain: float = 10.0
+    watchdog: float = 60.0
+    default: Action | None = None
+    failsafe: tuple[IPNetwork, ...] | None = None
+    rules: tuple[Rule, ...] | None = None
+    per_source: SynLimit | None = None
+    overall: SynLimit | None = None
+    sizes: MapSizes = field(default_factory=MapSizes)
+    kernel_headers: Path | None = None
+    require_kernel: bool = False
+    persist: bool = False
+    xdp: tuple[str, ...] = ()
+    kill: bool = False
+    metrics: Endpoint | None = None
+    access_log: bool = True
+    log_level: str = "info"
+    sockmap: bool = False
+
+
+FIXED: Final = ("instance", "user", "sizes", "kernel_headers", "require_kernel", "persist", "xdp", "metrics")
+"""Options that a reload cannot change."""
