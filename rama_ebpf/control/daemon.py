@@ -23,7 +23,7 @@ import uvloop
 from .. import loader
 from ..core.address import Endpoint
 from ..core.errors import RamaError
-from ..kernel import abi
+from ..kernel import abi, syn_cookies
 from ..kernel.compile import CompileError
 from ..kernel.gate_maps import MapSizes
 from ..kernel.instance import Instance, ServerLock
@@ -75,8 +75,10 @@ class DaemonOptions:
     ``target`` is ``module:attribute`` (see :class:`~rama_ebpf.process.Plan`), found with ``directory`` on the module
     path; ``params`` is what it is given. ``default``, ``failsafe`` and ``rules`` are left as they are pinned where
     they are None; ``per_source`` and ``overall`` limit what the default lets in, and go with ``rules``. ``xdp`` are the
-    interfaces that get the XDP program; the server does not start if one cannot. ``egress`` is where workers may
-    connect to, ``user`` who they become, None to stay. ``metrics`` is where metrics are served, nowhere if None.
+    interfaces that get the XDP program; the server does not start if one cannot. With ``syn_cookies`` that program
+    sends the stack's cookies. ``rejects`` is how many RST answer ``reject``, None for as many as is usual. ``egress``
+    is where workers may connect to, ``user`` who they become, None to stay. ``metrics`` is where metrics are served,
+    nowhere if None.
     ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
     the first tunnel wants it. ``kill``: a source that the policy comes to deny loses its live connections, too.
     """
@@ -101,6 +103,8 @@ class DaemonOptions:
     require_kernel: bool = False
     persist: bool = False
     xdp: tuple[str, ...] = ()
+    syn_cookies: bool = False
+    rejects: SynLimit | None = None
     kill: bool = False
     metrics: Endpoint | None = None
     access_log: bool = True
@@ -108,7 +112,17 @@ class DaemonOptions:
     sockmap: bool = False
 
 
-_FIXED: Final = ("instance", "user", "sizes", "kernel_headers", "require_kernel", "persist", "xdp", "metrics")
+_FIXED: Final = (
+    "instance",
+    "user",
+    "sizes",
+    "kernel_headers",
+    "require_kernel",
+    "persist",
+    "xdp",
+    "syn_cookies",
+    "metrics",
+)
 """Options that a reload cannot change."""
 
 
@@ -140,7 +154,11 @@ def _home(options: DaemonOptions) -> Iterator[_Home]:
     gate, why = None, ""
     try:
         gate = loader.load(
-            options.instance, sizes=options.sizes, kernel_headers=options.kernel_headers, xdp=bool(options.xdp)
+            options.instance,
+            sizes=options.sizes,
+            kernel_headers=options.kernel_headers,
+            xdp=bool(options.xdp),
+            syn_cookies=options.syn_cookies,
         )
         gate.attach()
         if not gate.guards_workers:
@@ -153,6 +171,8 @@ def _home(options: DaemonOptions) -> Iterator[_Home]:
     if gate is not None:
         try:
             _attach_xdp(gate, options.xdp)
+            if options.syn_cookies and (refusal := syn_cookies.refusal()):
+                log.warning("%s", refusal)
             yield _Home(KernelStore(options.instance, gate.maps), gate)
         finally:
             gate.close(keep_policy=options.persist)
@@ -179,6 +199,8 @@ def _attach_xdp(gate: loader.Gate, interfaces: Iterable[str]) -> None:
             log.warning("XDP on %s is generic, slower: native was refused (%s)", interface, attached.why)
         else:
             log.info("XDP on %s is native", interface)
+        if attached.why_silent:
+            log.warning("XDP on %s answers nothing, the stack does: %s", interface, attached.why_silent)
 
 
 class _Daemon:
@@ -352,6 +374,9 @@ class _Daemon:
 
     def _apply_policy(self, options: DaemonOptions) -> None:
         self._put_egress(options)
+        if self._home.gate is not None:
+            limit = options.rejects
+            self._home.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
         store = self._home.store
         if options.failsafe is not None:
             store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
@@ -380,6 +405,7 @@ class _Daemon:
                 "cgroup": str(home.gate.cgroup) if home.gate is not None else None,
                 "egress": "services" if home.gate is None or not home.gate.guards_workers else "services and kernel",
                 "xdp": [] if home.gate is None else [_described(attached) for attached in home.gate.xdp],
+                "syn_cookies": self._options.syn_cookies,
                 "sockmap": asdict(self._relay.status),
                 "listeners": self._listeners.described(self._options.listen),
             }
@@ -404,6 +430,7 @@ def _described(attached: XdpAttachment) -> dict[str, object]:
         "interface": attached.interface,
         "mode": attached.mode,
         "why": attached.why or None,
+        "why_silent": attached.why_silent or None,
         "link": attached.link_id,
     }
 

@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from . import bpf
+from . import bpf, netdev
 from .bpf import AttachType
 
 __all__ = ["XdpAttachment", "XdpError", "attach", "is_attached"]
@@ -34,7 +34,8 @@ class XdpAttachment:
     """Where the program is attached. It is detached when ``link``, a descriptor, is closed.
 
     ``mode`` is ``native`` (the driver runs it) or ``generic`` (the stack does, after it has made a packet of the
-    frame); ``why`` is then what the driver said to native. ``hardware`` is the interface's address.
+    frame); ``why`` is then what the driver said to native. ``hardware`` is the interface's address. ``why_silent`` says
+    why no answer may be sent from there, empty if one may: it would be lost, or go out without its VLAN tag.
     """
 
     interface: str
@@ -44,6 +45,7 @@ class XdpAttachment:
     link_id: int
     mode: str
     why: str = ""
+    why_silent: str = ""
 
 
 def attach(program: int, interface: str) -> XdpAttachment:
@@ -65,8 +67,18 @@ def attach(program: int, interface: str) -> XdpAttachment:
                 ) from error
             refused.append(os.strerror(error.errno or errno.EIO))
         else:
-            return XdpAttachment(interface, index, hardware, link, bpf.link_info(link).id, mode, "".join(refused))
+            why = "".join(refused)
+            silent = _why_silent(interface, index) if mode == "native" else ""
+            return XdpAttachment(interface, index, hardware, link, bpf.link_info(link).id, mode, why, silent)
     raise XdpError(f"XDP cannot be attached to {interface}: {', '.join(dict.fromkeys(refused))}")
+
+
+def _why_silent(interface: str, index: int) -> str:
+    if netdev.strips_vlan_tags(interface):
+        return f"VLAN tags are taken off before XDP (ethtool -K {interface} rxvlan off leaves them on)"
+    if netdev.driver(interface) == "veth" and not netdev.receives_from_xdp(index):
+        return "the other end of this veth takes no frames from XDP (ethtool -K PEER gro on lets it; Linux 6.3)"
+    return ""
 
 
 def is_attached(link_id: int) -> bool:
