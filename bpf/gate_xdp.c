@@ -85,7 +85,8 @@ int gate_xdp(struct xdp_md *ctx)
 	struct listener *listener;
 	struct interface *interface;
 	struct verdict v;
-	u32 index, answers;
+	u32 index;
+	int own, answer;
 
 	if (!s)
 		return XDP_PASS;
@@ -103,20 +104,19 @@ int gate_xdp(struct xdp_md *ctx)
 #endif
 	index = ctx->ingress_ifindex;
 	interface = interfaces.lookup(&index);
-	answers = interface && is_for_interface(ctx, interface);
-	if (s->wildcard && (!answers || is_transit(ctx, &s->packet, is_mapped(&s->packet.target))))
+	own = interface && is_for_interface(ctx, interface);
+	if (s->wildcard && (!own || is_transit(ctx, &s->packet, is_mapped(&s->packet.target))))
 		return XDP_PASS;
 	if (v.action == ACTION_DROP) {
 		count(&v, &s->packet, HOOK_XDP);
 		return XDP_DROP;
 	}
-	if (!answers || !interface->answers)
+	if (!own || interface->answers == ANSWERS_NONE)
 		return XDP_PASS;
-	if (v.action == ACTION_REJECT)
-		return reset(ctx, s);
 #ifdef SYN_COOKIES
-	return answer_with_cookie(ctx, s);
+	answer = v.action == ACTION_REJECT ? reset(ctx, s) : answer_with_cookie(ctx, s);
 #else
-	return XDP_PASS;
+	answer = reset(ctx, s);
 #endif
+	return answer == XDP_TX && interface->answers == ANSWERS_REDIRECT ? bpf_redirect(index, 0) : answer;
 }

@@ -227,10 +227,16 @@ struct reject_meter {
 };
 _Static_assert(sizeof(struct reject_meter) == 24, "reject_meter");
 
+/*
+ * How XDP sends something back on an interface, if it may (see kernel/xdp.py). A veth wakes its peer for XDP_TX only if the
+ * peer has an XDP program, too (veth_xdp_flush); for a redirect it is enough that the peer has NAPI (veth_xdp_xmit).
+ */
+enum answers { ANSWERS_NONE = 0, ANSWERS_TRANSMIT = 1, ANSWERS_REDIRECT = 2 };
+
 /* An interface with gate_xdp. */
 struct interface {
 	__u8 hardware[6];
-	__u16 answers; /* 1: what XDP sends back there arrives (see kernel/xdp.py) */
+	__u16 answers;
 };
 _Static_assert(sizeof(struct interface) == 8, "interface");
 

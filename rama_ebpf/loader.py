@@ -138,7 +138,7 @@ class Gate:
         self._links.append(attachment.link)
         self._xdp.append(attachment)
         key = attachment.index.to_bytes(4, sys.byteorder)
-        value = abi.INTERFACE.pack(attachment.hardware, not attachment.why_silent)
+        value = abi.INTERFACE.pack(attachment.hardware, attachment.answers)
         bpf.map_update(self.maps["interfaces"], key, value)
         return attachment
 

@@ -11,7 +11,7 @@ from typing import cast
 
 from .. import loader
 from ..control.api import Json
-from ..kernel import syn_cookies, xdp
+from ..kernel import xdp
 from ..kernel.instance import Instance, InstanceBusy
 from ..policy.kernel_store import KernelStore
 from .output import NO, OK, print_json, table
@@ -46,7 +46,7 @@ def status(instance: Instance) -> Json:
         "cgroup": state.get("cgroup"),
         "egress": state.get("egress"),
         "xdp": [_xdp(row) for row in _rows(state, "xdp")],
-        "syn_cookies": _syn_cookies(state),
+        "syn_cookies": state.get("syn_cookies"),
         "silent_rejects": 0,
         "sockmap": state.get("sockmap"),
         "listeners": [],
@@ -78,11 +78,6 @@ def _xdp(row: Json) -> Json:
     attached = xdp.is_attached(cast("int", row["link"]))
     mode = row["mode"] if attached else "detached"
     return {"interface": row["interface"], "mode": mode, "why": row["why"], "why_silent": row["why_silent"]}
-
-
-def _syn_cookies(state: Json) -> Json | None:
-    """None if XDP is not to send them, else why it never does, as it is now: the sysctl may have changed."""
-    return {"why_never": syn_cookies.refusal() or None} if state.get("syn_cookies") else None
 
 
 def _rows(state: Json, name: str) -> list[Json]:

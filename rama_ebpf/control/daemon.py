@@ -59,6 +59,7 @@ log = logging.getLogger("rama_ebpf")
 _SWEEP_SECONDS: Final = 30.0
 _ENFORCE_SECONDS: Final = 1.0
 _REFRESH_SECONDS: Final = 10.0  # how often feeds are looked at, not read
+_COOKIE_SECONDS: Final = 5.0
 _WORKER_TARGET: Final = "rama_ebpf.control.worker:application"
 
 
@@ -171,8 +172,6 @@ def _home(options: DaemonOptions) -> Iterator[_Home]:
     if gate is not None:
         try:
             _attach_xdp(gate, options.xdp)
-            if options.syn_cookies and (refusal := syn_cookies.refusal()):
-                log.warning("%s", refusal)
             yield _Home(KernelStore(options.instance, gate.maps), gate)
         finally:
             gate.close(keep_policy=options.persist)
@@ -218,6 +217,9 @@ class _Daemon:
         self._reload = reload
         self._home = home
         self._started = started
+        self._no_cookies = syn_cookies.refusal() if options.syn_cookies else ""
+        if self._no_cookies:
+            log.warning("%s", self._no_cookies)
         self._listeners = Listeners(home.gate)
         cleanup.callback(self._listeners.close)
         self._metrics: MetricsDirectory | None = None
@@ -269,6 +271,7 @@ class _Daemon:
             asyncio.create_task(_sweep(home.store)),
             asyncio.create_task(_refresh(home.store, Refresher(home.store, self._feeds))),
             asyncio.create_task(self._enforce()),
+            asyncio.create_task(self._watch_cookies()),
         ]
         try:
             await self._supervisor.run()
@@ -325,6 +328,15 @@ class _Daemon:
                 if killed:
                     log.warning("revision %d of the policy ended %d live connections", revision, killed)
             seen = revision
+
+    async def _watch_cookies(self) -> None:
+        """Say when the host's sysctl comes to forbid the SYN cookies that XDP is to send, or to allow them."""
+        while self._options.syn_cookies:
+            await asyncio.sleep(_COOKIE_SECONDS)
+            if (refusal := syn_cookies.refusal()) != self._no_cookies:
+                self._no_cookies = refusal
+                log.warning("%s", refusal or "SYN cookies may be sent again")
+                self._write_state()
 
     async def _flows(self, _params: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
         """Answer ``flows``: what each worker says of its tunnels."""
@@ -405,7 +417,7 @@ class _Daemon:
                 "cgroup": str(home.gate.cgroup) if home.gate is not None else None,
                 "egress": "services" if home.gate is None or not home.gate.guards_workers else "services and kernel",
                 "xdp": [] if home.gate is None else [_described(attached) for attached in home.gate.xdp],
-                "syn_cookies": self._options.syn_cookies,
+                "syn_cookies": {"why_never": self._no_cookies or None} if self._options.syn_cookies else None,
                 "sockmap": asdict(self._relay.status),
                 "listeners": self._listeners.described(self._options.listen),
             }
