@@ -14,7 +14,7 @@ import struct
 from pathlib import Path
 from typing import Final
 
-__all__ = ["driver", "receives_from_xdp", "strips_vlan_tags"]
+__all__ = ["driver", "has_vlans", "receives_from_xdp", "strips_vlan_tags"]
 
 _SIOCETHTOOL: Final = 0x8946
 _GET_DRIVER, _GET_FLAGS = 0x03, 0x25
@@ -41,17 +41,17 @@ def driver(interface: str) -> str:
 
 
 def strips_vlan_tags(interface: str) -> bool:
-    """Whether there are VLANs here, and their tags come beside the frame and not in it: XDP does not see them then, and
-    what it sends has none (``rxvlan`` of ethtool)."""
+    """Whether VLAN tags come beside the frame and not in it (``rxvlan`` of ethtool): XDP does not see them then, and
+    what it sends has none."""
     try:
         _, flags = _VALUE.unpack(_ethtool(interface, _GET_FLAGS, _VALUE.size))
     except OSError:
         return False
-    return bool(flags & _RXVLAN) and _has_vlans()
+    return bool(flags & _RXVLAN)
 
 
-def _has_vlans() -> bool:
-    listed = Path("/proc/net/vlan/config")  # not there before the first one was ever made
+def has_vlans(listed: Path = Path("/proc/net/vlan/config")) -> bool:
+    """Whether this namespace has any VLAN interface. The list is not there before the first one was ever made."""
     return listed.exists() and len(listed.read_text(encoding="utf-8").splitlines()) > _VLAN_HEADINGS
 
 

@@ -78,7 +78,7 @@ def attach(program: int, interface: str) -> XdpAttachment:
 def _answers(interface: str, index: int, *, native: bool) -> tuple[str, int]:
     """Say why XDP may send nothing back there, or nothing, and how it does."""
     constant = abi.constants()
-    if native and netdev.strips_vlan_tags(interface):
+    if native and netdev.strips_vlan_tags(interface) and netdev.has_vlans():
         why = f"VLAN tags are taken off before XDP (ethtool -K {interface} rxvlan off leaves them on)"
     elif native and netdev.driver(interface) == "veth":
         if netdev.receives_from_xdp(index):

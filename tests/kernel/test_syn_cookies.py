@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from rama_ebpf.kernel import netdev
+
 from ..conftest import StartProxy
 from ..lab import Host, Lab, set_ethtool, wait_for
-from ..policy.frames import checksum, ethernet, ipv4, tcp
+from ..policy.frames import VLAN, checksum, ethernet, ipv4, tcp
 from ..proxy import ProxyProcess
 from .test_gate import FAMILIES, PORT, Scene
 from .test_xdp import interface, listen
@@ -25,7 +27,8 @@ pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
 FLOOD = IPv4Network("198.19.0.0/16")
 ACK = 0x10
-SET_FLAGS, RXVLAN, TXVLAN = 0x26, 1 << 8, 1 << 7
+SET_FLAGS = 0x26  # ETHTOOL_SFLAGS: ETH_FLAG_RXVLAN, ETH_FLAG_TXVLAN
+SOL_PACKET, PACKET_AUXDATA, TP_STATUS_VLAN_VALID = 263, 8, 1 << 4
 
 
 def sysctl(host: Host, value: int) -> None:
@@ -132,58 +135,70 @@ def test_one_syn_ack_is_on_the_wire_and_none_is_the_stack_s(scene: Scene, family
     assert (counted(scene.proxy, scene.server) - before).sent == 0
 
 
-def test_in_a_vlan_the_answer_keeps_the_tag(lab: Lab, start_proxy: StartProxy) -> None:
-    server, client = lab.host("proxy", takes_xdp=True), lab.host("client")
+def test_in_a_vlan_the_answer_keeps_the_tag(lab: Lab, scene: Scene) -> None:
+    """With frames made by hand: a kernel without VLAN interfaces carries tags all the same."""
+    lab.ethtool(scene.server, SET_FLAGS, 0)  # no TXVLAN: the switch puts the tag into the frame and not beside it
+    own, peer = hardware(scene.server), hardware(scene.client)
+    with scene.client.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as tap:
+        tap.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
+        tap.bind(("eth0", 0))
+        spoof(scene, [forged(scene, IPv4Address(scene.client.ipv4), 40007)], tags=(VLAN,))
+        while True:
+            frame, extra, _, _ = tap.recvmsg(2048, 256)
+            if frame[6:12] == own and frame[14 + 9] == 6:
+                break
+    assert (frame[:6], frame[14 + 33]) == (peer, 0x12)
+    status, _, _, _, _, tci, protocol = struct.unpack("=IIIHHHH", extra[0][2])
+    assert status & TP_STATUS_VLAN_VALID
+    assert (tci, protocol) == (7, VLAN)
+
+
+def test_it_is_known_whether_vlan_tags_reach_xdp(lab: Lab, tmp_path: Path) -> None:
+    host = lab.host("proxy")
+    assert host.call(lambda: netdev.strips_vlan_tags("eth0"))
+    host.call(lambda: set_ethtool("eth0", SET_FLAGS, 0))
+    assert not host.call(lambda: netdev.strips_vlan_tags("eth0"))
+    config = tmp_path / "config"  # as /proc/net/vlan/config
+    assert not netdev.has_vlans(config)
+    config.write_text("VLAN Dev name\t | VLAN ID\nName-Type: VLAN_NAME_TYPE_RAW_PLUS_VID_NO_PAD\n")
+    assert not netdev.has_vlans(config)
+    with config.open("a") as file:
+        file.write("eth0.7         | 7  | eth0\n")
+    assert netdev.has_vlans(config)
+
+
+def test_veth_whose_peer_takes_nothing_from_xdp_leaves_answers_to_the_stack(lab: Lab, start_proxy: StartProxy) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
     sysctl(server, 2)
-    for host, number in ((server, 1), (client, 2)):
-        host.ip("link", "add", "link", "eth0", "name", "eth0.7", "type", "vlan", "id", "7")
-        host.ip("link", "set", "eth0.7", "up")
-        host.add_address(f"198.19.7.{number}/24", "eth0.7")
-    at = ("--listen", f"198.19.7.1:{PORT}", "--xdp", "eth0", "--syn-cookies")
-    # A tag is in the frame only if this end does not take it off, and the other does not hand it over beside the frame.
-    server.call(lambda: set_ethtool("eth0", SET_FLAGS, TXVLAN))
-    lab.ethtool(server, SET_FLAGS, RXVLAN)
-    proxy = start_proxy(server, *at)
-    assert [row["why_silent"] for row in proxy.json("status")["xdp"]] == [None]
-    before = counted(proxy, server)
-    with client.connect("198.19.7.1", PORT) as sock:
-        sock.sendall(b"\x05\x01\x00")
-        assert sock.recv(2) == b"\x05\x00"
-    difference = counted(proxy, server) - before
-    assert (difference.xdp, difference.cgroup, difference.received) == (1, 0, 1)
+    scene = Scene(start_proxy(server, *listen(server, "--xdp", "eth0", "--syn-cookies")), server, client)
+    silent = "XDP on eth0 answers nothing, the stack does: the other end of this veth takes no frames from XDP"
+    assert silent in scene.proxy.command("status").stdout
+    assert scene.proxy.logged(silent)
+    before = counted(scene.proxy, server)
+    assert connects(scene, socket.AF_INET)
+    assert (counted(scene.proxy, server) - before).sent == 1
+    scene.proxy.command("block", client.ipv4, "--reject")
+    assert {segment.flags for segment in scene.attempt()} == {"RA"}
 
 
-def test_where_tags_are_taken_off_before_xdp_the_stack_answers_and_it_is_said(
-    lab: Lab, start_proxy: StartProxy
-) -> None:
-    server, client = lab.host("proxy", takes_xdp=True), lab.host("client")
-    sysctl(server, 2)
-    for host, number in ((server, 1), (client, 2)):
-        host.ip("link", "add", "link", "eth0", "name", "eth0.7", "type", "vlan", "id", "7")
-        host.ip("link", "set", "eth0.7", "up")
-        host.add_address(f"198.19.7.{number}/24", "eth0.7")
-    proxy = start_proxy(server, "--listen", f"198.19.7.1:{PORT}", "--xdp", "eth0", "--syn-cookies")
-    assert "answers nothing, the stack does: VLAN tags are taken off" in proxy.command("status").stdout
-    with client.connect("198.19.7.1", PORT) as sock:
-        sock.sendall(b"\x05\x01\x00")
-        assert sock.recv(2) == b"\x05\x00"
-    proxy.command("block", "198.19.7.2", "--reject")
-    with pytest.raises(ConnectionRefusedError):
-        client.connect("198.19.7.1", PORT)
+def hardware(host: Host) -> bytes:
+    return bytes.fromhex(interface(host)["address"].replace(":", ""))
 
 
-def spoof(scene: Scene, packets: list[bytes]) -> None:
+def spoof(scene: Scene, packets: list[bytes], *, tags: tuple[int, ...] = ()) -> None:
     """Put packets on the client's wire, to the server."""
-    head = bytes.fromhex((interface(scene.server)["address"] + interface(scene.client)["address"]).replace(":", ""))
+    head = hardware(scene.server) + hardware(scene.client)
     with scene.client.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
         sock.bind(("eth0", 0))
         for packet in packets:
-            sock.send(head + ethernet(packet)[12:])
+            sock.send(head + ethernet(packet, tags=tags)[12:])
 
 
-def forged(scene: Scene, source: IPv4Address, port: int, *, flags: int = 0x02, acknowledged: int = 0) -> bytes:
+def forged(
+    scene: Scene, source: IPv4Address, port: int, *, flags: int = 0x02, sequence: int = 1, acknowledged: int = 0
+) -> bytes:
     target = IPv4Address(scene.server.ipv4)
-    segment = bytearray(tcp(PORT, flags=flags, source_port=port))
+    segment = bytearray(tcp(PORT, flags=flags, source_port=port, sequence=sequence))
     struct.pack_into("!I", segment, 8, acknowledged)
     segment[16:18] = checksum(source.packed + target.packed + struct.pack("!HH", 6, len(segment)) + bytes(segment))
     return ipv4(source, target, bytes(segment))
@@ -220,32 +235,24 @@ def test_source_that_is_blocked_after_its_cookie_stays_out(scene: Scene) -> None
     assert connects(scene, socket.AF_INET)
     wait_for(lambda: scene.proxy.accepted() == 1)
     source = IPv4Address(scene.client.ipv4)
-    syn = forged(scene, source, 40001)
-    # Nothing in the client's stack may answer RST to a SYN-ACK that it has not asked for.
-    with scene.client.socket() as reserved, scene.client.socket(socket.AF_PACKET, socket.SOCK_RAW) as wire:
-        reserved.bind((scene.client.ipv4, 40001))
-        wire.bind(("eth0", 0x0800))
-        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        tap = scene.client.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
-        with tap:
-            spoof(scene, [syn])
-            while True:
-                frame = tap.recv(2048)
-                if frame[23] == 6 and frame[47] == 0x12 and frame[36:38] == (40001).to_bytes(2, "big"):
-                    cookie = int.from_bytes(frame[38:42], "big")
-                    break
+    with scene.client.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as tap:
+        tap.bind(("eth0", 0))
+        spoof(scene, [forged(scene, source, 40001)])
+        while True:
+            frame = tap.recv(2048)
+            if frame[23] == 6 and frame[34:38] == struct.pack("!HH", PORT, 40001):
+                break
+    assert frame[47] == 0x12
+    cookie = int.from_bytes(frame[38:42], "big")
     scene.proxy.command("block", scene.client.ipv4)
-    ack = bytearray(forged(scene, source, 40001, flags=ACK, acknowledged=cookie + 1 & 0xFFFFFFFF)[20:])
-    struct.pack_into("!I", ack, 4, 2)
-    ack[16:18] = b"\0\0"
-    target = IPv4Address(scene.server.ipv4)
-    ack[16:18] = checksum(source.packed + target.packed + struct.pack("!HH", 6, len(ack)) + bytes(ack))
     before = counted(scene.proxy, scene.server)
-    spoof(scene, [ipv4(source, target, bytes(ack))])
+    ack = forged(scene, source, 40001, flags=ACK, sequence=2, acknowledged=cookie + 1 & 0xFFFFFFFF)
+    spoof(scene, [ack])
     scene.proxy.command("unblock", scene.client.ipv4)
-    assert connects(scene, socket.AF_INET)
-    wait_for(lambda: scene.proxy.accepted() == 2)
+    assert connects(scene, socket.AF_INET)  # after this, the ACK has been judged
     assert (counted(scene.proxy, scene.server) - before).received == 1, "the blocked ACK was taken"
+    spoof(scene, [ack])
+    wait_for(lambda: (counted(scene.proxy, scene.server) - before).received == 2, what="the same, from who may")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -268,7 +275,7 @@ def test_limit_is_charged_once_whoever_answers(lab: Lab, start_proxy: StartProxy
         f'listeners.four = {{ address = "{server.ipv4}:{PORT}", stack = "main" }}\n'
         f'listeners.six = {{ address = "[{server.ipv6}]:{PORT}", stack = "main" }}\n'
         'stacks.main.service.socks5 = {}\n[policy]\nxdp = ["eth0"]\nsyn_cookies = true\n'
-        'per_source = { rate = "1/h", burst = 3 }\noverall = { rate = "1/h", burst = 5 }\n'
+        'per_source = { rate = "4/h", burst = 3 }\noverall = { rate = "4/h", burst = 5 }\n'
     )
     scene = Scene(start_proxy(server, "--config", str(config)), server, client)
     assert [bool(scene.attempt(socket.AF_INET)) for _ in range(4)] == [True, True, True, False]
