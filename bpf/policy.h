@@ -313,7 +313,6 @@ struct answer {
 	__u16 window;
 	__u16 pad;
 };
-_Static_assert(sizeof(struct answer) == 16, "answer");
 
 /* A bucket that an admitted SYN is charged to. */
 struct due {
@@ -321,7 +320,6 @@ struct due {
 	__u32 bucket;
 	__u32 pad;
 };
-_Static_assert(sizeof(struct due) == 16, "due");
 
 enum tcp_size { TCP_WORDS = 15 }; /* of the largest header, of 32 bits */
 
