@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import IPv6Address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
 
@@ -112,16 +112,19 @@ class Probe:
 
 
 @contextmanager
-def listen(probe: Probe, port: int, *, sockets: int = 0, answers: bool = False) -> Iterator[None]:
-    """Put a port, on any address, under the gate. The first ``sockets`` of the SOCKMAP serve it. ``answers``: XDP
-    may send.
+def listen(
+    probe: Probe, port: int, *, at: Sequence[IPAddress] = (), sockets: int = 0, answers: bool = False
+) -> Iterator[None]:
+    """Put a port under the gate, on any address or on those given. The first ``sockets`` of the SOCKMAP serve it.
+    ``answers``: XDP may send.
 
     Test runs seem to come in by the loopback device, whose hardware address is zero, as in the frames that they are
     given.
     """
     bpf.map_update(probe.maps["interfaces"], (1).to_bytes(4, "little"), abi.INTERFACE.pack(bytes(6), answers))
-    wildcards = (bytes(16), b"\0" * 10 + b"\xff\xff" + bytes(4))
-    keys = [abi.LISTENER_KEY.pack(address, port, 0) for address in wildcards]
+    addresses = at or (IPv6Address("::"), IPv4Address("0.0.0.0"))
+    mapped = [IPv6Address(f"::ffff:{address}") if address.version == 4 else address for address in addresses]
+    keys = [abi.LISTENER_KEY.pack(address.packed, port, 0) for address in mapped]
     for key in keys:
         bpf.map_update(probe.maps["listeners"], key, abi.LISTENER.pack(0, sockets, 0))
     try:

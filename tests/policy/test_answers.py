@@ -63,6 +63,7 @@ FRAMES = {
 
 UNANSWERED = {
     "IPv4-mapped IPv6": ethernet(ipv6(MAPPED_A, MAPPED_B, syn())),
+    "IPv4-mapped IPv6 that would do for IPv4": ethernet(b"\x60\0\0\x3c" + ipv6(MAPPED_A, MAPPED_B, syn())[4:]),
     "to another hardware address": b"\x02" + ethernet(ipv4(A4, B4, syn()))[1:],
     "to all hardware addresses": b"\xff" * 6 + ethernet(ipv4(A4, B4, syn()))[6:],
     "from a multicast address": ethernet(ipv4(IPv4Address("224.0.0.1"), B4, syn())),
@@ -184,7 +185,7 @@ def test_rst_is_never_answered(probe: Probe) -> None:
 @pytest.mark.parametrize("name", UNANSWERED)
 def test_left_to_the_stack_as_it_came(probe: Probe, server: Host, name: str, action: Action) -> None:
     put(probe, action)
-    with served(probe, server, 2):
+    with served(probe, server, 2), listen(probe, PORT, at=(B4, B6), sockets=1, answers=True):
         assert run(probe, UNANSWERED[name]) == (XDP_PASS, UNANSWERED[name])
 
 
