@@ -19,7 +19,7 @@ enum tcp_flag { TCP_SYN = 0x02, TCP_RST = 0x04, TCP_ACK = 0x10 };
 #define ANSWER_TTL 64
 #define MSS_BYTES 4
 
-/* The header in front of which every offset is below these, which the verifier cannot tell from a map. */
+/* Bounds of the offsets in struct packet, which the verifier knows nothing of: they are in a map. */
 #define NETWORK_MASK 31
 #define TRANSPORT_MASK 0x3fff
 

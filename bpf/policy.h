@@ -327,7 +327,7 @@ enum tcp_size { TCP_WORDS = 15 }; /* of the largest header, of 32 bits */
  * What the programs work on. It is kept in a map and not on the stack, because of memory in maps the verifier knows
  * nothing: what it knows of the stack it carries through every turn of a loop, along every path. The hooks run in
  * softirqs, one at a time on a CPU. (sk_lookup also runs for sock_diag queries, in a process; if packets come in
- * between, the query may get a wrong answer.)
+ * between, the query may get a wrong answer. And gate_xdp has it run once, knowingly.)
  */
 struct scratch {
 	struct packet packet;

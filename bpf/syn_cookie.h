@@ -6,6 +6,8 @@
  *
  *  - Whether there is to be one is the stack's to say: net.ipv4.tcp_syncookies is 2, or it is 1 and the socket's queue of
  *    requests is full; and the queue of those to be accepted is not.
+ *  - And only for a SYN that no connection has: one that is there, half open, or in TIME-WAIT is the stack's to deal with
+ *    (RFC 9293, 3.10.7.4; RFC 6191), or the ACK would find it and not the listening socket.
  *  - The answer has an MSS and no other option. Window scaling, SACK and ECN the stack keeps in the timestamp that it offers,
  *    with an offset that it makes from a secret of its own: XDP cannot make it, so these connections have none of them.
  *  - Payload in a SYN is not acknowledged, and a cookie of TCP Fast Open not looked at, as the stack does under cookies: the
@@ -68,6 +70,42 @@ static __always_inline s64 make_cookie(struct xdp_md *ctx, struct scratch *s)
 	return bpf_tcp_gen_syncookie(sk, ip, sizeof(*ip), (void *)s->tcp, size);
 }
 
+/*
+ * Whether there is a connection, of any state, between the SYN's ends. If there is none, the look-up goes on to our listener
+ * and runs gate_lookup, which works in the same scratch: it judges the same SYN, and what it says nothing of is kept here.
+ */
+static __always_inline int has_connection(struct xdp_md *ctx, struct scratch *s)
+{
+	const struct packet *p = &s->packet;
+	u32 network = p->network, transport = p->transport, size;
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *sk;
+	int found = 0;
+
+	if (p->ipv4) {
+		tuple.ipv4.saddr = mapped_ipv4(&p->source);
+		tuple.ipv4.daddr = mapped_ipv4(&p->target);
+		tuple.ipv4.sport = bpf_htons(p->source_port);
+		tuple.ipv4.dport = bpf_htons(p->port);
+		size = sizeof(tuple.ipv4);
+	} else {
+		__builtin_memcpy(tuple.ipv6.saddr, &p->source, 16);
+		__builtin_memcpy(tuple.ipv6.daddr, &p->target, 16);
+		tuple.ipv6.sport = bpf_htons(p->source_port);
+		tuple.ipv6.dport = bpf_htons(p->port);
+		size = sizeof(tuple.ipv6);
+	}
+	sk = bpf_skc_lookup_tcp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	if (sk) {
+		found = sk->state != TCP_LISTEN_STATE;
+		bpf_sk_release(sk);
+	}
+	barrier();
+	s->packet.network = network;
+	s->packet.transport = transport;
+	return found;
+}
+
 /* Answer a SYN that is let in, if the stack would do so with a cookie, and charge it to its limits: it goes no further. */
 static __always_inline int answer_with_cookie(struct xdp_md *ctx, struct scratch *s)
 {
@@ -89,6 +127,9 @@ static __always_inline int answer_with_cookie(struct xdp_md *ctx, struct scratch
 	s->answer.window = mtu * INITIAL_SEGMENTS < 0xffff ? mtu * INITIAL_SEGMENTS : 0xffff;
 	cookie = make_cookie(ctx, s);
 	if (cookie < 0)
+		return XDP_PASS;
+	/* Last, because it costs most. (The socket has noted a cookie that is not sent; it will refuse none for that.) */
+	if (has_connection(ctx, s))
 		return XDP_PASS;
 	s->answer.sequence = cookie;
 	answer = send_back(ctx, s);

@@ -181,6 +181,10 @@ def test_veth_whose_peer_takes_nothing_from_xdp_leaves_answers_to_the_stack(lab:
     assert {segment.flags for segment in scene.attempt()} == {"RA"}
 
 
+def in_state(host: Host, state: str) -> int:
+    return len(host.run("ss", "-Htn", "state", state).stdout.splitlines())
+
+
 def hardware(host: Host) -> bytes:
     return bytes.fromhex(interface(host)["address"].replace(":", ""))
 
@@ -256,6 +260,38 @@ def test_source_that_is_blocked_after_its_cookie_stays_out(scene: Scene) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_client_that_comes_back_from_the_same_port_at_once_gets_in(scene: Scene, family: int) -> None:
+    """The server closes first, so its end waits in TIME-WAIT. A cookie's ACK would be taken for that connection's."""
+    with scene.client.socket(family) as first:
+        first.bind((scene.source(family), 0))
+        port = first.getsockname()[1]
+        first.connect((scene.address(family), PORT))
+        first.sendall(b"\x05\x01\x02")  # password only: it is refused
+        while first.recv(16):
+            pass
+    wait_for(lambda: in_state(scene.server, "time-wait") == 1)
+    before = counted(scene.proxy, scene.server)
+    with scene.client.socket(family) as second:
+        second.bind((scene.source(family), port))
+        second.connect((scene.address(family), PORT))
+        second.sendall(b"\x05\x01\x00")
+        assert second.recv(2) == b"\x05\x00"
+    difference = counted(scene.proxy, scene.server) - before
+    assert (difference.xdp, difference.cgroup) == (0, 1)
+
+
+def test_syn_of_a_live_connection_gets_the_stack_s_answer_and_does_no_harm(scene: Scene) -> None:
+    with scene.client.connect(scene.server.ipv4, PORT) as sock, scene.client.capture("eth0") as capture:
+        before = counted(scene.proxy, scene.server)
+        spoof(scene, [forged(scene, IPv4Address(scene.client.ipv4), sock.getsockname()[1])])
+        back = [segment.flags for segment in capture.read() if segment.sport == PORT]
+        assert back == ["A"], "RFC 5961: a challenge ACK"
+        sock.sendall(b"\x05\x01\x00")
+        assert sock.recv(2) == b"\x05\x00"
+        assert (counted(scene.proxy, scene.server) - before).xdp == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_where_no_queue_is_full_nothing_changes(scene: Scene, family: int) -> None:
     sysctl(scene.server, 1)
     before = counted(scene.proxy, scene.server)
@@ -284,10 +320,6 @@ def test_limit_is_charged_once_whoever_answers(lab: Lab, start_proxy: StartProxy
     assert (found.xdp, found.cgroup) == ((0, 5) if setting == 1 else (5, 0))
 
 
-def half_open(host: Host) -> int:
-    return len(host.run("ss", "-Htn", "state", "syn-recv").stdout.splitlines())
-
-
 @pytest.mark.parametrize("setting", [1, 2], ids=["a full queue", "always"])
 def test_flood_that_is_let_in_fills_no_queue_and_a_client_gets_in(
     lab: Lab, start_proxy: StartProxy, setting: int
@@ -307,10 +339,10 @@ def test_flood_that_is_let_in_fills_no_queue_and_a_client_gets_in(
     difference = counted(proxy, server) - before
     assert difference.sent == 0, "the stack made cookies of its own"
     if setting == 2:
-        assert (difference.xdp, half_open(server)) == (len(packets), 0)
+        assert (difference.xdp, in_state(server, "syn-recv")) == (len(packets), 0)
     else:  # XDP began when the queue was full
         assert difference.xdp >= len(packets) - 200
-        assert 0 < half_open(server) <= 66
+        assert 0 < in_state(server, "syn-recv") <= 66
     assert connects(scene, socket.AF_INET)
     assert (counted(proxy, server) - before).received == 1
 
