@@ -217,6 +217,7 @@ class _Daemon:
         self._reload = reload
         self._home = home
         self._started = started
+        self._syn_cookies = options.syn_cookies  # the program was loaded so, whatever a reload says
         self._no_cookies = syn_cookies.refusal() if options.syn_cookies else ""
         if self._no_cookies:
             log.warning("%s", self._no_cookies)
@@ -331,7 +332,7 @@ class _Daemon:
 
     async def _watch_cookies(self) -> None:
         """Say when the host's sysctl comes to forbid the SYN cookies that XDP is to send, or to allow them."""
-        while self._options.syn_cookies:
+        while self._syn_cookies:
             await asyncio.sleep(_COOKIE_SECONDS)
             if (refusal := syn_cookies.refusal()) != self._no_cookies:
                 self._no_cookies = refusal
@@ -417,7 +418,7 @@ class _Daemon:
                 "cgroup": str(home.gate.cgroup) if home.gate is not None else None,
                 "egress": "services" if home.gate is None or not home.gate.guards_workers else "services and kernel",
                 "xdp": [] if home.gate is None else [_described(attached) for attached in home.gate.xdp],
-                "syn_cookies": {"why_never": self._no_cookies or None} if self._options.syn_cookies else None,
+                "syn_cookies": {"why_never": self._no_cookies or None} if self._syn_cookies else None,
                 "sockmap": asdict(self._relay.status),
                 "listeners": self._listeners.described(self._options.listen),
             }
@@ -427,13 +428,19 @@ class _Daemon:
         if self._metrics is None or self._options.metrics is None or self._options.metrics.address is None:
             return None
         # Imported only where it is wanted: it brings the HTTP services, a fifth of the time to start.
-        from ..metrics.exposition import MetricsServer, supervisor_collector, verdict_collector
+        from ..metrics.exposition import (
+            MetricsServer,
+            silent_rejects_collector,
+            supervisor_collector,
+            verdict_collector,
+        )
 
         address = self._options.metrics.address
         collectors = [supervisor_collector(self._supervisor)]
         store = self._home.store
         if isinstance(store, KernelStore):
             collectors.append(verdict_collector(lambda: _verdicts(store)))
+            collectors.append(silent_rejects_collector(store.silent_rejects))
         return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors)
 
 

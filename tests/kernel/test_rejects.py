@@ -54,7 +54,7 @@ def test_beyond_their_rate_rejects_are_silent_and_an_operator_sees_how_many(
     config.write_text(
         f'listeners.four = {{ address = "{server.ipv4}:{PORT}", stack = "main" }}\n'
         f'listeners.six = {{ address = "[{server.ipv6}]:{PORT}", stack = "main" }}\n'
-        "stacks.main.service.socks5 = {}\n"
+        'stacks.main.service.socks5 = {}\nserver.metrics = "127.0.0.1:9464"\n'
         f'[policy]\ndefault = "reject"\nrejects = {{ rate = "4/h", burst = 2 }}\n'
         f"xdp = {['eth0'] if by == 'xdp' else []}\n"
     )
@@ -65,6 +65,10 @@ def test_beyond_their_rate_rejects_are_silent_and_an_operator_sees_how_many(
     assert silent >= 1
     assert rejected(scene.proxy) == ({"xdp": 2 + silent} if by == "xdp" else {"lookup": 2, "cgroup": silent})
     assert f"{silent} of those rejected got no RST" in scene.proxy.command("status").stdout
+    with server.connect("127.0.0.1", 9464) as sock:
+        sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        text = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+    assert f"\nrama_silent_rejects_total {silent}.0\n" in text
     assert scene.proxy.accepted() == 0
 
 
