@@ -64,16 +64,20 @@ def _ethtool(interface: str, command: int, size: int) -> bytes:
 
 
 def receives_from_xdp(index: int) -> bool | None:
-    """Whether frames that XDP transmits on an interface go anywhere; None if the kernel does not tell (before 6.3).
+    """Whether frames that XDP redirects to an interface go anywhere; None if the kernel does not tell (before 6.3, or
+    where a service manager keeps us from netlink).
 
     Of a veth this says whether its peer has NAPI, which it has with GRO or an XDP program of its own.
     """
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_GENERIC) as sock:
-        family = _ask(sock, _CONTROL, _GET_FAMILY, _attribute(_FAMILY_NAME, b"netdev\0")).get(_FAMILY_ID)
-        if family is None:
-            return None
-        request = _attribute(_IFINDEX, struct.pack("=I", index))
-        features = _ask(sock, struct.unpack_from("=H", family)[0], _GET_DEVICE, request).get(_XDP_FEATURES)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_GENERIC) as sock:
+            family = _ask(sock, _CONTROL, _GET_FAMILY, _attribute(_FAMILY_NAME, b"netdev\0")).get(_FAMILY_ID)
+            if family is None:
+                return None
+            request = _attribute(_IFINDEX, struct.pack("=I", index))
+            features = _ask(sock, struct.unpack_from("=H", family)[0], _GET_DEVICE, request).get(_XDP_FEATURES)
+    except OSError:
+        return None
     return None if features is None else bool(struct.unpack_from("=Q", features)[0] & _NDO_XMIT)
 
 
