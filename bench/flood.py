@@ -1,11 +1,19 @@
-"""What a denied SYN costs the host, by where it is turned away: ``python -m bench.flood`` (root).
+"""What a denied SYN costs the host, by where it is turned away: ``python -m bench.flood`` (root, two CPUs).
 
 Two network namespaces, joined by veth. Both ends process what they receive in NAPI threads of their own, so the cost
 of a segment is what the server's thread ran on a CPU (``schedstat``), whatever else the machine does: the sender's cost
 and the client's are in other threads. Accepting adds the server process's own time.
 
+A flood is when packets come faster than they are handled: the next ones wait before the last are done, and the
+receiver never sleeps (on hardware, NAPI polls with interrupts off, 64 at a time). Left to themselves on an idle
+machine, sender and receiver are as fast as each other on two CPUs, and the receiver falls asleep and is woken for one
+or two packets at a time: most of what is measured then is the scheduler. So the sender (or the connecting client) and
+the NAPI threads of both ends share one CPU, where the threads are SCHED_BATCH: waking one does not interrupt the
+sender, which hands the CPU over when it has sent a burst of 128. The server process, which accepts, has the other CPU.
+All rows are measured so.
+
 Everything is measured in turn, round by round, in one run. Each filter holds the same 10,000 prefixes, one of which is
-the flood's.
+the flood's. Rows of SYNs that are let in: their sources are forged, so nobody answers the SYN-ACK.
 """
 
 from __future__ import annotations
@@ -46,6 +54,7 @@ SERVER, CLIENT = IPv4Address("198.18.0.1"), IPv4Address("198.18.0.2")
 FLOOD = IPv4Network("198.19.0.0/16")
 PREFIXES = 10_000
 FRAMES = 4096
+BURST = 128  # of 256 that wait in a veth at most
 SENT = 200_000
 CONNECTIONS = 4_000
 ROUNDS = 7
@@ -104,15 +113,35 @@ def _hardware(interface: str) -> bytes:
         return bytes(fcntl.ioctl(sock, 0x8927, struct.pack("16s24x", interface.encode()))[18:24])
 
 
-def _napi_nanoseconds() -> int:
-    """How long the server's receiving threads have run on a CPU."""
-    total = 0
+def _napi_threads(interface: str) -> Iterator[Path]:
+    """The receiving threads of an interface, in /proc."""
     for directory in Path("/proc").iterdir():
         if directory.name.isdigit():
             with contextlib.suppress(OSError):  # it has just ended
-                if (directory / "comm").read_text().startswith("napi/fs0-"):
-                    total += int((directory / "schedstat").read_text().split()[0])
-    return total
+                if (directory / "comm").read_text().startswith(f"napi/{interface}-"):
+                    yield directory
+
+
+def _napi_nanoseconds() -> int:
+    """How long the server's receiving threads have run on a CPU."""
+    return sum(int((directory / "schedstat").read_text().split()[0]) for directory in _napi_threads("fs0"))
+
+
+def _place_threads() -> None:
+    """Put all receiving threads where the sender is. XDP and nftables come and go, and threads with them."""
+    flooded, _ = _cpus()
+    for interface in ("fs0", "fc0"):
+        for directory in _napi_threads(interface):
+            os.sched_setaffinity(int(directory.name), {flooded})
+            os.sched_setscheduler(int(directory.name), os.SCHED_BATCH, os.sched_param(0))
+
+
+def _cpus() -> tuple[int, int]:
+    """The CPU of the flood, and that of the process that accepts."""
+    cpus = sorted(os.sched_getaffinity(1))
+    if len(cpus) < 2:
+        raise SystemExit("two CPUs are needed: one for the flood, one for the server")
+    return cpus[-1], cpus[0]
 
 
 # -- the client's side: run as python -m bench.flood send|connect … ---------------------------------------------------
@@ -156,9 +185,9 @@ def _send(target: str, count: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
         sock.bind(("fc0", 0))
-        for batch in range(count // 64):
-            at = ctypes.byref(messages, batch % (FRAMES // 64) * 64 * ctypes.sizeof(_Message))
-            if libc.sendmmsg(sock.fileno(), at, 64, 0) < 64:
+        for batch in range(count // BURST):
+            at = ctypes.byref(messages, batch % (FRAMES // BURST) * BURST * ctypes.sizeof(_Message))
+            if libc.sendmmsg(sock.fileno(), at, BURST, 0) < BURST:
                 if ctypes.get_errno() not in (0, errno.ENOBUFS):
                     raise OSError(ctypes.get_errno(), "sendmmsg")
                 time.sleep(0.001)  # the ring of the veth is full: it holds 256
@@ -166,11 +195,11 @@ def _send(target: str, count: int) -> None:
 
 
 def _connect(count: int) -> None:
-    """Connect from anywhere in the flood's network, 64 at once, and close."""
+    """Connect from anywhere in the flood's network, a burst at once, and close."""
     pick = random.Random(2)
-    for _ in range(count // 64):
+    for _ in range(count // BURST):
         socks = []
-        for _ in range(64):
+        for _ in range(BURST):
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             sock.bind((str(FLOOD[pick.randrange(1, 65535)]), 0))
             sock.connect_ex((str(SERVER), PORT))
@@ -197,6 +226,7 @@ def _run(client: str, *args: str) -> list[str]:
 
 def flood(client: str, method: Method) -> float:
     """Return the nanoseconds that a SYN cost."""
+    _place_threads()
     handled, ran = method.handled(), _napi_nanoseconds()
     subprocess.run(_run(client, "send", _hardware("fs0").hex(), str(SENT)), check=True)
     time.sleep(0.2)
@@ -208,6 +238,7 @@ def flood(client: str, method: Method) -> float:
 
 def accept_then_close(client: str, serve: Callable[[socket.socket, subprocess.Popen[bytes]], int]) -> float:
     """Return the nanoseconds that a connection cost: its segments, and what ``serve`` did."""
+    _place_threads()
     with _listener() as listener:
         connecting = subprocess.Popen(_run(client, "connect", str(CONNECTIONS)))
         ran, own = _napi_nanoseconds(), time.process_time_ns()
@@ -279,6 +310,7 @@ def _nft_counter() -> int:
 
 
 _CHAIN: list[str] = []
+_EACH = (0, 0)  # no limit on RST
 
 
 @contextlib.contextmanager
@@ -299,14 +331,17 @@ def nftables(where: str, networks: list[IPv4Network]) -> Iterator[Method]:
 
 
 def main() -> None:
+    os.sched_setaffinity(0, {_cpus()[1]})
     pick = random.Random(3)
     networks = [FLOOD] + [IPv4Network((0x0B000000 + (n << 8), 24)) for n in pick.sample(range(1 << 21), PREFIXES - 1)]
     found: dict[str, list[float]] = {}
-    instance = Instance(f"flood-{os.getpid()}")
     with _hosts() as (server, client), contextlib.ExitStack() as cleanup:
-        cleanup.callback(unload, instance)
-        gate = load(instance, xdp=True)
-        cleanup.callback(gate.close)
+        gates = []
+        for name, cookies in (("flood", False), ("cookies", True)):
+            instance = Instance(f"{name}-{os.getpid()}")
+            cleanup.callback(unload, instance)
+            gates.append(load(instance, xdp=True, syn_cookies=cookies))
+            cleanup.callback(gates[-1].close)
         for _ in range(ROUNDS):
             _use_napi_thread(server, "fs0")
             for name, serve in (("accept, then close", bare_calls), ("the same by TcpServer", tcp_server)):
@@ -315,7 +350,9 @@ def main() -> None:
                 for where in ("prerouting", "ingress"):
                     with nftables(where, networks) as method:
                         found.setdefault(method.name, []).append(flood(client, method))
-            _with_gate(gate, client, networks, found)
+            _with_gate(gates[0], client, networks, found)
+            with _no_answers(client), _syncookies(2):
+                _with_cookies(gates[1], client, found)
     print(f"{'':<36} {'ns a SYN':>24}   {'cheaper than accept':>24}   {'than TcpServer':>24}")
     for name, costs in found.items():
         cells = [_spread(costs, 0)]
@@ -330,30 +367,81 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{middle} ({low} - {high})"
 
 
+@contextlib.contextmanager
+def _no_answers(client: str) -> Iterator[None]:
+    """The client drops the SYN-ACKs: it never sent those SYNs."""
+    text = (
+        "table netdev forged { chain drops { type filter hook ingress device fc0 priority 0;\n"
+        "tcp flags & (syn | ack) == (syn | ack) drop\n}\n}\n"
+    )
+    nft = ["nsenter", f"--net=/run/netns/{client}", "nft"]
+    subprocess.run([*nft, "-f", "-"], input=text, check=True, text=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*nft, "delete", "table", "netdev", "forged"], check=True)
+
+
+@contextlib.contextmanager
+def _syncookies(value: int) -> Iterator[None]:
+    sysctl = Path("/proc/sys/net/ipv4/tcp_syncookies")
+    before = sysctl.read_text()
+    sysctl.write_text(str(value))
+    try:
+        yield
+    finally:
+        sysctl.write_text(before)
+
+
+def _cookies_sent() -> int:
+    names, values = [line.split() for line in Path("/proc/net/netstat").read_text().splitlines()[:2]]
+    return int(values[names.index("SyncookiesSent")])
+
+
+def _with_cookies(gate: Gate, client: str, found: dict[str, list[float]]) -> None:
+    store = KernelStore(gate.instance, gate.maps)
+    gate.attach()
+    with _listener() as listener:
+        address = gate.add_listener([listener])
+        method = Method("let in, the stack's cookie", _cookies_sent)
+        found.setdefault(method.name, []).append(flood(client, method))
+        gate.attach_xdp("fs0")
+        method = Method("let in, XDP's cookie", lambda: store.totals().get(("xdp", "default", "allow"), 0))
+        found.setdefault(method.name, []).append(flood(client, method))
+        gate.remove_listener(address)
+    gate.detach()
+
+
 def _with_gate(gate: Gate, client: str, networks: list[IPv4Network], found: dict[str, list[float]]) -> None:
     store = KernelStore(gate.instance, gate.maps)
 
-    def dropped(hook: str, action: str) -> Callable[[], int]:
+    def handled(hook: str, action: str) -> Callable[[], int]:
         return lambda: store.totals().get((hook, "rule", action), 0)
 
     gate.attach()
     with _listener() as listener:
         address = gate.add_listener([listener])
-        for name, hook, action in (
-            ("sk_lookup (answers RST)", "lookup", Action.REJECT),
-            ("cgroup_skb", "cgroup", Action.DROP),
-            ("XDP, native", "xdp", Action.DROP),
+        for name, hook, action, limit in (
+            ("reject by sk_lookup, each with RST", "lookup", Action.REJECT, _EACH),
+            ("reject beyond the rate, cgroup_skb", "cgroup", Action.REJECT, None),
+            ("cgroup_skb", "cgroup", Action.DROP, None),
+            ("XDP, native", "xdp", Action.DROP, None),
+            ("reject by XDP, each with RST", "xdp", Action.REJECT, _EACH),
+            ("reject beyond the rate, XDP", "xdp", Action.REJECT, None),
         ):
             store.replace(RuleSet((Rule("flood", tuple(networks), action, origin="file"),)))
-            if hook == "xdp":
+            gate.limit_rejects(limit)
+            if hook == "xdp" and not gate.xdp:
                 gate.attach_xdp("fs0")
-            method = Method(name, dropped(hook, action.name.lower()))
+            method = Method(name, handled(hook, action.name.lower()))
             found.setdefault(name, []).append(flood(client, method))
         gate.remove_listener(address)
     gate.detach()
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] in (["send"], ["connect"]):
+        os.sched_setaffinity(0, {_cpus()[0]})
     if sys.argv[1:2] == ["send"]:
         _send(sys.argv[2], int(sys.argv[3]))
     elif sys.argv[1:2] == ["connect"]:

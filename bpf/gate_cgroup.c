@@ -43,7 +43,10 @@ int gate_cgroup(struct __sk_buff *skb)
 
 	/* The ACK that ends a handshake is judged as well: a source that is blocked after its SYN stays out. */
 	v = verdict(s, p->syn ? CHARGE_ADMIT : CHARGE_NONE);
-	if (p->syn)
+	if (p->syn) {
 		count(&v, p, HOOK_CGROUP);
+		if (v.action == ACTION_REJECT) /* gate_lookup let it come here because it may not answer */
+			count_silent();
+	}
 	return v.action == ACTION_ALLOW ? CGROUP_PASS : CGROUP_DROP;
 }

@@ -1,15 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
 /*
  * sk_lookup in the listeners' network namespace: steers a SYN to one of the listener's sockets, and answers RST for
- * `reject`. A silent drop is left to gate_cgroup, which comes next. Traffic that is not for our listeners goes on
- * as if this program were not there.
+ * `reject`, up to a rate. A silent drop is left to gate_cgroup, which comes next, and so is a `reject` beyond that rate.
+ * Traffic that is not for our listeners goes on as if this program were not there.
  */
-
-static __always_inline void release(struct bpf_sock **sk)
-{
-	if (*sk)
-		bpf_sk_release(*sk);
-}
 
 int gate_lookup(struct bpf_sk_lookup *ctx)
 {
@@ -17,7 +11,7 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 	struct packet *p;
 	struct listener *listener;
 	struct verdict v;
-	u32 slot, flow;
+	u32 slot;
 	int ipv4;
 
 	if (ctx->protocol != IPPROTO_TCP)
@@ -27,6 +21,7 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 	p = &s->packet;
 	p->port = ctx->local_port;
+	p->source_port = bpf_ntohs((u16)ctx->remote_port);
 	p->syn = 1;
 	ipv4 = ctx->family == AF_INET;
 	CONTEXT_ADDRESS(&p->source, ipv4, ctx->remote_ip4, ctx->remote_ip6);
@@ -37,16 +32,14 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 
 	v = verdict(s, CHARGE_NONE);
-	if (v.action == ACTION_REJECT) {
+	if (v.action == ACTION_REJECT && may_reset()) {
 		count(&v, p, HOOK_LOOKUP);
 		return SK_DROP; /* no socket: the stack answers RST */
 	}
 	if (!listener->sockets)
 		return SK_DROP; /* ours, but nobody serves it: it must not leak to another socket */
 
-	/* Spread by the source port, so that the ACK of a handshake finds the socket that its SYN found. */
-	flow = bpf_ntohs((u16)ctx->remote_port) ^ (mapped_ipv4(&p->source) * 0x9e3779b1u >> 16);
-	slot = listener->id * SOCKETS_PER_LISTENER + flow % listener->sockets;
+	slot = socket_slot(listener, p);
 	{
 		struct bpf_sock *sk __attribute__((cleanup(release))) = (void *)sockets.lookup(&slot);
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
 /*
- * XDP on an interface, opt-in: drops the SYN of a denied source before the stack allocates anything for it. Everything
- * that is not a SYN for one of our listeners passes untouched, and so does a `reject`: its RST comes from sk_lookup.
+ * XDP on an interface, opt-in: drops the SYN of a denied source before the stack allocates anything for it, and answers
+ * RST for `reject`, up to a rate. With SYN_COOKIES it also answers a SYN that is let in with a cookie, where the stack
+ * would do so itself. Everything that is not a SYN for one of our listeners passes untouched.
  */
 
 /*
@@ -36,35 +37,86 @@ static __always_inline int is_transit(struct xdp_md *ctx, const struct packet *p
  * Whether the frame was sent to this interface, and not to something that is reached through it with a hardware address
  * of its own: the other ports of a bridge, a macvlan in some container.
  */
-static __always_inline int is_for_interface(struct xdp_md *ctx)
+static __always_inline int is_for_interface(struct xdp_md *ctx, const struct interface *interface)
 {
-	u32 index = ctx->ingress_ifindex;
-	u16 *own = (void *)interfaces.lookup(&index), *target;
+	const u16 *own = (const void *)interface->hardware, *target;
 	struct ethhdr *eth = (void *)(long)ctx->data;
 
-	if (!own || (void *)(eth + 1) > (void *)(long)ctx->data_end)
+	if ((void *)(eth + 1) > (void *)(long)ctx->data_end)
 		return 0;
 	target = (void *)eth->h_dest;
 	return own[0] == target[0] && own[1] == target[1] && own[2] == target[2];
 }
 
+/* RST for a SYN that no connection is made for: RFC 9293, 3.10.7.1. */
+static __always_inline int reset(struct xdp_md *ctx, struct scratch *s)
+{
+	struct syn_facts facts = {};
+	struct verdict v;
+	int answer;
+
+	if (!read_syn(ctx, &s->packet, &facts))
+		return XDP_PASS; /* to sk_lookup, which answers at the same rate */
+	if (facts.rst || !may_reset()) { /* nothing answers an RST */
+		answer = XDP_DROP;
+		count_silent();
+	} else {
+		s->answer.sequence = 0;
+		s->answer.acknowledgement = facts.sequence + 1 + facts.fin + facts.payload;
+		s->answer.flags = TCP_RST | TCP_ACK;
+		s->answer.mss = 0;
+		s->answer.window = 0;
+		answer = send_back(ctx, s);
+	}
+	if (answer != XDP_PASS) {
+		v = s->verdict;
+		count(&v, &s->packet, HOOK_XDP);
+	}
+	return answer;
+}
+
+#ifdef SYN_COOKIES
+#include "syn_cookie.h"
+#endif
+
 int gate_xdp(struct xdp_md *ctx)
 {
 	struct scratch *s = begin();
+	struct listener *listener;
+	struct interface *interface;
 	struct verdict v;
+	u32 index;
+	int own, answer;
 
 	if (!s)
 		return XDP_PASS;
 	/* What cannot be followed here is left to the stack, and then to gate_cgroup, which lets none of it in. */
 	if (parse_frame((void *)(long)ctx->data, (void *)(long)ctx->data_end, &s->packet) != PACKET_TCP || !s->packet.syn)
 		return XDP_PASS;
-	if (!find_listener(&s->packet, &s->wildcard))
+	listener = find_listener(&s->packet, &s->wildcard);
+	if (!listener)
 		return XDP_PASS;
+	s->listener = *listener;
 	v = verdict(s, CHARGE_PEEK);
-	if (v.action != ACTION_DROP)
+#ifndef SYN_COOKIES
+	if (v.action == ACTION_ALLOW)
 		return XDP_PASS; /* gate_cgroup judges it again, charges its limits and counts it */
-	if (s->wildcard && (!is_for_interface(ctx) || is_transit(ctx, &s->packet, is_mapped(&s->packet.target))))
+#endif
+	index = ctx->ingress_ifindex;
+	interface = interfaces.lookup(&index);
+	own = interface && is_for_interface(ctx, interface);
+	if (s->wildcard && (!own || is_transit(ctx, &s->packet, is_mapped(&s->packet.target))))
 		return XDP_PASS;
-	count(&v, &s->packet, HOOK_XDP);
-	return XDP_DROP;
+	if (v.action == ACTION_DROP) {
+		count(&v, &s->packet, HOOK_XDP);
+		return XDP_DROP;
+	}
+	if (!own || interface->answers == ANSWERS_NONE)
+		return XDP_PASS;
+#ifdef SYN_COOKIES
+	answer = v.action == ACTION_REJECT ? reset(ctx, s) : answer_with_cookie(ctx, s);
+#else
+	answer = reset(ctx, s);
+#endif
+	return answer == XDP_TX && interface->answers == ANSWERS_REDIRECT ? bpf_redirect(index, 0) : answer;
 }

@@ -23,7 +23,9 @@ BPF_TABLE_PINNED("hash", struct runtime_key, u32, runtime, 1, PIN_DIR "/runtime"
 BPF_TABLE_PINNED("percpu_array", u32, struct scratch, scratch, 1, PIN_DIR "/scratch");
 BPF_TABLE_PINNED("array", u32, struct slot, slots, 4 * MAX_SLOTS, PIN_DIR "/slots");
 BPF_TABLE_PINNED("array", u32, struct chain_item, chains, 2 * MAX_CHAIN_ITEMS, PIN_DIR "/chains");
-BPF_TABLE_PINNED("hash", u32, u64, interfaces, 1, PIN_DIR "/interfaces"); /* hardware address of those with gate_xdp */
+BPF_TABLE_PINNED("hash", u32, struct interface, interfaces, 1, PIN_DIR "/interfaces");
+BPF_TABLE_PINNED("array", u32, struct reject_meter, reject_meter, 1, PIN_DIR "/reject_meter");
+BPF_TABLE_PINNED("percpu_array", u32, u64, silent_rejects, 1, PIN_DIR "/silent_rejects");
 /* How many events a second on each CPU: nobody watches while the emission is 0. */
 BPF_TABLE_PINNED("array", u32, struct limit, event_rate, 1, PIN_DIR "/event_rate");
 BPF_TABLE_PINNED("percpu_array", u32, struct event_meter, event_meter, 1, PIN_DIR "/event_meter");

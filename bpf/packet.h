@@ -68,6 +68,7 @@ static __always_inline int parse_tcp(void *at, void *end, struct packet *p)
 	if ((void *)(tcp + 1) > end)
 		return PACKET_MALFORMED;
 	p->port = bpf_ntohs(tcp->dest);
+	p->source_port = bpf_ntohs(tcp->source);
 	p->syn = tcp->syn && !tcp->ack;
 	return PACKET_TCP;
 }
@@ -85,6 +86,7 @@ static __always_inline int parse_ipv4(void *at, void *end, struct packet *p)
 		return PACKET_OTHER;
 	length = ip->ihl * 4;
 	p->ipv4 = 1;
+	p->transport = length;
 	map_ipv4(&p->source, ip->saddr);
 	map_ipv4(&p->target, ip->daddr);
 	return parse_tcp(at + length, end, p);
@@ -110,8 +112,10 @@ static __always_inline int parse_ipv6(void *at, void *end, struct packet *p)
 		} *extension = at;
 		u32 size;
 
-		if (next == IPPROTO_TCP)
+		if (next == IPPROTO_TCP) {
+			p->transport = at - (void *)ip;
 			return parse_tcp(at, end, p);
+		}
 		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
 		    next != IPPROTO_AH && next != IPPROTO_FRAGMENT)
 			return PACKET_OTHER; /* also "no next header" */
@@ -141,6 +145,7 @@ static __always_inline int parse_frame(void *at, void *end, struct packet *p)
 {
 	struct ethhdr *eth = at;
 	__be16 protocol;
+	u32 tags = 0;
 
 	at = eth + 1;
 	if (at > end)
@@ -153,10 +158,12 @@ static __always_inline int parse_frame(void *at, void *end, struct packet *p)
 		if (protocol != bpf_htons(ETH_P_8021Q) && protocol != bpf_htons(ETH_P_8021AD))
 			break;
 		at = tag + 1;
+		tags++;
 		if (at > end)
 			return PACKET_MALFORMED;
 		protocol = tag->inner;
 	}
+	p->network = sizeof(*eth) + tags * sizeof(struct vlan_header);
 	if (protocol == bpf_htons(ETH_P_IP))
 		return parse_ipv4(at, end, p);
 	if (protocol == bpf_htons(ETH_P_IPV6))

@@ -222,6 +222,34 @@ struct gate {
 };
 _Static_assert(sizeof(struct gate) == 352, "gate");
 
+/*
+ * How many RST answer `reject`, of all sources and CPUs together. Addresses in a flood are forged: without a bound the host
+ * would send each of them an answer that it never asked for. As many as the kernel's ICMP errors (net.ipv4.icmp_msgs_per_sec,
+ * icmp_msgs_burst), and of the order of FreeBSD's RST (net.inet.icmp.icmplim); ten times what clients that are turned
+ * away by mistake make.
+ */
+enum reject_rate { REJECTS_PER_SECOND = 1000, REJECT_BURST = 50 };
+
+/* One for the host and not one for each CPU: beyond the rate it is only read, so the CPUs do not fight for it in a flood. */
+struct reject_meter {
+	struct limit limit;
+	__u64 arrival;
+};
+_Static_assert(sizeof(struct reject_meter) == 24, "reject_meter");
+
+/*
+ * How XDP sends something back on an interface, if it may (see kernel/xdp.py). A veth wakes its peer for XDP_TX only if the
+ * peer has an XDP program, too (veth_xdp_flush); for a redirect it is enough that the peer has NAPI (veth_xdp_xmit).
+ */
+enum answers { ANSWERS_NONE = 0, ANSWERS_TRANSMIT = 1, ANSWERS_REDIRECT = 2 };
+
+/* An interface with gate_xdp. */
+struct interface {
+	__u8 hardware[6];
+	__u16 answers;
+};
+_Static_assert(sizeof(struct interface) == 8, "interface");
+
 /* Key of a token bucket: the rule (or BUCKET_SOURCE, BUCKET_GLOBAL) and the source's /32 or /64. */
 struct bucket_key {
 	__u32 rule;
@@ -279,14 +307,37 @@ struct packet {
 	__u16 port; /* of the target, host byte order */
 	__u8 ipv4;
 	__u8 syn; /* SYN without ACK */
+	__u16 source_port; /* host byte order */
+	__u16 network;     /* where the IP header begins in the frame, */
+	__u16 transport;   /* and the TCP header, from there */
+	__u16 pad;
 };
-_Static_assert(sizeof(struct packet) == 36, "packet");
+_Static_assert(sizeof(struct packet) == 44, "packet");
+
+/* What XDP sends back in place of a SYN. Host byte order. */
+struct answer {
+	__u32 sequence;
+	__u32 acknowledgement;
+	__u16 flags;
+	__u16 mss; /* 0: no option */
+	__u16 window;
+	__u16 pad;
+};
+
+/* A bucket that an admitted SYN is charged to. */
+struct due {
+	__u64 emission; /* 0: none */
+	__u32 bucket;
+	__u32 pad;
+};
+
+enum tcp_size { TCP_WORDS = 15 }; /* of the largest header, of 32 bits */
 
 /*
  * What the programs work on. It is kept in a map and not on the stack, because of memory in maps the verifier knows
  * nothing: what it knows of the stack it carries through every turn of a loop, along every path. The hooks run in
  * softirqs, one at a time on a CPU. (sk_lookup also runs for sock_diag queries, in a process; if packets come in
- * between, the query may get a wrong answer.)
+ * between, the query may get a wrong answer. And gate_xdp has it run once, knowingly.)
  */
 struct scratch {
 	struct packet packet;
@@ -297,7 +348,12 @@ struct scratch {
 	struct runtime_key key;
 	__u32 base;
 	struct verdict verdict;
+	struct due due[2];
+	struct listener listener;
+	struct answer answer;
+	__u32 size; /* of the TCP header in `tcp`, bytes */
+	__u32 tcp[TCP_WORDS]; /* as it came */
 };
-_Static_assert(sizeof(struct scratch) == 176, "scratch");
+_Static_assert(sizeof(struct scratch) == 304, "scratch");
 
 #endif

@@ -23,9 +23,11 @@
 #include "maps.h"
 #include "packet.h"
 #include "verdict.h"
+#include "sockets.h"
 #include "gate_cgroup.c"
 #include "gate_lookup.c"
 #ifndef WITHOUT_XDP /* it takes a fifth of the time to compile */
+#include "answer.h"
 #include "gate_xdp.c"
 #endif
 #include "egress.c"

@@ -10,8 +10,11 @@
 #ifndef RAMA_EBPF_VERDICT_H
 #define RAMA_EBPF_VERDICT_H
 
-/* What a hook does about limits: only where a SYN is admitted for good is it charged, once whatever hooks it passed. */
-enum charge { CHARGE_NONE = 0, CHARGE_PEEK = 1, CHARGE_ADMIT = 2 };
+/*
+ * What a hook does about limits: only where a SYN is admitted for good is it charged, once whatever hooks it passed. That
+ * is gate_cgroup; and gate_xdp for a SYN that it answers itself, which it knows only after a PEEK: it settles then.
+ */
+enum charge { CHARGE_NONE = 0, CHARGE_PEEK = 1, CHARGE_ADMIT = 2, CHARGE_SETTLE = 3 };
 
 /* Generic cell rate algorithm (ITU-T I.371): one theoretical arrival time per bucket. Two CPUs may race on one bucket
  * and admit a few SYNs too many; a lock would cost every packet. */
@@ -24,9 +27,9 @@ static __always_inline int exceeds(u64 emission, u64 tolerance, u32 rule, const 
 		__builtin_memcpy(key.source, p->ipv4 ? p->source.b + 8 : p->source.b, 8);
 	stored = buckets.lookup(&key);
 	arrival = stored && *stored > now ? *stored : now;
-	if (arrival - now > tolerance)
+	if (charge != CHARGE_SETTLE && arrival - now > tolerance)
 		return 1;
-	if (charge != CHARGE_ADMIT)
+	if (charge == CHARGE_PEEK)
 		return 0;
 	next = arrival + emission;
 	if (stored)
@@ -302,13 +305,29 @@ static __always_inline int is_failsafe(const struct gate *g, const struct packet
 	return failsafe.lookup(&key) != NULL;
 }
 
-static __always_inline void limit(struct verdict *v, u64 emission, u64 tolerance, u32 bucket, const struct packet *p,
+static __always_inline void limit(struct verdict *v, u64 emission, u64 tolerance, u32 bucket, struct scratch *s,
 				  int charge)
 {
-	if (!emission || charge == CHARGE_NONE || !exceeds(emission, tolerance, bucket, p, charge))
+	if (!emission || charge == CHARGE_NONE)
 		return;
-	v->action = ACTION_DROP;
-	v->stage = STAGE_LIMIT;
+	if (exceeds(emission, tolerance, bucket, &s->packet, charge)) {
+		v->action = ACTION_DROP;
+		v->stage = STAGE_LIMIT;
+	} else if (charge == CHARGE_PEEK) {
+		struct due *due = &s->due[bucket == BUCKET_GLOBAL];
+
+		due->emission = emission;
+		due->bucket = bucket;
+	}
+}
+
+/* Charge a SYN to the limits that a PEEK found room in. */
+static __always_inline void settle(const struct scratch *s)
+{
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < 2; i++)
+		if (s->due[i].emission)
+			exceeds(s->due[i].emission, 0, s->due[i].bucket, &s->packet, CHARGE_SETTLE);
 }
 
 /* A place for a packet, all zero. */
@@ -344,8 +363,6 @@ static __always_inline struct verdict judge(struct scratch *s, int charge)
 		struct ban *ban = bans.lookup(&source);
 
 		if (ban && !expired(ban->expires)) {
-			if (charge == CHARGE_ADMIT || ban->action == ACTION_REJECT)
-				__sync_fetch_and_add(&ban->hits, 1);
 			v.stage = STAGE_BAN;
 			v.action = ban->action;
 			return v;
@@ -354,12 +371,15 @@ static __always_inline struct verdict judge(struct scratch *s, int charge)
 
 	__builtin_memset(&s->loaded, 0, sizeof(s->loaded));
 	__builtin_memset(&s->runtime, 0, sizeof(s->runtime));
+	if (charge == CHARGE_PEEK)
+		__builtin_memset(&s->due, 0, sizeof(s->due));
 	s->high = bpf_ntohll(p->source.half[0]);
 	s->low = bpf_ntohll(p->source.half[1]);
 	/* The deadline first: who undoes a change moves `active` before taking the deadline away. */
 	deadline = *(volatile u64 *)&g->deadline;
 	set = (deadline && bpf_ktime_get_boot_ns() >= deadline ? g->fallback : *(volatile u32 *)&g->active) & 1;
 	pages = sets.lookup(&set);
+	asm volatile("" : "+r"(s)); /* a tenth less for the verifier to walk */
 	/* It was in memory for the call, and of that the verifier may know nothing any more. */
 	asm volatile("" : "+r"(set));
 	set &= 1;
@@ -385,15 +405,15 @@ static __always_inline struct verdict judge(struct scratch *s, int charge)
 
 			v.action = ACTION_ALLOW;
 			if (r)
-				limit(&v, r->emission, r->tolerance, v.rule, p, charge);
+				limit(&v, r->emission, r->tolerance, v.rule, s, charge);
 		}
 		return v;
 	}
 	v.action = head->default_action;
 	if (v.action == ACTION_ALLOW)
-		limit(&v, head->per_source.emission, head->per_source.tolerance, BUCKET_SOURCE, p, charge);
+		limit(&v, head->per_source.emission, head->per_source.tolerance, BUCKET_SOURCE, s, charge);
 	if (v.action == ACTION_ALLOW)
-		limit(&v, head->global.emission, head->global.tolerance, BUCKET_GLOBAL, p, charge);
+		limit(&v, head->global.emission, head->global.tolerance, BUCKET_GLOBAL, s, charge);
 	return v;
 }
 
@@ -436,6 +456,44 @@ static __always_inline void report(const struct verdict *v, const struct packet 
 		meter->lost++;
 }
 
+/* Whether one more RST may be sent, which this then is. CPUs that ask at the same time may each get the last one. */
+static __always_inline int may_reset(void)
+{
+	u32 zero = 0;
+	struct reject_meter *meter = reject_meter.lookup(&zero);
+	u64 arrival, now;
+
+	if (!meter)
+		return 0;
+	if (!meter->limit.emission)
+		return 1;
+	now = bpf_ktime_get_boot_ns();
+	arrival = meter->arrival > now ? meter->arrival : now;
+	if (arrival - now > meter->limit.tolerance)
+		return 0;
+	meter->arrival = arrival + meter->limit.emission;
+	return 1;
+}
+
+/* A `reject` that gets no RST, because the rate of those is used up. */
+static __always_inline void count_silent(void)
+{
+	u32 zero = 0;
+	u64 *total = silent_rejects.lookup(&zero);
+
+	if (total)
+		(*total)++;
+}
+
+static __always_inline void count_ban(const struct packet *p)
+{
+	struct address source = p->source;
+	struct ban *ban = bans.lookup(&source);
+
+	if (ban)
+		__sync_fetch_and_add(&ban->hits, 1);
+}
+
 /* Count a verdict where it takes effect, so that one SYN is counted once whatever hooks it passed. */
 static __always_inline void count(const struct verdict *v, const struct packet *p, u32 hook)
 {
@@ -446,6 +504,8 @@ static __always_inline void count(const struct verdict *v, const struct packet *
 		(*total)++;
 	if (v->stage == STAGE_RULE || v->stage == STAGE_LIMIT || v->stage == STAGE_DEFAULT)
 		count_rule(v->rule, 0); /* rule 0 is the default */
+	if (v->stage == STAGE_BAN)
+		count_ban(p);
 	if (v->dry_rule)
 		count_rule(v->dry_rule, 1);
 	report(v, p, hook);

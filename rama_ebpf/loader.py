@@ -33,7 +33,7 @@ from .core.address import SocketAddress
 from .kernel import abi, bpf, bpffs, cgroup, xdp
 from .kernel.bpf import AttachType
 from .kernel.compile import Program, amalgamate, compile_and_load
-from .kernel.gate_maps import GateMaps, LayoutMismatch, MapSizes
+from .kernel.gate_maps import USUAL_REJECTS, GateMaps, LayoutMismatch, MapSizes
 from .kernel.instance import Instance, InstanceBusy
 
 __all__ = ["AcceptCounter", "Gate", "load", "unload"]
@@ -155,7 +155,8 @@ class Gate:
         self._links.append(attachment.link)
         self._xdp.append(attachment)
         key = attachment.index.to_bytes(4, sys.byteorder)
-        bpf.map_update(self.maps["interfaces"], key, attachment.hardware.ljust(8, b"\0"))
+        value = abi.INTERFACE.pack(attachment.hardware, attachment.answers)
+        bpf.map_update(self.maps["interfaces"], key, value)
         return attachment
 
     @property
@@ -178,6 +179,11 @@ class Gate:
     def cgroup(self) -> Path | None:
         """The instance's cgroup while attached."""
         return self._cgroup
+
+    def limit_rejects(self, limit: tuple[int, int] | None) -> None:
+        """Say how many RST answer ``reject``: a limit's emission and tolerance in nanoseconds, None for as many as is
+        usual. Beyond it a ``reject`` is silent."""
+        bpf.map_update(self.maps["reject_meter"], bytes(4), abi.REJECT_METER.pack(*(limit or USUAL_REJECTS), 0))
 
     # -- listeners -----------------------------------------------------------------------------------------------
 
@@ -270,11 +276,17 @@ def _mapped(address: SocketAddress) -> bytes:
 
 
 def load(
-    instance: Instance, *, sizes: MapSizes | None = None, kernel_headers: Path | None = None, xdp: bool = False
+    instance: Instance,
+    *,
+    sizes: MapSizes | None = None,
+    kernel_headers: Path | None = None,
+    xdp: bool = False,
+    syn_cookies: bool = False,
 ) -> Gate:
     """Compile and load the programs of an instance over its maps, which are taken over from pins if there are any.
 
-    ``xdp`` loads the XDP program too (compiler and verifier take their time, so only where it is wanted).
+    ``xdp`` loads the XDP program too (compiler and verifier take their time, so only where it is wanted), with
+    ``syn_cookies`` one that answers with the stack's SYN cookies.
 
     The caller holds the instance's :class:`~rama_ebpf.kernel.instance.ServerLock`. Nothing is attached yet. Raises
     :class:`~rama_ebpf.kernel.compile.CompileError` or OSError; new pins are removed then.
@@ -286,6 +298,7 @@ def load(
         source = amalgamate(abi.source_dir() / "sockops_filter.c")
         wanted = [*_PROGRAMS, _XDP_PROGRAM] if xdp else _PROGRAMS
         defines = [f'-DPIN_DIR="{instance.pin_dir}"', *([] if xdp else ["-DWITHOUT_XDP"])]
+        defines += ["-DSYN_COOKIES"] if syn_cookies else []
         programs = compile_and_load(source, wanted, cflags=defines, kernel_headers=kernel_headers)
     except BaseException:
         maps.close()

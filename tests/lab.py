@@ -7,6 +7,7 @@ each other do not meet, and :func:`remove_stale` removes what a killed run left 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import itertools
 import os
 import re
@@ -22,7 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["PATIENCE", "PREFIX", "Capture", "Host", "Lab", "Segment", "remove_stale", "wait_for"]
+__all__ = [
+    "PATIENCE",
+    "PREFIX",
+    "Capture",
+    "Host",
+    "Lab",
+    "Segment",
+    "remove_stale",
+    "set_ethtool",
+    "wait_for",
+]
 
 T = TypeVar("T")
 
@@ -227,8 +238,11 @@ class Lab:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def host(self, name: str) -> Host:
-        """Add a host: eth0 with 198.18.0.N/16 and 2001:db8::N/64, N counting from 1; loopback is up."""
+    def host(self, name: str, *, takes_xdp: bool = False) -> Host:
+        """Add a host: eth0 with 198.18.0.N/16 and 2001:db8::N/64, N counting from 1; loopback is up.
+
+        ``takes_xdp``: its wire takes what XDP sends, as a real one does; a veth only with NAPI at the other end.
+        """
         self._count += 1
         number = self._count
         host = Host(name, f"{self._id}-{name}", f"198.18.0.{number}", f"2001:db8::{number:x}")
@@ -238,11 +252,25 @@ class Lab:
         port = f"p{number}"
         _ip("link", "add", port, "netns", self._switch, "type", "veth", "peer", "name", "eth0", "netns", host.netns)
         _ip("-n", self._switch, "link", "set", port, "master", "br0", "up")
+        if takes_xdp:
+            self.ethtool(host, 0x2C, 1)  # ETHTOOL_SGRO
         host.ip("link", "set", "lo", "up")
         host.ip("link", "set", "eth0", "up")
         host.add_address(f"{host.ipv4}/16", "eth0")
         host.add_address(f"{host.ipv6}/64", "eth0")
         return host
+
+    def ethtool(self, host: Host, command: int, value: int) -> None:
+        """Set something at the switch's end of a host's wire: ``struct ethtool_value`` of ``linux/ethtool.h``."""
+        port = "p" + host.ipv4.rpartition(".")[2]
+        Host("switch", self._switch).call(lambda: set_ethtool(port, command, value))
+
+
+def set_ethtool(interface: str, command: int, value: int) -> None:
+    """Set something of an interface of this thread's namespace."""
+    data = ctypes.create_string_buffer(struct.pack("=II", command, value))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, 0x8946, struct.pack("16sQ16x", interface.encode(), ctypes.addressof(data)))  # SIOCETHTOOL
 
 
 @contextmanager

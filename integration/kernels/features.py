@@ -22,6 +22,7 @@ class Feature:
 _GATE = "tests/kernel/test_gate.py::"
 _PACKETS = "tests/policy/test_packets.py::"
 _EGRESS = "tests/kernel/test_egress.py::"
+_ANSWERS = "tests/policy/test_answers.py::"
 
 FEATURES = (
     Feature("every program passes the verifier", ("tests/kernel/test_programs.py",)),
@@ -46,6 +47,21 @@ FEATURES = (
             f"{_PACKETS}test_xdp_drops_the_denied_syn",
             f"{_PACKETS}test_xdp_leaves_to_the_stack_what_it_cannot_judge",
             f"{_PACKETS}test_xdp_leaves_alone_other_ports_and_all_but_syns_and_leaves_rejects_to_sk_lookup",
+        ),
+    ),
+    Feature(
+        "XDP: RST for a rejected SYN, byte by byte and up to a rate",
+        (
+            f"{_ANSWERS}test_rejected_syn_gets_exactly_the_rst_of_rfc_9293",
+            f"{_ANSWERS}test_beyond_their_rate_rejects_are_silent_and_counted",
+        ),
+    ),
+    Feature(
+        "XDP: the stack's SYN cookies, byte by byte and charged once",
+        (
+            f"{_ANSWERS}test_admitted_syn_gets_exactly_a_syn_ack_with_an_mss_and_nothing_else",
+            f"{_ANSWERS}test_where_the_stack_would_send_no_cookie_the_frame_passes_as_it_came_and_uncounted",
+            f"{_ANSWERS}test_cookie_is_charged_to_each_limit_once",
         ),
     ),
     Feature(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import RamaError
-from ..kernel import bpffs, cgroup, headers
+from ..kernel import bpffs, cgroup, headers, syn_cookies
 from ..kernel.instance import Instance
 from .output import ENVIRONMENT, OK, print_json
 
@@ -94,6 +94,12 @@ def _jit() -> Finding:
     return Finding("BPF JIT", value != "0", f"net.core.bpf_jit_enable = {value}", "sysctl net.core.bpf_jit_enable=1")
 
 
+def _syn_cookies() -> Finding:
+    refusal = syn_cookies.refusal()
+    found = refusal or f"net.ipv4.tcp_syncookies = {syn_cookies.setting()}"
+    return Finding("SYN cookies", None if refusal else True, found, "sysctl net.ipv4.tcp_syncookies=1")
+
+
 def _sockmap() -> Finding:
     from ..control.kernel_relay import passed_before  # only here: it brings in the relay and the process model
     from ..relay.selftest import known_bad
@@ -132,6 +138,7 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
     _headers,
     _bcc,
     _jit,
+    _syn_cookies,
     _sockmap,
 )
 

@@ -46,6 +46,8 @@ def status(instance: Instance) -> Json:
         "cgroup": state.get("cgroup"),
         "egress": state.get("egress"),
         "xdp": [_xdp(row) for row in _rows(state, "xdp")],
+        "syn_cookies": state.get("syn_cookies"),
+        "silent_rejects": 0,
         "sockmap": state.get("sockmap"),
         "listeners": [],
         "verdicts": [],
@@ -59,6 +61,7 @@ def status(instance: Instance) -> Json:
             {"hook": hook, "stage": stage, "action": action, "count": count}
             for (hook, stage, action), count in sorted(store.totals().items())
         ]
+        result["silent_rejects"] = store.silent_rejects()
         result["revision"] = store.revision
     return result
 
@@ -73,7 +76,8 @@ def _counted(store: KernelStore, row: Json) -> Json:
 
 def _xdp(row: Json) -> Json:
     attached = xdp.is_attached(cast("int", row["link"]))
-    return {"interface": row["interface"], "mode": row["mode"] if attached else "detached", "why": row["why"]}
+    mode = row["mode"] if attached else "detached"
+    return {"interface": row["interface"], "mode": mode, "why": row["why"], "why_silent": row["why_silent"]}
 
 
 def _rows(state: Json, name: str) -> list[Json]:
@@ -97,6 +101,10 @@ def _status(args: argparse.Namespace) -> int:
         print(f"egress policy is kept by {result['egress']}")
     for row in cast("list[Json]", result["xdp"]):
         print(f"XDP on {row['interface']}: {row['mode']}" + (f" (native: {row['why']})" if row["why"] else ""))
+        if row["why_silent"]:
+            print(f"XDP on {row['interface']} answers nothing, the stack does: {row['why_silent']}")
+    if isinstance(cookies := result["syn_cookies"], dict):
+        print(f"SYN cookies by XDP: {cookies['why_never'] or 'on'}")
     if isinstance(sockmap := result["sockmap"], dict):
         print(f"sockmap relay: {': '.join(filter(None, (sockmap['state'], sockmap['why'])))}")
     listeners = cast("list[Json]", result["listeners"])
@@ -107,6 +115,8 @@ def _status(args: argparse.Namespace) -> int:
     if verdicts:
         rows = [(row["hook"], row["stage"], row["action"], row["count"]) for row in verdicts]
         print(table(("HOOK", "STAGE", "ACTION", "COUNT"), rows))
+    if result["silent_rejects"]:
+        print(f"{result['silent_rejects']} of those rejected got no RST: more came than are answered")
     return OK if result["running"] else NO
 
 

@@ -55,6 +55,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     )
     add("--failsafe", action="append", metavar="CIDR", help="clients that nothing can shut out; repeatable")
     add("--xdp", action="append", default=[], metavar="INTERFACE", help="drop there, before the stack; repeatable")
+    add("--syn-cookies", action="store_true", help="with --xdp: send the stack's SYN cookies there")
     most = abi.constants()["SOCKETS_PER_LISTENER"]
     add("--workers", type=_workers, default=min(os.cpu_count() or 1, most), metavar="N", help="default: one a CPU")
     add("--user", metavar="NAME", help=f"who the workers become (default, as root: {_UNPRIVILEGED})")
@@ -177,6 +178,8 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         persist=policy.persist,
         kill=policy.kill,
         xdp=policy.xdp,
+        syn_cookies=policy.syn_cookies,
+        rejects=None if policy.rejects is None else policy.rejects.limit(),
         metrics=server.metrics,
         access_log=config.logging.access,
         log_level=config.logging.level,
@@ -185,6 +188,8 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
 
 
 def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
+    if args.syn_cookies and not args.xdp:
+        raise PolicyError("--syn-cookies: XDP sends them, so name at least one interface with --xdp")
     try:
         egress = EgressPolicy(tuple(map(parse_network, args.allow_egress)), tuple(map(parse_network, args.deny_egress)))
     except PolicyError as error:
@@ -220,6 +225,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
         persist=args.persist,
         kill=args.kill,
         xdp=tuple(args.xdp),
+        syn_cookies=args.syn_cookies,
         metrics=metrics,
         log_level=args.log_level,
     )

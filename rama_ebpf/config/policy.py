@@ -111,9 +111,17 @@ class PolicyConfig:
     )
     require_kernel: bool = setting(BOOLEAN, "exit instead of serving with the policy in userspace", default=False)
     xdp: tuple[str, ...] = setting(ListOf(TEXT), "interfaces where XDP drops before the stack", default=())
+    syn_cookies: bool = setting(BOOLEAN, "XDP sends the stack's SYN cookies", default=False)
+    rejects: RateConfig | None = setting(
+        Table(RateConfig), "RST that answer reject, to all together; silence beyond (1000/s, burst 50)", default=None
+    )
     kill: bool = setting(BOOLEAN, "end live connections of sources that come to be denied", default=False)
     persist: bool = setting(BOOLEAN, "leave the policy in the kernel when the server stops", default=False)
     rules: tuple[RuleConfig, ...] = setting(ListOf(Table(RuleConfig)), "rules", default=())
+
+    def __post_init__(self) -> None:
+        if self.syn_cookies and not self.xdp:
+            raise ValueError("syn_cookies: XDP sends them, so name at least one interface in xdp")
 
     def ruleset(self, present: Settings) -> RuleSet:
         """Return what is loaded at once, feeds not yet read. What it says nothing about stays as in ``present``."""

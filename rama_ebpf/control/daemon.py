@@ -30,6 +30,7 @@ from ..process import Plan, Supervisor
 from ..services.tcp import bind_tcp
 from . import upkeep
 from .api import ControlApi
+from .cookies import CookieWatch
 from .egress import EgressBackstop
 from .events import EventHub, GateEvents, rule_names
 from .home import Home, open_home
@@ -80,6 +81,7 @@ class _Daemon:
         self._reload = reload
         self._home = home
         self._started = started
+        self._cookies = CookieWatch(options.syn_cookies)
         self._listeners = Listeners(home.gate)
         cleanup.callback(self._listeners.close)
         self._metrics: MetricsDirectory | None = None
@@ -134,6 +136,7 @@ class _Daemon:
             asyncio.create_task(upkeep.refresh(home.store, Refresher(home.store, self._feeds))),
             asyncio.create_task(self._enforce()),
             asyncio.create_task(self._egress.follow_nameservers()),
+            asyncio.create_task(self._cookies.watch(self._write_state)),
         ]
         try:
             await self._supervisor.run()
@@ -239,6 +242,9 @@ class _Daemon:
 
     def _apply_policy(self, options: DaemonOptions) -> None:
         self._egress.put(options.egress)
+        if self._home.gate is not None:
+            limit = options.rejects
+            self._home.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
         store = self._home.store
         if options.failsafe is not None:
             store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
@@ -267,6 +273,7 @@ class _Daemon:
                 "cgroup": str(home.gate.cgroup) if home.gate is not None else None,
                 "egress": "services" if home.gate is None or not home.gate.guards_workers else "services and kernel",
                 "xdp": [] if home.gate is None else [_described(attached) for attached in home.gate.xdp],
+                "syn_cookies": self._cookies.state,
                 "sockmap": asdict(self._relay.status),
                 "listeners": self._listeners.described(self._options.listen),
             }
@@ -276,13 +283,19 @@ class _Daemon:
         if self._metrics is None or self._options.metrics is None or self._options.metrics.address is None:
             return None
         # Imported only where it is wanted: it brings the HTTP services, a fifth of the time to start.
-        from ..metrics.exposition import MetricsServer, supervisor_collector, verdict_collector
+        from ..metrics.exposition import (
+            MetricsServer,
+            silent_rejects_collector,
+            supervisor_collector,
+            verdict_collector,
+        )
 
         address = self._options.metrics.address
         collectors = [supervisor_collector(self._supervisor)]
         store = self._home.store
         if isinstance(store, KernelStore):
             collectors.append(verdict_collector(lambda: _verdicts(store)))
+            collectors.append(silent_rejects_collector(store.silent_rejects))
         return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors)
 
 
@@ -291,6 +304,7 @@ def _described(attached: XdpAttachment) -> dict[str, object]:
         "interface": attached.interface,
         "mode": attached.mode,
         "why": attached.why or None,
+        "why_silent": attached.why_silent or None,
         "link": attached.link_id,
     }
 

@@ -41,7 +41,11 @@ def open_home(options: DaemonOptions) -> Iterator[Home]:
     gate, why = None, ""
     try:
         gate = loader.load(
-            options.instance, sizes=options.sizes, kernel_headers=options.kernel_headers, xdp=bool(options.xdp)
+            options.instance,
+            sizes=options.sizes,
+            kernel_headers=options.kernel_headers,
+            xdp=bool(options.xdp),
+            syn_cookies=options.syn_cookies,
         )
         gate.attach()
         if not gate.guards_workers:
@@ -80,3 +84,5 @@ def _attach_xdp(gate: loader.Gate, interfaces: Iterable[str]) -> None:
             log.warning("XDP on %s is generic, slower: native was refused (%s)", interface, attached.why)
         else:
             log.info("XDP on %s is native", interface)
+        if attached.why_silent:
+            log.warning("XDP on %s answers nothing, the stack does: %s", interface, attached.why_silent)

@@ -26,8 +26,10 @@ class DaemonOptions:
     ``target`` is ``module:attribute`` (see :class:`~rama_ebpf.process.Plan`), found with ``directory`` on the module
     path; ``params`` is what it is given. ``default``, ``failsafe`` and ``rules`` are left as they are pinned where
     they are None; ``per_source`` and ``overall`` limit what the default lets in, and go with ``rules``. ``xdp`` are the
-    interfaces that get the XDP program; the server does not start if one cannot. ``egress`` is where workers may
-    connect to, ``user`` who they become, None to stay. ``metrics`` is where metrics are served, nowhere if None.
+    interfaces that get the XDP program; the server does not start if one cannot. With ``syn_cookies`` that program
+    sends the stack's cookies. ``rejects`` is how many RST answer ``reject``, None for as many as is usual. ``egress``
+    is where workers may connect to, ``user`` who they become, None to stay. ``metrics`` is where metrics are served,
+    nowhere if None.
     ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
     the first tunnel wants it. ``kill``: a source that the policy comes to deny loses its live connections, too.
     """
@@ -52,6 +54,8 @@ class DaemonOptions:
     require_kernel: bool = False
     persist: bool = False
     xdp: tuple[str, ...] = ()
+    syn_cookies: bool = False
+    rejects: SynLimit | None = None
     kill: bool = False
     metrics: Endpoint | None = None
     access_log: bool = True
@@ -59,5 +63,15 @@ class DaemonOptions:
     sockmap: bool = False
 
 
-FIXED: Final = ("instance", "user", "sizes", "kernel_headers", "require_kernel", "persist", "xdp", "metrics")
+FIXED: Final = (
+    "instance",
+    "user",
+    "sizes",
+    "kernel_headers",
+    "require_kernel",
+    "persist",
+    "xdp",
+    "syn_cookies",
+    "metrics",
+)
 """Options that a reload cannot change."""

@@ -20,11 +20,13 @@ __all__ = [
     "EVENT_METER",
     "FAILSAFE_KEY",
     "GATE",
+    "INTERFACE",
     "LIMIT",
     "LISTENER",
     "LISTENER_KEY",
     "PACKET",
     "PEER_KEY",
+    "REJECT_METER",
     "RULE",
     "RULE_HITS",
     "RULE_INFO",
@@ -55,8 +57,10 @@ EVENT: Final = struct.Struct("=Q16sIIHBBBBH")
 EVENT_METER: Final = struct.Struct("=QQ")
 LIMIT: Final = struct.Struct("=QQ")
 RULE_HITS: Final = struct.Struct("=QQ")
-PACKET: Final = struct.Struct("=16s16sHBB")
-SCRATCH: Final = struct.Struct("=36s I QQ 6I 6I 3Q 20s I 5I 4x")
+PACKET: Final = struct.Struct("=16s16sHBBHHHH")
+REJECT_METER: Final = struct.Struct("=QQQ")
+INTERFACE: Final = struct.Struct("=6sH")
+SCRATCH: Final = struct.Struct("=44s I QQ 6I 6I 3Q 20s I 5I 4x 32s 8s 16s I 60s")
 
 # Read and written by userspace alone (the map rule_info): created (wall clock, ns), name, origin, reason.
 RULE_INFO: Final = struct.Struct("=Q64s32s120s")

@@ -13,7 +13,7 @@ from . import abi, bpf
 from .bpf import MapFlags, MapType
 from .gate_state import GateState
 
-__all__ = ["RUNTIME_LENGTHS", "GateMaps", "LayoutMismatch", "MapSizes", "MapSpec", "set_pages"]
+__all__ = ["RUNTIME_LENGTHS", "USUAL_REJECTS", "GateMaps", "LayoutMismatch", "MapSizes", "MapSpec", "set_pages"]
 
 
 class LayoutMismatch(RuntimeError):
@@ -69,6 +69,10 @@ _HASH: Final = (MapType.HASH, MapFlags.NO_PREALLOC)
 RUNTIME_LENGTHS: Final = 33 + 129
 """How many prefix lengths there are: those of IPv4, then those of IPv6."""
 
+_EMISSION: Final = 1_000_000_000 // abi.constants()["REJECTS_PER_SECOND"]
+USUAL_REJECTS: Final = (_EMISSION, _EMISSION * (abi.constants()["REJECT_BURST"] - 1))
+"""How many RST answer ``reject`` where nobody says otherwise: emission and tolerance in nanoseconds."""
+
 _EVENT_BYTES: Final = 256 * 1024  # a power of two, and of whole pages of up to 64 KiB
 
 _LPM: Final = (MapType.LPM_TRIE, MapFlags.NO_PREALLOC)
@@ -104,7 +108,9 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "event_rate": MapSpec(MapType.ARRAY, 4, abi.LIMIT.size, 1),
         "event_meter": MapSpec(MapType.PERCPU_ARRAY, 4, abi.EVENT_METER.size, 1),
         "events": MapSpec(MapType.RINGBUF, 0, 0, _EVENT_BYTES),
-        "interfaces": MapSpec(MapType.HASH, 4, 8, constant["MAX_INTERFACES"]),
+        "interfaces": MapSpec(MapType.HASH, 4, abi.INTERFACE.size, constant["MAX_INTERFACES"]),
+        "reject_meter": MapSpec(MapType.ARRAY, 4, abi.REJECT_METER.size, 1),
+        "silent_rejects": MapSpec(MapType.PERCPU_ARRAY, 4, 8, 1),
         "scratch": MapSpec(MapType.PERCPU_ARRAY, 4, abi.SCRATCH.size, 1),
         "runtime": MapSpec(_HASH[0], abi.RUNTIME_KEY.size, 4, sizes.rules, _HASH[1]),
         "runtime_lengths": MapSpec(MapType.ARRAY, 4, 4, RUNTIME_LENGTHS),
@@ -131,6 +137,7 @@ class GateMaps(Mapping[str, int]):
             for name, spec in specs.items():
                 maps._fds[name] = spec.create(name)
             bpf.map_update(maps["gate"], bytes(4), GateState().pack())
+            bpf.map_update(maps["reject_meter"], bytes(4), abi.REJECT_METER.pack(*USUAL_REJECTS, 0))
             for name, fd in maps.items():
                 bpf.obj_pin(fd, str(directory / name))
         except BaseException:

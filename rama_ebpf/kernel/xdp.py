@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from . import bpf
+from . import abi, bpf, netdev
 from .bpf import AttachType
 
 __all__ = ["XdpAttachment", "XdpError", "attach", "is_attached"]
@@ -34,7 +34,9 @@ class XdpAttachment:
     """Where the program is attached. It is detached when ``link``, a descriptor, is closed.
 
     ``mode`` is ``native`` (the driver runs it) or ``generic`` (the stack does, after it has made a packet of the
-    frame); ``why`` is then what the driver said to native. ``hardware`` is the interface's address.
+    frame); ``why`` is then what the driver said to native. ``hardware`` is the interface's address. ``why_silent`` says
+    why no answer may be sent from there, empty if one may: it would be lost, or go out without its VLAN tag.
+    ``answers`` is how one is sent, of ``enum answers``.
     """
 
     interface: str
@@ -44,6 +46,8 @@ class XdpAttachment:
     link_id: int
     mode: str
     why: str = ""
+    why_silent: str = ""
+    answers: int = 0
 
 
 def attach(program: int, interface: str) -> XdpAttachment:
@@ -65,8 +69,24 @@ def attach(program: int, interface: str) -> XdpAttachment:
                 ) from error
             refused.append(os.strerror(error.errno or errno.EIO))
         else:
-            return XdpAttachment(interface, index, hardware, link, bpf.link_info(link).id, mode, "".join(refused))
+            why, link_id = "".join(refused), bpf.link_info(link).id
+            silent, answers = _answers(interface, index, native=mode == "native")
+            return XdpAttachment(interface, index, hardware, link, link_id, mode, why, silent, answers)
     raise XdpError(f"XDP cannot be attached to {interface}: {', '.join(dict.fromkeys(refused))}")
+
+
+def _answers(interface: str, index: int, *, native: bool) -> tuple[str, int]:
+    """Say why XDP may send nothing back there, or nothing, and how it does."""
+    constant = abi.constants()
+    if native and netdev.strips_vlan_tags(interface) and netdev.has_vlans():
+        why = f"VLAN tags are taken off before XDP (ethtool -K {interface} rxvlan off leaves them on)"
+    elif native and netdev.driver(interface) == "veth":
+        if netdev.receives_from_xdp(index):
+            return "", constant["ANSWERS_REDIRECT"]
+        why = "the other end of this veth takes no frames from XDP (ethtool -K PEER gro on lets it; Linux 6.3)"
+    else:
+        return "", constant["ANSWERS_TRANSMIT"]
+    return why, constant["ANSWERS_NONE"]
 
 
 def is_attached(link_id: int) -> bool:

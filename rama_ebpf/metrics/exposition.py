@@ -20,7 +20,7 @@ from ..services.http import Body, Headers, HttpServer, Request, Response
 from ..services.tcp import TcpServer
 from .directory import MetricsDirectory
 
-__all__ = ["MetricsServer", "supervisor_collector", "verdict_collector"]
+__all__ = ["MetricsServer", "silent_rejects_collector", "supervisor_collector", "verdict_collector"]
 
 Verdicts = Callable[[], Mapping[tuple[str, str, str], int]]
 
@@ -41,6 +41,15 @@ def verdict_collector(verdicts: Verdicts) -> Collector:
         for labels, count in verdicts().items():
             family.add_metric(labels, count)
         yield family
+
+    return _Collector(collect)
+
+
+def silent_rejects_collector(total: Callable[[], int]) -> Collector:
+    """Collect ``rama_silent_rejects_total`` from a function that returns it."""
+
+    def collect() -> Iterable[Metric]:
+        yield CounterMetricFamily("rama_silent_rejects", "Rejected connections that got no RST.", value=total())
 
     return _Collector(collect)
 

@@ -40,6 +40,10 @@ class GateCounters:
                         totals[hook.lower(), stage.lower(), action.lower()] = value
         return totals
 
+    def silent_rejects(self) -> int:
+        """How many SYNs were to be rejected and got no RST, because the rate of those was used up."""
+        return self._total("silent_rejects", 0)
+
     def established(self, listener: int) -> int:
         """How many handshakes finished on a listener, by its index."""
         return self._total("established", listener)

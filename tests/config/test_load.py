@@ -190,6 +190,8 @@ LISTENER_B = '[listeners.b]\naddress = "127.0.0.1:{port}"\nstack = "{stack}"'
         (minimal('[stacks.s.connect]\nvia = ["gopher://x"]'), "7: stacks.s.connect: "),
         (minimal('[stacks.s.connect]\ninterface = "a-name-that-is-too-long"'), "7: stacks.s.connect: 'a-name-that-is"),
         (minimal('[egress]\nallow = "10.0.0.0/8"'), "8: egress.allow: write an array"),
+        (minimal("[policy]\nsyn_cookies = true"), "7: policy: syn_cookies: XDP sends them, so name at least one"),
+        (minimal("[policy.rejects]\nburst = 5"), "7: policy.rejects.rate: this setting is needed"),
         (minimal("server = 5"), "7: stacks.s.server: there is no such setting"),
         ("server = 5\n" + minimal(), "1: server: write a table"),
     ],

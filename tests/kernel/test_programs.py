@@ -49,7 +49,7 @@ def test_every_program_passes_the_verifier_with_room_to_spare(
 ) -> None:
     place = Instance(instance)
     place.run_dir.mkdir(parents=True)
-    gate = loader.load(place, xdp=True)
+    gate = loader.load(place, xdp=True, syn_cookies=True)
     try:
         walked = {name: bpf.prog_info(fd).verified_insns for name, fd in gate.programs.items()} | _relay()
     finally:

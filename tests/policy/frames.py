@@ -26,9 +26,10 @@ HOP_BY_HOP, ROUTING, FRAGMENT, AH, DST_OPTIONS, TCP = 0, 43, 44, 51, 60, 6
 VLAN, QINQ = 0x8100, 0x88A8
 
 
-def tcp(port: int, *, flags: int = 0x02, source_port: int = 40000) -> bytes:
-    """A TCP header without options; ``flags`` defaults to SYN."""
-    return struct.pack("!HHIIBBHHH", source_port, port, 1, 0, 5 << 4, flags, 64240, 0, 0)
+def tcp(port: int, *, flags: int = 0x02, source_port: int = 40000, options: bytes = b"", sequence: int = 1) -> bytes:
+    """A TCP header; ``flags`` defaults to SYN, ``options`` is a multiple of 4 bytes."""
+    words = 5 + len(options) // 4
+    return struct.pack("!HHIIBBHHH", source_port, port, sequence, 0, words << 4, flags, 64240, 0, 0) + options
 
 
 def checksum(data: bytes) -> bytes:

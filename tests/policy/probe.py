@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import IPv6Address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
 
@@ -24,7 +24,7 @@ from rama_ebpf.policy.rule import Action, Stage, Verdict
 __all__ = ["Parsed", "Probe", "listen"]
 
 _XDP, _XDP_TX = 6, 3
-_RESULT = struct.Struct("=5I 36s I")
+_RESULT = struct.Struct(f"=5I {abi.PACKET.size}s I")
 _KINDS = ("tcp", "other", "malformed")
 
 
@@ -49,6 +49,7 @@ class Probe:
         sizes: MapSizes | None = None,
         *extra: Program,
         source: Path | None = None,
+        defines: tuple[str, ...] = (),
         before_load: Callable[[], None] = lambda: None,
     ) -> None:
         """Load ``extra`` programs of the unit, and of ``source`` if it is given, beside the probe. ``before_load`` runs
@@ -65,7 +66,7 @@ class Probe:
         programs = [Program("probe_frame", _XDP, AttachType.XDP), *extra]
         try:
             before_load()
-            self.programs = compile_and_load(text, programs, cflags=[f'-DPIN_DIR="{instance.pin_dir}"'])
+            self.programs = compile_and_load(text, programs, cflags=[f'-DPIN_DIR="{instance.pin_dir}"', *defines])
         except BaseException:
             self.maps.close()
             unload(instance)
@@ -90,7 +91,7 @@ class Probe:
         )
         assert code == _XDP_TX, f"the probe returned {code}"
         action, stage, rule, dry_action, dry_rule, packet, kind = _RESULT.unpack_from(out)
-        source, target, port, _, syn = abi.PACKET.unpack(packet)
+        source, target, port, _, syn, *_ = abi.PACKET.unpack(packet)
         verdict = None
         if _KINDS[kind] == "tcp":
             fixed = {Stage.BAN: "ban", Stage.DEFAULT: "default"}
@@ -112,17 +113,21 @@ class Probe:
 
 
 @contextmanager
-def listen(probe: Probe, port: int) -> Iterator[None]:
-    """Put a port, on any address, under the gate. No socket serves it.
+def listen(
+    probe: Probe, port: int, *, at: Sequence[IPAddress] = (), sockets: int = 0, answers: bool = False
+) -> Iterator[None]:
+    """Put a port under the gate, on any address or on those given. The first ``sockets`` of the SOCKMAP serve it.
+    ``answers``: XDP may send.
 
     Test runs seem to come in by the loopback device, whose hardware address is zero, as in the frames that they are
     given.
     """
-    bpf.map_update(probe.maps["interfaces"], (1).to_bytes(4, "little"), bytes(8))
-    wildcards = (bytes(16), b"\0" * 10 + b"\xff\xff" + bytes(4))
-    keys = [abi.LISTENER_KEY.pack(address, port, 0) for address in wildcards]
+    bpf.map_update(probe.maps["interfaces"], (1).to_bytes(4, "little"), abi.INTERFACE.pack(bytes(6), answers))
+    addresses = at or (IPv6Address("::"), IPv4Address("0.0.0.0"))
+    mapped = [IPv6Address(f"::ffff:{address}") if address.version == 4 else address for address in addresses]
+    keys = [abi.LISTENER_KEY.pack(address.packed, port, 0) for address in mapped]
     for key in keys:
-        bpf.map_update(probe.maps["listeners"], key, abi.LISTENER.pack(0, 0, 0))
+        bpf.map_update(probe.maps["listeners"], key, abi.LISTENER.pack(0, sockets, 0))
     try:
         yield
     finally:
