@@ -1,6 +1,7 @@
 """What a suite needs from the machine: say all that is missing, and how to get it, before anything is begun.
 
-``python -m integration.require docker`` prints what is missing and exits 3, or prints nothing and exits 0.
+``python -m integration.require docker`` prints what is missing and exits 3, or prints nothing and exits 0; of several
+suites it prints what is missing for any.
 """
 
 from __future__ import annotations
@@ -103,16 +104,17 @@ SUITES: dict[str, Sequence[Callable[[], str | None]]] = {
 }
 
 
-def require(suite: str) -> None:
-    """Raise :class:`Missing` unless the machine has all that a suite needs. Raises KeyError for an unknown suite."""
-    missing = [text for check in SUITES[suite] if (text := check()) is not None]
+def require(*suites: str) -> None:
+    """Raise :class:`Missing` unless the machine has all that the suites need. Raises KeyError for an unknown suite."""
+    checks = dict.fromkeys(check for suite in suites for check in SUITES[suite])
+    missing = [text for check in checks if (text := check()) is not None]
     if missing:
         raise Missing("\n".join(missing))
 
 
 if __name__ == "__main__":
     try:
-        require(sys.argv[1])
+        require(*sys.argv[1:])
     except Missing as error:
-        print(f"{sys.argv[1]}: this machine lacks something:\n{error}", file=sys.stderr)
+        print(f"{' '.join(sys.argv[1:])}: this machine lacks something:\n{error}", file=sys.stderr)
         raise SystemExit(3) from None
