@@ -4,6 +4,7 @@ The rules are in ``bpf/answer.h`` and ``bpf/syn_cookie.h``."""
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections import Counter
@@ -122,7 +123,7 @@ def run(probe: Probe, frame: bytes) -> tuple[int, bytes]:
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[Probe]:
     program = Program("gate_xdp", 6, AttachType.XDP)
-    with Probe(Instance("test-answers"), None, program, defines=("-DSYN_COOKIES",)) as made:
+    with Probe(Instance(f"test-{os.getpid()}-answers"), None, program, defines=("-DSYN_COOKIES",)) as made:
         yield made
 
 
