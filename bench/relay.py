@@ -163,7 +163,10 @@ class Lab:
         command = [*_placed(_LOAD_CPU if pin else None), self.load, mode, f"127.0.0.1:{proxy.port}", *map(str, args)]
         if proxy.socks:
             command.append(f"127.0.0.1:{target}")
-        answer = json.loads(subprocess.check_output(command, start_new_session=True))
+        result = subprocess.run(command, stdout=subprocess.PIPE, check=False, start_new_session=True)
+        if result.returncode:
+            raise RuntimeError(f"the load through {proxy.name} failed")
+        answer = json.loads(result.stdout)
         assert isinstance(answer, dict)
         return answer
 
@@ -319,6 +322,8 @@ def _enter_namespace() -> None:
         os.execvpe(command[0], command, {**os.environ, _INSIDE: "1"})
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("2048 65000")
+    # Dante binds before it connects, and finds no port where all are in TIME-WAIT.
+    Path("/proc/sys/net/ipv4/tcp_max_tw_buckets").write_text("4096")
 
 
 def main() -> None:
