@@ -120,17 +120,17 @@ class SocketStream(Stream):
     async def connected(self) -> None:
         """Wait until the stream is connected. Raises OSError; the stream is aborted then, and when the caller is
         cancelled."""
-        if self._connected:
-            return
+        assert self._peer is not None
         try:
-            await self._wait_writable()
-            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code))
+            while not self._connected:
+                await self._wait_writable()
+                code = self._sock.connect_ex(self._peer.to_sockaddr())  # connect(2): how a second call answers
+                if code not in (0, errno.EISCONN, errno.EALREADY):
+                    raise OSError(code, os.strerror(code))
+                self._connected = code != errno.EALREADY
         except BaseException:
             self.abort()
             raise
-        self._connected = True
 
     @property
     def socket(self) -> _socket:

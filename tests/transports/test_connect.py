@@ -10,6 +10,7 @@ from ipaddress import ip_address
 import pytest
 
 from rama_ebpf.core import Authority, IPAddress, PolicyDenied, SocketAddress, SocketStream
+from rama_ebpf.core.poller import Poller
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import ConnectError, Connector, ResolveError
 from rama_ebpf.services.socket_options import KeepAlive, SocketOptions
@@ -171,3 +172,27 @@ async def test_a_target_that_does_not_answer_is_waited_for(port: int) -> None:
         await waiting
     assert stream.closed
     assert sock.fileno() == -1
+
+
+async def test_a_connection_that_the_kernel_does_not_watch_is_not_taken_for_connected(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "no more watches")
+
+    monkeypatch.setattr(Poller.current(), "add", refuse)
+    with pytest.raises(ConnectError, match="no answer within"):
+        await connector("127.0.0.66", timeout=0.2)(Authority.of("target", port))
+    assert await dialled(connector("127.0.0.1"), port) == "127.0.0.1"
+
+
+async def test_a_target_that_refuses_later_is_told_as_such(port: int) -> None:
+    """Not at once as on this host, but as the answer to a SYN that was waited for."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    stream = SocketStream.connecting(sock, SocketAddress(ip_address("127.0.0.66"), port))
+    waiting = asyncio.create_task(stream.connected())
+    await asyncio.sleep(0.05)
+    sock.shutdown(socket.SHUT_RDWR)  # what a reset does to it
+    with pytest.raises(OSError):
+        await waiting
+    assert stream.closed
