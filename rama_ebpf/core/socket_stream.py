@@ -10,7 +10,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 from .address import SocketAddress
 from .extensions import Extensions
@@ -19,6 +19,9 @@ from .redirection import before_redirection
 from .stream import Stream
 
 __all__ = ["SocketStream", "reset_on_close", "resets_on_close"]
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
@@ -164,34 +167,25 @@ class SocketStream(Stream):
         return self._closed
 
     async def _receive(self, max_bytes: int) -> bytes:
-        while True:
-            self._check_open()
-            self._check_only_reader()
-            if not self._maybe_readable:
-                await self._wait_readable()
-                continue
-            try:
-                data = self._sock.recv(max_bytes)
-            except BlockingIOError:
-                await self._wait_readable()
-                continue
-            self._count_received(len(data), max_bytes)
-            return data
+        data = await self._when_readable(self._sock.recv, max_bytes)
+        self._count_received(len(data), max_bytes)
+        return data
 
     async def _receive_into(self, view: memoryview) -> int:
+        count = await self._when_readable(self._sock.recv_into, view)
+        self._count_received(count, len(view))
+        return count
+
+    async def _when_readable(self, call: Callable[[A], R], argument: A) -> R:
         while True:
             self._check_open()
             self._check_only_reader()
-            if not self._maybe_readable:
-                await self._wait_readable()
-                continue
-            try:
-                count = self._sock.recv_into(view)
-            except BlockingIOError:
-                await self._wait_readable()
-                continue
-            self._count_received(count, len(view))
-            return count
+            if self._maybe_readable:
+                try:
+                    return call(argument)
+                except BlockingIOError:
+                    pass
+            await self._wait_readable()
 
     def _count_received(self, count: int, asked: int) -> None:
         self.bytes_received += count
