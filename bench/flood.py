@@ -48,7 +48,8 @@ from rama_ebpf.loader import Gate, load, unload
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.rule import Action, Rule, RuleSet
 from rama_ebpf.services.tcp import TcpServer
-from tests.policy.frames import checksum, ethernet, ipv4, tcp
+from tests.lab import set_ethtool
+from tests.policy.frames import ethernet, syn_over_ipv4
 
 PORT = 1080
 SERVER, CLIENT = IPv4Address("198.18.0.1"), IPv4Address("198.18.0.2")
@@ -77,11 +78,8 @@ def _setns(name: str) -> None:
 
 def _use_napi_thread(netns: str, interface: str) -> None:
     """Have veth use NAPI, with or without XDP: GRO here, and no TSO at the other end (``veth_xmit``)."""
-    with socket.socket() as sock:
-        for command, on in ((0x2C, 0), (0x2C, 1), (0x1F, 0)):  # ETHTOOL_SGRO, ETHTOOL_STSO; XDP's end turns GRO off
-            value = ctypes.create_string_buffer(struct.pack("=II", command, on))
-            request = struct.pack("16sQ16x", interface.encode(), ctypes.addressof(value))
-            fcntl.ioctl(sock, 0x8946, request)  # SIOCETHTOOL
+    for command, on in ((0x2C, 0), (0x2C, 1), (0x1F, 0)):  # ETHTOOL_SGRO, ETHTOOL_STSO; XDP's end turns GRO off
+        set_ethtool(interface, command, on)
     script = f"echo 0 > /sys/class/net/{interface}/threaded; echo 1 > /sys/class/net/{interface}/threaded"
     subprocess.run(["ip", "netns", "exec", netns, "sh", "-c", script], check=True)
 
@@ -167,17 +165,13 @@ class _Message(ctypes.Structure):  # struct mmsghdr
     )
 
 
-def syn(source: IPv4Address, source_port: int) -> bytes:
-    segment = tcp(PORT, source_port=source_port)
-    pseudo = source.packed + SERVER.packed + struct.pack("!HH", socket.IPPROTO_TCP, len(segment))
-    return ipv4(source, SERVER, segment[:16] + checksum(pseudo + segment) + segment[18:])
-
-
 def _send(target: str, count: int) -> None:
     """Send SYNs from anywhere in the flood's network."""
     pick = random.Random(1)
     header = bytes.fromhex(target) + _hardware("fc0")
-    packets = [syn(FLOOD[pick.randrange(1, 65535)], pick.randrange(1024, 65535)) for _ in range(FRAMES)]
+    packets = [
+        syn_over_ipv4(FLOOD[pick.randrange(1, 65535)], SERVER, PORT, pick.randrange(1024, 65535)) for _ in range(FRAMES)
+    ]
     frames = [header + ethernet(packet)[12:] for packet in packets]
     buffers = [ctypes.create_string_buffer(frame, len(frame)) for frame in frames]
     vectors = (_Iovec * FRAMES)(*(_Iovec(ctypes.addressof(buffer), len(buffer)) for buffer in buffers))

@@ -44,7 +44,7 @@ def reset_on_close(sock: socket.socket, on: bool) -> None:
 
     Unix sockets know no reset; for them this does nothing.
     """
-    if sock.family != socket.AF_UNIX:
+    if _family(sock) != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST if on else _LINGER_OFF)
 
 
@@ -77,8 +77,8 @@ class SocketStream(Stream):
         super().__init__(extensions)
         sock.setblocking(False)
         self._unix = _family(sock) == socket.AF_UNIX
-        if not (reset or self._unix):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST)
+        if not reset:
+            reset_on_close(sock, True)
         self._sock = sock
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
@@ -263,7 +263,7 @@ class SocketStream(Stream):
             raise ConnectionResetError(error.errno, f"cannot half-close: {error.strerror}") from error
 
     async def close(self) -> None:
-        if not (self._closed or self._unix):
+        if not self._closed:
             reset_on_close(self._sock, False)
         self._close()
 
@@ -372,11 +372,10 @@ class SocketStream(Stream):
         return True
 
     async def _wait_readable(self) -> None:
-        self._maybe_readable = False
         if not (self._poller or self._can_watch()):
-            self._maybe_readable = True
             await asyncio.sleep(_UNWATCHED_SECONDS)
             return
+        self._maybe_readable = False
         self._reader = self._loop.create_future()
         try:
             await self._reader

@@ -113,8 +113,12 @@ class Connector:
             raise ValueError(f"attempt_delay must be at least 0.01 s, not {self.attempt_delay}")
 
     async def __call__(self, target: Authority, /) -> Stream:
-        ips = [target.ip] if target.ip is not None else await self.resolver.resolve(str(target.host))
-        addresses = [SocketAddress(ip, target.port) for ip in self._allowed(target, ips)]
+        if target.ip is not None:
+            self.egress.check(target.ip)
+            ips = [target.ip]
+        else:
+            ips = self._allowed(target, await self.resolver.resolve(str(target.host)))
+        addresses = [SocketAddress(ip, target.port) for ip in ips]
         timeout = None
         try:
             if len(addresses) == 1 and (stream := self._begin(addresses[0])).is_connected:
@@ -132,9 +136,6 @@ class Connector:
             raise ConnectError(number, f"cannot connect to {target}: {why}") from error
 
     def _allowed(self, target: Authority, ips: Iterable[IPAddress]) -> list[IPAddress]:
-        if target.ip is not None:
-            self.egress.check(target.ip)
-            return [target.ip]
         allowed: list[IPAddress] = []
         denied: PolicyDenied | None = None
         for ip in ips:

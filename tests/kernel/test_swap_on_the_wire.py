@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-import struct
 import threading
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from ..conftest import StartProxy
 from ..lab import Host, Lab
-from ..policy.frames import checksum, ethernet, ipv4, tcp
+from ..policy.frames import ethernet, syn_over_ipv4
 from .test_gate import PORT
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
@@ -42,12 +41,6 @@ def policy(directory: Path, name: str, seed: int) -> Path:
     return path
 
 
-def syn(source: IPv4Address, target: IPv4Address, source_port: int) -> bytes:
-    segment = tcp(PORT, source_port=source_port)
-    pseudo = source.packed + target.packed + struct.pack("!HH", socket.IPPROTO_TCP, len(segment))
-    return ipv4(source, target, segment[:16] + checksum(pseudo + segment) + segment[18:])
-
-
 def hardware_address(host: Host) -> bytes:
     words = host.run("ip", "-brief", "link", "show", "dev", "eth0").stdout.split()
     return bytes.fromhex(words[2].replace(":", ""))
@@ -67,7 +60,7 @@ class Flood(threading.Thread):
         self._frames = []
         for _ in range(4096):
             source = IPv4Address(FLOOD + pick.randrange(1 << 16))
-            packet = syn(source, IPv4Address(server.ipv4), pick.randrange(1024, 65_536))
+            packet = syn_over_ipv4(source, IPv4Address(server.ipv4), PORT, pick.randrange(1024, 65_536))
             self._frames.append(head + ethernet(packet)[12:])
 
     def run(self) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "extension",
     "ipv4",
     "ipv6",
+    "syn_over_ipv4",
     "tcp",
 ]
 
@@ -38,6 +39,13 @@ def checksum(data: bytes) -> bytes:
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return struct.pack("!H", ~total & 0xFFFF)
+
+
+def syn_over_ipv4(source: IPv4Address, target: IPv4Address, port: int, source_port: int) -> bytes:
+    """A whole SYN that a stack takes: its checksum is right (RFC 9293, 3.1)."""
+    segment = tcp(port, source_port=source_port)
+    pseudo = source.packed + target.packed + struct.pack("!HH", TCP, len(segment))
+    return ipv4(source, target, segment[:16] + checksum(pseudo + segment) + segment[18:])
 
 
 def ipv4(
