@@ -1,12 +1,12 @@
-"""Seeds for the fuzzer, from the corpus of the tests: ``python -m tests.fuzz.http.seeds DIRECTORY``."""
+"""Seeds for the fuzzer, from the corpus of the tests: ``python -m tests.fuzz.http.seeds`` adds them to its corpora."""
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from pathlib import Path
 
 from tests.http.corpus import BODIES, BROKEN, REQUESTS, RESPONSES
+
+from ..corpus import read_corpus, write_corpus
 
 __all__ = ["seeds"]
 
@@ -57,10 +57,8 @@ def seeds() -> dict[str, list[bytes]]:
 
 def main() -> None:
     for name, inputs in seeds().items():
-        directory = Path(sys.argv[1]) / name
-        directory.mkdir(parents=True, exist_ok=True)
-        for data in inputs:
-            (directory / hashlib.sha1(data, usedforsecurity=False).hexdigest()).write_bytes(data)
+        path = Path(__file__).with_name(f"{name}.corpus")
+        write_corpus(path, [*read_corpus(path), *inputs])
 
 
 if __name__ == "__main__":

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from ..corpus import read_corpus
 from ..socks5.test_replay import mutate
 from .targets import TARGETS
 
-CORPUS = {name: sorted((Path(__file__).parent / name).iterdir()) for name in TARGETS}
+CORPUS = {name: read_corpus(Path(__file__).with_name(f"{name}.corpus")) for name in TARGETS}
 MUTATIONS = {"proxy_header": 10_000, "requests": 2500, "responses": 2500, "h2_fields": 3000}
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_corpus_breaks_no_guarantee(name: str) -> None:
     assert len(CORPUS[name]) >= 10, "the corpus is part of the repository"
-    for path in CORPUS[name]:
-        TARGETS[name](path.read_bytes())
+    for data in CORPUS[name]:
+        TARGETS[name](data)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_mutated_corpus_breaks_no_guarantee(name: str) -> None:
     chance = random.Random(9112)
-    seeds = [path.read_bytes() for path in CORPUS[name]]
     for _ in range(MUTATIONS.get(name, 500)):
-        TARGETS[name](mutate(chance, seeds))
+        TARGETS[name](mutate(chance, CORPUS[name]))

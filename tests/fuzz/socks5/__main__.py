@@ -12,6 +12,8 @@ from pathlib import Path
 
 import atheris
 
+from ..corpus import fuzz
+
 with atheris.instrument_imports(include=["rama_ebpf.services.socks5", "rama_ebpf.core.address"]):
     from .targets import TARGETS
 
@@ -20,9 +22,12 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         sys.exit(f"usage: python -m tests.fuzz.socks5 {{{'|'.join(TARGETS)}}} [libFuzzer options]")
     name = sys.argv[1]
-    corpus = Path(__file__).parent / name
-    atheris.Setup([sys.argv[0], *sys.argv[2:], str(corpus)], TARGETS[name])
-    atheris.Fuzz()
+
+    def run(directory: Path) -> None:
+        atheris.Setup([sys.argv[0], *sys.argv[2:], str(directory)], TARGETS[name])
+        atheris.Fuzz()
+
+    fuzz("tests.fuzz.socks5", Path(__file__).with_name(f"{name}.corpus"), run)
 
 
 if __name__ == "__main__":

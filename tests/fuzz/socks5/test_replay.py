@@ -7,25 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from ..corpus import read_corpus
 from .targets import TARGETS
 
-CORPUS = {name: sorted((Path(__file__).parent / name).iterdir()) for name in TARGETS}
+CORPUS = {name: read_corpus(Path(__file__).with_name(f"{name}.corpus")) for name in TARGETS}
 MUTATIONS = {"server": 20_000, "client": 10_000, "datagram": 10_000}
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_corpus_breaks_no_guarantee(name):
     assert len(CORPUS[name]) >= 10, "the corpus is part of the repository"
-    for path in CORPUS[name]:
-        TARGETS[name](path.read_bytes())
+    for data in CORPUS[name]:
+        TARGETS[name](data)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_mutated_corpus_breaks_no_guarantee(name):
     chance = random.Random(1928)
-    seeds = [path.read_bytes() for path in CORPUS[name]]
     for _ in range(MUTATIONS[name]):
-        TARGETS[name](mutate(chance, seeds))
+        TARGETS[name](mutate(chance, CORPUS[name]))
 
 
 def mutate(chance: random.Random, seeds: list[bytes]) -> bytes:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ...tls.hello import build, extension, handshake, of_vector, records, vec
 from ...tls.vectors import VECTORS
+from ..corpus import read_corpus
 from .targets import client_hello
 
-CORPUS = [path.read_bytes() for path in sorted((Path(__file__).parent / "client_hello").iterdir())]
+CORPUS = read_corpus(Path(__file__).with_name("client_hello.corpus"))
 SEEDS = [bytes((number,)) + records(of_vector(vector), 400) for number, vector in enumerate(VECTORS)]
 
 
