@@ -1,10 +1,14 @@
 # Two commands do everything: `make run` serves, `make test` runs all that CI runs. Both set themselves up.
 SHELL := /bin/bash
+QUICK := tests/core tests/layers tests/config tests/cli tests/fuzz tests/router tests/proxy_protocol \
+	tests/policy/test_feeds.py tests/policy/test_egress.py tests/policy/test_layout.py tests/socks5/test_machine.py
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST ?= $(BIN)/python -m pytest
+# Many tests wait for a time to pass: half as many processes again as there are cores, and not more than memory bears.
+WORKERS ?= $(shell cores=$$(nproc); n=$$((cores + (cores + 1) / 2)); echo $$((n < 8 ? n : 8)))
 
-.PHONY: run test lint unit setup setup-test docker-test kernels vagrant-test clean help
+.PHONY: run test check lint setup setup-test docker-test kernels vagrant-test clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,13 +22,17 @@ setup-test:
 run: setup ## set up, load the gate, serve a SOCKS5 proxy on 127.0.0.1:1080; ARGS="…" goes to `rama-ebpf run`
 	@exec $(BIN)/rama-ebpf run $(ARGS)
 
-lint: setup-test ## ruff and mypy --strict
+lint: setup-test ## ruff, mypy --strict and the import rule
 	$(BIN)/ruff check --output-format concise .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint ## lint, and the tests that need neither root nor another program; under a minute
+	$(PYTEST) -n $(WORKERS) $(QUICK) -m "not (root or ebpf or docker or vm)" $(PYTEST_ARGS)
 
 test: lint ## everything that CI runs; needs root
-	$(PYTEST) tests integration -m "not vm" $(PYTEST_ARGS)
+	$(PYTEST) -n $(WORKERS) tests integration -m "not vm" $(PYTEST_ARGS)
 
 docker-test: setup-test ## the proxy among containers, on a Docker daemon of its own (part of `make test`)
 	@$(BIN)/python -m integration.require docker

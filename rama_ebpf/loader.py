@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from .core.address import SocketAddress
+from .core.address import SocketAddress, mapped
 from .kernel import abi, bpf, bpffs, cgroup, xdp
 from .kernel.bpf import AttachType
 from .kernel.compile import Program, amalgamate, compile_and_load
@@ -208,7 +208,7 @@ class Gate:
             bpf.map_update(
                 self.maps["sockets"], (first + index).to_bytes(4, "little"), sock.fileno().to_bytes(8, "little")
             )
-        key = abi.LISTENER_KEY.pack(_mapped(address), address.port, 0)
+        key = abi.LISTENER_KEY.pack(mapped(address.ip), address.port, 0)
         bpf.map_update(self.maps["listeners"], key, abi.LISTENER.pack(free, len(sockets), 0))
         self._listeners[address] = _Listener(key, free, len(sockets))
         return address
@@ -268,11 +268,6 @@ class AcceptCounter:
     def increment(self) -> None:
         """Count one accepted connection."""
         self._slot[0] += 1
-
-
-def _mapped(address: SocketAddress) -> bytes:
-    packed = address.ip.packed
-    return packed if len(packed) == 16 else b"\0" * 10 + b"\xff\xff" + packed
 
 
 def load(

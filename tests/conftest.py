@@ -8,8 +8,11 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from rama_ebpf.kernel import cgroup
 from rama_ebpf.kernel.instance import Instance
@@ -19,6 +22,21 @@ from .lab import PREFIX, Host, Lab, remove_stale, wait_for
 from .proxy import ProxyProcess
 
 _numbers = itertools.count()
+
+
+class _ByModule(LoadScopeScheduling):
+    """A module's tests run in one process, which shares their fixtures; those of Docker, which share a daemon, in one
+    as well."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return "docker" if "/docker/" in module else module
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Any:
+    """Spread modules, not tests, over the processes of ``-n``."""
+    return _ByModule(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,8 +70,18 @@ def _nothing_is_left() -> Iterator[None]:
     with contextlib.suppress(cgroup.CgroupUnavailable):
         left += cgroup.own_cgroup().glob(f"rama-ebpf-{ours}")
     left += Path("/run/netns").glob(f"{PREFIX}-{os.getpid()}-*")
-    left += [pins for pins in Path("/sys/fs/bpf/rama-ebpf").glob("*") if pins.stat().st_uid != 0]
     assert not left, f"left behind: {', '.join(map(str, left))}"
+    # A test of another process may have some just now.
+    wait_for(lambda: not _foreign_pins(), timeout=60, what="the end of pins of another user")
+
+
+def _foreign_pins() -> list[Path]:
+    found = []
+    for pins in Path("/sys/fs/bpf/rama-ebpf").glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            if pins.stat().st_uid != 0:
+                found.append(pins)
+    return found
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ from ..control.options import DaemonOptions
 from ..core.address import Endpoint
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
+from ..kernel.privileges import UserIds, can_change_user
 from ..policy.egress import EgressPolicy
 from ..policy.rule import Action, PolicyError, parse_network
-from ..process.plan import UserIds
-from ..process.privileges import can_change_user
 from .output import OK
 
 __all__ = ["register"]

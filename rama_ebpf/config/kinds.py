@@ -11,8 +11,8 @@ from typing import Any, Final, Generic, TypeVar
 
 from ..core.address import Authority, Endpoint
 from ..core.names import NameSet
+from ..kernel.privileges import UserError, UserIds
 from ..policy.rule import PolicyError, parse_network
-from ..process.plan import PlanError, UserIds
 
 __all__ = [
     "AUTHORITY",
@@ -272,7 +272,7 @@ def _user(value: Any) -> str:
     text = _text(value)
     try:
         UserIds.of(text)
-    except PlanError as error:
+    except UserError as error:
         raise ValueError(str(error)) from None
     return text
 

@@ -42,7 +42,7 @@ from .socket import ControlServer
 from .worker_requests import handlers
 
 if TYPE_CHECKING:
-    from ..metrics.exposition import MetricsServer
+    from .exposition import MetricsServer
 
 __all__ = ["serve"]
 
@@ -283,7 +283,7 @@ class _Daemon:
         if self._metrics is None or self._options.metrics is None or self._options.metrics.address is None:
             return None
         # Imported only where it is wanted: it brings the HTTP services, a fifth of the time to start.
-        from ..metrics.exposition import (
+        from .exposition import (
             MetricsServer,
             silent_rejects_collector,
             supervisor_collector,

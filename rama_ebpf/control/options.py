@@ -11,9 +11,10 @@ from ..core.address import Endpoint
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
 from ..kernel.instance import Instance
+from ..kernel.privileges import UserIds
 from ..policy.egress import EgressPolicy
 from ..policy.rule import Action, IPNetwork, Rule, SynLimit
-from ..process.plan import Json, UserIds
+from ..process.plan import Json
 from .listeners import ListenAt
 
 __all__ = ["FIXED", "DaemonOptions"]

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-__all__ = ["Authority", "Endpoint", "IPAddress", "SocketAddress", "is_loopback", "unmap"]
+__all__ = ["Authority", "Endpoint", "IPAddress", "SocketAddress", "is_loopback", "mapped", "unmap"]
 
 IPAddress = IPv4Address | IPv6Address
 
@@ -17,6 +17,12 @@ def unmap(ip: IPAddress) -> IPAddress:
     if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
         return ip.ipv4_mapped
     return ip
+
+
+def mapped(ip: IPAddress) -> bytes:
+    """Return the 16 bytes of an IPv6 address, or of the IPv4-mapped one of an IPv4 address; the inverse of
+    :func:`unmap`."""
+    return ip.packed if ip.version == 6 else b"\0" * 10 + b"\xff\xff" + ip.packed
 
 
 def is_loopback(ip: IPAddress) -> bool:

@@ -16,6 +16,7 @@ __all__ = [
     "PolicyStrike",
     "ProtocolError",
     "RamaError",
+    "RateExceeded",
     "StackError",
     "TotalTimeout",
     "TunnelTimeout",
@@ -79,6 +80,16 @@ class LimitExceeded(RamaError):
     """A configured bound (buffer, rate, concurrency) was reached."""
 
     kind = "limit"
+
+
+class RateExceeded(LimitExceeded):
+    """More came than the rate allows. ``retry_after`` is when the next would be let in, in seconds."""
+
+    kind = "rate_limit"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class HandshakeTimeout(RamaError, TimeoutError):

@@ -28,17 +28,14 @@ __all__ = [
     "link_by_id",
     "link_create",
     "link_info",
-    "link_update",
     "map_by_id",
     "map_create",
     "map_delete",
-    "map_delete_batch",
     "map_info",
     "map_lookup",
     "map_lookup_batch",
     "map_next_key",
     "map_update",
-    "map_update_batch",
     "obj_get",
     "obj_pin",
     "prog_attach",
@@ -198,26 +195,6 @@ def map_next_key(fd: int, key: bytes | None, key_size: int) -> bytes | None:
     return following.raw
 
 
-def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> None:
-    """Set ``count`` keys at once; ``keys`` and ``values`` are the packed arrays. Not atomic: use it on maps not yet
-    in use. Raises OSError; entries before the failing one are set."""
-    if count == 0:
-        return
-    key_buffer, value_buffer = _buffer(keys), _buffer(values)
-    _bpf(
-        _UPDATE_BATCH,
-        struct.pack("=QQQQIIQQ", 0, 0, _address(key_buffer), _address(value_buffer), count, fd, BPF_ANY, 0),
-    )
-
-
-def map_delete_batch(fd: int, keys: bytes, count: int) -> None:
-    """Delete ``count`` packed keys. Raises FileNotFoundError at the first that is missing."""
-    if count == 0:
-        return
-    key_buffer = _buffer(keys)
-    _bpf(_DELETE_BATCH, struct.pack("=QQQQIIQQ", 0, 0, _address(key_buffer), 0, count, fd, 0, 0))
-
-
 def map_lookup_batch(fd: int, key_size: int, value_size: int, chunk: int = 4096) -> list[tuple[bytes, bytes]]:
     """Return all entries of a hash map. A consistent view only if nobody writes meanwhile."""
     entries: list[tuple[bytes, bytes]] = []
@@ -295,11 +272,6 @@ def link_by_id(identity: int) -> int:
 def prog_by_id(identity: int) -> int:
     """Open a program by its id and return a descriptor. Raises FileNotFoundError if it is gone."""
     return _bpf(_PROG_GET_FD_BY_ID, struct.pack("=III", identity, 0, 0))
-
-
-def link_update(link_fd: int, prog_fd: int) -> None:
-    """Replace the program of a link; no packet sees neither."""
-    _bpf(_LINK_UPDATE, struct.pack("=IIII", link_fd, prog_fd, 0, 0))
 
 
 def prog_attach(prog_fd: int, map_fd: int, attach_type: AttachType) -> None:

@@ -162,11 +162,6 @@ class DirectionSlot:
         return int(self._u64[self._q + 1])
 
     @property
-    def trimmed(self) -> int:
-        """Duplicate bytes that it has cut off."""
-        return int(self._u64[self._q + 2])
-
-    @property
     def before(self) -> int:
         """Bytes that were read from the source before; known once a byte has come."""
         return int(self._u64[self._q + 3])

@@ -1,10 +1,10 @@
 """Layers: each bounds, watches or changes what passes to the service inside. ``docs/layers.md`` has a line on each."""
 
+from ..core.chain import ProxyChainLayer
 from .access_log import AccessLogLayer, AccessRecord
 from .auth import AuthLayer, PasswordFile, StaticUsers
 from .breaker import CircuitBreakerLayer, CircuitOpen
 from .catch import CatchLayer
-from .chain import ProxyChainLayer
 from .concurrency import ConcurrencyExceeded, ConcurrencyLimitLayer
 from .count import ByteCounter, ByteCountLayer
 from .hijack import FilterLayer, HijackLayer

@@ -10,21 +10,11 @@ from typing import Any, Protocol
 
 from ..core.bucket import TokenBucket
 from ..core.client import HasExtensions
-from ..core.errors import LimitExceeded
+from ..core.errors import RateExceeded
 from ..core.service import Service
 from .source import Key
 
 __all__ = ["Buckets", "RateExceeded", "RateLimitLayer", "SharesBuckets"]
-
-
-class RateExceeded(LimitExceeded):
-    """More came than the rate allows. ``retry_after`` is when the next would be let in, in seconds."""
-
-    kind = "rate_limit"
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class Buckets(Protocol):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ..core.address import IPAddress
 from ..core.client import HasExtensions, client_address
 from ..core.errors import AuthFailed, HandshakeTimeout, PolicyStrike, ProtocolError, RamaError
-from ..core.extensions import Extensions
+from ..core.offender import Offender, strike
 from ..core.service import Service
 from .source import source_prefix
 
@@ -103,20 +103,6 @@ class LocalStrikes:
             await self._banner.ban(ip, ttl=limit.ban, reason=f"{limit.strikes} strikes, the last: {reason}")
 
 
-class _Offender:
-    """Added to the extensions, so that a protocol can report what it answered politely instead of raising."""
-
-    def __init__(self, report: Callable[[str], object]) -> None:
-        self.report = report
-
-
-def strike(extensions: Extensions, reason: str) -> None:
-    """Count one strike against the client that these extensions belong to; does nothing without a StrikeLayer."""
-    offender = extensions.get(_Offender)
-    if offender is not None:
-        offender.report(reason)
-
-
 class StrikeLayer:
     """Counts a strike against the client for each error of one of the types ``on`` that passes, and has it banned as
     :class:`StrikeLimit` says. What a strike was for is the error's ``kind``.
@@ -141,7 +127,7 @@ class StrikeLayer:
 
     def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
         async def serve(input: HasExtensions) -> Any:
-            input.extensions.add(_Offender(lambda reason: self._strike(input, reason)))
+            input.extensions.add(Offender(lambda reason: self._strike(input, reason)))
             try:
                 return await inner(input)
             except self._on as error:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from ..process.plan import UserIds
+from ..kernel.privileges import UserIds
 
 __all__ = ["ENVIRONMENT", "MetricsDirectory", "use_identity"]
 

@@ -20,12 +20,6 @@ class GateCounters:
 
     _maps: GateMaps
 
-    def default_hits(self) -> int:
-        """How many connection attempts no rule decided."""
-        raw = bpf.map_lookup(self._maps["rule_hits"], number(0), abi.RULE_HITS.size * abi.possible_cpus())
-        assert raw is not None
-        return sum(decided for decided, _ in abi.RULE_HITS.iter_unpack(raw))
-
     def totals(self) -> dict[tuple[str, str, str], int]:
         """Return how many verdicts took effect by (hook, stage, action), in lower case; zero counts are left out."""
         constant = abi.constants()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import NamedTuple
 
 from ..core.address import IPAddress, unmap
@@ -64,7 +64,7 @@ def _embedded(ip: IPAddress) -> IPAddress | None:
     if not isinstance(ip, IPv6Address):
         return None
     if ip in _NAT64:
-        return unmap(IPv6Address(int(ip) & 0xFFFFFFFF | 0xFFFF << 32))
+        return IPv4Address(int(ip) & 0xFFFFFFFF)
     return ip.sixtofour if ip in _6TO4 else None
 
 

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 from typing import Final
 
-from ..core.address import IPAddress, unmap
+from ..core.address import IPAddress, mapped, unmap
 from ..core.errors import PolicyDenied
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
@@ -84,6 +84,5 @@ def _is_denied(policy: EgressPolicy, address: IPAddress) -> bool:
 
 
 def _key(network: IPNetwork) -> bytes:
-    packed = network.network_address.packed
-    mapped = packed if network.version == 6 else b"\0" * 10 + b"\xff\xff" + packed
-    return abi.FAILSAFE_KEY.pack(32 + network.prefixlen + MAPPED[network.version], network.version == 4, mapped)
+    length = 32 + network.prefixlen + MAPPED[network.version]
+    return abi.FAILSAFE_KEY.pack(length, network.version == 4, mapped(network.network_address))

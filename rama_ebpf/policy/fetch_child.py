@@ -16,8 +16,7 @@ import urllib.request
 from typing import IO, Final
 
 from .. import __version__
-from ..process.plan import UserIds
-from ..process.privileges import can_change_user, die_with_parent, drop_privileges, give_up_capabilities
+from ..kernel.privileges import UserIds, can_change_user, die_with_parent, drop_privileges, give_up_capabilities
 from .gzipped import unpack
 
 __all__: list[str] = []

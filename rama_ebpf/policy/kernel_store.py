@@ -17,7 +17,7 @@ from dataclasses import replace
 from ipaddress import IPv6Network, ip_address
 from typing import Final
 
-from ..core.address import IPAddress, unmap
+from ..core.address import IPAddress, mapped, unmap
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from ..kernel.instance import Instance
@@ -31,10 +31,6 @@ from .stored import StoredRule
 __all__ = ["KernelStore"]
 
 _FULL: Final = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
-
-
-def _mapped(address: IPAddress) -> bytes:
-    return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
 
 
 def _mapped_length(network: IPNetwork) -> int:
@@ -88,7 +84,7 @@ class KernelStore(KernelSets, GateCounters):
 
     @staticmethod
     def _runtime_key(network: IPNetwork, port: int) -> bytes:
-        return abi.RUNTIME_KEY.pack(_mapped_length(network), port, _mapped(network.network_address))
+        return abi.RUNTIME_KEY.pack(_mapped_length(network), port, mapped(network.network_address))
 
     def _runtime(self, network: IPNetwork, port: int) -> int | None:
         raw = bpf.map_lookup(self._maps["runtime"], self._runtime_key(network, port), 4)
@@ -230,13 +226,13 @@ class KernelStore(KernelSets, GateCounters):
     # -- bans ----------------------------------------------------------------------------------------------------
 
     def _ban(self, address: IPAddress) -> Ban | None:
-        raw = bpf.map_lookup(self._maps["bans"], _mapped(address), abi.BAN.size)
+        raw = bpf.map_lookup(self._maps["bans"], mapped(address), abi.BAN.size)
         return None if raw is None else _ban(address, raw)
 
     def _set_ban(self, ban: Ban) -> None:
         raw = abi.BAN.pack(ban.expires or 0, ban.created, ban.hits, ban.action, 0, ban.reason.encode()[:63])
         try:
-            bpf.map_update(self._maps["bans"], _mapped(ban.address), raw)
+            bpf.map_update(self._maps["bans"], mapped(ban.address), raw)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -248,7 +244,7 @@ class KernelStore(KernelSets, GateCounters):
         self._flag("GATE_BANS")
 
     def _drop_ban(self, address: IPAddress) -> bool:
-        return bpf.map_delete(self._maps["bans"], _mapped(address))
+        return bpf.map_delete(self._maps["bans"], mapped(address))
 
     def _drop_expired_bans(self, now: int) -> int:
         expired = 0
@@ -267,7 +263,7 @@ class KernelStore(KernelSets, GateCounters):
     def _in_failsafe(self, source: IPAddress, port: int) -> bool:
         if port in self._gate().failsafe_ports:
             return True
-        key = abi.FAILSAFE_KEY.pack(32 + 128, source.version == 4, _mapped(source))
+        key = abi.FAILSAFE_KEY.pack(32 + 128, source.version == 4, mapped(source))
         return bpf.map_lookup(self._maps["failsafe"], key, 4) is not None
 
     def failsafe(self) -> list[IPNetwork]:
@@ -280,7 +276,7 @@ class KernelStore(KernelSets, GateCounters):
         if len(ports) > most:
             raise PolicyError(f"{len(ports)} failsafe ports: use at most {most}")
         wanted = {
-            abi.FAILSAFE_KEY.pack(32 + _mapped_length(net), net.version == 4, _mapped(net.network_address))
+            abi.FAILSAFE_KEY.pack(32 + _mapped_length(net), net.version == 4, mapped(net.network_address))
             for net in map(unmap_network, networks)
         }
         if wanted or ports:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import pwd
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..core.errors import RamaError
+from ..kernel.privileges import UserIds
 
-__all__ = ["Json", "Listener", "Plan", "PlanError", "UserIds"]
+__all__ = ["Json", "Listener", "Plan", "PlanError"]
 
 Json = Mapping[str, object]
 
@@ -19,25 +19,6 @@ class PlanError(RamaError, ValueError):
     """A plan cannot be carried out; the text names the value and the remedy."""
 
     kind = "plan"
-
-
-@dataclass(frozen=True, slots=True)
-class UserIds:
-    """The numbers of an unprivileged user and its primary group."""
-
-    uid: int
-    gid: int
-
-    @classmethod
-    def of(cls, name: str) -> UserIds:
-        """Look up a user by name or number. Raises :class:`PlanError` if there is none, or if it is root."""
-        try:
-            entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
-        except KeyError:
-            raise PlanError(f"there is no user {name!r} on this host (getent passwd lists them)") from None
-        if entry.pw_uid == 0:
-            raise PlanError(f"workers must not run as {name!r} (uid 0): name an unprivileged user, e.g. nobody")
-        return cls(entry.pw_uid, entry.pw_gid)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,12 @@ from typing import Any, Final, cast
 import uvloop
 
 from ..core.errors import PeerClosed, RamaError
+from ..kernel.privileges import UserIds, die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
 from ..metrics.directory import ENVIRONMENT as METRICS_ENVIRONMENT
 from ..metrics.directory import use_identity
 from ..services.tcp import TcpServer
 from .channel import Channel, receive_line, send_line
 from .context import Application, WorkerContext, load_application
-from .plan import UserIds
-from .privileges import die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
 from .shared import SharedTable
 
 __all__ = ["main"]

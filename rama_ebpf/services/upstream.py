@@ -1,4 +1,4 @@
-"""Ways out through other proxies, named by URL: hops for a :class:`~rama_ebpf.layers.chain.ProxyChainLayer`."""
+"""Ways out through other proxies, named by URL: hops for a :class:`~rama_ebpf.core.chain.ProxyChainLayer`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from ..core.address import Authority, IPAddress
 from ..core.auth import Credentials
+from ..core.chain import Hop, ProxyChainLayer
 from ..core.errors import PolicyDenied
 from ..core.service import Service
 from ..core.stream import Stream
 from ..core.target import Target
-from ..layers.chain import Hop, ProxyChainLayer
 from .connect import ConnectError, Egress, ResolveError, Resolver
 from .http.tunnel_client import HttpTunnelClient
 from .socks5.client import Socks5Client

@@ -13,11 +13,12 @@ from typing import Any
 
 import uvloop
 
+from rama_ebpf.control.exposition import MetricsServer, supervisor_collector, verdict_collector
 from rama_ebpf.core import RamaError
+from rama_ebpf.kernel.privileges import UserIds
 from rama_ebpf.metrics.directory import MetricsDirectory
-from rama_ebpf.metrics.exposition import MetricsServer, supervisor_collector, verdict_collector
 from rama_ebpf.process import Listener, Plan, Supervisor, WorkersFailed
-from rama_ebpf.process.plan import Json, UserIds
+from rama_ebpf.process.plan import Json
 from rama_ebpf.services.tcp import bind_tcp
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rama_ebpf.kernel.privileges import UserError, UserIds
 from rama_ebpf.process import Listener, Plan
-from rama_ebpf.process.plan import PlanError, UserIds
+from rama_ebpf.process.plan import PlanError
 from rama_ebpf.services.tcp import bind_tcp
 
 from .conftest import Start, Supervised, gone, status
@@ -274,9 +275,9 @@ def test_bad_plans_are_refused() -> None:
     ):
         with pytest.raises(PlanError, match=message):
             Plan(**{"target": "a:b", "listeners": (), **changes})  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="no user 'no-such-user'"):
+    with pytest.raises(UserError, match="no user 'no-such-user'"):
         UserIds.of("no-such-user")
-    with pytest.raises(PlanError, match="uid 0"):
+    with pytest.raises(UserError, match="uid 0"):
         UserIds.of("root")
 
 

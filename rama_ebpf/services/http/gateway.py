@@ -10,8 +10,7 @@ import errno
 import math
 from typing import Final
 
-from ...core.errors import AuthFailed, LimitExceeded, PolicyDenied, RamaError
-from ...layers.rate import RateExceeded
+from ...core.errors import AuthFailed, LimitExceeded, PolicyDenied, RamaError, RateExceeded
 from ..connect import ConnectError, ResolveError
 from .errors import HttpError
 from .headers import Headers

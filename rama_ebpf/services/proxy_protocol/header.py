@@ -15,7 +15,7 @@ from functools import cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
-from ...core.address import IPAddress, SocketAddress, unmap
+from ...core.address import IPAddress, SocketAddress, mapped, unmap
 from ...core.errors import ProtocolError
 
 __all__ = [
@@ -159,11 +159,7 @@ def _same_family(source: IPAddress, destination: IPAddress) -> tuple[int, IPAddr
     if source.version == destination.version:
         return source.version, source, destination
     # The client came by one family and our listener tells its own in the other: map IPv4 into IPv6.
-    return 6, _mapped(source), _mapped(destination)
-
-
-def _mapped(ip: IPAddress) -> IPv6Address:
-    return ip if isinstance(ip, IPv6Address) else IPv6Address(b"\0" * 10 + b"\xff\xff" + ip.packed)
+    return 6, IPv6Address(mapped(source)), IPv6Address(mapped(destination))
 
 
 # -- version 2 -------------------------------------------------------------------------------------------------

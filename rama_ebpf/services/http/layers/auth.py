@@ -7,8 +7,8 @@ import binascii
 
 from ....core.auth import Authenticator, Credentials
 from ....core.errors import AuthFailed
+from ....core.offender import strike
 from ....core.service import Service
-from ....layers.strikes import strike
 from ..headers import Headers
 from ..model import Body, Request, Response
 

@@ -15,10 +15,10 @@ from prometheus_client.registry import Collector
 from ..core.service import stack
 from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.timeout import TimeoutLayer
+from ..metrics.directory import MetricsDirectory
 from ..process.supervisor import Supervisor
 from ..services.http import Body, Headers, HttpServer, Request, Response
 from ..services.tcp import TcpServer
-from .directory import MetricsDirectory
 
 __all__ = ["MetricsServer", "silent_rejects_collector", "supervisor_collector", "verdict_collector"]
 

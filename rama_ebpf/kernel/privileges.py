@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pwd
 import resource
 import signal
 import struct
+from dataclasses import dataclass
 from typing import Final
 
-from .plan import UserIds
+from ..core.errors import RamaError
 
 __all__ = [
+    "UserError",
+    "UserIds",
     "can_change_user",
     "die_with_parent",
     "drop_privileges",
@@ -25,6 +29,32 @@ _PR_SET_PDEATHSIG: Final = 1
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _LAST_CAP_PATH: Final = "/proc/sys/kernel/cap_last_cap"
+
+
+class UserError(RamaError, ValueError):
+    """There is no such user, or it is root; the text names the value and the remedy."""
+
+    kind = "user"
+
+
+@dataclass(frozen=True, slots=True)
+class UserIds:
+    """The numbers of an unprivileged user and its primary group."""
+
+    uid: int
+    gid: int
+
+    @classmethod
+    def of(cls, name: str) -> UserIds:
+        """Look up a user by name or number. Raises :class:`UserError` if there is none, or if it is root."""
+        try:
+            entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+        except KeyError:
+            raise UserError(f"there is no user {name!r} on this host (getent passwd lists them)") from None
+        if entry.pw_uid == 0:
+            raise UserError(f"workers must not run as {name!r} (uid 0): name an unprivileged user, e.g. nobody")
+        return cls(entry.pw_uid, entry.pw_gid)
+
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

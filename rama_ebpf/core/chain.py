@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..core.address import Authority
-from ..core.service import Service
-from ..core.stream import Stream
+from .address import Authority
+from .service import Service
+from .stream import Stream
 
 __all__ = ["Hop", "ProxyChainLayer"]
 
