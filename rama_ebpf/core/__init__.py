@@ -2,10 +2,12 @@
 
 from .address import Authority, Endpoint, IPAddress, SocketAddress
 from .auth import Authenticator, Credentials, User
+from .blame import Blame, judge
 from .bucket import TokenBucket
-from .client import ClientAddress, HasExtensions, ListenerName, LocalAddress, client_address, local_address
+from .client import ClientAddress, HasExtensions, ListenerName, LocalAddress, TrustedPeer, client_address, local_address
 from .errors import (
     AuthFailed,
+    Busy,
     HandshakeTimeout,
     IdleTimeout,
     LimitExceeded,
@@ -31,6 +33,8 @@ __all__ = [
     "AuthFailed",
     "Authenticator",
     "Authority",
+    "Blame",
+    "Busy",
     "ClientAddress",
     "Credentials",
     "Drain",
@@ -59,10 +63,12 @@ __all__ = [
     "Target",
     "TokenBucket",
     "TotalTimeout",
+    "TrustedPeer",
     "TunnelTimeout",
     "User",
     "WrappedStream",
     "client_address",
+    "judge",
     "local_address",
     "service_fn",
     "stack",

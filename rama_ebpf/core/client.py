@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from .address import SocketAddress
+from .address import IPAddress, SocketAddress
 from .extensions import Extensions
 
-__all__ = ["ClientAddress", "HasExtensions", "ListenerName", "LocalAddress", "client_address", "local_address"]
+__all__ = [
+    "ClientAddress",
+    "HasExtensions",
+    "ListenerName",
+    "LocalAddress",
+    "TrustedPeer",
+    "client_address",
+    "local_address",
+]
 
 
 @runtime_checkable
@@ -42,6 +50,14 @@ class ListenerName:
     """The name of the listener that a connection came to, as the configuration calls it."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedPeer:
+    """The transport's peer is a proxy that is trusted to name its clients. Its own address is never struck or banned,
+    also where it speaks for itself (a health check) or says nothing."""
+
+    ip: IPAddress
 
 
 def client_address(input: HasExtensions) -> SocketAddress | None:

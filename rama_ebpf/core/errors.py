@@ -1,13 +1,15 @@
 """Errors that cross a service boundary.
 
 Every error has a ``kind``: a short stable word that serves as a metric label and in log lines. The text is for
-people. Protocol packages subclass these and add the bytes that the peer is to be sent (``wire``).
+people. Protocol packages subclass these and add the bytes that the peer is to be sent (``wire``). Who is to blame for a
+kind, and so whether it is a strike, stands in :mod:`~rama_ebpf.core.blame`: a new kind needs a row there.
 """
 
 from __future__ import annotations
 
 __all__ = [
     "AuthFailed",
+    "Busy",
     "HandshakeTimeout",
     "IdleTimeout",
     "LimitExceeded",
@@ -44,14 +46,17 @@ class PeerClosed(RamaError, ConnectionError):
 class ProtocolError(RamaError):
     """The peer sent what its protocol does not allow.
 
-    ``wire`` is the complete reply that the protocol prescribes for this error (may be empty).
+    ``wire`` is the complete reply that the protocol prescribes for this error (may be empty). ``kind`` says more
+    exactly what it was.
     """
 
     kind = "protocol"
 
-    def __init__(self, message: str, wire: bytes = b"") -> None:
+    def __init__(self, message: str, wire: bytes = b"", *, kind: str | None = None) -> None:
         super().__init__(message)
         self.wire = wire
+        if kind is not None:
+            self.kind = kind
 
 
 class PolicyDenied(RamaError):
@@ -71,9 +76,17 @@ class PolicyStrike(PolicyDenied):
 
 
 class AuthFailed(RamaError):
-    """A client gave no valid credentials. The text never holds a password."""
+    """A client gave no valid credentials. The text never holds a password.
+
+    ``kind`` is ``auth_absent`` where it offered none, or none of a form that is taken: nothing was guessed.
+    """
 
     kind = "auth_failed"
+
+    def __init__(self, message: str = "", *, kind: str | None = None) -> None:
+        super().__init__(message)
+        if kind is not None:
+            self.kind = kind
 
 
 class LimitExceeded(RamaError):
@@ -88,6 +101,16 @@ class RateExceeded(LimitExceeded):
     kind = "rate_limit"
 
     def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Busy(LimitExceeded):
+    """We have no time for it now; the client has done nothing wrong and may try again in ``retry_after`` seconds."""
+
+    kind = "busy"
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 

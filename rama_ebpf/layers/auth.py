@@ -56,7 +56,7 @@ class AuthLayer:
         async def serve(input: HasExtensions) -> Any:
             credentials = input.extensions.get(Credentials)
             if credentials is None:
-                raise AuthFailed("no credentials")
+                raise AuthFailed("no credentials", kind="auth_absent")
             input.extensions.add(await self._authenticate(credentials))
             return await inner(input)
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..core.address import IPAddress
-from ..core.client import HasExtensions, client_address
-from ..core.errors import AuthFailed, HandshakeTimeout, PolicyStrike, ProtocolError, RamaError
+from ..core.blame import judge
+from ..core.client import HasExtensions, TrustedPeer, client_address
+from ..core.errors import RamaError
 from ..core.offender import Offender, strike
 from ..core.service import Service
 from .source import source_prefix
@@ -104,8 +105,12 @@ class LocalStrikes:
 
 
 class StrikeLayer:
-    """Counts a strike against the client for each error of one of the types ``on`` that passes, and has it banned as
-    :class:`StrikeLimit` says. What a strike was for is the error's ``kind``.
+    """Counts a strike against the client for each error that passes and proves abuse by it, as the table in
+    :mod:`~rama_ebpf.core.blame` says, and has it banned as :class:`StrikeLimit` says. With ``on`` every error of these
+    types is a strike, and no other. What a strike was for is the error's ``kind``.
+
+    Whom a :class:`~rama_ebpf.services.proxy_protocol.ProxyProtocolLayer` trusts is never struck, whether that layer
+    is inside this one or outside: the client in the header is.
 
     A ban is in force before the connection ends. One that fails is logged as an error, and the next strike tries it
     again; the connection ends as it would have.
@@ -118,7 +123,7 @@ class StrikeLayer:
         strikes: int = 5,
         window: float = 60.0,
         ban: float = 3600.0,
-        on: tuple[type[Exception], ...] = (ProtocolError, AuthFailed, HandshakeTimeout, PolicyStrike),
+        on: tuple[type[Exception], ...] | None = None,
     ) -> None:
         self._keeper = keeper
         self._limit = StrikeLimit(strikes, window, ban)
@@ -130,7 +135,9 @@ class StrikeLayer:
             input.extensions.add(Offender(lambda reason: self._strike(input, reason)))
             try:
                 return await inner(input)
-            except self._on as error:
+            except Exception as error:
+                if not self._counts(error):
+                    raise
                 report = self._strike(input, error.kind if isinstance(error, RamaError) else type(error).__name__)
                 if report is not None:
                     await asyncio.shield(report)  # a cut of this connection does not stop it
@@ -138,10 +145,19 @@ class StrikeLayer:
 
         return serve
 
+    def _counts(self, error: Exception) -> bool:
+        if self._on is not None:
+            return isinstance(error, self._on)
+        judgement = judge(error)
+        return judgement is not None and judgement.strikes
+
     def _strike(self, input: HasExtensions, reason: str) -> asyncio.Task[None] | None:
         address = client_address(input)
         if address is None:
             return None  # a client of a Unix socket has no address that could be banned
+        trusted = input.extensions.get(TrustedPeer)
+        if trusted is not None and trusted.ip == address.ip:
+            return None  # a balancer: to ban it would shut out everybody behind it
         report = asyncio.create_task(self._report(address.ip, reason))
         self._reports.add(report)
         report.add_done_callback(self._reports.discard)

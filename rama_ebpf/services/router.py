@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
+from ..core.blame import speaks_another_protocol
 from ..core.errors import HandshakeTimeout, PeerClosed, ProtocolError
 from ..core.service import Service
 from ..core.stream import MAX_UNREAD, Stream
@@ -111,5 +112,6 @@ class PeekRouter:
             if verdict:
                 return service
         if self._fallback is None:
-            raise ProtocolError(f"first bytes {data[:8].hex(' ')} are of no protocol that is served here")
+            kind = "wrong_protocol" if speaks_another_protocol(data) else None
+            raise ProtocolError(f"first bytes {data[:8].hex(' ')} are of no protocol that is served here", kind=kind)
         return self._fallback

@@ -172,7 +172,7 @@ async def test_unknown_command_is_rep_07_and_unknown_address_type_rep_08(run_pro
     for atyp in (0, 2, 5, 255):
         assert await exchange(proxy, GREETING + bytes((5, 1, 0, atyp)) + bytes(6)) == failed(8)
     await proxy.idle()
-    assert {error.kind for error in proxy.errors} == {"protocol"}
+    assert {error.kind for error in proxy.errors} == {"protocol", "socks_command"}
 
 
 @pytest.mark.parametrize("broken", [b"\x04\x01\x00", b"\x05\x01\x01"], ids=["version", "reserved"])

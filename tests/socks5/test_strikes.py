@@ -16,9 +16,8 @@ from .peers import GREETING, closed_port, exchange, failed, only_tom, request
 
 WRONG = {
     "password": (b"\x05\x01\x02\x01\x03tom\x05wrong", b"\x05\x02\x01\x01"),
-    "method": (GREETING, b"\x05\xff"),
     "command": (b"\x05\x01\x02\x01\x03tom\x06secret\x05\x09\x00\x01" + bytes(6), b"\x05\x02\x01\x00" + failed(7)[2:]),
-    "nonsense": (b"GET / HTTP/1.1\r\n\r\n", b""),
+    "nonsense": (b"\xff\xfe / HTTP/1.1\r\n\r\n", b""),
 }
 
 
@@ -59,6 +58,19 @@ async def test_third_strike_bans_the_client(run_proxy, store, loopback, sent, an
         assert await exchange(proxy, sent) == b""
     await proxy.idle()
     assert proxy.errors[-1].kind == "policy_denied"
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [(GREETING, b"\x05\xff"), (b"GET / HTTP/1.1\r\n\r\n", b""), (b"\x16\x03\x01\x02\x00", b"")],
+    ids=["no password", "a browser's URL", "TLS"],
+)
+async def test_a_stray_client_is_told_and_never_banned(run_proxy, store, sent, answer):
+    proxy = await run_proxy(make=guarded(store))
+    for _ in range(6):
+        assert await exchange(proxy, sent) == answer
+        await proxy.idle()
+    assert store.bans() == []
 
 
 async def test_target_that_cannot_be_reached_is_no_strike(run_proxy, store, loopback):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from .errors import MalformedMessage
+from .errors import AmbiguousMessage, MalformedMessage
 from .headers import Headers
 from .heads import check_field_section, check_trailers
 from .limits import HttpLimits
@@ -51,7 +51,7 @@ class ChunkGuard:
         if end < 0:
             seen = data[offset : offset + limit + 2]
             if b"\n" in seen or b"\r" in seen[:-1]:
-                raise MalformedMessage("a bare CR or LF in chunk framing")
+                raise AmbiguousMessage("a bare CR or LF in chunk framing")
             if len(seen) > limit:
                 raise MalformedMessage("a line of chunk framing is too long", status)
             return None
@@ -63,7 +63,7 @@ class ChunkGuard:
             return 0
         match = _SIZE_LINE.fullmatch(line)
         if match is None:
-            raise MalformedMessage("bad chunk size line")
+            raise AmbiguousMessage("bad chunk size line")
         self._remaining = int(match[1], 16)
         self._state = self._data if self._remaining else self._trailer_section
         return len(line) + 2
@@ -79,7 +79,7 @@ class ChunkGuard:
     def _data_end(self, data: bytearray, offset: int) -> int:
         end = bytes(data[offset : offset + 2])
         if not b"\r\n".startswith(end):
-            raise MalformedMessage("chunk data does not end with CRLF")
+            raise AmbiguousMessage("chunk data does not end with CRLF")
         if len(end) < 2:
             return 0
         self._state = self._size_line

@@ -8,7 +8,7 @@ from typing import Final
 
 from ...core.errors import ProtocolError, RamaError
 
-__all__ = ["REASONS", "ConnectionDropped", "HttpError", "MalformedMessage"]
+__all__ = ["REASONS", "AmbiguousMessage", "ConnectionDropped", "HttpError", "MalformedMessage"]
 
 REASONS: Final[dict[int, str]] = {status.value: status.phrase for status in HTTPStatus} | {
     # The names of RFC 9110 where Python 3.11 has older ones.
@@ -59,13 +59,22 @@ class HttpError(ProtocolError):
 class MalformedMessage(HttpError):
     """A message that is not HTTP, that two parsers could read differently, or that exceeds a size limit.
 
-    Nothing of it is forwarded and its connection is closed: where the next message begins is not known.
+    Nothing of it is forwarded and its connection is closed: where the next message begins is not known. Most of these
+    a web page can make a browser send, or an honest client by mistake: they are no strikes
+    (:mod:`~rama_ebpf.core.blame`). What only an attacker sends is an :class:`AmbiguousMessage`.
     """
 
-    kind = "http_malformed"
+    kind = "http_refused"
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(status, message, close=True)
+
+
+class AmbiguousMessage(MalformedMessage):
+    """A message whose framing two parsers could read differently: request smuggling. Browsers frame their messages
+    themselves, so no web page can make a visitor send one."""
+
+    kind = "http_malformed"
 
 
 class ConnectionDropped(RamaError):

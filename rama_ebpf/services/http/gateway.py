@@ -10,7 +10,7 @@ import errno
 import math
 from typing import Final
 
-from ...core.errors import AuthFailed, LimitExceeded, PolicyDenied, RamaError, RateExceeded
+from ...core.errors import AuthFailed, Busy, LimitExceeded, PolicyDenied, RamaError, RateExceeded
 from ..connect import ConnectError, ResolveError
 from .errors import HttpError
 from .headers import Headers
@@ -36,6 +36,9 @@ def to_http_error(error: Exception) -> HttpError:
         )
     if isinstance(error, AuthFailed):
         return HttpError(403, "authentication failed")
+    if isinstance(error, Busy):
+        seconds = str(math.ceil(min(max(error.retry_after, 1), 86400)))
+        return HttpError(503, "too busy now", headers=[("Retry-After", seconds)])
     if isinstance(error, LimitExceeded):
         return HttpError(503, "a limit is reached", proxy_error="proxy_internal_error")
     if isinstance(error, ResolveError):

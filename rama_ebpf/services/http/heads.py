@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from .errors import MalformedMessage
+from ...core.blame import speaks_another_protocol
+from .errors import AmbiguousMessage, MalformedMessage
 from .headers import Headers
 from .limits import HttpLimits
 from .uri import Target, parse_authority, parse_target
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 _TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+_METHOD_LIKE: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,24} ")
+_OTHER_VERSION: Final = re.compile(rb"[^ ]+ [\x21-\x7e]+ HTTP/[0-9.]+")  # a browser writes 1.1
 _REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
@@ -159,7 +162,7 @@ def head_end(data: bytearray, searched: int, limits: HttpLimits, *, request: boo
     if end > limits.head:
         raise MalformedMessage("header section too large", 431)
     if _NEVER.search(data, start, end) is not None:
-        raise MalformedMessage("a bare CR or LF, or a control character, in the header section")
+        raise AmbiguousMessage("a bare CR or LF, or a control character, in the header section")
     return 0 if found < 0 else end
 
 
@@ -176,7 +179,9 @@ def parse_request(data: bytes, limits: HttpLimits) -> RequestHead:
     line, fields = _split(data, limits)
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
-        raise MalformedMessage("not a request line of HTTP/1.0 or HTTP/1.1")
+        stray = _METHOD_LIKE.match(line) is not None or speaks_another_protocol(line)
+        refusal = AmbiguousMessage if not stray or _OTHER_VERSION.fullmatch(line) else MalformedMessage
+        raise refusal("not a request line of HTTP/1.0 or HTTP/1.1")
     raw_method, raw_target, minor = match.groups()
     if len(raw_target) > limits.target:
         raise MalformedMessage("request target too long", 414)
@@ -254,7 +259,7 @@ def check_trailers(fields: list[tuple[bytes, bytes, bytes]]) -> None:
     """Raise :class:`MalformedMessage` if one of the fields (see :func:`check_field_section`) is none for a trailer."""
     for name, _, _ in fields:
         if name in _NOT_IN_TRAILERS:
-            raise MalformedMessage("a field that must not stand in a trailer section")
+            raise AmbiguousMessage("a field that must not stand in a trailer section")
 
 
 def check_field_count(count: int, size: int, limits: HttpLimits) -> None:
@@ -308,7 +313,7 @@ def _length(fields: list[_Field], version: str, default: int | None = 0) -> int 
     codings = _values(fields, b"transfer-encoding")
     if codings:
         if lengths:
-            raise MalformedMessage("Content-Length beside Transfer-Encoding")
+            raise AmbiguousMessage("Content-Length beside Transfer-Encoding")
         _check_codings(codings, version)
         return None
     length = content_length(lengths)
@@ -321,7 +326,7 @@ def content_length(values: list[bytes]) -> int | None:
     if not values:
         return None
     if len(values) > 1:
-        raise MalformedMessage("more than one Content-Length")
+        raise AmbiguousMessage("more than one Content-Length")
     if _LENGTH.fullmatch(values[0]) is None:
         raise MalformedMessage("Content-Length is not one plain decimal number")
     return int(values[0])
@@ -331,10 +336,10 @@ def _check_codings(codings: list[bytes], version: str) -> None:
     if version == "1.0":
         raise MalformedMessage("Transfer-Encoding in an HTTP/1.0 message")
     if len(codings) > 1:
-        raise MalformedMessage("more than one Transfer-Encoding")
+        raise AmbiguousMessage("more than one Transfer-Encoding")
     *others, last = [coding.strip(b" \t") for coding in codings[0].lower().split(b",")]
     if last != b"chunked":
-        raise MalformedMessage("Transfer-Encoding does not end in chunked")
+        raise AmbiguousMessage("Transfer-Encoding does not end in chunked")
     if others:
         known = all(coding in _CODINGS for coding in others)
         raise MalformedMessage("a transfer coding that is not supported", 501 if known else 400)
@@ -343,7 +348,7 @@ def _check_codings(codings: list[bytes], version: str) -> None:
 def _authority(fields: list[_Field], version: str, target: Target) -> str:
     hosts = _values(fields, b"host")
     if len(hosts) > 1:
-        raise MalformedMessage("more than one Host")
+        raise AmbiguousMessage("more than one Host")
     if not hosts:
         if version == "1.1":
             raise MalformedMessage("no Host")
@@ -369,7 +374,7 @@ def _nominated(fields: list[_Field]) -> list[bytes]:
         if _TOKENS.fullmatch(option) is None:
             raise MalformedMessage("a Connection option that is not a token")
         if option in _NOT_TO_NOMINATE:
-            raise MalformedMessage("Connection names a field that frames or routes the message")
+            raise AmbiguousMessage("Connection names a field that frames or routes the message")
     return options
 
 

@@ -23,7 +23,7 @@ from typing import Final
 import h11
 
 from .chunked import ChunkGuard
-from .errors import MalformedMessage
+from .errors import AmbiguousMessage, MalformedMessage
 from .headers import Headers
 from .heads import RequestHead, ResponseHead, head_end, parse_request, parse_response
 from .limits import HttpLimits
@@ -204,7 +204,7 @@ class StrictConnection:
         self._h11.receive_data(data)
         event = self._h11.next_event()
         if type(event) is not h11.Request or event.method != head.method.encode():
-            raise MalformedMessage("the request can be read in two ways")
+            raise AmbiguousMessage("the request can be read in two ways")
         self._method = head.method
         self._expect_body(head.length, until_close=False)
         return head
@@ -257,7 +257,7 @@ class StrictConnection:
                 self._phase = _Phase.END
                 break
             elif event is not h11.NEED_DATA:
-                raise MalformedMessage("the body can be read in two ways")
+                raise AmbiguousMessage("the body can be read in two ways")
             elif not self._admit_content():
                 break
         self._content += size
@@ -302,7 +302,7 @@ class StrictConnection:
             and self._h11.their_state is h11.SEND_BODY
             and type(self._h11.next_event()) is not h11.EndOfMessage
         ):
-            raise MalformedMessage("the end of the body can be read in two ways")
+            raise AmbiguousMessage("the end of the body can be read in two ways")
         self._phase = _Phase.OVER
         return End(self._trailers())
 

@@ -25,6 +25,7 @@ __all__ = [
     "ProxyProtocolError",
     "Tlv",
     "TlvType",
+    "UntrustedProxy",
     "crc32c",
     "encode_v1",
     "encode_v2",
@@ -47,6 +48,12 @@ class ProxyProtocolError(ProtocolError):
     """A header that is missing, malformed or contradicts itself. The protocol has no reply: the connection ends."""
 
     kind = "proxy_protocol"
+
+
+class UntrustedProxy(ProxyProtocolError):
+    """A peer that nobody trusts to name its clients, where a header is required."""
+
+    kind = "untrusted_proxy"
 
 
 class Command(enum.Enum):

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
-from ...core.client import ClientAddress, LocalAddress
-from ...core.errors import HandshakeTimeout, LimitExceeded
+from ...core.client import ClientAddress, LocalAddress, TrustedPeer
+from ...core.errors import HandshakeTimeout, LimitExceeded, PeerClosed
 from ...core.service import Service
 from ...core.stream import Stream
-from .header import MAX_V2_LENGTH, ProxyHeader, ProxyProtocolError, parse
+from .header import MAX_V2_LENGTH, ProxyHeader, ProxyProtocolError, UntrustedProxy, parse
 
 __all__ = ["ProxyProtocolLayer"]
 
@@ -41,6 +41,8 @@ class ProxyProtocolLayer:
     def __call__(self, inner: Service[Stream, Any], /) -> Service[Stream, Any]:
         async def serve(stream: Stream) -> object:
             if self._trusts(stream):
+                if stream.peer is not None:
+                    stream.extensions.add(TrustedPeer(stream.peer.ip))
                 try:
                     async with asyncio.timeout(self._timeout):
                         header = await _read(stream)
@@ -51,7 +53,7 @@ class ProxyProtocolLayer:
                     stream.extensions.add(ClientAddress(header.source))
                     stream.extensions.add(LocalAddress(header.destination))
             elif self._require:
-                raise ProxyProtocolError(f"{stream.peer} is not among the networks whose PROXY header is trusted")
+                raise UntrustedProxy(f"{stream.peer} is not among the networks whose PROXY header is trusted")
             return await inner(stream)
 
         return serve
@@ -65,6 +67,8 @@ async def _read(stream: Stream) -> ProxyHeader:
     while (found := parse(stream.buffered)) is None:
         try:
             if not await stream.fill(16 + MAX_V2_LENGTH):
+                if not stream.buffered:
+                    raise PeerClosed("the peer connected and closed without a PROXY header")  # a health check
                 raise ProxyProtocolError("the connection ended within the PROXY header")
         except LimitExceeded as error:
             raise ProxyProtocolError("the PROXY header does not end") from error

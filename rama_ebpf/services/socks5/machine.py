@@ -28,9 +28,11 @@ from typing import Final
 
 from ...core.address import Authority, SocketAddress
 from ...core.auth import Credentials
+from ...core.blame import speaks_another_protocol
 from ...core.errors import AuthFailed, ProtocolError
 from .wire import (
     UNKNOWN_ADDRESS,
+    BadName,
     Command,
     MalformedAddress,
     Method,
@@ -58,6 +60,7 @@ _PASSWORD_VERSION: Final = 1
 _SOCKS4_GRANTED: Final = 0x5A
 _SOCKS4_REJECTED: Final = 0x5B
 _SOCKS4_FIELD_MAX: Final = 255
+_KNOWN_COMMANDS: Final = frozenset({*Command, 0xF0, 0xF1})  # the last two: Tor's RESOLVE and RESOLVE_PTR
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +224,9 @@ class ServerMachine:
         if data[0] == _SOCKS4 and self._socks4:
             return self._request4(data)
         if data[0] != _SOCKS5:
-            raise ProtocolError(f"first byte {data[0]:#04x} is not a SOCKS version that is served here")
+            stray = speaks_another_protocol(data) or data[0] == _SOCKS4
+            message = f"first byte {data[0]:#04x} is not a SOCKS version that is served here"
+            raise ProtocolError(message, kind="wrong_protocol" if stray else None)
         if len(data) < 2 or len(data) < 2 + data[1]:
             return None, 0
         end = 2 + data[1]
@@ -234,7 +239,7 @@ class ServerMachine:
         wire = self._last(bytes((_SOCKS5, Method.NO_ACCEPTABLE)))
         if not offered:
             raise ProtocolError("greeting offers no authentication method at all", wire)
-        raise AuthFailed(f"no acceptable authentication method among {offered.hex(' ')}")
+        raise AuthFailed(f"no acceptable authentication method among {offered.hex(' ')}", kind="auth_absent")
 
     def _credentials(self, data: bytes) -> tuple[Event | None, int]:
         if data[0] != _PASSWORD_VERSION:
@@ -267,7 +272,7 @@ class ServerMachine:
         try:
             found = decode_address(data, 3)
         except MalformedAddress as error:
-            raise self._malformed(str(error), error.reply) from error
+            raise self._malformed_address(error) from error
         if found is None:
             return None, 0
         target, end = found
@@ -276,18 +281,19 @@ class ServerMachine:
 
     def _command(self, code: int) -> Command:
         if code not in self._commands:
-            raise self._malformed(f"command {code:#04x} is not served here", Reply.COMMAND_NOT_SUPPORTED)
+            kind = "socks_command" if code in _KNOWN_COMMANDS else None
+            raise self._malformed(f"command {code:#04x} is not served here", Reply.COMMAND_NOT_SUPPORTED, kind)
         return Command(code)
 
     def _request4(self, data: bytes) -> tuple[Event | None, int]:
         if Method.NONE not in self._methods:
             self._last(encode_reply(_SOCKS4, Reply.NOT_ALLOWED))
-            raise AuthFailed("SOCKS4 cannot authenticate")
+            raise AuthFailed("SOCKS4 cannot authenticate", kind="auth_absent")
         if len(data) < 9:
             return None, 0
         command = self._command(data[1])
         if command is Command.UDP_ASSOCIATE:
-            raise self._malformed("SOCKS4 has no UDP", Reply.COMMAND_NOT_SUPPORTED)
+            raise self._malformed("SOCKS4 has no UDP", Reply.COMMAND_NOT_SUPPORTED, "socks_command")
         found = self._field4(data, 8, "user id")
         if found is None:
             return None, 0
@@ -305,7 +311,7 @@ class ServerMachine:
             try:
                 target = Authority.of(decode_domain(field), port)
             except MalformedAddress as error:
-                raise self._malformed(str(error), error.reply) from error
+                raise self._malformed_address(error) from error
         self._go(_Step.REQUEST)
         return Request(_SOCKS4, command, target, user_id), end
 
@@ -318,8 +324,11 @@ class ServerMachine:
             raise self._malformed(f"SOCKS4 {what} is longer than {_SOCKS4_FIELD_MAX} octets")
         return None
 
-    def _malformed(self, message: str, reply: Reply = Reply.GENERAL_FAILURE) -> ProtocolError:
-        return ProtocolError(message, self._last(encode_reply(self.version or _SOCKS5, reply)))
+    def _malformed(self, message: str, reply: Reply = Reply.GENERAL_FAILURE, kind: str | None = None) -> ProtocolError:
+        return ProtocolError(message, self._last(encode_reply(self.version or _SOCKS5, reply)), kind=kind)
+
+    def _malformed_address(self, error: MalformedAddress) -> ProtocolError:
+        return self._malformed(str(error), error.reply, "socks_target" if isinstance(error, BadName) else None)
 
     def _last(self, wire: bytes) -> bytes:
         """Queue the last thing that this client is told."""

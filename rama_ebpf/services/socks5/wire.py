@@ -70,6 +70,10 @@ class MalformedAddress(ValueError):
         self.reply = reply
 
 
+class BadName(MalformedAddress):
+    """A domain field that can be no host name."""
+
+
 class Fragment(MalformedAddress):
     """A datagram whose FRAG field is not 0."""
 
@@ -114,9 +118,9 @@ def decode_domain(field: bytes) -> str:
     try:
         text = field.decode()
     except UnicodeDecodeError as error:
-        raise MalformedAddress("domain name is not UTF-8", Reply.GENERAL_FAILURE) from error
+        raise BadName("domain name is not UTF-8", Reply.GENERAL_FAILURE) from error
     if not text.isprintable() or " " in text or "%" in text:
-        raise MalformedAddress(f"domain name {text!r} holds a character that no name has", Reply.GENERAL_FAILURE)
+        raise BadName(f"domain name {text!r} holds a character that no name has", Reply.GENERAL_FAILURE)
     return text
 
 

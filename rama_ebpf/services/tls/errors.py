@@ -8,13 +8,26 @@ from .alert import Alert
 __all__ = ["AlertError", "CertificateRejected", "HandshakeFailed", "NotTls", "TlsError", "TlsTruncated"]
 
 
+_NOT_SERVED = frozenset(
+    {
+        Alert.HANDSHAKE_FAILURE,
+        Alert.INTERNAL_ERROR,
+        Alert.NO_APPLICATION_PROTOCOL,
+        Alert.PROTOCOL_VERSION,
+        Alert.UNRECOGNIZED_NAME,
+    }
+)
+"""Alerts for what an honest client may ask, and we do not serve."""
+
+
 class AlertError(ProtocolError):
     """A client broke the TLS protocol or asked for what is not served; :attr:`alert` is what it is to be told."""
 
     kind = "tls_protocol"
 
     def __init__(self, message: str, alert: Alert) -> None:
-        super().__init__(message, alert.record)
+        not_served = alert in _NOT_SERVED and type(self) is AlertError
+        super().__init__(message, alert.record, kind="tls_not_served" if not_served else None)
         self.alert = alert
 
 

@@ -6,6 +6,7 @@ import base64
 import binascii
 
 from ....core.auth import Authenticator, Credentials
+from ....core.blame import judge
 from ....core.errors import AuthFailed
 from ....core.offender import strike
 from ....core.service import Service
@@ -33,8 +34,10 @@ class _Basic:
         if fields:
             try:
                 request.extensions.add(await self._authenticate(_credentials(fields)))
-            except AuthFailed:
-                strike(request.extensions, AuthFailed.kind)
+            except AuthFailed as error:
+                judgement = judge(error)
+                if judgement is not None and judgement.strikes:
+                    strike(request.extensions, error.kind)
             else:
                 return None
         headers = Headers([("Content-Type", "text/plain; charset=utf-8"), self._challenge])
@@ -87,11 +90,11 @@ class BasicAuthLayer:
 def _credentials(fields: list[str]) -> Credentials:
     scheme, _, token = fields[0].partition(" ")
     if len(fields) > 1 or scheme.lower() != "basic":
-        raise AuthFailed("credentials of a scheme other than Basic, or twice")
+        raise AuthFailed("credentials of a scheme other than Basic, or twice", kind="auth_absent")
     try:
         username, colon, password = base64.b64decode(token.strip(), validate=True).decode("utf-8").partition(":")
     except (binascii.Error, UnicodeDecodeError) as error:
-        raise AuthFailed("malformed Basic credentials") from error
+        raise AuthFailed("malformed Basic credentials", kind="auth_absent") from error
     if not colon:
-        raise AuthFailed("malformed Basic credentials")
+        raise AuthFailed("malformed Basic credentials", kind="auth_absent")
     return Credentials(username, password)
