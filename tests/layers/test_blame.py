@@ -32,6 +32,7 @@ SERVER_SIDE = {
     "request_failed",
     "stack",
     "target",
+    "user",
     "workers_failed",
 }
 """Kinds that concern operators: no client can cause one."""
