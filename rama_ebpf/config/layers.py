@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol
 
 from ..core.counts import SharesCounts
 from ..core.matchers import ANY, Matcher, Source, TargetHost, TargetNetwork, TargetPort
+from ..core.proven import SharesProven
 from ..core.service import Layer
 from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.hijack import FilterLayer
@@ -43,7 +44,7 @@ __all__ = ["LAYERS", "Environment", "LayerSettings", "Shared", "TargetsSettings"
 _PER: Final[Kind[str]] = choice("listener", "source")
 
 
-class Shared(SharesCounts, SharesBuckets, Protocol):
+class Shared(SharesCounts, SharesBuckets, SharesProven, Protocol):
     """What counts for all workers together."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -28,6 +29,8 @@ from .kinds import AUTHORITY, BOOLEAN, DURATION, TARGET, TEXT, choice, file_path
 from .layers import Environment, TargetsSettings
 from .reverse import HasLifecycle, ReverseSettings
 from .tls import TlsPassthroughSettings
+
+log = logging.getLogger("rama_ebpf")
 
 __all__ = ["SERVICES", "ConnectSettings", "ServiceEnvironment", "ServiceSettings"]
 
@@ -108,8 +111,18 @@ class ConnectSettings:
         return stack(*layers, connector)
 
 
-def _authenticator(users: str | None) -> Authenticator | None:
-    return None if users is None else PasswordFile(users)
+def _authenticator(environment: Environment, users: str | None) -> Authenticator | None:
+    if users is None:
+        return None
+    if environment.shared is not None:
+        return PasswordFile(users, proven=environment.shared.proven())
+    file = PasswordFile(users)  # only looked at: where the operator sees it, before workers make theirs
+    for name, seconds in file.dear():
+        log.warning(
+            "%s: a check of %s's password costs %.0f ms: a new hash (rama-ebpf passwd) keeps logins quick",
+            *(users, name, seconds * 1000),
+        )
+    return file
 
 
 @dataclass(frozen=True)
@@ -148,7 +161,7 @@ class Socks5Settings:
             connector,
             binder=Binder(resolver, egress, advertise=advertise) if self.bind else None,
             udp=UdpAssociator(resolver, egress, advertise=advertise, idle_timeout=self.udp_idle) if self.udp else None,
-            auth=_authenticator(self.users),
+            auth=_authenticator(environment, self.users),
             auth_optional=self.auth_optional,
             limits=None if self.user_connections is None else lambda _user: user,
             shared=environment.shared,
@@ -168,7 +181,7 @@ class HttpSettings:
     )
 
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
-        authenticate = _authenticator(self.users)
+        authenticate = _authenticator(environment, self.users)
         layers = [] if authenticate is None else [ProxyAuthLayer(authenticate)]
         return HttpProxy(connector, layers=layers, connect_ports=self.connect_ports or None)
 
@@ -185,7 +198,7 @@ class MixedSettings:
     handshake: float = setting(DURATION, "time for each protocol's handshake", default=10.0)
 
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
-        return mixed_proxy(connector, auth=_authenticator(self.users), handshake_timeout=self.handshake)
+        return mixed_proxy(connector, auth=_authenticator(environment, self.users), handshake_timeout=self.handshake)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def default_proxy(context: WorkerContext) -> Service[Stream, Any]:
     params = cast("Mapping[str, Any]", context.params)
     return mixed_proxy(
         context.connector(timeout=params["connect_timeout"]),
-        auth=None if params["users"] is None else PasswordFile(params["users"]),
+        auth=None if params["users"] is None else PasswordFile(params["users"], proven=context.shared.proven()),
         udp=UdpAssociator(context.resolver, context.egress),
         handshake_timeout=params["handshake_timeout"],
         tunnel_limits=TunnelLimits(idle=params["idle_timeout"]),

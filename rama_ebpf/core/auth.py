@@ -11,15 +11,21 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
+from .address import IPAddress
+
 __all__ = ["Authenticator", "Credentials", "User"]
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A user name and password as a client sent them (RFC 1929: 1-255 octets each; HTTP Basic: RFC 7617)."""
+    """A user name and password as a client sent them (RFC 1929: 1-255 octets each; HTTP Basic: RFC 7617).
+
+    ``source`` is the client's address, by which checks are shared fairly; None where it has none.
+    """
 
     username: str
     password: str = field(repr=False)
+    source: IPAddress | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

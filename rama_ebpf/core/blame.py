@@ -77,7 +77,8 @@ BLAME: Final[Mapping[str, Judgement]] = {
         "PROXY", "a missing or bad header of a trusted peer", _C, "trusted peers are never struck"
     ),
     # -- passwords
-    "auth_failed": Judgement("auth", "a wrong password; equal ones at the same moment are one", _A, "guessing"),
+    "auth_failed": Judgement("auth", "a wrong password", _A, "guessing"),
+    "auth_repeated": Judgement("auth", "the same wrong password while it is checked", _C, "stale, not guessed"),
     "auth_absent": Judgement("auth", "no password, or no method that we take", _C, "clients begin without"),
     # -- SOCKS
     "socks_target": Judgement("SOCKS", "a host name that can be none", _C, "a web page chooses host names"),

@@ -7,8 +7,9 @@ and who wants to know watches. :func:`rama_ebpf.relay.relay` says it for every t
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from .extensions import Extensions
 
@@ -28,11 +29,13 @@ class Stage(enum.IntEnum):
 class Lifecycle:
     """The stage of one connection, and the callbacks that are told when it moves."""
 
-    __slots__ = ("_watchers", "stage")
+    __slots__ = ("_owed", "_owed_watchers", "_watchers", "stage")
 
     def __init__(self) -> None:
         self.stage = Stage.ACCEPTED
         self._watchers: list[Callable[[Stage], None]] = []
+        self._owed = 0
+        self._owed_watchers: list[Callable[[bool], None]] = []
 
     @classmethod
     def of(cls, extensions: Extensions) -> Lifecycle:
@@ -46,6 +49,26 @@ class Lifecycle:
     def watch(self, callback: Callable[[Stage], None]) -> None:
         """Call ``callback`` with each stage that is reached from now on. It must not raise."""
         self._watchers.append(callback)
+
+    def watch_owed(self, callback: Callable[[bool], None]) -> None:
+        """Call ``callback`` with True when the client begins to wait for us and with False when it no longer does."""
+        self._owed_watchers.append(callback)
+
+    @contextlib.contextmanager
+    def owed(self) -> Iterator[None]:
+        """The client waits for something that we owe it, such as the check of its password: until this ends, no
+        time-out of its handshake runs."""
+        self._owed += 1
+        if self._owed == 1:
+            for watcher in self._owed_watchers:
+                watcher(True)
+        try:
+            yield
+        finally:
+            self._owed -= 1
+            if not self._owed:
+                for watcher in self._owed_watchers:
+                    watcher(False)
 
     def reached(self, stage: Stage) -> None:
         """Move to ``stage`` and tell the watchers; does nothing if the connection is already there or further."""

@@ -6,34 +6,32 @@ Protocol servers take one as ``auth``. A callable of your own is one too; these 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import functools
 import hmac
 import logging
 import os
 import secrets
+import stat
 import time
-from base64 import b64decode, b64encode
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ..core.auth import Authenticator, Credentials, User
 from ..core.client import HasExtensions
 from ..core.errors import AuthFailed, RamaError
+from ..core.proven import LocalProven, Proven
 from ..core.service import Service
+from .check_queue import CheckQueue
+from .hashes import DEAR_SECONDS, PasswordHash, choose_cost, hash_password, parse_hash
+from .source import source_prefix
 
 __all__ = ["AuthLayer", "PasswordFile", "PasswordFileError", "StaticUsers", "hash_password"]
 
 log = logging.getLogger(__name__)
 
-_LOG_N: Final = 15  # 32 MiB and about 0.1 s a hash: OWASP's interactive minimum is 2^15 with p = 3, or 2^17 with p = 1
-_R: Final = 8
-_P: Final = 3
-_MAX_MEMORY: Final = 256 * 1024 * 1024
-_NOBODY: Final = f"$scrypt$ln={_LOG_N},r={_R},p={_P}$AAAAAAAAAAAAAAAAAAAAAA$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
-"""A hash of the usual cost that no password has: checked for names that do not exist."""
+_MAX_FILE: Final = 64 * 1024 * 1024
 
 
 class PasswordFileError(RamaError, ValueError):
@@ -84,74 +82,17 @@ class StaticUsers:
         return User(credentials.username)
 
 
-def hash_password(password: str) -> str:
-    """Return ``$scrypt$ln=…,r=…,p=…$salt$hash`` (RFC 7914; base64 without padding) with a fresh salt."""
-    salt = secrets.token_bytes(16)
-    digest = _scrypt(password.encode(), salt, _LOG_N, _R, _P, 32)
-    return f"$scrypt$ln={_LOG_N},r={_R},p={_P}${_encode(salt)}${_encode(digest)}"
-
-
-def _scrypt(password: bytes, salt: bytes, log_n: int, r: int, p: int, length: int) -> bytes:
-    return hashlib.scrypt(password, salt=salt, n=1 << log_n, r=r, p=p, maxmem=_MAX_MEMORY, dklen=length)
-
-
-def _encode(data: bytes) -> str:
-    return b64encode(data).decode().rstrip("=")
-
-
-def _decode(text: str) -> bytes:
-    return b64decode(text + "=" * (-len(text) % 4), validate=True)
-
-
-_Check = Callable[[bytes], bool]
-
-
-def _scrypt_check(fields: list[str]) -> _Check:
-    _, _, parameters, salt_text, digest_text = fields
-    numbers = dict(part.split("=", 1) for part in parameters.split(","))
-    log_n, r, p = (int(numbers[name]) for name in ("ln", "r", "p"))
-    salt, expected = _decode(salt_text), _decode(digest_text)
-    if not (1 <= log_n <= 20 and 1 <= r <= 32 and 1 <= p <= 16 and len(expected) >= 16):
-        raise ValueError("scrypt parameters are out of range (ln 1-20, r 1-32, p 1-16, hash of at least 16 bytes)")
-    if 128 * r * (1 << log_n) > _MAX_MEMORY // 2:
-        raise ValueError("scrypt parameters need more than 128 MiB")
-
-    def check(password: bytes) -> bool:
-        return hmac.compare_digest(_scrypt(password, salt, log_n, r, p, len(expected)), expected)
-
-    return check
-
-
-def _bcrypt_check(text: str) -> _Check:
-    try:
-        import bcrypt
-    except ImportError:
-        raise ValueError("bcrypt hashes need the package bcrypt: pip install rama-ebpf[bcrypt]") from None
-    digest = text.encode()
-    bcrypt.checkpw(b"", digest)  # raises ValueError for a malformed hash now, not when a client comes
-
-    def check(password: bytes) -> bool:
-        return bcrypt.checkpw(password[:72], digest)  # 72 bytes is where every bcrypt has always cut
-
-    return check
-
-
-def _parse_hash(text: str) -> _Check:
-    fields = text.split("$")
-    if text.startswith("$scrypt$") and len(fields) == 5:
-        return _scrypt_check(fields)
-    if text.startswith(("$2a$", "$2b$", "$2y$")):
-        return _bcrypt_check(text)
-    raise ValueError("the hash must be $scrypt$… (rama-ebpf passwd) or $2b$… (htpasswd -B)")
-
-
 class PasswordFile:
-    """Users from a file of ``name:hash`` lines with scrypt or bcrypt hashes; ``#`` begins a comment.
+    """Users from a file of ``name:hash`` lines with scrypt, bcrypt or argon2 hashes; ``#`` begins a comment.
 
-    The file is read again when it has changed; if it then cannot be used, an error line says so and the last good
-    one stays in force. Hashes are checked in ``threads`` threads of their own, at most ``max_waiting`` wait for one,
-    and a correct password is remembered (as a keyed hash) for ``cache`` seconds, because one check costs about as
-    much as a thousand connections. Raises :class:`PasswordFileError` if the first read fails.
+    The file is read again when it has changed; if it then cannot be used, an error line says so once and the last good
+    one stays in force. Hashes are checked by ``queue`` (by default one of its own, with one thread), fairly by the
+    source in :class:`Credentials`; equal credentials of one source that come at the same time are checked once. A
+    correct password is remembered by ``proven`` for ``cache`` seconds, under a keyed hash and until the user's line
+    changes.
+
+    Raises :class:`PasswordFileError` if the first read fails; a call raises :class:`AuthFailed`, or
+    :class:`~rama_ebpf.core.errors.Busy` if we have no time to check.
     """
 
     accepts = Credentials
@@ -160,61 +101,81 @@ class PasswordFile:
         self,
         path: str | os.PathLike[str],
         *,
-        threads: int = 2,
-        max_waiting: int = 256,
+        queue: CheckQueue | None = None,
+        proven: Proven | None = None,
         cache: float = 300.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = Path(path)
-        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="auth")
-        self._waiting = 0
-        self._max_waiting = max_waiting
+        self._queue = CheckQueue() if queue is None else queue
+        self._proven: Proven = LocalProven(clock=clock) if proven is None else proven
         self._cache_seconds = cache
-        self._clock = clock
-        self._key = secrets.token_bytes(32)
-        self._good: OrderedDict[bytes, float] = OrderedDict()
-        self._nobody = _parse_hash(_NOBODY)
+        self._flights: dict[tuple[Hashable, bytes], _Flight] = {}
         self._complaint = ""
         self._stamp = self._stat()
         self._users = self._read()
 
     async def __call__(self, credentials: Credentials, /) -> User:
         self._reload_if_changed()
-        token = hmac.digest(
-            self._key, f"{len(credentials.username)}:{credentials.username}{credentials.password}".encode(), "sha256"
-        )
-        now = self._clock()
-        if self._good.get(token, 0.0) <= now:
-            await self._check(credentials)
-            self._remember(token, now)
-        return User(credentials.username)
+        name, password = credentials.username, credentials.password
+        token = self._token(name, password)
+        if name not in self._users or not self._proven.holds(token):
+            source = None if credentials.source is None else source_prefix(credentials.source)
+            await self._check_once(source, token, name, password)
+        return User(name)
 
-    async def _check(self, credentials: Credentials) -> None:
-        if self._waiting >= self._max_waiting:
-            raise AuthFailed(f"{self._waiting} passwords are being checked: no room for {credentials.username!r}")
-        # An unknown name costs a check as well, so that time does not tell which names exist.
-        check = self._users.get(credentials.username)
-        self._waiting += 1
+    def dear(self) -> list[tuple[str, float]]:
+        """Users whose hash costs more than :data:`~.hashes.DEAR_SECONDS` on this machine, with the seconds."""
+        costs = ((name, user.seconds()) for name, user in self._users.items())
+        return [(name, seconds) for name, seconds in costs if seconds > DEAR_SECONDS]
+
+    def _token(self, name: str, password: str) -> bytes:
+        user = self._users.get(name)
+        return self._proven.token(name, password, "" if user is None else user.text)
+
+    async def _check_once(self, source: Hashable, token: bytes, name: str, password: str) -> None:
+        """Check, or join the check of the same credentials that is under way."""
+        key = source, token
+        flight = self._flights.get(key)
+        follows = flight is not None
+        if flight is None:
+            flight = self._flights[key] = _Flight(asyncio.create_task(self._check(source, name, password)))
+            flight.task.add_done_callback(lambda _task: self._flights.pop(key, None))
+        flight.waiting += 1
         try:
-            correct = await asyncio.get_running_loop().run_in_executor(
-                self._pool, check or self._nobody, credentials.password.encode()
-            )
+            await asyncio.shield(flight.task)
+        except AuthFailed as error:
+            # A browser sends a stale password with each of a page's requests: that is one guess.
+            raise AuthFailed(str(error), kind="auth_repeated" if follows else None) from None
         finally:
-            self._waiting -= 1
-        if check is None or not correct:
-            raise _refused(credentials.username)
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                flight.task.cancel()  # nobody waits for it any more
+                self._flights.pop(key, None)
 
-    def _remember(self, token: bytes, now: float) -> None:
-        self._good[token] = now + self._cache_seconds
-        self._good.move_to_end(token)
-        if len(self._good) > 4096:
-            self._good.popitem(last=False)
+    async def _check(self, source: Hashable, name: str, password: str) -> None:
+        while True:
+            user = self._users.get(name)
+            # An unknown name costs a check as well, so that time does not tell which names exist.
+            check = (user or next(iter(self._users.values()), _nobody())).check
+            correct = await self._queue.run(source, functools.partial(check, password.encode()))
+            self._reload_if_changed()
+            if self._users.get(name) == user:
+                break  # else the file was replaced meanwhile: the new line decides
+        if user is None or not correct:
+            self._queue.failed(source)
+            raise _refused(name)
+        self._proven.add(self._token(name, password), self._cache_seconds)
 
     def _stat(self) -> tuple[int, int, int]:
         try:
             found = self._path.stat()
         except OSError as error:
             raise PasswordFileError(f"{self._path}: {error.strerror}") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise PasswordFileError(f"{self._path}: not a regular file")  # a FIFO would never end
+        if found.st_size > _MAX_FILE:
+            raise PasswordFileError(f"{self._path}: larger than {_MAX_FILE >> 20} MiB")
         return found.st_ino, found.st_mtime_ns, found.st_size
 
     def _reload_if_changed(self) -> None:
@@ -230,15 +191,14 @@ class PasswordFile:
                 log.error("password file not reloaded, the last good one stays: %s", error)
         else:
             self._complaint = ""
-            self._good.clear()
             log.info("password file %s reloaded: %d users", self._path, len(self._users))
 
-    def _read(self) -> dict[str, _Check]:
+    def _read(self) -> dict[str, PasswordHash]:
         try:
-            text = self._path.read_text(encoding="utf-8")
+            text = self._path.read_text(encoding="utf-8-sig")  # editors of other systems begin with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise PasswordFileError(f"{self._path}: {error}") from error
-        users: dict[str, _Check] = {}
+        users: dict[str, PasswordHash] = {}
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 continue
@@ -248,7 +208,22 @@ class PasswordFile:
                     raise ValueError("write name:hash")
                 if name in users:
                     raise ValueError(f"user {name!r} is there twice")
-                users[name] = _parse_hash(digest.strip())
+                users[name] = parse_hash(digest.strip())
             except (ValueError, KeyError) as error:
                 raise PasswordFileError(f"{self._path}:{number}: {error}") from error
         return users
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A check under way, and how many clients wait for it."""
+
+    task: asyncio.Task[None]
+    waiting: int = 0
+
+
+@functools.cache
+def _nobody() -> PasswordHash:
+    """A hash of the usual cost that no password has: checked for any name where the file has no user at all."""
+    log_n, p = choose_cost()
+    return parse_hash(f"$scrypt$ln={log_n},r=8,p={p}${'A' * 22}${'A' * 43}")

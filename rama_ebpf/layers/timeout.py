@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 from ..core.errors import HandshakeTimeout, IdleTimeout, TotalTimeout
 from ..core.lifecycle import Lifecycle, Stage
@@ -12,6 +12,9 @@ from ..core.stream import Stream
 from ..relay.tunnel import TunnelLimits
 
 __all__ = ["TimeoutLayer"]
+
+
+_FOREVER: Final = 365 * 86400.0
 
 
 class TimeoutLayer:
@@ -66,6 +69,7 @@ class _Watch:
         self._moved_at = self._started
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stopped = False
+        self._left: float | None = None
         self.error: Exception | None = None
         self.timeout = asyncio.timeout(None)
 
@@ -73,6 +77,7 @@ class _Watch:
         layer = self._layer
         lifecycle = Lifecycle.of(self._stream.extensions)
         lifecycle.watch(self._reached)
+        lifecycle.watch_owed(self._owe)
         if lifecycle.stage is Stage.ACCEPTED and layer.handshake is not None:
             self._expire_at(self._started + layer.handshake, HandshakeTimeout(f"no handshake in {layer.handshake} s"))
         else:
@@ -90,6 +95,19 @@ class _Watch:
             when, error = self._started + total, TotalTimeout(f"connection lived for {total} s")
         self.error = error
         self.timeout.reschedule(None if when == float("inf") else when)
+
+    def _owe(self, owed: bool) -> None:
+        """Stop the clock of the handshake while the client waits for us."""
+        if self._stopped or self.timeout.expired() or not isinstance(self.error, HandshakeTimeout):
+            return
+        now = self._loop.time()
+        when = self.timeout.when()
+        if owed and when is not None:
+            self._left = max(when - now, 0.0)
+            self._expire_at(now + _FOREVER, self.error)
+        elif not owed and self._left is not None:
+            self._expire_at(now + self._left, self.error)
+            self._left = None
 
     def _reached(self, stage: Stage) -> None:
         if self._stopped or self.timeout.expired():

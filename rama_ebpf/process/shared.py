@@ -15,17 +15,22 @@ import fcntl
 import hashlib
 import mmap
 import os
+import struct
 import time
 from collections.abc import Callable, Hashable
 from typing import Final
 
 from ..core.errors import LimitExceeded
+from ..core.proven import PROVEN_BYTES, proven_token
 
-__all__ = ["SharedBuckets", "SharedCounts", "SharedTable", "TableFull"]
+__all__ = ["SharedBuckets", "SharedCounts", "SharedProven", "SharedTable", "TableFull"]
 
 _ROWS: Final = 65536
 _PROBES: Final = 64
 _CELL: Final = 4
+_PROVEN: Final = struct.Struct(f"={PROVEN_BYTES}sd")
+_PROVEN_SETS: Final = 4096
+_PROVEN_WAYS: Final = 4
 
 
 class TableFull(LimitExceeded):
@@ -49,7 +54,8 @@ class SharedTable:
         self._keys = memory[: _ROWS * 8].cast("Q")
         self.times = memory[_ROWS * 8 : _ROWS * 16].cast("d")
         """The time of each row, CLOCK_MONOTONIC seconds: one clock for all processes of a host."""
-        self._cells = memory[_ROWS * 16 :].cast("I")
+        self._cells = memory[_ROWS * 16 : _counted(columns)].cast("I")
+        self._proven = memory[_counted(columns) :]
 
     @staticmethod
     def create(columns: int) -> int:
@@ -73,6 +79,10 @@ class SharedTable:
         """Return a new space of keys for token buckets, likewise."""
         self._spaces += 1
         return SharedBuckets(self, self._spaces, rate, burst)
+
+    def proven(self) -> SharedProven:
+        """Return the proven passwords of all workers, those of earlier configurations included."""
+        return SharedProven(self._proven, self._secret)
 
     def hash_of(self, space: int, key: Hashable) -> int:
         """The number under which ``key`` is found: 1 to 2**64 - 1, 0 marks an empty row."""
@@ -120,8 +130,46 @@ class SharedTable:
         fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
 
-def _size(columns: int) -> int:
+def _counted(columns: int) -> int:
     return _ROWS * (16 + columns * _CELL)
+
+
+def _size(columns: int) -> int:
+    return _counted(columns) + _PROVEN_SETS * _PROVEN_WAYS * _PROVEN.size
+
+
+class SharedProven:
+    """Proven passwords (:class:`~rama_ebpf.core.proven.Proven`) over all workers, and over reloads.
+
+    Without a lock: a slot that two write at once, or that is read while it is written, holds a token that nobody
+    has, and is a miss.
+    """
+
+    def __init__(self, slots: memoryview, secret: bytes) -> None:
+        self._slots = slots
+        self._secret = secret
+
+    def token(self, name: str, password: str, proof: str, /) -> bytes:
+        """The keyed hash of a user's name, password, and the line that it was proven against."""
+        return proven_token(self._secret, name, password, proof)
+
+    def holds(self, token: bytes, /) -> bool:
+        """Whether the token was added and its time has not passed."""
+        now = time.monotonic()
+        return any(found == token and until > now for _, found, until in self._set(token))
+
+    def add(self, token: bytes, seconds: float, /) -> None:
+        """Remember a token for ``seconds``, in place of the one of its set that ends first."""
+        entries = self._set(token)
+        same = [offset for offset, found, _ in entries if found == token]
+        offset = same[0] if same else min(entries, key=lambda entry: entry[2])[0]
+        _PROVEN.pack_into(self._slots, offset, token, 0.0)
+        _PROVEN.pack_into(self._slots, offset, token, time.monotonic() + seconds)
+
+    def _set(self, token: bytes) -> list[tuple[int, bytes, float]]:
+        start = int.from_bytes(token[:4], "big") % _PROVEN_SETS * _PROVEN_WAYS
+        offsets = [(start + way) * _PROVEN.size for way in range(_PROVEN_WAYS)]
+        return [(offset, *_PROVEN.unpack_from(self._slots, offset)) for offset in offsets]
 
 
 class SharedCounts:

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import enum
 import errno
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ...core.address import Authority
 from ...core.auth import Authenticator, Credentials, User
@@ -36,6 +37,9 @@ from .replies import reply_for
 from .wire import Command, Method, Reply
 
 __all__ = ["ReplyTiming", "Socks5Server", "UserLimits"]
+
+
+T = TypeVar("T")
 
 
 class ReplyTiming(enum.Enum):
@@ -143,11 +147,12 @@ class Socks5Server:
 
     async def _handshake(self, stream: Stream, machine: ServerMachine) -> Request:
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout) as clock:
                 while True:
                     event = await _next_event(stream, machine)
                     if isinstance(event, Credentials):
-                        await self._authenticate(event, stream, machine)
+                        with Lifecycle.of(stream.extensions).owed(), _stopped(clock):
+                            await self._authenticate(event, stream, machine)
                     if isinstance(event, Request):
                         return event
                     await stream.write(machine.data_to_send())
@@ -157,7 +162,10 @@ class Socks5Server:
     async def _authenticate(self, credentials: Credentials, stream: Stream, machine: ServerMachine) -> None:
         assert self._auth is not None
         try:
-            user = await self._auth(credentials)
+            client = client_address(stream)
+            user = await _unless_gone(
+                stream, self._auth(credentials if client is None else replace(credentials, source=client.ip))
+            )
         except (RamaError, OSError):  # AuthFailed, or the authenticator cannot tell: nobody gets in without proof
             machine.refuse()
             raise
@@ -265,6 +273,49 @@ async def _next_event(stream: Stream, machine: ServerMachine) -> Event:
                 return event
         if not await stream.fill(MAX_MESSAGE):
             raise PeerClosed(f"client closed during its SOCKS handshake ({machine.state.value})")
+
+
+@contextlib.contextmanager
+def _stopped(clock: asyncio.Timeout) -> Iterator[None]:
+    """Stop the clock: what the client waits for meanwhile we owe it."""
+    loop, when = asyncio.get_running_loop(), clock.when()
+    assert when is not None
+    left = when - loop.time()
+    clock.reschedule(None)
+    try:
+        yield
+    finally:
+        clock.reschedule(loop.time() + left)
+
+
+async def _unless_gone(stream: Stream, work: Awaitable[T]) -> T:
+    """Await ``work``, and drop it if the client leaves meanwhile. Raises :class:`PeerClosed` then, OSError if it
+    resets."""
+    task = asyncio.ensure_future(work)
+    watch: asyncio.Task[None] | None = None
+    try:
+        await asyncio.sleep(0)
+        if not task.done():
+            watch = asyncio.create_task(_leaves(stream))
+            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                watch.result()
+        return await task
+    finally:
+        left = [one for one in (task, watch) if one is not None and not one.done()]
+        for one in left:
+            one.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+
+async def _leaves(stream: Stream) -> None:
+    """Wait until the client has gone. One that has sent its request ahead and ended its side is still there."""
+    while len(stream.buffered) < MAX_UNREAD:
+        if not await stream.fill():
+            if not stream.buffered:
+                raise PeerClosed("client closed while its password was checked")
+            break
+    await asyncio.Event().wait()
 
 
 async def _while_open(stream: Stream, waiting: Coroutine[None, None, None]) -> None:

@@ -7,6 +7,7 @@ import binascii
 
 from ....core.auth import Authenticator, Credentials
 from ....core.blame import judge
+from ....core.client import client_address
 from ....core.errors import AuthFailed
 from ....core.offender import strike
 from ....core.service import Service
@@ -33,7 +34,7 @@ class _Basic:
         fields = request.headers.get_all(self._field)
         if fields:
             try:
-                request.extensions.add(await self._authenticate(_credentials(fields)))
+                request.extensions.add(await self._authenticate(_credentials(request, fields)))
             except AuthFailed as error:
                 judgement = judge(error)
                 if judgement is not None and judgement.strikes:
@@ -87,7 +88,7 @@ class BasicAuthLayer:
         return serve
 
 
-def _credentials(fields: list[str]) -> Credentials:
+def _credentials(request: Request, fields: list[str]) -> Credentials:
     scheme, _, token = fields[0].partition(" ")
     if len(fields) > 1 or scheme.lower() != "basic":
         raise AuthFailed("credentials of a scheme other than Basic, or twice", kind="auth_absent")
@@ -97,4 +98,5 @@ def _credentials(fields: list[str]) -> Credentials:
         raise AuthFailed("malformed Basic credentials", kind="auth_absent") from error
     if not colon:
         raise AuthFailed("malformed Basic credentials", kind="auth_absent")
-    return Credentials(username, password)
+    client = client_address(request)
+    return Credentials(username, password, None if client is None else client.ip)
