@@ -28,6 +28,8 @@ class FeedConfig:
     max_bad: float = setting(number(0, 1), "the share of bad lines from which on it is refused", default=0.05)
     timeout: float = setting(DURATION, "for a transfer, at most 5m", default=30.0)
     max_size: int = setting(SIZE, "at most, also when unpacked", default=64 << 20)
+    allow_default: bool = setting(BOOLEAN, "take it although it names every address", default=False)
+    allow_empty: bool = setting(BOOLEAN, "take it although it had networks and has none any more", default=False)
 
     def __post_init__(self) -> None:
         if (self.file is None) == (self.url is None):
@@ -39,7 +41,15 @@ class FeedConfig:
     def feed(self) -> Feed:
         """Return it as the policy takes it."""
         source = self.url if self.url is not None else os.path.abspath(str(self.file))
-        return Feed(source, self.refresh, self.max_bad, self.timeout, self.max_size)
+        return Feed(
+            source,
+            self.refresh,
+            self.max_bad,
+            self.timeout,
+            self.max_size,
+            allow_default=self.allow_default,
+            allow_empty=self.allow_empty,
+        )
 
 
 @dataclass(frozen=True)
@@ -162,6 +172,9 @@ def _rule_values(rule: Rule) -> dict[str, Any]:
             "timeout": feed.timeout,
             "max_size": feed.max_size,
         }
+        for name in ("allow_default", "allow_empty"):
+            if getattr(feed, name):
+                values["feed"][name] = True
     if rule.port is not None:
         values["port"] = rule.port
     if rule.expires is not None:

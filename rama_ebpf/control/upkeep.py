@@ -45,8 +45,7 @@ async def refresh(store: PolicyStore, refresher: Refresher) -> None:
 
     def once(*, all_feeds: bool = False) -> None:
         if store.pending is None:
-            for report in refresher.run(all_feeds=all_feeds):
-                report.log()
+            refresher.log_news(refresher.run(all_feeds=all_feeds))
 
     await _keep("feeds fresh", lambda: once(all_feeds=True))
     while True:

@@ -1,8 +1,9 @@
-"""What a feed says. The format is what block lists are published in: one address or CIDR a line, in UTF-8; ``#`` and
-``;`` begin a comment."""
+"""What a feed says. The format is what block lists are published in: one address or CIDR a line, in ASCII; ``#`` and
+``;`` begin a comment, in which any bytes may be."""
 
 from __future__ import annotations
 
+import codecs
 import functools
 import itertools
 import operator
@@ -10,7 +11,7 @@ import socket
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,15 +19,21 @@ from .prefixes import Prefixes, pack_network
 from .rule import PolicyError, parse_network
 
 __all__ = [
+    "MAX_LINES",
     "BadLine",
     "FeedContent",
     "FeedError",
+    "is_mapped",
+    "judge_feed",
     "overlapping",
     "parse_feed",
 ]
 
+MAX_LINES: Final = 5_000_000
+"""Lines of a feed: five times the largest that is published."""
+
 _BAD_LINES_KEPT: Final = 100
-_BLOCK: Final = 4096
+_BLOCK_BYTES: Final = 64 * 1024
 
 _WIDTH: Final = {4: 32, 6: 128}
 _PARSE: Final = {
@@ -40,9 +47,14 @@ _HOST_BITS: Final = {
 
 
 class FeedError(PolicyError):
-    """A feed cannot be used: it cannot be had, or too much of it is bad."""
+    """A feed cannot be used: it cannot be had, or too much of it is bad. ``retry_after`` is in how many seconds its
+    server wants to be asked again, if it said so."""
 
     kind = "feed"
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,39 +71,71 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True)
 class FeedContent:
-    """What a feed says. ``bad`` holds the first hundred of ``bad_count`` lines."""
+    """What a feed says, in ``lines`` that are neither empty nor comments. ``bad`` holds the first hundred of
+    ``bad_count`` lines."""
 
     prefixes: Prefixes
+    lines: int
     bad: tuple[BadLine, ...] = ()
     bad_count: int = 0
     duplicates: int = 0
+
+    def everybody(self) -> str:
+        """The family all of whose addresses are in it ("IPv4", "IPv6"), or nothing."""
+        for name, keys, width in (("IPv4", self.prefixes.v4, 32), ("IPv6", self.prefixes.v6, 128)):
+            starts, ends = _cover(keys, width)
+            if sum(map(operator.sub, ends[1:], starts)) == 1 << width:
+                return name
+        return ""
 
     def covered(self) -> int:
         """How many networks lie inside of another one of the feed."""
         return _covered(self.prefixes.v4, 32) + _covered(self.prefixes.v6, 128)
 
 
-def parse_feed(data: bytes, *, max_bad: float = 0.05) -> FeedContent:
-    """Parse a feed. Raises :class:`FeedError` if more than ``max_bad`` (0 to 1) of its lines are bad, if it is not
-    UTF-8 text, or if there is nothing in it, not even a comment: that is more likely an accident than a wish."""
+def parse_feed(data: bytes, *, max_bad: float = 0.05, quote: bool = True) -> FeedContent:
+    """Parse a feed. A byte order mark at its start is passed over. Without ``quote`` nothing of its text is told.
+
+    Raises :class:`FeedError` if more than ``max_bad`` (0 to 1) of its lines are bad, if it has more than
+    :data:`MAX_LINES`, or if there is nothing in it, not even a comment: that is more likely an accident than a wish.
+    """
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise FeedError("is UTF-16 text: write it as ASCII or UTF-8")
     if not data.strip():
         raise FeedError("is empty (if that is meant, write a comment into it)")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise FeedError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
-    found = _Lines()
-    found.add(text.replace("\r\n", "\n").split("\n"))
-    lines = len(found.v4) + len(found.v6) + found.bad_count
-    if found.bad_count > max_bad * lines:
-        shown = "; ".join(map(str, found.bad[:3]))
+    if data.count(b"\n") > MAX_LINES:
+        raise FeedError(f"has more than {MAX_LINES} lines")
+    found = _Lines(quote)
+    for at, block in _blocks(data):
+        found.add(at, block)
+    content = found.content()
+    judge_feed(content, max_bad)
+    return content
+
+
+def judge_feed(content: FeedContent, max_bad: float) -> None:
+    """Raise :class:`FeedError` if more than ``max_bad`` (0 to 1) of the lines are bad."""
+    if content.bad_count > max_bad * content.lines:
+        shown = "; ".join(map(str, content.bad[:3]))
         raise FeedError(
-            f"{found.bad_count} of {lines} lines are no network, and more than {max_bad:.0%} are not accepted ({shown})"
+            f"{content.bad_count} of {content.lines} lines are no network, and more than {max_bad:.0%} are not "
+            f"accepted ({shown})"
         )
-    side4, duplicates4 = _sorted_set(found.v4)
-    side6, duplicates6 = _sorted_set(found.v6)
-    prefixes = Prefixes.from_sorted(array("Q", side4), side6)
-    return FeedContent(prefixes, tuple(found.bad), found.bad_count, duplicates4 + duplicates6)
+
+
+def _blocks(data: bytes) -> Iterator[tuple[int, list[str]]]:
+    """Split into blocks of lines, each with the number of its first; all lines at once would take a hundred times the
+    room of the text."""
+    number, start = 1, 0
+    while start < len(data):
+        end = data.find(b"\n", start + _BLOCK_BYTES)
+        end = len(data) if end < 0 else end
+        text = data[start:end].decode(errors="replace").replace("\r\n", "\n").removesuffix("\r")
+        lines = text.split("\n")
+        yield number, lines
+        number += len(lines)
+        start = end + 1
 
 
 @dataclass(slots=True)
@@ -102,17 +146,24 @@ class _Lines:
     Python, and what is in a block that holds anything else is looked at line by line.
     """
 
+    quote: bool
     v4: list[int] = field(default_factory=list)
     v6: list[int] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
     bad_count: int = 0
 
-    def add(self, lines: Sequence[str]) -> None:
-        for at in range(0, len(lines), _BLOCK):
-            block = lines[at : at + _BLOCK]
-            if not self._add_plain(block):
-                for number, line in enumerate(block, at + 1):
-                    self._add_line(number, line)
+    def add(self, first: int, block: Sequence[str]) -> None:
+        """Add lines, of which the first has the number ``first``."""
+        if not self._add_plain(block):
+            for number, line in enumerate(block, first):
+                self._add_line(number, line)
+
+    def content(self) -> FeedContent:
+        lines = len(self.v4) + len(self.v6) + self.bad_count
+        side4, duplicates4 = _sorted_set(self.v4)
+        side6, duplicates6 = _sorted_set(self.v6)
+        prefixes = Prefixes.from_sorted(array("Q", side4), side6)
+        return FeedContent(prefixes, lines, tuple(self.bad), self.bad_count, duplicates4 + duplicates6)
 
     def _add_plain(self, block: Sequence[str]) -> bool:
         """Add a block of nothing but CIDRs of one family; return whether it is one."""
@@ -133,7 +184,7 @@ class _Lines:
         else:
             from_bytes = int.from_bytes
             values = [from_bytes(packed[i : i + 16], "big") for i in range(0, len(packed), 16)]
-            if any(map(_is_mapped, values)):
+            if any(map(is_mapped, values)):
                 return False
         if any(map(operator.and_, values, map(_HOST_BITS[version].__getitem__, lengths))):
             return False
@@ -150,12 +201,14 @@ class _Lines:
         except PolicyError as error:
             self.bad_count += 1
             if len(self.bad) < _BAD_LINES_KEPT:
-                self.bad.append(BadLine(number, line.strip()[:80], str(error)))
+                text, why = (line.strip()[:80], str(error)) if self.quote else ("", "no network")
+                self.bad.append(BadLine(number, text, why[:200]))
             return
         (self.v4 if network.version == 4 else self.v6).append(pack_network(network))
 
 
-def _is_mapped(value: int) -> bool:
+def is_mapped(value: int) -> bool:
+    """Whether an IPv6 address is an IPv4-mapped one."""
     return value >> 32 == 0xFFFF
 
 

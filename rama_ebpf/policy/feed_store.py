@@ -5,43 +5,55 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import os
+import stat
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from .atomic import write_atomically
-from .feed import FeedContent, FeedError, parse_feed
-from .fetch import Fetcher, FetchError
-from .gzipped import unpack
+from .feed import FeedContent, FeedError, judge_feed
+from .feed_record import V6_BYTES, decode, encode
+from .fetch import Answer, Fetcher, FetchError
 from .rule import Feed
 
 __all__ = ["FeedStore", "Loaded"]
 
 log = logging.getLogger(__name__)
 
+_COPY_BYTES: Final = 2 * 1024 * 1024
+"""What a copy may have beside its networks."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What to use of a feed, and why it is not fresh, if it is not."""
+    """What to use of a feed, and why it is not fresh, if it is not. ``retry_after`` is in how many seconds its server
+    wants to be asked again, if it said so."""
 
     content: FeedContent
     stale: str = ""
+    retry_after: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    data: bytes
+    content: FeedContent
     validators: dict[str, str]
     fetched: float
     """seconds of the wall clock"""
 
 
 class FeedStore:
-    """Loads feeds, and keeps the last good copy of each in ``directory``."""
+    """Loads feeds, and keeps the last good copy of each in ``directory``. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._fetcher = Fetcher()
+        self._said: dict[str, str] = {}
+        self._lock = threading.Lock()
 
     def cancel(self) -> None:
         """End all transfers at once, and begin no others: for a server that stops."""
@@ -54,13 +66,16 @@ class FeedStore:
         """
         kept = self._kept(feed)
         try:
-            return Loaded(self._read(feed, kept))
+            content = self._read(feed, kept)
         except FeedError as error:
             if kept is None:
                 raise
             hours = max(0, time.time() - kept.fetched) / 3600
-            log.warning("%s; the copy of %.1f hours ago stays in use", error, hours)
-            return Loaded(_parse(feed, kept.data), str(error))
+            if self._is_news(feed, str(error)):
+                log.warning("%s; the copy of %.1f hours ago stays in use", error, hours)
+            return Loaded(kept.content, str(error), error.retry_after)
+        self._is_news(feed, "")
+        return Loaded(content)
 
     def at_hand(self, feed: Feed) -> Loaded:
         """Return what can be had without the network: a file, or the last good copy of a URL.
@@ -72,74 +87,102 @@ class FeedStore:
         kept = self._kept(feed)
         if kept is None:
             raise FeedError(f"feed {feed.source}: not read yet")
-        return Loaded(_parse(feed, kept.data))
+        return Loaded(kept.content)
+
+    def _is_news(self, feed: Feed, text: str) -> bool:
+        with self._lock:
+            before, self._said[feed.source] = self._said.get(feed.source, ""), text
+        return text != before
 
     def _read(self, feed: Feed, kept: _Kept | None) -> FeedContent:
-        validators: dict[str, str] = {}
-        if feed.is_url:
-            try:
-                known = {} if kept is None else kept.validators
-                answer = self._fetcher.get(feed.source, known, timeout=feed.timeout, max_size=feed.max_size)
-            except FetchError as error:
-                raise FeedError(f"feed {feed.source}: {error}") from error
-            if answer.data is None:
-                if kept is None:
-                    raise FeedError(f"feed {feed.source}: answered 304, but nothing is kept of it")
-                return _parse(feed, kept.data)
-            data, validators = answer.data, answer.validators
-        else:
-            data = _read_file(feed)
-        content = _parse(feed, data)
-        if kept is None or kept.data != data or kept.validators != validators:
-            self._keep(feed, data, validators)
+        try:
+            answer = self._fetch(feed, kept) if feed.is_url else self._read_file(feed)
+        except FetchError as error:
+            raise FeedError(f"feed {feed.source}: {error}", error.retry_after) from error
+        if answer.content is None:
+            if kept is None:
+                raise FeedError(f"feed {feed.source}: answered 304, but nothing is kept of it")
+            return kept.content
+        content = answer.content
+        _judge(feed, content)
+        if not len(content.prefixes) and kept is not None and len(kept.content.prefixes) and not feed.allow_empty:
+            raise FeedError(
+                f"feed {feed.source}: had {len(kept.content.prefixes)} networks and now has none "
+                f"(if that is meant: allow_empty = true)"
+            )
+        if kept is None or kept.content != content or kept.validators != answer.validators:
+            self._keep(feed, content, answer.validators)
         return content
 
-    # -- copies: a line of JSON with the checksum of the data, then the data -------------------------------------------
+    def _fetch(self, feed: Feed, kept: _Kept | None) -> Answer:
+        known = {} if kept is None else kept.validators
+        return self._fetcher.get(feed.source, known, timeout=feed.timeout, max_size=feed.max_size, max_bad=feed.max_bad)
+
+    def _read_file(self, feed: Feed) -> Answer:
+        try:
+            # Not to wait for whoever writes, should it be a FIFO.
+            fd = os.open(feed.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise FetchError(f"cannot be read: {error.strerror}") from error
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise FetchError("cannot be read: it is not a regular file")
+            return self._fetcher.read(fd, timeout=feed.timeout, max_size=feed.max_size, max_bad=feed.max_bad)
+        finally:
+            os.close(fd)
+
+    # -- copies: a line of JSON with the checksum of the record, then the record ---------------------------------------
 
     def _path(self, feed: Feed) -> Path:
         return self._directory / hashlib.sha256(feed.source.encode()).hexdigest()[:32]
 
     def _kept(self, feed: Feed) -> _Kept | None:
         try:
-            head, _, data = self._path(feed).read_bytes().partition(b"\n")
-            fields = json.loads(head)
-            if fields["sha256"] != hashlib.sha256(data).hexdigest():
+            with open(self._path(feed), "rb") as file:
+                copy = file.read(feed.max_size * V6_BYTES + _COPY_BYTES)
+            line, _, record = copy.partition(b"\n")
+            fields = json.loads(line)
+            if fields["sha256"] != hashlib.sha256(record).hexdigest():
                 raise ValueError("its checksum is wrong")
-            return _Kept(data, dict(fields["validators"]), float(fields["fetched"]))
+            if "format" not in fields:  # of versions that kept the text; it is read anew
+                return None
+            content, _ = decode(record)
+            _judge(feed, content)
+            fetched = float(fields["fetched"])
+            if not math.isfinite(fetched):
+                raise ValueError("its time is none")
+            return _Kept(content, {str(name): str(value) for name, value in fields["validators"].items()}, fetched)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except FeedError as error:
+            log.warning("the copy of it is not used: %s", error)
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             log.warning("the copy of feed %s is damaged and not used: %s", feed.source, error)
             return None
 
-    def _keep(self, feed: Feed, data: bytes, validators: dict[str, str]) -> None:
+    def _keep(self, feed: Feed, content: FeedContent, validators: dict[str, str]) -> None:
         """A file system that refuses is logged as an error: the feed is good, and only its copy is missing."""
+        record = encode(content)
         fields = {
+            "format": 2,
             "source": feed.source,
             "fetched": time.time(),
             "validators": validators,
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "sha256": hashlib.sha256(record).hexdigest(),
         }
         try:
-            write_atomically(self._path(feed), json.dumps(fields).encode() + b"\n" + data)
+            write_atomically(self._path(feed), json.dumps(fields).encode() + b"\n" + record)
         except OSError as error:
             log.error("cannot keep a copy of feed %s: %s", feed.source, error)
 
 
-def _parse(feed: Feed, data: bytes) -> FeedContent:
+def _judge(feed: Feed, content: FeedContent) -> None:
+    """Raise :class:`FeedError` for what must not be put into force."""
     try:
-        return parse_feed(data, max_bad=feed.max_bad)
+        judge_feed(content, feed.max_bad)
     except FeedError as error:
         raise FeedError(f"feed {feed.source}: {error}") from error
-
-
-def _read_file(feed: Feed) -> bytes:
-    try:
-        with open(feed.source, "rb") as file:
-            data = file.read(feed.max_size + 1)
-    except OSError as error:
-        raise FeedError(f"feed {feed.source}: cannot be read: {error.strerror}") from error
-    try:
-        return unpack(data, feed.max_size)
-    except ValueError as error:
-        raise FeedError(f"feed {feed.source}: {error}") from error
+    everybody = "" if feed.allow_default else content.everybody()
+    if everybody:
+        raise FeedError(f"feed {feed.source}: names every {everybody} address (if that is meant: allow_default = true)")

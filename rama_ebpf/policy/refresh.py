@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
@@ -19,32 +19,41 @@ __all__ = ["FeedReport", "Refresher", "with_feeds"]
 
 log = logging.getLogger(__name__)
 
-_RETRY_SECONDS: Final = 60.0
+_FIRST_RETRY: Final = 60.0
+_LAST_RETRY: Final = 3600.0
+_LONGEST_WAIT: Final = 86400.0
+"""The longest Retry-After that is honoured, in seconds."""
 _AT_ONCE: Final = 8
 """Feeds that are read at the same time: one that hangs does not hold up the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeedReport:
-    """What reading the feed of a rule gave. ``stale`` says why an old copy is in use, or nothing (``content`` None)."""
+    """What reading the feed of a rule gave. ``stale`` says why an old copy is in use, or nothing (``content`` None).
+    ``retry_after`` is in how many seconds its server wants to be asked again, if it said so."""
 
     rule: str
     feed: Feed
     content: FeedContent | None
     stale: str = ""
+    retry_after: float | None = None
+
+    def trouble(self) -> str:
+        """What is wrong with the feed, in a line for the server's operator; nothing if nothing is."""
+        if self.content is None:
+            return f"rule {self.rule}: {self.stale}"
+        if self.content.bad_count:
+            shown = "; ".join(map(str, self.content.bad[:3]))
+            return (
+                f"rule {self.rule}: {self.content.bad_count} lines of feed {self.feed.source} are no network and left "
+                f"out: {shown}"
+            )
+        return ""
 
     def log(self) -> None:
         """Tell a server's operator what is wrong with the feed, if anything is."""
-        if self.content is None:
-            log.warning("rule %s: %s", self.rule, self.stale)
-        elif self.content.bad_count:
-            log.warning(
-                "rule %s: %d lines of feed %s are no network and left out: %s",
-                self.rule,
-                self.content.bad_count,
-                self.feed.source,
-                "; ".join(map(str, self.content.bad[:3])),
-            )
+        if trouble := self.trouble():
+            log.warning("%s", trouble)
 
 
 def with_feeds(ruleset: RuleSet, feeds: FeedStore, *, known: RuleSet | None = None) -> tuple[RuleSet, list[FeedReport]]:
@@ -86,12 +95,23 @@ class Refresher:
         self._feeds = feeds
         self._clock = clock
         self._due: dict[tuple[str, Feed], float] = {}
+        self._failures: dict[tuple[str, Feed], int] = {}
+        self._said: dict[str, str] = {}
+
+    def log_news(self, reports: Sequence[FeedReport]) -> None:
+        """Log what is wrong with feeds, each time that it changes."""
+        for report in reports:
+            trouble = report.trouble()
+            if trouble != self._said.get(report.rule, ""):
+                report.log()
+            self._said[report.rule] = trouble
 
     def run(self, *, all_feeds: bool = False) -> list[FeedReport]:
         """Read the feeds that are due, or all, and put what is new into force together. Blocks for as long as the
         slowest takes, which is its ``timeout`` at most.
 
-        A feed that cannot be read leaves its rule as it is, and is tried again after a minute. Raises
+        A feed that cannot be read leaves its rule as it is, and is tried again after a minute, then after twice that
+        and so on up to an hour, or when its server says (RFC 9110 section 10.2.3) within a day. Raises
         :class:`PolicyError` while a set is on trial, and where what is new cannot be put into force;
         :class:`.stored.StaleSet` if another set was loaded meanwhile, which stays.
         """
@@ -107,8 +127,7 @@ class Refresher:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             reports = dict(zip(due, pool.map(self._read, due, due.values()), strict=True))
         for name, report in reports.items():
-            fresh = not report.stale and report.content is not None
-            self._due[name, report.feed] = self._clock() + (report.feed.refresh if fresh else _RETRY_SECONDS)
+            self._due[name, report.feed] = self._clock() + self._pause((name, report.feed), report)
         new = replace(ruleset, rules=tuple(_fresh(rule, reports.get(rule.name)) for rule in ruleset.rules))
         if new != ruleset:
             try:
@@ -117,6 +136,17 @@ class Refresher:
                 self._due.clear()
                 raise
         return list(reports.values())
+
+    def _pause(self, key: tuple[str, Feed], report: FeedReport) -> float:
+        """How many seconds later to read a feed again."""
+        if not report.stale and report.content is not None:
+            self._failures.pop(key, None)
+            return report.feed.refresh
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        pause: float = min(
+            _FIRST_RETRY * 2.0 ** min(failures - 1, 10), max(_FIRST_RETRY, min(report.feed.refresh, _LAST_RETRY))
+        )
+        return max(pause, min(report.retry_after or 0.0, _LONGEST_WAIT))
 
     @staticmethod
     def _first_due(key: tuple[str, Feed | None], ruleset: RuleSet, now: float) -> float:
@@ -129,8 +159,8 @@ class Refresher:
         try:
             loaded = self._feeds.load(feed)
         except FeedError as error:
-            return FeedReport(rule, feed, None, str(error))
-        return FeedReport(rule, feed, loaded.content, loaded.stale)
+            return FeedReport(rule, feed, None, str(error), error.retry_after)
+        return FeedReport(rule, feed, loaded.content, loaded.stale, loaded.retry_after)
 
 
 def _fresh(rule: Rule, report: FeedReport | None) -> Rule:

@@ -103,7 +103,8 @@ class Feed:
 
     It is read again every ``refresh`` seconds. Lines that are no network are left out, unless they are more than
     ``max_bad`` of all (0 to 1): then the feed is refused as a whole. ``timeout`` (seconds, at most 300) and
-    ``max_size`` (bytes, also when unpacked) bound a transfer. Raises :class:`PolicyError`.
+    ``max_size`` (bytes, also when unpacked) bound a transfer. A list that names every address, or that had networks
+    and has none any more, is refused unless ``allow_default`` and ``allow_empty``. Raises :class:`PolicyError`.
     """
 
     source: str
@@ -111,6 +112,8 @@ class Feed:
     max_bad: float = 0.05
     timeout: float = 30.0
     max_size: int = 64 * 1024 * 1024
+    allow_default: bool = False
+    allow_empty: bool = False
 
     def __post_init__(self) -> None:
         scheme, separator, _ = self.source.partition("://")

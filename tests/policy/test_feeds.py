@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import email.utils
 import gzip
+import os
 import random
+import resource
 import socket
 import ssl
 import tempfile
@@ -18,7 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from rama_ebpf.policy.feed import FeedError, overlapping, parse_feed
+from rama_ebpf.policy.feed import MAX_LINES, FeedError, overlapping, parse_feed
+from rama_ebpf.policy.feed_record import decode, encode
 from rama_ebpf.policy.feed_store import FeedStore
 from rama_ebpf.policy.gzipped import unpack
 from rama_ebpf.policy.local import LocalStore
@@ -73,7 +77,8 @@ def test_a_feed_above_its_share_of_bad_lines_is_refused_whole() -> None:
     [
         (b"", "is empty"),
         (b"\n \n", "is empty"),
-        (b"198.18.1.0/24\n\xff\xfe\n", "not UTF-8"),
+        (b"198.18.1.0/24\n\xff\xfe\n", "1 of 2 lines are no network"),
+        ("198.18.1.0/24\n".encode("utf-16"), "is UTF-16 text"),
         (b"198.18.1", "no network"),
     ],
 )
@@ -307,7 +312,7 @@ ANSWERS: dict[str, tuple[Callable[[Server, Handler], None], str]] = {
     "empty": (lambda server, handler: handler.say(200), "is empty"),
     "to a file": (lambda server, handler: handler.say(302, Location="file:///etc/passwd"), "status 302"),
     "in circles": (lambda server, handler: handler.say(302, Location="/list"), "infinite loop"),
-    "no HTTP": (lambda server, handler: (handler.wfile.write(b"SSH-2.0-x\r\n" * 99), None)[1], "SSH-2.0"),
+    "no HTTP": (lambda server, handler: (handler.wfile.write(b"SSH-2.0-x\r\n" * 99), None)[1], "is not HTTP"),
 }
 
 
@@ -403,6 +408,134 @@ def test_bytes_from_the_network_are_parsed_without_privileges_and_a_stop_does_no
         store.load(Feed(server.url))
 
 
+def test_lines_of_a_gzip_bomb_are_refused_in_the_child_and_not_here(server: Server, store: FeedStore) -> None:
+    """A gzip of 64 KB that is 33,000,000 bad lines: it was parsed in the supervisor, for nine minutes."""
+    bomb = gzip.compress(b"x\n" * 33_000_000, 6)
+    assert len(bomb) < 100_000
+    server.answer = lambda handler: handler.say(200, bomb)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(FeedError, match=f"has more than {MAX_LINES} lines|longer than"):
+        store.load(Feed(server.url, timeout=300, max_size=80 << 20))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_maxrss - before.ru_maxrss < 16 * 1024, "KiB: the text was here"
+
+
+def test_a_stop_ends_the_child_that_parses_a_file(tmp_path: Path, store: FeedStore) -> None:
+    path = tmp_path / "list"
+    path.write_bytes(b"x\n" * (MAX_LINES - 1))
+    before = set(_children())
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(store.load, Feed(str(path), timeout=300))
+        wait_for(lambda: set(_children()) - before, what="the child")
+        store.cancel()
+        with pytest.raises(FeedError, match="ended with -9"):
+            loading.result(60)
+    assert set(_children()) <= before
+
+
+@pytest.mark.parametrize("status", [201, 203, 206, 226, 299])
+def test_only_200_is_the_whole_list(server: Server, store: FeedStore, status: int) -> None:
+    good = store.load(Feed(server.url)).content.prefixes
+    server.answer = lambda handler: handler.say(status, NEW)
+    loaded = store.load(Feed(server.url))
+    assert (loaded.content.prefixes, f"HTTP status {status}" in loaded.stale) == (good, True)
+
+
+@pytest.mark.parametrize("everybody", ["0.0.0.0/0", "::/0", "0.0.0.0/1\n128.0.0.0/1", "::/1\n::/0\n8000::/1"])
+def test_a_list_that_names_everybody_is_refused_unless_that_is_meant(
+    server: Server, store: FeedStore, everybody: str
+) -> None:
+    good = store.load(Feed(server.url)).content.prefixes
+    server.body, server.etag = NEW + everybody.encode(), '"2"'
+    loaded = store.load(Feed(server.url))
+    assert loaded.content.prefixes == good
+    assert "allow_default = true" in loaded.stale
+    meant = store.load(Feed(server.url, allow_default=True))
+    assert (meant.stale, len(meant.content.prefixes)) == ("", 1 + everybody.count("/"))
+    with pytest.raises(FeedError, match="allow_default"):  # the copy of what was meant is not taken either
+        store.load(Feed(server.url))
+
+
+def test_a_list_that_shrinks_to_nothing_is_refused_unless_that_is_meant(server: Server, store: FeedStore) -> None:
+    good = store.load(Feed(server.url)).content.prefixes
+    server.body, server.etag = b"# moved\n", '"2"'
+    loaded = store.load(Feed(server.url))
+    assert (loaded.content.prefixes, "had 3 networks and now has none" in loaded.stale) == (good, True)
+    meant = store.load(Feed(server.url, allow_empty=True))
+    assert (meant.stale, len(meant.content.prefixes)) == ("", 0)
+
+
+@pytest.mark.parametrize("lines", [3, 20_000])
+def test_a_byte_order_mark_costs_no_line(lines: int) -> None:
+    text = "".join(f"198.18.{n >> 8}.{n & 255}\n" for n in range(lines))
+    content = parse_feed(text.encode("utf-8-sig"), max_bad=0)
+    assert (len(content.prefixes), content.bad_count) == (lines, 0)
+
+
+def test_a_byte_that_is_no_utf8_costs_its_own_line_only() -> None:
+    assert networks(b"# M\xfcller\n198.18.1.0/24 ; caf\xe9\n", max_bad=0) == ["198.18.1.0/24"]
+    content = parse_feed(GOOD + b"198.18.9.\xb2\n", max_bad=0.5)
+    assert ([line.number for line in content.bad], len(content.prefixes)) == ([4], 3)
+
+
+SECRET = b"root-password-is-hunter2\n" * 3
+
+
+def test_a_redirect_to_this_host_is_not_followed_and_nothing_of_a_page_is_told(
+    server: Server, store: FeedStore
+) -> None:
+    with Server() as inside:
+        inside.body = SECRET
+        thread = threading.Thread(target=inside.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            port = inside.server_port
+            for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433"):
+                url = f"http://{host}:{port}/"
+                server.answer = lambda handler, url=url: handler.say(302, Location=url)  # type: ignore[misc]
+                with pytest.raises(FeedError, match=f"refusing to be redirected to .*{port}|{host}") as refusal:
+                    store.load(Feed(server.url))
+                assert "hunter2" not in str(refusal.value)
+            assert inside.asked == []
+            with pytest.raises(FeedError, match="3 of 3 lines are no network") as named:
+                store.load(Feed(inside.url))  # the operator's own word: read, but not told
+            assert "hunter2" not in str(named.value)
+        finally:
+            inside.shutdown()
+            thread.join()
+
+
+def test_what_a_server_says_of_itself_is_not_told_either(server: Server, store: FeedStore) -> None:
+    server.answer = lambda handler: (handler.send_response(503, "hunter2"), handler.end_headers())[1]
+    with pytest.raises(FeedError, match="HTTP status 503 Service Unavailable") as refusal:
+        store.load(Feed(server.url))
+    assert "hunter2" not in str(refusal.value)
+
+
+def test_a_feed_that_is_no_regular_file_does_not_hold_up_anybody(tmp_path: Path, store: FeedStore) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    with pytest.raises(FeedError, match="not a regular file"):
+        store.load(Feed(str(path)))
+
+
+def test_whatever_a_child_hands_over_is_checked() -> None:
+    """It parses what strangers wrote, and may be theirs by now."""
+    good = encode(parse_feed(GOOD), unchanged=False, validators={})
+    assert decode(good)[0].prefixes == parse_feed(GOOD).prefixes
+    pick = random.Random(15)
+    for _ in range(3000):
+        data = bytearray(good)
+        for _ in range(pick.randint(1, 3)):
+            at = pick.randrange(len(data))
+            data[at : at + pick.choice((0, 1, 9))] = pick.choice((b"", b"[" * 99, b"9" * 30, pick.randbytes(1)))
+        try:
+            prefixes = decode(bytes(data))[0].prefixes
+        except ValueError:
+            continue
+        assert Prefixes.of(list(prefixes)) == prefixes
+
+
 # -- in force ---------------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +570,57 @@ def test_feeds_are_read_again_when_due_and_sooner_after_a_failure(tmp_path: Path
     now[0] += 61
     assert refresher.run()[0].stale == ""
     assert decided(local, "198.18.1.1") == "listed"
+
+
+def test_failures_are_repeated_ever_more_slowly_and_as_the_server_says(server: Server, store: FeedStore) -> None:
+    now, local = [1000.0], LocalStore()
+    feed = Feed(server.url, refresh=86400)
+    local.replace(with_feeds(ruleset_of(feed), store)[0])
+    refresher = Refresher(local, store, clock=lambda: now[0])
+    refresher.run(all_feeds=True)
+    server.answer = lambda handler: handler.say(503)
+    now[0] += 86400
+    refresher.run()
+    pauses = []
+    for _ in range(8):
+        since = now[0]
+        while not refresher.run():
+            now[0] += 30
+        pauses.append(now[0] - since)
+    assert pauses == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+
+
+@pytest.mark.parametrize("said", ["7200", "a date"])
+def test_a_server_that_says_when_to_come_back_is_asked_no_sooner(server: Server, store: FeedStore, said: str) -> None:
+    now, local = [1000.0], LocalStore()
+    local.replace(ruleset_of(Feed(server.url)))
+    header = said if said.isdecimal() else email.utils.formatdate(time.time() + 7205, usegmt=True)
+    server.answer = lambda handler: handler.say(429, **{"Retry-After": header})
+    refresher = Refresher(local, store, clock=lambda: now[0])
+    assert "HTTP status 429" in refresher.run()[0].stale
+    now[0] += 7190
+    assert refresher.run() == []
+    now[0] += 20
+    assert len(refresher.run()) == 1
+
+
+def test_bad_lines_are_logged_when_they_change_and_not_at_each_refresh(
+    tmp_path: Path, store: FeedStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, local = tmp_path / "list", LocalStore()
+    path.write_bytes(GOOD + b"bad\n")
+    local.replace(ruleset_of(Feed(str(path), max_bad=0.5)))
+    refresher = Refresher(local, store)
+    for _ in range(3):
+        refresher.log_news(refresher.run(all_feeds=True))
+    assert caplog.text.count("are no network and left out") == 1
+    path.write_bytes(GOOD + b"bad\nbad\n")
+    refresher.log_news(refresher.run(all_feeds=True))
+    assert caplog.text.count("are no network and left out") == 2
+    path.unlink()
+    for _ in range(3):
+        refresher.log_news(refresher.run(all_feeds=True))
+    assert caplog.text.count("stays in use") == 1
 
 
 def test_a_set_that_was_loaded_while_a_feed_was_read_stays(server: Server, store: FeedStore) -> None:
