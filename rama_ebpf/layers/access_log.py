@@ -18,7 +18,7 @@ from ..core.extensions import Extensions
 from ..core.notes import Note
 from ..core.service import Service
 from ..core.stream import Stream
-from ..relay.tunnel import TunnelReport
+from ..relay.report import TunnelReport
 
 __all__ = ["AccessLogLayer", "AccessRecord", "close_reason"]
 

@@ -10,7 +10,7 @@ from ..core.client import ListenerName
 from ..core.lifecycle import Lifecycle, Stage
 from ..core.service import Service
 from ..core.stream import Stream
-from ..relay.tunnel import TunnelReport
+from ..relay.report import TunnelReport
 from .access_log import close_reason
 
 __all__ = ["MetricsLayer"]

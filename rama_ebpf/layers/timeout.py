@@ -9,7 +9,7 @@ from ..core.errors import HandshakeTimeout, IdleTimeout, TotalTimeout
 from ..core.lifecycle import Lifecycle, Stage
 from ..core.service import Service
 from ..core.stream import Stream
-from ..relay.tunnel import TunnelLimits
+from ..relay.options import TunnelLimits
 
 __all__ = ["TimeoutLayer"]
 

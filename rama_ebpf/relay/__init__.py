@@ -10,14 +10,15 @@ from ..core.stream import Stream
 from .choice import choose
 from .copy import copy
 from .engine import Engine
-from .flow import Tunnel
 from .handler import Move, TunnelHandler
+from .options import RelayKind, RelayOptions, TunnelLimits
 from .registry import FlowSnapshot, TunnelRegistry, tunnels
-from .tunnel import CloseReason, DirectionEnd, RelayKind, RelayOptions, TunnelLimits, TunnelReport
+from .report import CloseReason, DirectionOutcome, TunnelReport
+from .tunnel import Tunnel
 
 __all__ = [
     "CloseReason",
-    "DirectionEnd",
+    "DirectionOutcome",
     "FlowSnapshot",
     "Move",
     "RelayKind",

@@ -7,19 +7,19 @@ from typing import Final
 
 from ..core.address import SocketAddress, is_loopback
 from ..core.socket_stream import SocketStream
-from .tunnel import RelayKind, RelayOptions
+from .options import RelayKind, RelayOptions
 
 __all__ = ["Choice", "choose"]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The relay that a tunnel begins with, and why; ``rises`` if the kernel may take it over when it has shown that
-    it talks in small messages."""
+    """The relay that a tunnel begins with, and why; ``promotes_to`` the one that may take it over when it has shown
+    that it talks in small messages."""
 
     kind: RelayKind
     why: str
-    rises: bool = False
+    promotes_to: RelayKind | None = None
 
 
 def choose(client: SocketStream, upstream: SocketStream, options: RelayOptions) -> Choice:
@@ -34,7 +34,7 @@ def choose(client: SocketStream, upstream: SocketStream, options: RelayOptions) 
     places = _place(client, options), _place(upstream, options)
     if _ELSEWHERE in places:
         return _USERSPACE
-    return _RISES[places]
+    return _PROMOTABLE[places]
 
 
 _HERE: Final = "on this host"
@@ -43,9 +43,11 @@ _ELSEWHERE: Final = "elsewhere"
 
 _CONFIGURED: Final = {kind: Choice(kind, "configured") for kind in RelayKind}
 _USERSPACE: Final = Choice(RelayKind.AUTO, "auto: a peer is neither on this host nor in a lossless network")
-_RISES: Final = {
+_PROMOTABLE: Final = {
     (client, upstream): Choice(
-        RelayKind.AUTO, f"auto: both peers are {' or '.join(sorted({client, upstream}))}", rises=True
+        RelayKind.AUTO,
+        f"auto: both peers are {' or '.join(sorted({client, upstream}))}",
+        promotes_to=RelayKind.SOCKMAP,
     )
     for client in (_HERE, _LOSSLESS)
     for upstream in (_HERE, _LOSSLESS)

@@ -13,8 +13,9 @@ from typing import Final
 
 from ..core.client import client_address
 from ..core.stream import Stream
+from .options import TunnelLimits
 from .registry import FlowSnapshot, tunnels
-from .tunnel import CloseReason, DirectionEnd, TunnelLimits, TunnelReport
+from .report import CloseReason, DirectionOutcome, TunnelReport
 
 __all__ = ["copy"]
 
@@ -27,7 +28,7 @@ class _Direction:
     def __init__(self) -> None:
         self.delivered = 0
         self.last = time.monotonic()
-        self.end: DirectionEnd | None = None
+        self.outcome: DirectionOutcome | None = None
 
     async def pump(self, source: Stream, sink: Stream) -> None:
         reading = True
@@ -39,13 +40,13 @@ class _Direction:
                 self.last = time.monotonic()
                 if not data:
                     await sink.write_eof()
-                    self.end = DirectionEnd.EOF
+                    self.outcome = DirectionOutcome.EOF
                     return
                 await sink.write(data)
                 self.delivered += len(data)
                 self.last = time.monotonic()
         except OSError:
-            self.end = DirectionEnd.SOURCE_LOST if reading else DirectionEnd.SINK_LOST
+            self.outcome = DirectionOutcome.SOURCE_LOST if reading else DirectionOutcome.SINK_LOST
             raise
 
 
@@ -68,8 +69,8 @@ class _Flow:
             time.monotonic() - self.started,
             "copy",
             self.why,
-            self.up.end or DirectionEnd.CUT,
-            self.down.end or DirectionEnd.CUT,
+            self.up.outcome or DirectionOutcome.CUT,
+            self.down.outcome or DirectionOutcome.CUT,
         )
 
     def cut(self) -> None:
@@ -141,5 +142,5 @@ def _blame(flow: _Flow, error: BaseException) -> CloseReason:
     if not isinstance(error, OSError):
         raise error
     # A read error is the reading side's reset, a write error the other side's.
-    client_lost = flow.up.end is DirectionEnd.SOURCE_LOST or flow.down.end is DirectionEnd.SINK_LOST
+    client_lost = flow.up.outcome is DirectionOutcome.SOURCE_LOST or flow.down.outcome is DirectionOutcome.SINK_LOST
     return CloseReason.CLIENT_RESET if client_lost else CloseReason.UPSTREAM_RESET

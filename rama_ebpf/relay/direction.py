@@ -8,14 +8,13 @@ buffer serves all of them.
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
-from .tunnel import DirectionEnd
+from ..core.poller import Poller
+from .pipes import PipePool
+from .report import DirectionOutcome
 
-if TYPE_CHECKING:
-    from .flow import Tunnel
-
-__all__ = ["BUFFER_SIZE", "TURN", "Direction", "buffer"]
+__all__ = ["BUFFER_SIZE", "TURN", "Direction", "DirectionHost", "DirectionOwner", "buffer"]
 
 BUFFER_SIZE: Final = 64 * 1024
 """Bytes that one read may copy: what a direction holds at most for a sink that does not read."""
@@ -29,11 +28,47 @@ buffer: Final = memoryview(bytearray(BUFFER_SIZE))
 """Shared by all directions: nothing stays in it beyond one step of one of them."""
 
 
+class DirectionHost(Protocol):
+    """What all directions of an event loop share."""
+
+    @property
+    def pipes(self) -> PipePool: ...
+
+    @property
+    def poller(self) -> Poller: ...
+
+    def again(self, direction: Direction) -> None:
+        """Let ``direction`` resume after the others had their turn: it has used up its own."""
+
+
+class DirectionOwner(Protocol):
+    """Who is told what becomes of a direction: its tunnel."""
+
+    def direction_ended(self) -> None:
+        """A direction has delivered its EOF."""
+
+    def lost(self, direction: Direction, error: OSError) -> None:
+        """A read or write of ``direction`` failed, as its ``outcome`` says."""
+
+    def violated(self) -> None:
+        """It cannot be proved that every byte was right."""
+
+    def failed(self) -> None:
+        """Called while an exception that nobody expected is handled."""
+
+    def watch(self) -> None:
+        """:attr:`Direction.polled` has changed."""
+
+    def promote(self) -> None:
+        """A direction has shown that the tunnel is worth another relay."""
+
+
 class Direction:
     """Moves the bytes that come from ``source`` to ``sink``, in order, each once, by copying.
 
     ``delivered`` counts bytes that were written here. ``blocked`` is true while the sink is full:
-    then nothing is read, and the source's own window closes.
+    then nothing is read, and the source's own window closes. With ``read_all`` a short read does not mean that
+    nothing is left, as on a Unix socket, where it may be a message boundary.
     """
 
     __slots__ = (
@@ -43,25 +78,35 @@ class Direction:
         "_send",
         "blocked",
         "delivered",
-        "end",
+        "host",
+        "outcome",
+        "owner",
         "sink",
         "source",
-        "tunnel",
         "waits_its_turn",
     )
 
-    def __init__(self, tunnel: Tunnel, source: socket.socket, sink: socket.socket, delivered: int = 0) -> None:
-        self.tunnel = tunnel
+    def __init__(
+        self,
+        host: DirectionHost,
+        owner: DirectionOwner,
+        source: socket.socket,
+        sink: socket.socket,
+        delivered: int = 0,
+        *,
+        read_all: bool = False,
+    ) -> None:
+        self.host = host
+        self.owner = owner
         self.source = source
         self.sink = sink
         self.delivered = delivered
         self.blocked = False
-        self.end: DirectionEnd | None = None
+        self.outcome: DirectionOutcome | None = None
         self.waits_its_turn = False
         self._recv_into, self._send = source.recv_into, sink.send  # looked up once, and not for each message
         self._pending = b""
-        # A short read of TCP means that nothing is left; of a Unix socket it may be a message boundary.
-        self._read_all = tunnel.with_unix
+        self._read_all = read_all
 
     @property
     def moved(self) -> int:
@@ -76,7 +121,12 @@ class Direction:
     @property
     def settled(self) -> bool:
         """Whether nothing is held or under way, so that another relay can go on from here."""
-        return self.end is None and not (self.blocked or self.waits_its_turn)
+        return self.outcome is None and not (self.blocked or self.waits_its_turn)
+
+    @property
+    def polled(self) -> bool:
+        """Whether userspace moves the bytes, so that it must hear of each; else only the end and resets count."""
+        return True
 
     @property
     def spliced(self) -> bool:
@@ -93,7 +143,7 @@ class Direction:
 
     def readable(self) -> None:
         """The source has bytes, or has ended."""
-        if not (self.blocked or self.waits_its_turn) and self.end is None:
+        if not (self.blocked or self.waits_its_turn) and self.outcome is None:
             self._move(self._read_all)
 
     def writable(self) -> None:
@@ -105,7 +155,7 @@ class Direction:
 
     def resume(self) -> None:
         """Read until EAGAIN or EOF."""
-        if not (self.blocked or self.waits_its_turn) and self.end is None:
+        if not (self.blocked or self.waits_its_turn) and self.outcome is None:
             self._move(True)
 
     def urgent(self) -> None:
@@ -114,8 +164,8 @@ class Direction:
 
     def close(self) -> None:
         """Drop what is held. The sockets belong to the tunnel."""
-        if self.end is None:
-            self.end = DirectionEnd.CUT
+        if self.outcome is None:
+            self.outcome = DirectionOutcome.CUT
         self._pending = b""
 
     def _move(self, read_all: bool) -> None:
@@ -129,7 +179,7 @@ class Direction:
             except BlockingIOError:
                 return
             except OSError as error:
-                self.lost(DirectionEnd.SOURCE_LOST, error)
+                self.lost(DirectionOutcome.SOURCE_LOST, error)
                 return
             if not count:
                 self._end_of_source()
@@ -139,7 +189,7 @@ class Direction:
             except BlockingIOError:
                 sent = 0
             except OSError as error:
-                self.lost(DirectionEnd.SINK_LOST, error)
+                self.lost(DirectionOutcome.SINK_LOST, error)
                 return
             self.delivered += sent
             if sent < count and not self._flush(chunk[sent:count]):
@@ -149,7 +199,7 @@ class Direction:
                     return
             elif self._filled():
                 return
-        self.tunnel.engine.again(self)
+        self.host.again(self)
 
     def _filled(self) -> bool:
         """A read has filled the buffer; true if another way goes on from here."""
@@ -158,7 +208,7 @@ class Direction:
     def _block(self) -> None:
         """The sink is full: go on when the poller tells of room."""
         self.blocked = True
-        self.tunnel.engine.poller.want_writes(self.sink.fileno())
+        self.host.poller.want_writes(self.sink.fileno())
 
     def _flush_held(self) -> bool:
         return self._flush(self._pending)
@@ -176,7 +226,7 @@ class Direction:
             self._block()
             return False
         except OSError as error:
-            self.lost(DirectionEnd.SINK_LOST, error)
+            self.lost(DirectionOutcome.SINK_LOST, error)
             return False
         self._pending = b""
         return True
@@ -186,12 +236,12 @@ class Direction:
         try:
             self.sink.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self.lost(DirectionEnd.SINK_LOST, error)
+            self.lost(DirectionOutcome.SINK_LOST, error)
             return
-        self.end = DirectionEnd.EOF
-        self.tunnel.direction_ended()
+        self.outcome = DirectionOutcome.EOF
+        self.owner.direction_ended()
 
-    def lost(self, end: DirectionEnd, error: OSError) -> None:
+    def lost(self, outcome: DirectionOutcome, error: OSError) -> None:
         """Reading or writing has failed: the tunnel ends."""
-        self.end = end
-        self.tunnel.lost(self, error)
+        self.outcome = outcome
+        self.owner.lost(self, error)

@@ -7,7 +7,6 @@ message. docs/relay.md has the figures of this design and of those beside which 
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -15,17 +14,16 @@ from typing import Final
 from ..core.per_loop import PerLoop
 from ..core.poller import Poller
 from ..core.socket_stream import SocketStream
+from . import assembly
 from .choice import Choice
 from .direction import Direction
-from .flow import Tunnel
+from .options import TunnelLimits
+from .pipes import PipePool
 from .sockmap import Sockmap
-from .splice import PipePool
-from .tunnel import CloseReason, TunnelLimits
+from .tunnel import Tunnel
 from .wheel import TimerWheel
 
 __all__ = ["Engine"]
-
-log = logging.getLogger(__name__)
 
 _WHEEL_RESOLUTION: Final = 0.1
 _UNSENT: Final = 256 * 1024
@@ -89,9 +87,9 @@ class Engine:
             stream.poll()
         if not self.tunnels:
             self._hear()
-        tunnel = Tunnel(self, client, upstream, choice, limits)
-        _, from_client, client_waits = client.detach_polled(tunnel.client_end.told)
-        _, from_upstream, upstream_waits = upstream.detach_polled(tunnel.upstream_end.told)
+        tunnel = assembly.assemble(self, client, upstream, choice, limits, forget=self._remove)
+        _, from_client, client_waits = client.detach_polled(tunnel.client_socket.told)
+        _, from_upstream, upstream_waits = upstream.detach_polled(tunnel.upstream_socket.told)
         self.tunnels.add(tunnel)
         self._schedule(tunnel, tunnel.check_time(tunnel.started))
         for stream in (client, upstream):
@@ -114,7 +112,7 @@ class Engine:
                 asyncio.get_running_loop().call_soon(self._run_again)
             self._again.append(direction)
 
-    def forget(self, tunnel: Tunnel) -> None:
+    def _remove(self, tunnel: Tunnel) -> None:
         """Drop a tunnel that is ending; its sockets are still open."""
         self.tunnels.discard(tunnel)
         for sock in (tunnel.client, tunnel.upstream):
@@ -145,12 +143,10 @@ class Engine:
         turn, self._again = self._again, []
         for direction in turn:
             direction.waits_its_turn = False
-            if direction.tunnel.reason is None:
-                try:
-                    direction.resume()
-                except Exception:
-                    log.exception("relay of %s to %s failed", direction.tunnel.source, direction.tunnel.target)
-                    direction.tunnel.finish(CloseReason.ERROR)
+            try:
+                direction.resume()  # does nothing in one that has ended meanwhile
+            except Exception:  # noqa: BLE001 - failed() logs it, and ends the tunnel
+                direction.owner.failed()
 
     def _schedule(self, tunnel: Tunnel, when: float | None) -> None:
         if when is None:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ..core.stream import Stream
-from .tunnel import TunnelReport
+from .report import TunnelReport
 
 __all__ = ["Move", "TunnelHandler"]
 

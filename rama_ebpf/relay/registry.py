@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from ..core.address import SocketAddress
-from .tunnel import CloseReason, TunnelReport
+from .report import CloseReason, TunnelReport
 
 __all__ = ["Flow", "FlowSnapshot", "TunnelRegistry", "tunnels"]
 

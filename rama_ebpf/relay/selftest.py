@@ -25,9 +25,10 @@ from ..core.socket_stream import SocketStream
 from ..kernel.veth import isolate_with_veth
 from .choice import Choice
 from .engine import Engine
+from .options import RelayKind, TunnelLimits
+from .report import CloseReason, TunnelReport
 from .sockmap import Sockmap
 from .synthetic import Wire, segment_plan
-from .tunnel import CloseReason, RelayKind, TunnelLimits, TunnelReport
 
 __all__ = ["KNOWN_BAD", "SelfTest", "known_bad", "self_test"]
 

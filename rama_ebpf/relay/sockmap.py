@@ -22,15 +22,14 @@ import socket
 import struct
 from collections import Counter, deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ..kernel import bpf
 from ..kernel.splice import BROKEN, SYNCED, Directions, DirectionSlot, EventRing
-from .direction import BUFFER_SIZE, TURN, Direction, buffer
-from .tunnel import CloseReason, DirectionEnd
-
-if TYPE_CHECKING:
-    from .flow import Tunnel
+from .direction import BUFFER_SIZE, TURN, Direction, DirectionHost, DirectionOwner, buffer
+from .options import RelayKind
+from .paths import Pair, Paths, Refusal
+from .report import DirectionOutcome
 
 __all__ = ["RECEIVE_BUFFER", "Sockmap", "SockmapDirection"]
 
@@ -71,17 +70,15 @@ class Sockmap:
         """How many directions are in use."""
         return len(self._live)
 
-    def join(self, tunnel: Tunnel, delivered: tuple[int, int] = (0, 0)) -> str:
-        """Put both sockets of ``tunnel`` under the kernel's relay and give it its directions.
+    def join(self, host: DirectionHost, owner: DirectionOwner, pair: Pair) -> Paths | Refusal:
+        """Put both sockets of ``pair`` under the kernel's relay; nothing may be under way.
 
-        ``delivered`` is how much has been moved before, up and down; nothing may be under way then. Returns the empty
-        string, or why it could not be; then the tunnel is to go another way. One that has come only half-way in has
-        directions already.
+        If the kernel takes only the client's socket, that one has to stay: then the paths copy, and say so.
         """
         if not self._free:
             return self._refuse("all slots are in use")
         slot = self._free.popleft()
-        client, upstream = sockets = (tunnel.client, tunnel.upstream)
+        sockets = (pair.client, pair.upstream)
         for sock in sockets:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         entered = 0
@@ -94,24 +91,40 @@ class Sockmap:
                 bpf.map_update(self._relayed, (slot + index).to_bytes(4, "little"), sock.fileno().to_bytes(8, "little"))
                 entered += 1
         except OSError as error:
-            reason = self._refuse(f"the kernel does not take the socket ({errno.errorcode.get(error.errno or 0, '?')})")
+            refusal = self._refuse(
+                f"the kernel does not take the socket ({errno.errorcode.get(error.errno or 0, '?')})"
+            )
             if not entered:
                 self._forget(slot)
-                return reason
+                return refusal
             # The client's socket is in, and taking it out would lose what has come meanwhile: it stays and passes.
-            tunnel.up = self._live[slot] = SockmapDirection(
-                tunnel, client, upstream, self._directions[slot], delivered[0], arms=False
+            # splice(2) reads nothing from a socket that is in a sockmap, so the other direction copies as well.
+            return Paths(
+                RelayKind.COPY,
+                self._direction(host, owner, slot, pair, arms=False),
+                Direction(host, owner, pair.upstream, pair.client, pair.delivered[1], read_all=pair.with_unix),
+                fallback=f"no sockmap: {refusal.why}",
+                release=lambda: self._leave(slot),
             )
-            tunnel.down = Direction(tunnel, upstream, client, delivered[1])
-            tunnel.kernel_slot = slot
-            return reason
-        up, down = self._directions[slot], self._directions[slot + 1]
-        tunnel.up = self._live[slot] = SockmapDirection(tunnel, client, upstream, up, delivered[0])
-        tunnel.down = self._live[slot + 1] = SockmapDirection(tunnel, upstream, client, down, delivered[1])
-        tunnel.kernel_slot = slot
-        return ""
+        return Paths(
+            RelayKind.SOCKMAP,
+            self._direction(host, owner, slot, pair),
+            self._direction(host, owner, slot + 1, pair),
+            release=lambda: self._leave(slot),
+        )
 
-    def leave(self, slot: int) -> None:
+    def _direction(
+        self, host: DirectionHost, owner: DirectionOwner, index: int, pair: Pair, *, arms: bool = True
+    ) -> SockmapDirection:
+        """Make the direction of one slot; those with an odd number lead to the client."""
+        source, sink, delivered = pair.client, pair.upstream, pair.delivered[0]
+        if index % 2:
+            source, sink, delivered = sink, source, pair.delivered[1]
+        direction = SockmapDirection(host, owner, source, sink, self._directions[index], delivered, arms=arms)
+        self._live[index] = direction
+        return direction
+
+    def _leave(self, slot: int) -> None:
         """Free the slots of a tunnel whose sockets are closed, and have left the map by that."""
         self._live.pop(slot, None)
         self._live.pop(slot + 1, None)
@@ -124,9 +137,9 @@ class Sockmap:
             if direction is not None:
                 direction.told()
 
-    def _refuse(self, reason: str) -> str:
+    def _refuse(self, reason: str) -> Refusal:
         self.refused[reason] += 1
-        return reason
+        return Refusal(reason)
 
     def _forget(self, slot: int) -> None:
         for index in (slot, slot + 1):
@@ -145,11 +158,12 @@ class Sockmap:
 class SockmapDirection(Direction):
     """A direction that the kernel moves, and that is copied here when the kernel does not."""
 
-    __slots__ = ("_arms", "_clear_at", "_consumed", "_delay", "_kernel", "_moved", "_retry", "_written", "passing")
+    __slots__ = ("_arms", "_clear_at", "_consumed", "_delay", "_kernel", "_moved", "_passing", "_retry", "_written")
 
     def __init__(
         self,
-        tunnel: Tunnel,
+        host: DirectionHost,
+        owner: DirectionOwner,
         source: socket.socket,
         sink: socket.socket,
         kernel: DirectionSlot,
@@ -157,8 +171,8 @@ class SockmapDirection(Direction):
         *,
         arms: bool = True,
     ) -> None:
-        super().__init__(tunnel, source, sink, delivered)
-        self.passing = True
+        super().__init__(host, owner, source, sink, delivered)
+        self._passing = True
         self._kernel = kernel
         self._arms = arms
         self._consumed = 0
@@ -173,12 +187,16 @@ class SockmapDirection(Direction):
         return self.delivered + (self._kernel.redirected if self._moved is None else self._moved[0])
 
     @property
+    def polled(self) -> bool:
+        return self._passing
+
+    @property
     def spills(self) -> int:
         return self._kernel.spills if self._moved is None else self._moved[1]
 
     def told(self) -> None:
         """The kernel passes bytes and nobody watches, or it has stopped the direction."""
-        if self._broken() or self.end is not None or self.passing:
+        if self._broken() or self.outcome is not None or self._passing:
             return
         self._take_back()
 
@@ -200,7 +218,7 @@ class SockmapDirection(Direction):
                 self._arm()
                 return
             except OSError as error:
-                self.lost(DirectionEnd.SOURCE_LOST, error)
+                self.lost(DirectionOutcome.SOURCE_LOST, error)
                 return
             if not count:
                 self._end_of_source()
@@ -211,29 +229,29 @@ class SockmapDirection(Direction):
                 return
             if not self._flush(buffer[:count]):
                 return
-        self.tunnel.engine.again(self)
+        self.host.again(self)
 
     def _flush_held(self) -> bool:
         return self._sink_is_clear() and super()._flush_held()
 
     def _arm(self) -> None:
         """All that was passed has been forwarded: let the kernel take over at the next byte."""
-        if not (self._arms and self.passing) or self._broken():
+        if not (self._arms and self._passing) or self._broken():
             return
         kernel = self._kernel
-        self.passing = False
+        self._passing = False
         kernel.watch(False)
         kernel.resume_at(self._consumed)
-        self.tunnel.watch()
+        self.owner.watch()
         # The kernel counts a passed byte and then looks whether somebody watches. We do it the other way round, with
         # a system call in between, so that one of us sees the other.
         if kernel.passed != self._consumed:
             self._take_back()
 
     def _take_back(self) -> None:
-        self.passing = True
+        self._passing = True
         self._kernel.watch(True)
-        self.tunnel.watch()  # and so an event comes if there is something to read
+        self.owner.watch()  # and so an event comes if there is something to read
 
     def _sink_is_clear(self) -> bool:
         """Whether the sink's send queue holds all that the kernel was to move; if not, look again later."""
@@ -244,7 +262,7 @@ class SockmapDirection(Direction):
         redirected = self._kernel.redirected
         missing = self._written + self.delivered + redirected - taken
         if missing < 0:
-            self.tunnel.finish(CloseReason.INTEGRITY)  # it has more than we were given
+            self.owner.violated()  # it has more than we were given
             return False
         if missing:
             self._later()
@@ -277,14 +295,14 @@ class SockmapDirection(Direction):
         if kernel.state & SYNCED:
             seen = kernel.before + kernel.redirected + kernel.passed
             if seen + 1 != _received(self.source):  # TCP counts the FIN
-                self.tunnel.finish(CloseReason.INTEGRITY)
+                self.owner.violated()
                 return
         super()._end_of_source()
 
     def _broken(self) -> bool:
         if not self._kernel.state & BROKEN:
             return False
-        self.tunnel.finish(CloseReason.INTEGRITY)
+        self.owner.violated()
         return True
 
 

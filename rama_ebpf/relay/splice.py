@@ -1,96 +1,26 @@
 """Moving bytes by splice(2): from socket to pipe to socket, without a copy into userspace.
 
-A pipe is taken from a pool only while bytes are in it, so an idle tunnel holds none. Where there is no pipe to be
+A pipe is taken from the pool only while bytes are in it, so an idle tunnel holds none. Where there is no pipe to be
 had the direction copies instead, and the pool counts it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from .direction import BUFFER_SIZE, TURN, Direction
-from .tunnel import DirectionEnd
+from .direction import BUFFER_SIZE, TURN, Direction, DirectionHost, DirectionOwner
+from .pipes import Pipe
+from .report import DirectionOutcome
 
-if TYPE_CHECKING:
-    from .flow import Tunnel
-
-__all__ = ["Pipe", "PipePool", "SpliceDirection"]
-
-Pipe = tuple[int, int]
-"""Read end, write end."""
+__all__ = ["SpliceDirection"]
 
 _SPLICE_SIZE: Final = 1 << 20  # more than a pipe takes: it is the pipe that bounds a splice
 # No SPLICE_F_MORE: it corks the last segment of a message until more comes.
 _SPLICE_FLAGS: Final = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
-_PIPE_SIZE: Final = 256 * 1024
-"""Bytes: four times the kernel's own choice saves a sixth of the CPU and moves a fifth more; more gains little."""
-_LARGE: Final = 64
-"""So many pipes are made that large: a user has 64 MiB for all (pipe(7), pipe-user-pages-soft)."""
 _SMALL: Final = 8 * 1024
 _SMALL_READS: Final = 16
-
-
-class PipePool:
-    """Empty pipes for reuse: at most ``limit`` are out at once, and ``keep`` are held while nobody needs them.
-
-    ``refused`` counts how often there was none to be had.
-    """
-
-    def __init__(self, *, limit: int = 1024, keep: int = 16) -> None:
-        self.refused = 0
-        self._limit: Final = limit
-        self._keep: Final = keep
-        self._free: list[Pipe] = []
-        self._out = 0
-
-    def take(self) -> Pipe | None:
-        """Return an empty pipe, or None if the limit is reached or the system gives no more."""
-        if self._free:
-            self._out += 1
-            return self._free.pop()
-        if self._out < self._limit:
-            try:
-                pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError:
-                self.refused += 1  # EMFILE, ENFILE: the caller copies instead
-                return None
-            if self._out < _LARGE:
-                with contextlib.suppress(OSError):  # EPERM: this user has no pages left for it, and it is as it is
-                    fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
-            self._out += 1
-            return pipe
-        self.refused += 1
-        return None
-
-    def give(self, pipe: Pipe) -> None:
-        """Take an empty pipe back."""
-        self._out -= 1
-        if len(self._free) < self._keep:
-            self._free.append(pipe)
-        else:
-            _close(pipe)
-
-    def destroy(self, pipe: Pipe) -> None:
-        """Take a pipe back that may still hold bytes; they are lost."""
-        self._out -= 1
-        _close(pipe)
-
-    def clear(self) -> None:
-        """Close the pipes that nobody uses."""
-        while self._free:
-            _close(self._free.pop())
-
-    def __del__(self) -> None:
-        self.clear()
-
-
-def _close(pipe: Pipe) -> None:
-    os.close(pipe[0])
-    os.close(pipe[1])
 
 
 class SpliceDirection(Direction):
@@ -102,8 +32,17 @@ class SpliceDirection(Direction):
 
     __slots__ = ("_adaptive", "_held", "_pipe", "_small", "_spliced", "_splicing")
 
-    def __init__(self, tunnel: Tunnel, source: socket.socket, sink: socket.socket, *, adaptive: bool) -> None:
-        super().__init__(tunnel, source, sink)
+    def __init__(
+        self,
+        host: DirectionHost,
+        owner: DirectionOwner,
+        source: socket.socket,
+        sink: socket.socket,
+        *,
+        adaptive: bool,
+        read_all: bool = False,
+    ) -> None:
+        super().__init__(host, owner, source, sink, read_all=read_all)
         self._adaptive = adaptive
         self._splicing = not adaptive
         self._spliced = False
@@ -127,7 +66,7 @@ class SpliceDirection(Direction):
     def close(self) -> None:
         super().close()
         if self._pipe is not None:
-            self.tunnel.engine.pipes.destroy(self._pipe)
+            self.host.pipes.destroy(self._pipe)
             self._pipe = None
 
     def _move(self, read_all: bool) -> None:
@@ -148,11 +87,11 @@ class SpliceDirection(Direction):
         pipe = self._pipe
         if not self._drain(pipe):
             return False
-        self.tunnel.engine.pipes.give(pipe)
+        self.host.pipes.give(pipe)
         return True
 
     def _splice(self) -> None:
-        pipes = self.tunnel.engine.pipes
+        pipes = self.host.pipes
         pipe = pipes.take()
         if pipe is None:
             self._copy_turn()
@@ -167,7 +106,7 @@ class SpliceDirection(Direction):
                 return
             except OSError as error:
                 pipes.give(pipe)
-                self.lost(DirectionEnd.SOURCE_LOST, error)
+                self.lost(DirectionOutcome.SOURCE_LOST, error)
                 return
             if not count:
                 pipes.give(pipe)
@@ -185,7 +124,7 @@ class SpliceDirection(Direction):
                     self._splicing = False
                     break
         pipes.give(pipe)
-        self.tunnel.engine.again(self)
+        self.host.again(self)
 
     def _copy_turn(self) -> None:
         """Copy for one turn because there is no pipe."""
@@ -207,7 +146,7 @@ class SpliceDirection(Direction):
             return False
         except OSError as error:
             self._pipe = pipe
-            self.lost(DirectionEnd.SINK_LOST, error)
+            self.lost(DirectionOutcome.SINK_LOST, error)
             return False
         self._pipe = None
         return True

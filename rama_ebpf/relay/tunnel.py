@@ -1,96 +1,224 @@
-"""What bounds a tunnel, how its bytes are to be moved, and what is known of it when it ends."""
+"""A tunnel between two sockets: its directions, its end, and what is known of it meanwhile."""
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
 
-__all__ = [
-    "CloseReason",
-    "DirectionEnd",
-    "RelayKind",
-    "RelayOptions",
-    "TunnelLimits",
-    "TunnelReport",
-]
+from ..core.address import SocketAddress
+from ..core.client import client_address
+from ..core.socket_stream import SocketStream, reset_on_close
+from .direction import Direction, DirectionHost
+from .options import RelayKind, TunnelLimits
+from .paths import Pair, Paths, Refusal
+from .registry import FlowSnapshot
+from .report import CloseReason, DirectionOutcome, TunnelReport
+from .tunnel_socket import TunnelSocket
 
+__all__ = ["Tunnel"]
 
-class CloseReason(enum.Enum):
-    """Why a tunnel ended."""
+log = logging.getLogger(__name__)
 
-    EOF = "eof"
-    """Both sides ended their stream in order; every byte was delivered."""
-    CLIENT_RESET = "client_reset"
-    UPSTREAM_RESET = "upstream_reset"
-    IDLE_TIMEOUT = "idle_timeout"
-    TOTAL_TIMEOUT = "total_timeout"
-    CUT = "cut"
-    """Cancelled from outside: a drain deadline, a kill, a layer's limit."""
-    INTEGRITY = "integrity"
-    """The kernel path could not prove that every byte was right; both sides were reset."""
-    ERROR = "error"
+_IDLE_CHECKS: Final = 4
+"""How often the counters are looked at within one idle time-out: no clock is read per message."""
 
 
-class DirectionEnd(enum.Enum):
-    """How one direction of a tunnel ended."""
+class Tunnel:
+    """Two sockets whose bytes ``host`` moves; ``done`` is set when it has ended and both are closed.
 
-    EOF = "eof"
-    """The source ended its stream and the sink was told so after the last byte."""
-    SOURCE_LOST = "source_lost"
-    """Reading failed: the source reset the connection or is gone."""
-    SINK_LOST = "sink_lost"
-    """Writing failed: the sink reset the connection or is gone."""
-    CUT = "cut"
-    """The tunnel ended for another reason while this direction was open."""
-
-
-class RelayKind(enum.Enum):
-    """Which way a tunnel's bytes move, see docs/relay.md."""
-
-    AUTO = "auto"
-    SOCKMAP = "sockmap"
-    SPLICE = "splice"
-    COPY = "copy"
-
-
-@dataclass(frozen=True, slots=True)
-class RelayOptions:
-    """How tunnels of a listener are relayed: add one to a stream's extensions to choose.
-
-    ``lossless`` names the networks in which ``auto`` may use sockmap besides this host: those where no segment is
-    lost, so that peers never send overlapping retransmissions.
+    ``begin`` makes its directions, and ``promote`` the better ones that it has earned, or says why not; both are
+    called with the tunnel and its sockets. ``forget`` is called once, when it ends and the sockets are still open.
     """
 
-    kind: RelayKind = RelayKind.AUTO
-    lossless: tuple[IPv4Network | IPv6Network, ...] = ()
+    __slots__ = (
+        "_active_at",
+        "_forget",
+        "_host",
+        "_loop",
+        "_paths",
+        "_promote",
+        "_seen",
+        "client",
+        "client_socket",
+        "done",
+        "down",
+        "error",
+        "kind",
+        "limits",
+        "reason",
+        "slot",
+        "source",
+        "started",
+        "target",
+        "up",
+        "upstream",
+        "upstream_socket",
+        "why",
+        "with_unix",
+    )
 
+    def __init__(
+        self,
+        host: DirectionHost,
+        client: SocketStream,
+        upstream: SocketStream,
+        limits: TunnelLimits,
+        why: str,
+        *,
+        begin: Callable[[Tunnel, Pair], Paths],
+        promote: Callable[[Tunnel, Pair], Paths | Refusal],
+        forget: Callable[[Tunnel], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._host = host
+        self._promote: Callable[[Tunnel, Pair], Paths | Refusal] | None = promote
+        self._forget = forget
+        self.limits = limits
+        self.source: SocketAddress | None = client_address(client) or client.peer
+        self.target: SocketAddress | None = upstream.peer
+        self.client = client.socket
+        self.upstream = upstream.socket
+        self.with_unix = client.is_unix or upstream.is_unix
+        self.started = self._loop.time()
+        self.done: asyncio.Future[CloseReason] = self._loop.create_future()
+        self.reason: CloseReason | None = None
+        self.error: OSError | None = None
+        self.slot: int | None = None
+        self._active_at = self.started
+        self._seen = 0
+        self.client_socket, self.upstream_socket = TunnelSocket(), TunnelSocket()
+        self._use(begin(self, Pair(self.client, self.upstream, self.with_unix)), why)
 
-@dataclass(frozen=True, slots=True)
-class TunnelLimits:
-    """Time-outs of an established tunnel in seconds; None means none.
+    def _use(self, paths: Paths, why: str) -> None:
+        """Let the events of the sockets go to these directions from now on."""
+        self._paths = paths
+        self.kind, self.why = paths.kind, paths.fallback or why
+        self.up: Direction = paths.up
+        self.down: Direction = paths.down
+        self.client_socket.reading = self.upstream_socket.writing = paths.up
+        self.client_socket.writing = self.upstream_socket.reading = paths.down
 
-    ``idle``: no byte in either direction for that long; it is checked coarsely, so a tunnel may live up to a quarter
-    longer, never shorter. ``total``: age of the tunnel. Add one to a stream's extensions to bound the tunnel that it
-    becomes.
-    """
+    def promote(self) -> None:
+        """Let a better relay go on from here, if nothing is under way and it can; else all stays as it is."""
+        if self.reason is not None or self._promote is None or not (self.up.settled and self.down.settled):
+            return
+        delivered = (self.up.delivered, self.down.delivered)
+        made = self._promote(self, Pair(self.client, self.upstream, self.with_unix, delivered))
+        if isinstance(made, Refusal):
+            self.why = made.why
+            if made.final:
+                self._promote = None
+            return
+        self._promote = None
+        self._use(made, self.why)
+        self.up.resume()
+        if self.reason is None:
+            self.down.resume()
 
-    idle: float | None = 300.0
-    total: float | None = None
+    def relay_and_why(self) -> tuple[str, str]:
+        """Return which way the bytes move, or have moved, and why that one."""
+        spliced = self.up.spliced or self.down.spliced
+        if self.kind is RelayKind.AUTO:
+            return "splice" if spliced else "copy", self.why
+        if self.kind is RelayKind.SPLICE and not spliced and self._host.pipes.refused:
+            return "copy", "no pipe to be had"
+        return self.kind.value, self.why
 
+    def snapshot(self) -> FlowSnapshot:
+        relay, why = self.relay_and_why()
+        return FlowSnapshot(
+            self.source,
+            self.target,
+            relay,
+            why,
+            self.up.moved,
+            self.down.moved,
+            self.up.spills + self.down.spills,
+            self._loop.time() - self.started,
+        )
 
-@dataclass(frozen=True, slots=True)
-class TunnelReport:
-    """How a tunnel went: ``to_upstream`` and ``to_client`` are bytes delivered, ``age`` is seconds, ``relay`` which
-    way the bytes moved and ``why`` that one was chosen. ``upward`` and ``downward`` say how each direction ended,
-    ``spills`` how often the kernel handed a direction back to userspace."""
+    def report(self) -> TunnelReport:
+        """Say how the tunnel went; for one that has ended."""
+        assert self.reason is not None
+        assert self.up.outcome is not None
+        assert self.down.outcome is not None
+        relay, why = self.relay_and_why()
+        return TunnelReport(
+            self.reason,
+            self.up.moved,
+            self.down.moved,
+            self._loop.time() - self.started,
+            relay,
+            why,
+            self.up.outcome,
+            self.down.outcome,
+            self.up.spills + self.down.spills,
+        )
 
-    reason: CloseReason
-    to_upstream: int
-    to_client: int
-    age: float
-    relay: str
-    why: str = ""
-    upward: DirectionEnd = DirectionEnd.EOF
-    downward: DirectionEnd = DirectionEnd.EOF
-    spills: int = 0
+    def watch(self) -> None:
+        """Poll each socket for what userspace has to do: a direction that the kernel moves needs only its end."""
+        up, down = self.up.polled, self.down.polled
+        self._host.poller.watch(self.client.fileno(), reads=up, writes=down)
+        self._host.poller.watch(self.upstream.fileno(), reads=down, writes=up)
+
+    def cut(self) -> None:
+        self.finish(CloseReason.CUT)
+
+    def violated(self) -> None:
+        """It cannot be proved that every byte was right."""
+        self.finish(CloseReason.INTEGRITY)
+
+    def failed(self) -> None:
+        """Say in the log which exception ends the tunnel; called while it is handled."""
+        log.exception("relay of %s to %s failed", self.source, self.target)
+        self.finish(CloseReason.ERROR)
+
+    def direction_ended(self) -> None:
+        """A direction has delivered its EOF; the other may still flow."""
+        if self.up.outcome is DirectionOutcome.EOF and self.down.outcome is DirectionOutcome.EOF:
+            self.finish(CloseReason.EOF)
+
+    def lost(self, direction: Direction, error: OSError) -> None:
+        """A read or write of ``direction`` failed: that socket's peer is gone, and the other is told by RST."""
+        culprit = direction.source if direction.outcome is DirectionOutcome.SOURCE_LOST else direction.sink
+        self.error = error
+        self.finish(CloseReason.CLIENT_RESET if culprit is self.client else CloseReason.UPSTREAM_RESET)
+
+    def check_time(self, now: float) -> float | None:
+        """End the tunnel if a time-out has passed; else return when to look again, None for never."""
+        limits, when = self.limits, None
+        if limits.total is not None:
+            when = self.started + limits.total
+            if now >= when:
+                self.finish(CloseReason.TOTAL_TIMEOUT)
+                return None
+        if limits.idle is not None:
+            moved = self.up.moved + self.down.moved
+            if moved != self._seen:
+                # When in the last interval the bytes moved is not known: assume just now.
+                self._seen, self._active_at = moved, now
+            elif now >= self._active_at + limits.idle:
+                self.finish(CloseReason.IDLE_TIMEOUT)
+                return None
+            look = min(now + limits.idle / _IDLE_CHECKS, self._active_at + limits.idle)
+            when = look if when is None else min(when, look)
+        return when
+
+    def finish(self, reason: CloseReason) -> None:
+        """Close both sockets: in order after EOF, else with RST, so that nothing cut short looks complete."""
+        if self.reason is not None:
+            return
+        self.reason = reason
+        self.up.close()
+        self.down.close()
+        self._forget(self)
+        for sock in (self.client, self.upstream):
+            if reason is CloseReason.EOF:
+                reset_on_close(sock, False)  # a socket that comes out of a stream is reset otherwise
+            sock.close()
+        if self._paths.release is not None:
+            self._paths.release()
+        if not self.done.done():
+            self.done.set_result(reason)

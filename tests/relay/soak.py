@@ -21,7 +21,7 @@ from pathlib import Path
 import uvloop
 
 from rama_ebpf.kernel.splice import SpliceMaps
-from rama_ebpf.relay import CloseReason, RelayKind, TunnelReport, rising, tunnels
+from rama_ebpf.relay import CloseReason, RelayKind, TunnelReport, promotion, tunnels
 from rama_ebpf.relay.engine import Engine
 from rama_ebpf.relay.sockmap import Sockmap
 
@@ -137,7 +137,7 @@ _RUNS: dict[str, tuple[Run, int]] = {"flows": (flows, 10_000), "overlap": (overl
 
 async def _with_sockmap(run: Run, kind: RelayKind, count: int, maps: SpliceMaps) -> dict[str, object]:
     if kind is RelayKind.AUTO:
-        rising.MESSAGES, rising.SMALL = 1, 1 << 20  # whoever speaks twice rises
+        promotion.MESSAGES, promotion.SMALL = 1, 1 << 20  # whoever speaks twice is promoted
     if kind in (RelayKind.SOCKMAP, RelayKind.AUTO):
         Engine.current().use_sockmap(Sockmap(maps.fds))
     return await run(kind, count, maps)

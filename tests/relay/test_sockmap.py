@@ -94,8 +94,8 @@ async def test_conversations_arrive_exactly_when_they_rise_to_the_kernel(
     sockmap: Sockmap, splice_maps: SpliceMaps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Handed over in the middle of what is said, with a credit that makes the kernel hand back what is long."""
-    monkeypatch.setattr("rama_ebpf.relay.rising.MESSAGES", 2)
-    monkeypatch.setattr("rama_ebpf.relay.rising.SMALL", 1 << 16)
+    monkeypatch.setattr("rama_ebpf.relay.promotion.MESSAGES", 2)
+    monkeypatch.setattr("rama_ebpf.relay.promotion.SMALL", 1 << 16)
     sockmap.credit = 1 << 16
     turn = asyncio.Semaphore(AT_ONCE)
 

@@ -18,7 +18,7 @@ from rama_ebpf.core.socket_stream import SocketStream
 from rama_ebpf.core.stream import Stream
 from rama_ebpf.relay import (
     CloseReason,
-    DirectionEnd,
+    DirectionOutcome,
     RelayKind,
     RelayOptions,
     TunnelLimits,
@@ -114,7 +114,7 @@ async def test_half_close_leaves_the_other_direction_open(kind: RelayKind) -> No
             assert await receive(ends.client, 200_000) == b"reply" * 20_000
             report = await tunnel
     assert (report.reason, report.to_upstream, report.to_client) == (CloseReason.EOF, 7, 100_000)
-    assert (report.upward, report.downward) == (DirectionEnd.EOF, DirectionEnd.EOF)
+    assert (report.upward, report.downward) == (DirectionOutcome.EOF, DirectionOutcome.EOF)
 
 
 @pytest.mark.parametrize("who", ["client", "upstream"])
@@ -130,7 +130,7 @@ async def test_reset_is_passed_on_as_reset(kind: RelayKind, who: str) -> None:
                 await receive(victim, 1)
     assert report.reason is (CloseReason.CLIENT_RESET if who == "client" else CloseReason.UPSTREAM_RESET)
     first, second = (report.upward, report.downward) if who == "client" else (report.downward, report.upward)
-    assert (first, second) == (DirectionEnd.SOURCE_LOST, DirectionEnd.CUT)
+    assert (first, second) == (DirectionOutcome.SOURCE_LOST, DirectionOutcome.CUT)
 
 
 async def test_reset_is_noticed_while_the_other_side_does_not_read(kind: RelayKind) -> None:
@@ -153,8 +153,8 @@ async def test_reset_after_half_close_is_passed_on(kind: RelayKind) -> None:
             report = await tunnel
             with pytest.raises(BrokenPipeError):
                 await send(ends.upstream, b"reply")
-    assert (report.reason, report.upward) == (CloseReason.CLIENT_RESET, DirectionEnd.EOF)
-    assert report.downward is DirectionEnd.SINK_LOST
+    assert (report.reason, report.upward) == (CloseReason.CLIENT_RESET, DirectionOutcome.EOF)
+    assert report.downward is DirectionOutcome.SINK_LOST
 
 
 async def test_stalled_reader_holds_the_sender(kind: RelayKind) -> None:
@@ -203,7 +203,7 @@ async def test_idle_tunnel_is_reset_after_its_time_out(kind: RelayKind) -> None:
             for sock in (ends.client, ends.upstream):
                 with pytest.raises(ConnectionResetError):
                     await receive(sock, 100)
-    assert (report.reason, report.upward) == (CloseReason.IDLE_TIMEOUT, DirectionEnd.CUT)
+    assert (report.reason, report.upward) == (CloseReason.IDLE_TIMEOUT, DirectionOutcome.CUT)
 
 
 async def test_total_time_out_ends_a_busy_tunnel(kind: RelayKind) -> None:

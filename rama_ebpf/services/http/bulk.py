@@ -13,7 +13,7 @@ from typing import Final
 
 from ...core.socket_stream import SocketStream
 from ...core.stream import Stream
-from ...relay.splice import PipePool
+from ...relay.pipes import PipePool
 from .model import Body
 
 __all__ = ["Load", "move", "worth_moving"]

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import socket
-from typing import TYPE_CHECKING
 
 from ..core.poller import READABLE, SPECIAL
-from .tunnel import CloseReason, DirectionEnd
+from .direction import Direction
+from .report import DirectionOutcome
 
-if TYPE_CHECKING:
-    from .direction import Direction
-
-__all__ = ["TunnelEnd"]
-
-log = logging.getLogger(__name__)
+__all__ = ["TunnelSocket"]
 
 
-class TunnelEnd:
+class TunnelSocket:
     """A socket from which ``reading`` takes its bytes and to which ``writing`` gives its own."""
 
     __slots__ = ("reading", "writing")
@@ -37,10 +31,8 @@ class TunnelEnd:
                 self.writing.writable()
             if events & READABLE:
                 self.reading.readable()
-        except Exception:
-            tunnel = self.reading.tunnel
-            log.exception("relay of %s to %s failed", tunnel.source, tunnel.target)
-            tunnel.finish(CloseReason.ERROR)
+        except Exception:  # noqa: BLE001 - failed() logs it, and ends the tunnel
+            self.reading.owner.failed()
 
     def _special(self, events: int) -> None:
         """The peer has ended its stream, reset it, or sent urgent data."""
@@ -50,10 +42,10 @@ class TunnelEnd:
             code = reading.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
                 error = OSError(code, os.strerror(code))
-                if reading.end is None:
-                    reading.lost(DirectionEnd.SOURCE_LOST, error)
+                if reading.outcome is None:
+                    reading.lost(DirectionOutcome.SOURCE_LOST, error)
                 else:
-                    writing.lost(DirectionEnd.SINK_LOST, error)
+                    writing.lost(DirectionOutcome.SINK_LOST, error)
                 return
         if events & select.EPOLLPRI:
             reading.urgent()
