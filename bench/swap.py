@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rama_ebpf.kernel import abi, bpf
 from rama_ebpf.kernel.bpf import AttachType, MapType
-from rama_ebpf.kernel.compile import Program
+from rama_ebpf.kernel.bytecode import Program
 from rama_ebpf.kernel.gate_maps import MapSizes
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.policy.feed import parse_feed
@@ -82,10 +82,6 @@ def main() -> None:
         "bench_outcome": bpf.map_create(MapType.ARRAY, 4, 8, 3),
     }
 
-    def pin() -> None:
-        for name, fd in fds.items():
-            bpf.obj_pin(fd, str(instance.pin_dir / name))
-
     # Sources at even places are in the first half of the address space, at odd places in the second.
     halves = [key for key in packed if key >> 39 == 0], [key for key in packed if key >> 39 == 1]
     for index in range(SOURCES):
@@ -101,7 +97,7 @@ def main() -> None:
         return RuleSet(tuple(rules))
 
     source = Path(__file__).with_name("swap.c")
-    with Probe(instance, MapSizes(), Program("bench_swap", 6, AttachType.XDP), source=source, before_load=pin) as probe:
+    with Probe(instance, MapSizes(), Program("bench_swap", 6, AttachType.XDP), source=source, maps=fds) as probe:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.perf_counter(), time.process_time()
         parsed = parse_feed(text).prefixes

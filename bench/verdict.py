@@ -17,7 +17,7 @@ from pathlib import Path
 from rama_ebpf.core.address import IPAddress
 from rama_ebpf.kernel import bpf
 from rama_ebpf.kernel.bpf import AttachType, MapType
-from rama_ebpf.kernel.compile import Program
+from rama_ebpf.kernel.bytecode import Program
 from rama_ebpf.kernel.gate_maps import MapSizes
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.policy.prefixes import Prefixes
@@ -80,11 +80,9 @@ def bench() -> None:
     instance = Instance(f"bench-{os.getpid()}")
     fd = bpf.map_create(MapType.ARRAY, 4, 16, SOURCES)
 
-    def pin() -> None:
-        bpf.obj_pin(fd, str(instance.pin_dir / "bench_sources"))
-
     programs = [Program(name, 6, AttachType.XDP) for name in ("bench_base", "bench_verdict")]
-    with Probe(instance, MapSizes(), *programs, source=Path(__file__).with_name("verdict.c"), before_load=pin) as probe:
+    source = Path(__file__).with_name("verdict.c")
+    with Probe(instance, MapSizes(), *programs, source=source, maps={"bench_sources": fd}) as probe:
         run = Bench(probe, fd)
 
         def row(title: str, addresses: Sequence[IPAddress]) -> None:

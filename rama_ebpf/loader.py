@@ -1,4 +1,4 @@
-"""The life of the kernel programs: compile, load, pin, attach, unload.
+"""The life of the kernel programs: load, pin, attach, unload.
 
 What is where, and who outlives whom:
 
@@ -32,11 +32,13 @@ from typing import Final
 from .core.address import SocketAddress, mapped
 from .kernel import abi, bpf, bpffs, cgroup, xdp
 from .kernel.bpf import AttachType
-from .kernel.compile import Program, amalgamate, compile_and_load
+from .kernel.bytecode import Program
+from .kernel.compile import Unit, amalgamate
 from .kernel.gate_maps import USUAL_REJECTS, GateMaps, LayoutMismatch, MapSizes
 from .kernel.instance import Instance, InstanceBusy
+from .kernel.programs import code_cache, load_programs
 
-__all__ = ["AcceptCounter", "Gate", "load", "unload"]
+__all__ = ["AcceptCounter", "Gate", "forget_compiled", "load", "unload"]
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +280,9 @@ def load(
     xdp: bool = False,
     syn_cookies: bool = False,
 ) -> Gate:
-    """Compile and load the programs of an instance over its maps, which are taken over from pins if there are any.
+    """Load the programs of an instance over its maps, which are taken over from pins if there are any.
+
+    They are compiled if no earlier start has left them (see :mod:`.kernel.programs`).
 
     ``xdp`` loads the XDP program too (compiler and verifier take their time, so only where it is wanted), with
     ``syn_cookies`` one that answers with the stack's SYN cookies.
@@ -292,9 +296,9 @@ def load(
     try:
         source = amalgamate(abi.source_dir() / "sockops_filter.c")
         wanted = [*_PROGRAMS, _XDP_PROGRAM] if xdp else _PROGRAMS
-        defines = [f'-DPIN_DIR="{instance.pin_dir}"', *([] if xdp else ["-DWITHOUT_XDP"])]
-        defines += ["-DSYN_COOKIES"] if syn_cookies else []
-        programs = compile_and_load(source, wanted, cflags=defines, kernel_headers=kernel_headers)
+        defines = [*([] if xdp else ["-DWITHOUT_XDP"]), *(["-DSYN_COOKIES"] if syn_cookies else [])]
+        unit = Unit(source, tuple(wanted), tuple(defines), kernel_headers)
+        programs = load_programs(unit, maps, pins=instance.pin_dir)
     except BaseException:
         maps.close()
         if fresh:
@@ -376,6 +380,11 @@ def _remove_stale_cgroup(instance: Instance) -> None:
             cgroup.leave_and_remove(Path(recorded))
         except OSError as error:
             log.warning("left-over cgroup %s stays: %s", recorded, error.strerror)
+
+
+def forget_compiled() -> None:
+    """Remove the compiled programs that are kept for the next start, of all instances. Raises OSError."""
+    code_cache().remove()
 
 
 def unload(instance: Instance) -> None:

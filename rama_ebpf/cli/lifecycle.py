@@ -29,7 +29,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     text = "remove everything an instance left in the kernel and under /run; bans and journal stay unless purged"
     unload = commands.add_parser("unload", parents=[shared], help=text, description=text)
     unload.add_argument("--stop", action="store_true", help="stop the running server first (SIGTERM, then wait)")
-    unload.add_argument("--purge", action="store_true", help="also forget bans, journal and copies of feeds")
+    text = "also forget bans, journal, copies of feeds and compiled programs"
+    unload.add_argument("--purge", action="store_true", help=text)
     unload.set_defaults(main=_unload)
 
 
@@ -128,8 +129,10 @@ def _unload(args: argparse.Namespace) -> int:
         loader.unload(instance)
     except InstanceBusy as busy:
         raise ValueError(f"{busy}: stop it first, or add --stop") from None
-    if args.purge and instance.state_dir.is_dir():
-        shutil.rmtree(instance.state_dir)
+    if args.purge:
+        if instance.state_dir.is_dir():
+            shutil.rmtree(instance.state_dir)
+        loader.forget_compiled()
     kept = str(instance.state_dir) if instance.state_dir.is_dir() else None
     if args.json:
         print_json({"instance": instance.name, "unloaded": True, "kept": kept})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import errno
 import os
 import platform
 import struct
@@ -41,7 +42,9 @@ __all__ = [
     "prog_attach",
     "prog_by_id",
     "prog_info",
+    "prog_load",
     "prog_test_run",
+    "verifier_log",
 ]
 
 
@@ -93,6 +96,7 @@ _SYS_BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, 
 
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY = 0, 1, 2, 3, 4
 _OBJ_PIN, _OBJ_GET = 6, 7
+_PROG_LOAD = 5
 _PROG_ATTACH = 8
 _PROG_TEST_RUN = 10
 _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID = 13, 14
@@ -223,7 +227,7 @@ def map_lookup_batch(fd: int, key_size: int, value_size: int, chunk: int = 4096)
         except FileNotFoundError:
             done = True
         except OSError as error:
-            if error.errno != 28:  # ENOSPC: one hash bucket holds more than a chunk
+            if error.errno != errno.ENOSPC:  # one hash bucket holds more than a chunk
                 raise
             chunk *= 2
             continue
@@ -251,6 +255,58 @@ def obj_get(path: str) -> int:
     """Open a pinned object. Raises FileNotFoundError, or PermissionError without CAP_BPF or the file's mode."""
     name = _buffer(os.fsencode(path) + b"\0")
     return _bpf(_OBJ_GET, struct.pack("=QII", _address(name), 0, 0))
+
+
+# -- programs --------------------------------------------------------------------------------------------------------
+
+_LICENSE: Final = b"GPL"  # what BCC says of a program that says nothing
+_LOAD_TRIES: Final = 5  # the verifier ends with EAGAIN when a signal has come, as libbpf knows
+_LOG_BYTES: Final = (1 << 20, 1 << 24)
+
+
+def prog_load(kind: int, code: bytes, attach_type: int, name: str) -> int:
+    """Load a program (``enum bpf_prog_type``, ``enum bpf_attach_type``) and return its descriptor.
+
+    ``code`` is instructions of 8 bytes with map descriptors in place; ``name`` is cut to the kernel's 15 characters.
+    """
+    return _prog_load(kind, code, attach_type, name, None)
+
+
+def verifier_log(kind: int, code: bytes, attach_type: int) -> str:
+    """Return what the verifier says of a program that it refuses; empty if it says nothing, or loads it after all."""
+    for size in _LOG_BYTES:
+        said = ctypes.create_string_buffer(size)
+        try:
+            os.close(_prog_load(kind, code, attach_type, "", said))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                continue
+        return said.value.decode(errors="replace")
+    return said.value.decode(errors="replace")
+
+
+def _prog_load(kind: int, code: bytes, attach_type: int, name: str, log: ctypes.Array[ctypes.c_char] | None) -> int:
+    instructions, license_text = _buffer(code), _buffer(_LICENSE + b"\0")
+    logged = (0, 0, 0) if log is None else (1, len(log), _address(log))
+    attr = struct.pack(
+        "=IIQQIIQII16sII",
+        kind,
+        len(code) // 8,
+        _address(instructions),
+        _address(license_text),
+        *logged,
+        0,
+        0,
+        name.encode()[:15],
+        0,
+        attach_type,
+    )
+    for _ in range(_LOAD_TRIES - 1):
+        try:
+            return _bpf(_PROG_LOAD, attr)
+        except BlockingIOError:
+            continue
+    return _bpf(_PROG_LOAD, attr)
 
 
 # -- links -----------------------------------------------------------------------------------------------------------

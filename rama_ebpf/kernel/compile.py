@@ -1,26 +1,28 @@
-"""Compile and load BPF programs with BCC, in a child process.
+"""Compile BPF programs with BCC, in a child process.
 
 BCC brings LLVM, about 120 MiB of it. So the work is done in a short-lived child (``python -m
-rama_ebpf.kernel.compile``) that sends the descriptors of the loaded programs back over a socket and exits; the server
-never imports BCC.
+rama_ebpf.kernel.compile``) that writes the bytecode to its parent and exits; the server never imports BCC. Who wants
+programs loaded asks :mod:`.programs`, which keeps what was compiled.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from . import headers
+from . import bpf, headers
+from .bytecode import Bytecode, Program
 
-__all__ = ["CompileError", "Program", "amalgamate", "compile_and_load"]
+__all__ = ["CompileError", "Unit", "amalgamate", "compile_unit"]
 
 _TIMEOUT_SECONDS: Final = 300  # a program takes 0.3 s on hardware and some seconds under emulation
 
@@ -30,12 +32,16 @@ class CompileError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
-    """A function to load: its name, ``enum bpf_prog_type``, and the expected ``enum bpf_attach_type`` or None."""
+class Unit:
+    """What is compiled in one go: a source, the programs that are wanted of it, and the flags it depends on.
 
-    name: str
-    prog_type: int
-    attach_type: int | None = None
+    ``kernel_headers`` is a kernel build tree to compile against instead of the stub tree.
+    """
+
+    source: str
+    programs: tuple[Program, ...]
+    cflags: tuple[str, ...] = ()
+    kernel_headers: Path | None = None
 
 
 def amalgamate(main: Path) -> str:
@@ -62,32 +68,29 @@ def amalgamate(main: Path) -> str:
     return "\n".join(expand(main)) + "\n"
 
 
-def compile_and_load(
-    source: str, programs: list[Program], *, cflags: list[str] | None = None, kernel_headers: Path | None = None
-) -> dict[str, int]:
-    """Compile ``source``, load ``programs``, and return their descriptors by name.
+def compile_unit(unit: Unit, maps: Mapping[str, int], pins: Path) -> tuple[list[Bytecode], list[Path]]:
+    """Return the bytecode of a unit's programs, and the files that the compiler was made of.
 
-    ``kernel_headers`` is a kernel build tree to compile against instead of the stub tree. Raises
-    :class:`CompileError` with what the compiler or the verifier said.
+    ``maps`` are open descriptors by name, pinned by these names in the directory ``pins``: BCC finds maps by pins only,
+    and makes one that it does not find. Raises :class:`CompileError` with what the compiler said.
     """
     request = json.dumps(
         {
-            "source": source,
-            "cflags": cflags or [],
-            "programs": [[p.name, p.prog_type, p.attach_type] for p in programs],
-            "kernel_headers": str(kernel_headers) if kernel_headers else None,
+            "source": unit.source,
+            "cflags": [*unit.cflags, f'-DPIN_DIR="{pins}"'],
+            "programs": [program.name for program in unit.programs],
+            "maps": {bpf.map_info(fd).id: name for name, fd in maps.items()},
+            "kernel_headers": str(unit.kernel_headers) if unit.kernel_headers else None,
         }
     )
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
+    with tempfile.TemporaryFile() as reply:
         child = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, str(theirs.fileno())],
+            [sys.executable, "-m", __spec__.name, str(reply.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(reply.fileno(),),
         )
-        theirs.close()
         try:
             output, _ = child.communicate(request.encode(), timeout=_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -95,14 +98,15 @@ def compile_and_load(
         finally:
             child.kill()
             child.wait()
-        fds: list[int] = []
-        if child.returncode == 0:
-            _, fds, _, _ = socket.recv_fds(ours, 1, len(programs))
-        if len(fds) != len(programs):
-            for fd in fds:
-                os.close(fd)
+        if child.returncode != 0:
             raise CompileError(_explain(output.decode(errors="replace"), child.returncode))
-    return {program.name: fd for program, fd in zip(programs, fds, strict=True)}
+        reply.seek(0)
+        answer = json.load(reply)
+    compiled = [
+        Bytecode(program, base64.b64decode(code), tuple((index, name) for index, name in named))
+        for program, (code, named) in zip(unit.programs, answer["programs"], strict=True)
+    ]
+    return compiled, [Path(path) for path in answer["tools"]]
 
 
 def _explain(output: str, status: int) -> str:
@@ -124,18 +128,31 @@ def _child(reply_fd: int) -> None:
             headers.write_stub_tree(Path(scratch))
             os.environ["BCC_KERNEL_SOURCE"] = scratch
             flags += headers.cflags()
-        from bcc import BPF  # here and nowhere else: it loads LLVM
+        import bcc  # here and nowhere else: it loads LLVM
 
-        module = BPF(text=request["source"], cflags=flags)
-        fds = []
-        for name, prog_type, attach_type in request["programs"]:
-            if attach_type is None:
-                function = module.load_func(name, prog_type)
-            else:
-                function = module.load_func(name, prog_type, attach_type=attach_type)
-            fds.append(function.fd)
-        with socket.socket(fileno=reply_fd) as reply:
-            socket.send_fds(reply, [b"k"], fds)
+        module = bcc.BPF(text=request["source"], cflags=flags)
+        names = {int(identity): name for identity, name in request["maps"].items()}
+        programs = []
+        for name in request["programs"]:
+            code = module.dump_func(name)
+            taken = Bytecode.of(Program(name, 0), code, lambda fd: names[bpf.map_info(fd).id])
+            programs.append((base64.b64encode(taken.code).decode(), taken.maps))
+    tools = _tools(Path(bcc.__file__).parent)
+    with open(reply_fd, "w", encoding="ascii") as reply:
+        json.dump({"programs": programs, "tools": tools}, reply)
+
+
+def _tools(package: Path) -> Sequence[str]:
+    """The files that this process's compiler is made of; libraries by the names under which they are looked for, which
+    lead to another file after an upgrade."""
+    mapped = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
+    libraries: set[Path] = set()
+    for path in mapped:
+        stem, dot, version = path.name.partition(".so.")
+        if dot and stem.startswith(("libbcc", "libLLVM", "libclang")):
+            by_name = path.with_name(f"{stem}.so.{version.partition('.')[0]}")
+            libraries.add(by_name if by_name.exists() else path)
+    return [str(path) for path in (package / "version.py", *sorted(libraries)) if path.exists()]
 
 
 if __name__ == "__main__":

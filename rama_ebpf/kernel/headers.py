@@ -6,10 +6,11 @@ against these stubs and the libc's UAPI headers on any host, ten times faster th
 
 from __future__ import annotations
 
+import re
 import sysconfig
 from pathlib import Path
 
-__all__ = ["cflags", "uapi_present", "write_stub_tree"]
+__all__ = ["cflags", "included", "stub_tree", "uapi_present", "write_stub_tree"]
 
 _KCONFIG = """\
 typedef unsigned char u8;
@@ -50,11 +51,22 @@ def uapi_present() -> bool:
     return Path("/usr/include/linux/if_ether.h").is_file()
 
 
+def included(source: str) -> list[Path]:
+    """Return the UAPI headers that a source names in ``#include <…>`` lines, as far as they are installed."""
+    names = re.findall(r"^#include <([^>]+)>", source, flags=re.M)
+    found = (next((d / name for d in _include_dirs() if (d / name).is_file()), None) for name in names)
+    return [path for path in found if path is not None]
+
+
+def stub_tree() -> dict[str, str]:
+    """Return the stub tree: texts by their paths in it."""
+    files = {"include/linux/kconfig.h": _KCONFIG} | dict.fromkeys(_EMPTY, "")
+    return files | {f"include/uapi/linux/{name}.h": f'#include "/usr/include/linux/{name}.h"\n' for name in _UAPI}
+
+
 def write_stub_tree(root: Path) -> None:
     """Write the stub tree below ``root``; give ``root`` to BCC in BCC_KERNEL_SOURCE."""
-    files = {"include/linux/kconfig.h": _KCONFIG} | dict.fromkeys(_EMPTY, "")
-    files |= {f"include/uapi/linux/{name}.h": f'#include "/usr/include/linux/{name}.h"\n' for name in _UAPI}
-    for name, text in files.items():
+    for name, text in stub_tree().items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="ascii")

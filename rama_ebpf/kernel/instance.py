@@ -15,7 +15,7 @@ from pathlib import Path
 from . import abi
 from .bpffs import BPFFS
 
-__all__ = ["Instance", "InstanceBusy", "ServerLock"]
+__all__ = ["Instance", "InstanceBusy", "ServerLock", "state_root"]
 
 
 def _run_root() -> Path:
@@ -25,7 +25,8 @@ def _run_root() -> Path:
     return Path(runtime) / "rama-ebpf" if runtime else Path(f"/tmp/rama-ebpf-{os.getuid()}")
 
 
-def _state_root() -> Path:
+def state_root() -> Path:
+    """Return the directory of what outlives the machine's uptime, of all instances."""
     chosen = os.environ.get("RAMA_EBPF_STATE_DIR")
     if chosen:
         return Path(chosen)
@@ -92,7 +93,7 @@ class Instance:
     @property
     def state_dir(self) -> Path:
         """Where the journal, the bans and the copies of feeds are kept; ``$RAMA_EBPF_STATE_DIR`` chooses the parent."""
-        return _state_root() / self.name
+        return state_root() / self.name
 
     @property
     def feeds_dir(self) -> Path:

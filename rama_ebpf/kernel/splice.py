@@ -13,16 +13,17 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from . import bpf, bpffs
+from . import bpf
 from .abi import source_dir
 from .bpf import AttachType, MapFlags, MapType
 from .btf import member_offsets
-from .compile import Program, amalgamate, compile_and_load
+from .bytecode import Program
+from .compile import Unit, amalgamate
+from .programs import load_programs
 
 __all__ = ["ARMED", "BROKEN", "DirectionSlot", "Directions", "EventRing", "SpliceMaps"]
 
@@ -105,7 +106,10 @@ class SpliceMaps:
             for number, ring in enumerate(rings):
                 bpf.map_update(outer, number.to_bytes(4, "little"), ring.to_bytes(4, "little"))
             pinned = {name: fds[name] for name in ("slots", "directions", "relayed")} | {"rings": outer}
-            program = _load_program(pinned, (sources or source_dir()) / "splice.c", cflags, kernel_headers)
+            source = amalgamate((sources or source_dir()) / "splice.c")
+            verdict = Program("relay_verdict", _SK_SKB, AttachType.SK_SKB_VERDICT)
+            unit = Unit(source, (verdict,), tuple(cflags), kernel_headers)
+            program = load_programs(unit, pinned)[verdict.name]
         finally:
             os.close(outer)
         try:
@@ -117,21 +121,6 @@ class SpliceMaps:
         """Close the descriptors."""
         while self.fds:
             os.close(self.fds.popitem()[1])
-
-
-def _load_program(maps: Mapping[str, int], main: Path, cflags: list[str], kernel_headers: Path | None) -> int:
-    bpffs.ensure_mounted()
-    # BCC opens maps by their pins only; they are needed no longer than it works.
-    directory = Path(tempfile.mkdtemp(prefix="rama-ebpf-relay-", dir=bpffs.BPFFS))
-    try:
-        for name, fd in maps.items():
-            bpf.obj_pin(fd, str(directory / name))
-        source = amalgamate(main)
-        program = Program("relay_verdict", _SK_SKB, AttachType.SK_SKB_VERDICT)
-        cflags = [*cflags, f'-DPIN_DIR="{directory}"']
-        return compile_and_load(source, [program], cflags=cflags, kernel_headers=kernel_headers)[program.name]
-    finally:
-        bpffs.remove_tree(directory)
 
 
 def _ring_size(least: int) -> int:

@@ -16,7 +16,7 @@ from rama_ebpf.control.events import BACKLOG, MAX_WATCHERS, Event, EventHub, Gat
 from rama_ebpf.control.socket import follow
 from rama_ebpf.kernel import abi, bpf
 from rama_ebpf.kernel.bpf import AttachType
-from rama_ebpf.kernel.compile import Program
+from rama_ebpf.kernel.bytecode import Program
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.kernel.ringbuf import RingBuffer
 from rama_ebpf.policy.rule import Action, PolicyError, Rule, Stage, parse_network

@@ -17,8 +17,10 @@ import pytest
 
 from rama_ebpf.kernel import bpf
 from rama_ebpf.kernel.bpf import AttachType
-from rama_ebpf.kernel.compile import Program, compile_and_load
+from rama_ebpf.kernel.bytecode import Program
+from rama_ebpf.kernel.compile import Unit
 from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.kernel.programs import load_programs
 from rama_ebpf.kernel.xdp import XdpError, attach
 from rama_ebpf.loader import unload
 
@@ -140,7 +142,8 @@ def test_generic_mode_is_the_fall_back_and_is_reported(lab: Lab, start_proxy: St
 @pytest.fixture
 def foreign() -> Iterator[int]:
     """Somebody else's XDP program."""
-    loaded = compile_and_load("int foreign(struct xdp_md *ctx) { return 2; }", [Program("foreign", 6, AttachType.XDP)])
+    program = Program("foreign", 6, AttachType.XDP)
+    loaded = load_programs(Unit("int foreign(struct xdp_md *ctx) { return 2; }", (program,)), {})
     yield loaded["foreign"]
     os.close(loaded["foreign"])
 

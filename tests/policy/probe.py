@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -14,9 +14,11 @@ from types import TracebackType
 from rama_ebpf.core.address import IPAddress, unmap
 from rama_ebpf.kernel import abi, bpf, bpffs
 from rama_ebpf.kernel.bpf import AttachType
-from rama_ebpf.kernel.compile import Program, amalgamate, compile_and_load
+from rama_ebpf.kernel.bytecode import Program
+from rama_ebpf.kernel.compile import Unit, amalgamate
 from rama_ebpf.kernel.gate_maps import GateMaps, MapSizes
 from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.kernel.programs import load_programs
 from rama_ebpf.loader import unload
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.rule import Action, Stage, Verdict
@@ -50,10 +52,12 @@ class Probe:
         *extra: Program,
         source: Path | None = None,
         defines: tuple[str, ...] = (),
-        before_load: Callable[[], None] = lambda: None,
+        maps: Mapping[str, int] | None = None,
     ) -> None:
-        """Load ``extra`` programs of the unit, and of ``source`` if it is given, beside the probe. ``before_load`` runs
-        when the maps are pinned."""
+        """Load ``extra`` programs of the unit, and of ``source`` if it is given, beside the probe.
+
+        ``maps`` are those of ``source``.
+        """
         bpffs.ensure_mounted()
         self.instance = instance
         instance.pin_dir.mkdir(parents=True, mode=0o700)
@@ -63,10 +67,9 @@ class Probe:
         text += Path(__file__).with_name("verdict_probe.c").read_text(encoding="utf-8")
         if source is not None:
             text += source.read_text(encoding="utf-8")
-        programs = [Program("probe_frame", _XDP, AttachType.XDP), *extra]
+        programs = (Program("probe_frame", _XDP, AttachType.XDP), *extra)
         try:
-            before_load()
-            self.programs = compile_and_load(text, programs, cflags=[f'-DPIN_DIR="{instance.pin_dir}"', *defines])
+            self.programs = load_programs(Unit(text, programs, defines), {**self.maps, **(maps or {})})
         except BaseException:
             self.maps.close()
             unload(instance)

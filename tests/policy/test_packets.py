@@ -12,7 +12,7 @@ import pytest
 from rama_ebpf.core.address import IPAddress
 from rama_ebpf.kernel import bpf
 from rama_ebpf.kernel.bpf import AttachType
-from rama_ebpf.kernel.compile import Program
+from rama_ebpf.kernel.bytecode import Program
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.policy.rule import Action, Rule, RuleSet
 
