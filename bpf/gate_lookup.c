@@ -45,7 +45,8 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 
 		if (!sk)
 			return SK_DROP;
-		/* Fails only if the socket's family or protocol does not fit, which the loader rules out. */
-		return bpf_sk_assign((void *)ctx, (void *)sk, 0) ? SK_DROP : SK_PASS;
+		/* NO_REUSEPORT: this very socket, and not what the hash of its REUSEPORT group would choose in its place.
+		 * Fails only if the socket's family or protocol does not fit, which the loader rules out. */
+		return bpf_sk_assign((void *)ctx, (void *)sk, BPF_SK_LOOKUP_F_NO_REUSEPORT) ? SK_DROP : SK_PASS;
 	}
 }
