@@ -42,17 +42,27 @@ static __always_inline int is_denied(const struct address *target, u16 port)
 static __always_inline int policy_refuses(const struct address *target, u16 port)
 {
 	struct address inner;
-	u32 nat64, six_to_four, ip;
+	u32 third, last, six_to_four, ip;
+	u64 first = bpf_ntohll(target->half[0]);
 
 	if (is_denied(target, port))
 		return 1;
-	__builtin_memcpy(&nat64, target->b + 12, 4);
+	__builtin_memcpy(&third, target->b + 8, 4);
+	__builtin_memcpy(&last, target->b + 12, 4);
 	__builtin_memcpy(&six_to_four, target->b + 2, 4);
-	asm volatile("" : "+r"(nat64), "+r"(six_to_four)); /* or else clang computes the address to read from */
-	if (target->half[0] == bpf_htonll(0x0064ff9b00000000ull) && !*(u32 *)(target->b + 8))
-		ip = nat64; /* RFC 6052 */
-	else if (target->b[0] == 0x20 && target->b[1] == 0x02)
+	/* or else clang computes the address to read from */
+	asm volatile("" : "+r"(third), "+r"(last), "+r"(six_to_four));
+	third = bpf_ntohl(third);
+	if (first >> 48 == 0x2002)
 		ip = six_to_four; /* RFC 3056 */
+	else if (first >> 32 == 0x20010000)
+		ip = ~last; /* Teredo's client, RFC 4380 */
+	else if ((first == 0x0064ff9b00000000ull && !third) || /* NAT64, RFC 6052 */
+		 first >> 16 == 0x0064ff9b0001ull || /* RFC 8215 */
+		 (!first && third == 0xffff0000) || /* SIIT, RFC 2765 */
+		 (!first && !third && bpf_ntohl(last) > 1) || /* IPv4-compatible */
+		 third == 0x00005efe || third == 0x02005efe) /* ISATAP, RFC 5214 */
+		ip = last;
 	else
 		return 0;
 	map_ipv4(&inner, ip);
@@ -159,13 +169,13 @@ int egress_note_peer(struct __sk_buff *skb)
 	return CGROUP_PASS;
 }
 
-/* No sockets of protocols whose addresses nothing here judges: ICMP, raw, SCTP, DCCP, L2TP. */
+/* No sockets of protocols whose addresses nothing here judges: ICMP, raw, SCTP, DCCP, L2TP, and UDP-Lite, whose connect(2)
+ * asks no hook. */
 int egress_socket(struct bpf_sock *ctx)
 {
 	u32 protocol = ctx->protocol;
 
-	return protocol == IPPROTO_TCP || protocol == MPTCP_PROTOCOL || protocol == IPPROTO_UDP ||
-	       protocol == IPPROTO_UDPLITE;
+	return protocol == IPPROTO_TCP || protocol == MPTCP_PROTOCOL || protocol == IPPROTO_UDP;
 }
 
 int egress_setsockopt(struct bpf_sockopt *ctx)

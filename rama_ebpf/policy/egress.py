@@ -2,7 +2,7 @@
 
 A proxy that dials whatever its clients name is a door into the network it stands in (SSRF, CWE-918). So addresses
 that are not globally reachable are refused unless the operator names them. The check is made on the resolved
-address, the one that is then dialled, with IPv4-mapped, NAT64 and 6to4 forms unwrapped first.
+address, the one that is then dialled, and on the IPv4 address that it embeds, in whichever form.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_network
 from typing import NamedTuple
 
 from ..core.address import IPAddress, unmap
 from ..core.errors import PolicyDenied
 
-__all__ = ["DENIED_BY_DEFAULT", "EgressPolicy"]
+__all__ = ["DENIED_BY_DEFAULT", "EgressPolicy", "embedded"]
 
 IPNetwork = IPv4Network | IPv6Network
 
@@ -55,17 +55,32 @@ DENIED_BY_DEFAULT: tuple[tuple[IPNetwork, str], ...] = tuple(
     )
 )
 
-_NAT64 = IPv6Network("64:ff9b::/96")
-_6TO4 = IPv6Network("2002::/16")
+_6TO4 = 0x2002
+_TEREDO = 0x20010000
+_NAT64 = 0x0064FF9B << 64
+_LOCAL_NAT64 = 0x0064FF9B0001
+_SIIT = 0xFFFF << 16
+_ISATAP = (0x00005EFE, 0x02005EFE)
 
 
-def _embedded(ip: IPAddress) -> IPAddress | None:
-    """Return the IPv4 address that NAT64 (RFC 6052) or 6to4 (RFC 3056) would deliver to, if ``ip`` is such a form."""
-    if not isinstance(ip, IPv6Address):
+def embedded(ip: IPAddress) -> IPv4Address | None:
+    """Return the IPv4 address that a translator or tunnel would deliver to, if ``ip`` is a form that holds one.
+
+    NAT64 (RFC 6052, and RFC 8215 with the address at the end), 6to4 (RFC 3056), Teredo's client (RFC 4380), SIIT's
+    IPv4-translated (RFC 2765), IPv4-compatible (RFC 4291) and, behind any prefix, ISATAP (RFC 5214). An IPv4-mapped
+    address is the IPv4 address itself: :func:`~rama_ebpf.core.address.unmap`.
+    """
+    if ip.version == 4:
         return None
-    if ip in _NAT64:
-        return IPv4Address(int(ip) & 0xFFFFFFFF)
-    return ip.sixtofour if ip in _6TO4 else None
+    number = int(ip)
+    low, above = number & 0xFFFFFFFF, number >> 32
+    if number >> 112 == _6TO4:
+        return IPv4Address(number >> 80 & 0xFFFFFFFF)
+    if number >> 96 == _TEREDO:
+        return IPv4Address(low ^ 0xFFFFFFFF)
+    if above in (_NAT64, _SIIT) or number >> 80 == _LOCAL_NAT64 or above & 0xFFFFFFFF in _ISATAP:
+        return IPv4Address(low)
+    return IPv4Address(low) if above == 0 and low > 1 else None
 
 
 class _Denial(NamedTuple):
@@ -101,7 +116,7 @@ class EgressPolicy:
             return
         ip = unmap(ip)
         self._check_one(ip)
-        inner = _embedded(ip)
+        inner = embedded(ip)
         if inner is not None:
             self._check_one(inner)
 

@@ -25,7 +25,7 @@ from rama_ebpf.core.errors import PolicyDenied
 from rama_ebpf.kernel import abi, bpf
 from rama_ebpf.kernel.gate_maps import GateMaps
 from rama_ebpf.kernel.instance import Instance
-from rama_ebpf.policy.egress import DENIED_BY_DEFAULT, EgressPolicy
+from rama_ebpf.policy.egress import DENIED_BY_DEFAULT, EgressPolicy, embedded
 from rama_ebpf.policy.egress_map import decisions, nameservers
 
 from ..conftest import StartProxy
@@ -211,8 +211,18 @@ def addresses_around(policy: EgressPolicy, pick: random.Random, count: int) -> l
             found.append(pick.choice((IPv6Address(near), IPv6Address(pick.getrandbits(128)))))
             continue
         v4 = pick.choice((near, pick.getrandbits(32)))
-        mapped, nat64, six_to_four = 0xFFFF << 32 | v4, 0x64FF9B << 96 | v4, 0x2002 << 112 | v4 << 80
-        found += [IPv4Address(v4), *map(IPv6Address, (mapped, nat64, six_to_four))]
+        forms = (
+            0xFFFF << 32 | v4,
+            0xFFFF << 48 | v4,  # SIIT
+            v4,
+            0x64FF9B << 96 | v4,
+            0x64FF9B0001 << 80 | v4,
+            0x2002 << 112 | v4 << 80,
+            0x20010000 << 96 | v4 ^ 0xFFFFFFFF,  # Teredo
+            0x2A001450 << 96 | 0x5EFE << 32 | v4,  # ISATAP
+            0x2A001450 << 96 | 0x02005EFE << 32 | v4,
+        )
+        found += [IPv4Address(v4), *map(IPv6Address, pick.sample(forms, 4))]
     return found
 
 
@@ -223,7 +233,10 @@ def test_a_worker_cannot_dial_what_the_policy_denies_whatever_its_service_does(
 ) -> None:
     server, client = lab.host("proxy"), lab.host("client")
     policy = EgressPolicy.of(
-        allow=("198.18.0.0/16", "10.1.0.0/16", "fd00:1::/32", "2001:db8:5::/48", "127.0.0.9/32"),
+        allow=(
+            *("198.18.0.0/16", "10.1.0.0/16", "fd00:1::/32", "2001:db8:5::/48", "127.0.0.9/32"),
+            *("2001::/32", "64:ff9b:1::/48", "::/96"),  # what they embed is still judged
+        ),
         deny=("198.18.7.0/24", "10.1.1.0/24", "10.1.1.0/25", "203.0.0.0/8", "2600::/12", "10.1.0.0/30"),
     )
     options = [f"--allow-egress={network}" for network in policy.allow]
@@ -285,17 +298,21 @@ def test_no_form_of_a_call_and_no_socket_that_is_there_already_leads_past_the_po
         forms = [
             *attempts("127.0.0.1", how="fast open"),
             *attempts("127.0.0.1", "::1", protocol=262),  # MPTCP
-            *attempts("127.0.0.1", "::1", how="sendto", kind=socket.SOCK_DGRAM, protocol=136),  # UDP-Lite
             *attempts("127.0.0.1", how="as of any family", kind=socket.SOCK_DGRAM),
         ]
         assert worker.do(*forms) == [errno.EPERM] * len(forms)
-        # Protocols that no hook judges: ICMP, which the host may let anybody send, and SCTP, where there is any.
+        # Protocols that no hook judges: ICMP, which the host may let anybody send, UDP-Lite, and SCTP.
         server.run("sysctl", "-w", "net.ipv4.ping_group_range=0 2147483647")
         others = [
             *attempts("127.0.0.1", how="sendto", kind=socket.SOCK_DGRAM, protocol=socket.IPPROTO_ICMP),
             *attempts("::1", how="sendto", kind=socket.SOCK_DGRAM, protocol=socket.IPPROTO_ICMPV6),
+            *(
+                attempt
+                for how in ("connect", "sendto")
+                for attempt in attempts("8.8.8.8", "2600::1", how=how, kind=socket.SOCK_DGRAM, protocol=136)
+            ),  # UDP-Lite: also to where anybody may connect
         ]
-        assert worker.do(*others) == [errno.EPERM] * 2
+        assert worker.do(*others) == [errno.EPERM] * len(others)
         (sctp,) = worker.do(*attempts("127.0.0.1", protocol=socket.IPPROTO_SCTP))
         assert sctp in {errno.EPERM, errno.EPROTONOSUPPORT}
     # What the server made, it made in a cgroup of its own: listeners, and with them all that they accept.
@@ -554,9 +571,7 @@ def test_the_longest_prefix_of_one_list_says_what_the_policy_says() -> None:
         policy = EgressPolicy(tuple(networks[:3]), tuple(networks[2:]))
         decided = decisions(policy)
         for address in addresses_around(policy, pick, 40):
-            if address.version == 6 and (
-                address.ipv4_mapped or address.sixtofour or int(address) >> 32 == 0x64FF9B << 64
-            ):
+            if address.version == 6 and (address.ipv4_mapped or embedded(address) is not None):
                 continue  # judged as two addresses
             longest = max(
                 (network for network in decided if address in network), key=lambda n: n.prefixlen, default=None

@@ -6,7 +6,7 @@ import random
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from rama_ebpf.core import IPAddress, PolicyDenied
-from rama_ebpf.policy.egress import DENIED_BY_DEFAULT, EgressPolicy
+from rama_ebpf.policy.egress import DENIED_BY_DEFAULT, EgressPolicy, embedded
 
 
 def is_denied(policy: EgressPolicy, ip: IPAddress) -> bool:
@@ -50,7 +50,7 @@ def test_random_policies_say_of_random_addresses_what_the_definition_says() -> N
         for network in edges:
             addresses += [network[0], network[-1]]
         for ip in addresses:
-            if isinstance(ip, IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip in ip_network("64:ff9b::/96")):
+            if isinstance(ip, IPv6Address) and (ip.ipv4_mapped or embedded(ip) is not None):
                 continue
             wanted = is_denied(policy, ip)
             denials += wanted
@@ -66,3 +66,26 @@ def test_what_is_embedded_is_judged_as_well() -> None:
         assert said(policy, ip_address(text)) == "egress", text
         assert said(EgressPolicy(), ip_address(text)) is None
     assert said(EgressPolicy(), ip_address("64:ff9b::7f00:1")) == "egress-default:loopback"
+
+
+EMBEDDING = (
+    "::ffff:{}",
+    "::ffff:0:{}",
+    "::{}",
+    "64:ff9b::{}",
+    "64:ff9b:1::{}",
+    "64:ff9b:1:7f00:0:100:{}",
+    "2a00:1450::5efe:{}",
+    "2a00:1450::200:5efe:{}",
+)
+
+
+def test_every_form_that_embeds_a_denied_ipv4_address_is_denied_even_where_its_own_network_is_allowed() -> None:
+    policy = EgressPolicy.of(allow=["::/0", "::/96", "64:ff9b:1::/48", "2001::/32"])
+    for form in EMBEDDING:
+        ip = ip_address(form.format("127.0.0.1"))
+        assert said(policy, ip) == "egress-default:loopback", ip
+        assert said(policy, ip_address(form.format("8.8.8.8"))) is None, form
+    assert said(policy, ip_address("2002:7f00:1::1")) == "egress-default:loopback"
+    assert said(policy, ip_address("2001:0:808:808::80ff:fffe")) == "egress-default:loopback"
+    assert said(EgressPolicy.of(allow=["::1/128"]), ip_address("::1")) is None
