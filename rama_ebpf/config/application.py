@@ -21,7 +21,7 @@ def application(context: WorkerContext) -> Application:
     config = config_of(cast("Mapping[str, Any]", context.params["config"]))
     resolver = SystemResolver(threads=config.resolver.threads, timeout=config.resolver.timeout)
     environment = BuildEnvironment(
-        strikes=context.policy,
+        policy=context.policy,
         secret=context.secret,
         shared=context.shared,
         resolver=resolver,

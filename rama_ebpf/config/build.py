@@ -12,10 +12,11 @@ from ..core.address import IPAddress
 from ..core.errors import RamaError
 from ..core.service import Service, stack
 from ..core.stream import Stream
-from ..layers.strikes import StrikeKeeper, StrikeLimit
+from ..layers.policy import SourceVerdict
+from ..layers.strikes import StrikeLimit
 from ..services.connect import Egress, Resolver
 from ..services.resolver import SystemResolver
-from .layers import Shared
+from .layers import Shared, SourceKeeper
 from .model import Config, StackConfig
 
 __all__ = ["BuildEnvironment", "build_stack", "check_stack"]
@@ -25,7 +26,7 @@ __all__ = ["BuildEnvironment", "build_stack", "check_stack"]
 class BuildEnvironment:
     """What the parts of stacks share. ``directory`` is where modules are looked for first."""
 
-    strikes: StrikeKeeper
+    policy: SourceKeeper
     secret: bytes
     shared: Shared | None
     resolver: Resolver
@@ -64,7 +65,10 @@ def build_stack(config: StackConfig, environment: BuildEnvironment) -> Service[S
     return stack(*(layer.make(environment) for layer in config.layers), service)
 
 
-class _NoStrikes:
+class _NoClients:
+    async def verdict(self, ip: IPAddress, port: int, /) -> SourceVerdict:
+        raise AssertionError("a stack that is only checked serves nobody")
+
     async def strike(self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
         raise AssertionError("a stack that is only checked serves nobody")
 
@@ -83,7 +87,7 @@ def check_stack(config: Config, stack_config: StackConfig, directory: str) -> No
         return stand_in
 
     environment = BuildEnvironment(
-        _NoStrikes(), bytes(32), None, resolver, config.egress.policy(), directory, only_look
+        _NoClients(), bytes(32), None, resolver, config.egress.policy(), directory, only_look
     )
     try:
         build_stack(stack_config, environment)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Final, Protocol
@@ -10,9 +10,11 @@ from typing import Any, Final, Protocol
 from ..core.counts import SharesCounts
 from ..core.matchers import ANY, Matcher, Source, TargetHost, TargetNetwork, TargetPort
 from ..core.proven import SharesProven
-from ..core.service import Layer
+from ..core.service import Layer, Service
+from ..core.stream import Stream
 from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.hijack import FilterLayer
+from ..layers.policy import PolicyLayer, SourcePolicy
 from ..layers.rate import RateLimitLayer, SharesBuckets
 from ..layers.source import Key, by_source
 from ..layers.strikes import StrikeKeeper, StrikeLayer
@@ -20,7 +22,7 @@ from ..layers.throttle import Bandwidth, ThrottleLayer
 from ..layers.timeout import TimeoutLayer
 from ..layers.trace import TraceLayer
 from ..services.connect import Egress, Resolver
-from ..services.proxy_protocol import ProxyProtocolLayer
+from ..services.proxy_protocol import ProxyHeader, ProxyProtocolLayer
 from .decode import ListOf, setting
 from .kinds import (
     BOOLEAN,
@@ -39,7 +41,7 @@ from .kinds import (
 )
 from .tls import TlsSettings, TlsTunnelSettings
 
-__all__ = ["LAYERS", "Environment", "LayerSettings", "Shared", "TargetsSettings"]
+__all__ = ["LAYERS", "Environment", "LayerSettings", "Shared", "SourceKeeper", "TargetsSettings", "check_order"]
 
 _PER: Final[Kind[str]] = choice("listener", "source")
 
@@ -48,11 +50,15 @@ class Shared(SharesCounts, SharesBuckets, SharesProven, Protocol):
     """What counts for all workers together."""
 
 
+class SourceKeeper(StrikeKeeper, SourcePolicy, Protocol):
+    """Who judges sources, counts their strikes and bans them."""
+
+
 class Environment(Protocol):
     """What layers and services of a configuration find where they run."""
 
     @property
-    def strikes(self) -> StrikeKeeper: ...
+    def policy(self) -> SourceKeeper: ...
 
     @property
     def secret(self) -> bytes:
@@ -148,18 +154,32 @@ class StrikesSettings:
     ban: float = setting(DURATION, "how long the ban lasts", default=3600.0)
 
     def make(self, environment: Environment) -> Layer:
-        return StrikeLayer(environment.strikes, strikes=self.strikes, window=self.window, ban=self.ban)
+        return StrikeLayer(environment.policy, strikes=self.strikes, window=self.window, ban=self.ban)
 
 
 @dataclass(frozen=True)
 class ProxyProtocolSettings:
-    """Read the PROXY header of load balancers in front."""
+    """Read the PROXY header of load balancers in front; rules and bans then judge the client that it names."""
 
     trusted: tuple[IPv4Network | IPv6Network, ...] = setting(ListOf(NETWORK), "who may send one")
     require: bool = setting(BOOLEAN, "refuse everybody else", default=True)
 
     def make(self, environment: Environment) -> Layer:
-        return ProxyProtocolLayer(map(str, self.trusted), require=self.require)
+        reads = ProxyProtocolLayer(map(str, self.trusted), require=self.require)
+        judges = PolicyLayer(environment.policy)
+
+        def layer(inner: Service[Stream, Any], /) -> Service[Stream, Any]:
+            judged = judges(inner)
+
+            async def serve(stream: Stream) -> Any:
+                # The kernel has judged the balancer. Who comes without one, or a balancer itself, it has judged, too.
+                header = stream.extensions.get(ProxyHeader)
+                named = header is not None and header.source is not None
+                return await (judged if named else inner)(stream)
+
+            return reads(serve)
+
+        return layer
 
 
 @dataclass(frozen=True)
@@ -217,6 +237,20 @@ class TargetsSettings:
         if self.deny_ports:
             matcher = matcher & ~TargetPort(*self.deny_ports)
         return FilterLayer(matcher, "targets")
+
+
+def check_order(layers: Sequence[LayerSettings]) -> None:
+    """Raise ValueError for an order of layers (outermost first) that cannot do what it says."""
+    at = [index for index, layer in enumerate(layers) if isinstance(layer, ProxyProtocolSettings)]
+    if not at:
+        return
+    if len(at) > 1:
+        raise ValueError("proxy-protocol stands twice: a connection begins with one header")
+    for layer in layers[: at[0]]:
+        if isinstance(layer, (TlsSettings, TlsTunnelSettings)):
+            raise ValueError("put proxy-protocol before tls: the header comes before the TLS handshake")
+        if isinstance(layer, (RateSettings, ConcurrencySettings)) and layer.per == "source":
+            raise ValueError('put proxy-protocol before limits per "source": they would count the balancer')
 
 
 LAYERS: Final[Mapping[str, type]] = {

@@ -22,7 +22,7 @@ from .kinds import (
     choice,
     integer,
 )
-from .layers import LAYERS, LayerSettings
+from .layers import LAYERS, LayerSettings, check_order
 from .policy import PolicyConfig, RuleConfig
 from .services import SERVICES, ConnectSettings, ServiceSettings
 
@@ -100,6 +100,9 @@ class StackConfig:
     service: ServiceSettings = setting(Choice("service", SERVICES), "what is spoken")
     layers: tuple[LayerSettings, ...] = setting(ListOf(Choice("layer", LAYERS)), "outermost first", default=())
     connect: ConnectSettings = setting(Table(ConnectSettings), "how targets are reached", factory=ConnectSettings)
+
+    def __post_init__(self) -> None:
+        check_order(self.layers)
 
 
 @dataclass(frozen=True)

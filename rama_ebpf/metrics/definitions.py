@@ -48,5 +48,7 @@ TUNNELS: Final = Gauge("rama_tunnels", "Tunnels that are live.", _BY_LISTENER, m
 TUNNELS_CLOSED: Final = Counter("rama_closed_tunnels", "Tunnels that have ended.", ("listener", "relay", "reason"))
 ERRORS: Final = Counter("rama_errors", "Connections that ended with an error, by its kind.", ("listener", "kind"))
 ACCEPT_PAUSES: Final = Counter(
-    "rama_accept_pauses", "Times that accepting paused because the process was out of descriptors.", _BY_LISTENER
+    "rama_accept_pauses",
+    "Refusals, and pauses of accepting, because the process was out of descriptors.",
+    _BY_LISTENER,
 )

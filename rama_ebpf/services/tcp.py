@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import socket
 from collections.abc import Callable
 from typing import Any, Final
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 _ACCEPTS_PER_WAKE: Final = 64
 _BACK_OFF_SECONDS: Final = 0.1
+_COMPLAIN_SECONDS: Final = 60.0
+_REFUSALS_PER_WAKE: Final = 1024
+_NO_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -56,8 +60,9 @@ class TcpServer:
 
     The server closes the stream when its service returns, and aborts it (RST) when the service raises. An error ends
     that connection only. ``on_accept`` is called once per accepted connection (for counters). When the process is
-    out of descriptors the server stops accepting for 100 ms instead of spinning; ``resource_errors`` counts that and
-    ``on_pause`` is told. ``name`` is what the listener is called in metrics.
+    out of descriptors the server stops accepting for 100 ms instead of spinning, and if there is still none it closes
+    those who wait (``refused``), through a descriptor that is held for this. ``resource_errors`` counts both,
+    ``on_pause`` is told, and the log once a minute. ``name`` is what the listener is called in metrics.
     """
 
     def __init__(
@@ -72,6 +77,10 @@ class TcpServer:
         self.listener = listener
         self.accepted = 0
         self.resource_errors = 0
+        self.refused = 0
+        """Connections that were closed because there was no descriptor for them."""
+        self._spare: int | None = None
+        self._complain_at = 0.0
         self._cut = 0
         self._service = service
         self._on_accept = on_accept
@@ -94,6 +103,7 @@ class TcpServer:
         """Start to accept, on the running event loop."""
         self._loop = asyncio.get_running_loop()
         Poller.current()  # made now, and so there when descriptors run out
+        self._hold_spare()
         self._accepting = True
         self._loop.add_reader(self.listener.fileno(), self._accept_ready)
 
@@ -102,6 +112,9 @@ class TcpServer:
         if self._accepting and self._loop is not None:
             self._accepting = False
             self._loop.remove_reader(self.listener.fileno())
+            if self._spare is not None:
+                os.close(self._spare)
+                self._spare = None
             if self._resume is not None:
                 self._resume.cancel()
                 self._resume = None
@@ -134,15 +147,17 @@ class TcpServer:
             self._cut += not task.cancelling()
             task.cancel(why)
 
-    def _accept_ready(self) -> None:
-        for _ in range(_ACCEPTS_PER_WAKE):
+    def _accept_ready(self, waited: bool = False) -> None:
+        for number in range(_ACCEPTS_PER_WAKE):
             try:
                 sock, peer = self.listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
                 if error.errno in _OUT_OF_RESOURCES:
-                    self._back_off(error)
+                    stuck = waited and not number and error.errno in _NO_DESCRIPTORS
+                    if not (stuck and self._refuse(error)):
+                        self._back_off(error)
                     return
                 # accept(2) hands on errors of the connection that was to be accepted (ECONNABORTED, EPROTO, …).
                 log.info("connection lost before accept: %s", error)
@@ -153,12 +168,48 @@ class TcpServer:
             address = None if self._unix else SocketAddress.from_sockaddr(peer)
             self._begin(SocketStream(sock, peer=address, reset=self._resets))
 
-    def _back_off(self, error: OSError) -> None:
+    def _refuse(self, error: OSError) -> bool:
+        """Close the connections that a pause has brought no descriptors for, through the one that is held for this:
+        their clients learn that they must go elsewhere. Return False if not even that is possible."""
+        if self._spare is None:
+            return False
+        os.close(self._spare)
+        self._spare = None
+        try:
+            for _ in range(_REFUSALS_PER_WAKE):
+                sock, _peer = self.listener.accept()
+                reset_on_close(sock, False)  # an orderly end: nothing was lost, the client is only not served
+                sock.close()
+                self.refused += 1
+        except BlockingIOError:
+            pass  # nobody waits any more
+        except OSError:
+            return False
+        finally:
+            self._hold_spare()
+        self._complain(error, "closing new connections")
+        return True
+
+    def _hold_spare(self) -> None:
+        try:
+            self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._spare = None  # somebody else was quicker: the next pause tries again
+
+    def _complain(self, error: OSError, then: str) -> None:
         assert self._loop is not None
         self.resource_errors += 1
         if self._on_pause is not None:
             self._on_pause()
-        log.warning("cannot accept (%s): pausing for %d ms", error.strerror, _BACK_OFF_SECONDS * 1000)
+        if self._loop.time() >= self._complain_at:  # once a minute: the log's disk is not endless, too
+            self._complain_at = self._loop.time() + _COMPLAIN_SECONDS
+            log.warning("cannot accept (%s): %s (raise the limit of open files)", error.strerror, then)
+
+    def _back_off(self, error: OSError) -> None:
+        assert self._loop is not None
+        self._complain(error, f"pausing for {_BACK_OFF_SECONDS * 1000:.0f} ms")
+        if self._spare is None:
+            self._hold_spare()
         self._loop.remove_reader(self.listener.fileno())
         self._resume = self._loop.call_later(_BACK_OFF_SECONDS, self._resume_accepting)
 
@@ -166,6 +217,7 @@ class TcpServer:
         self._resume = None
         if self._accepting and self._loop is not None:
             self._loop.add_reader(self.listener.fileno(), self._accept_ready)
+            self._accept_ready(waited=True)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         # Only a task that was cancelled before its first step leaves its stream open: none of its code ran.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import socket
 
 import pytest
@@ -82,3 +83,41 @@ async def test_connections_of_a_listener_of_others_are_reset_when_the_process_di
         writer.close()
         await server.drain(1)
     assert lingers == [True]
+
+
+async def test_a_client_that_there_is_no_descriptor_for_is_refused_at_once_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def serve(stream: Stream) -> None:
+        await stream.write(b"served")
+
+    async def ask(client: socket.socket, address: tuple[str, int]) -> bytes:
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(client, address)
+        return await asyncio.get_running_loop().sock_recv(client, 1)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with bind_tcp("127.0.0.1", 0) as listener:
+        server = TcpServer(listener, serve)
+        server.start()
+        clients = [socket.socket() for _ in range(3)]
+        held: list[int] = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(os.dup(0))
+            for client in clients:
+                assert await ask(client, listener.getsockname()) == b""
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in held:
+                os.close(fd)
+        assert server.refused == 3
+        assert len([record for record in caplog.records if "cannot accept" in record.message]) == 1
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        assert await reader.read() == b"served"
+        writer.close()
+        for client in clients:
+            client.close()
+        await server.drain(5)
