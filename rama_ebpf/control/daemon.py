@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Final
@@ -39,6 +38,7 @@ from .kill import ConnectionKiller
 from .listeners import Listeners
 from .options import FIXED, DaemonOptions
 from .socket import ControlServer
+from .verdicts import Verdicts
 from .worker_requests import handlers
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ class _Daemon:
         collectors = [supervisor_collector(self._supervisor)]
         store = self._home.store
         if isinstance(store, KernelStore):
-            collectors.append(verdict_collector(lambda: _verdicts(store)))
+            collectors.append(verdict_collector(Verdicts(store)))
             collectors.append(silent_rejects_collector(store.silent_rejects))
         return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors)
 
@@ -307,14 +307,3 @@ def _described(attached: XdpAttachment) -> dict[str, object]:
         "why_silent": attached.why_silent or None,
         "link": attached.link_id,
     }
-
-
-def _verdicts(store: KernelStore) -> dict[tuple[str, str, str], int]:
-    """How many verdicts took effect, by (stage, rule, action)."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for (_, stage, action), count in store.totals().items():
-        if stage != "rule":
-            counts[stage, "", action] += count
-    for record in store.records():
-        counts["rule", record.rule.name, record.rule.action.name.lower()] += record.hits
-    return dict(counts)

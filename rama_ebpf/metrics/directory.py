@@ -6,6 +6,8 @@ process id: a replacement counts on in the files of the worker that died, so the
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import shutil
 import sys
@@ -13,10 +15,15 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from ..kernel.privileges import UserIds
 
-__all__ = ["ENVIRONMENT", "MetricsDirectory", "use_identity"]
+__all__ = ["ENVIRONMENT", "MetricsDirectory", "sweep", "use_identity"]
+
+log = logging.getLogger(__name__)
+
+_PREFIX: Final = "rama-ebpf-metrics-"
 
 ENVIRONMENT = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -30,7 +37,10 @@ class MetricsDirectory:
     def __init__(self, owner: UserIds | None = None, *, parent: str | None = None) -> None:
         if parent is None and os.geteuid() == 0:
             parent = "/run"
-        self.path = Path(tempfile.mkdtemp(prefix="rama-ebpf-metrics-", dir=parent))
+        sweep(Path(tempfile.gettempdir() if parent is None else parent))
+        self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+        self._held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if owner is not None:
             os.chown(self.path, owner.uid, owner.gid)
 
@@ -50,7 +60,32 @@ class MetricsDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        os.close(self._held)
         shutil.rmtree(self.path)
+
+
+def sweep(parent: Path) -> None:
+    """Remove the directories of servers that were killed: nobody holds a lock on them, and their process is gone.
+
+    Both are asked, for a server has a moment without its lock, and may be in another container that shares ``/run``.
+    """
+    for path in parent.glob(f"{_PREFIX}*"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue  # removed meanwhile, or none of ours
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            pid = path.name.removeprefix(_PREFIX).partition("-")[0]
+            if pid.isdecimal() and not Path("/proc", pid).exists():
+                shutil.rmtree(path)
+                log.info("removed %s, which a killed server has left", path)
+        except BlockingIOError:
+            pass  # in use
+        except OSError as error:
+            log.warning("cannot remove %s, which a killed server has left: %s", path, error)
+        finally:
+            os.close(fd)
 
 
 def use_identity(identity: str) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -140,6 +141,13 @@ class PolicyStore(PolicyTables):
                 runtime.append(RuleRecord(rule, (network,), *self._hits(rule_id)))
         runtime.sort(key=lambda record: (record.rule.created, record.rule.id))
         return [record for record in records + runtime if record.rule.expires is None or now < record.rule.expires]
+
+    def hits_of_set(self, most: int) -> list[tuple[str, Action, int]]:
+        """Return name, action and hits of the first ``most`` rules of the set in force: what metrics can name."""
+        rows = []
+        for loaded, rule_id in islice(zip(self.ruleset().rules, self._loaded_ids(), strict=True), most):
+            rows.append((loaded.name, loaded.action, self._hits(rule_id)[0]))
+        return rows
 
     # -- changing ----------------------------------------------------------------------------------------------
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 from pathlib import Path
 
 import pytest
+
+from rama_ebpf.control.verdicts import MAX_NAMED_RULES
 
 from ..conftest import StartProxy
 from ..lab import Host, Lab, wait_for
@@ -148,3 +151,37 @@ def test_a_set_on_trial_outlasts_a_reload_and_is_undone_when_the_server_starts_a
     proxy = start_proxy(server, *config)
     assert proxy.logged("the set on trial is undone")
     assert answered(client, server.ipv4)
+
+
+def verdicts_of_rules(server: Host) -> dict[str, float]:
+    """The values of ``rama_verdicts_total`` for rules, by their names."""
+    text = server.run("curl", "-sS", "--max-time", "30", "http://127.0.0.1:9464/metrics").stdout
+    rows = re.findall(r'^rama_verdicts_total\{action="\w+",rule="([^"]+)",stage="rule"\} (\S+)$', text, flags=re.M)
+    assert "rama_workers" in text
+    return {name: float(value) for name, value in rows}
+
+
+def test_metrics_name_rules_of_the_set_and_never_an_address_and_do_not_go_back(
+    lab: Lab, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    proxy = start_proxy(server, "--listen", f"{server.ipv4}:{PORT}", "--metrics", "127.0.0.1:9464")
+    path = tmp_path / "set.toml"
+    path.write_text(f'[[rules]]\nname = "office"\naction = "allow"\nsources = ["{client.ipv4}"]\n')
+    proxy.command("policy", "load", str(path))
+    assert answered(client, server.ipv4)
+    wait_for(lambda: verdicts_of_rules(server).get("office") == 1, what="the count of the set's rule")
+    seen = 0.0
+    for _ in range(2):
+        proxy.command("block", f"{client.ipv4}/32")
+        assert shut_out(client, server.ipv4)
+        counted = verdicts_of_rules(server)
+        assert (set(counted), counted["other"] > seen) == ({"office", "other"}, True)
+        seen = counted["other"]
+        proxy.command("unblock", client.ipv4)
+        assert verdicts_of_rules(server)["other"] >= seen
+    rows = "".join(f'[[rules]]\nname = "r{n}"\naction = "drop"\nsources = ["192.0.2.{n % 256}"]\n' for n in range(1500))
+    path.write_text(rows)
+    proxy.command("policy", "load", str(path))
+    named = verdicts_of_rules(server)
+    assert (len(named), "r999" in named, "r1000" in named) == (MAX_NAMED_RULES + 1, True, False)

@@ -4,11 +4,14 @@ import asyncio
 import os
 import signal
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
+
+from rama_ebpf.metrics.directory import sweep
 
 from .conftest import Client, Start, Supervised
 
@@ -124,3 +127,22 @@ async def test_nothing_stays_of_the_files(supervise: Start) -> None:
     server.signal(signal.SIGTERM)
     await server.wait()
     assert not await asyncio.to_thread(server.metrics_files)
+
+
+async def test_files_of_a_killed_server_are_swept_by_the_next_and_those_of_a_live_one_stay(
+    supervise: Start, tmp_path: Path
+) -> None:
+    server = await supervise("measured", metrics=True)
+    await established(server, 0)
+    files = await asyncio.to_thread(server.metrics_files)
+    assert files
+    await asyncio.to_thread(sweep, server.temporary)
+    assert await asyncio.to_thread(server.metrics_files) == files
+    server.signal(signal.SIGKILL)
+    await server.wait()
+    assert await asyncio.to_thread(server.metrics_files) == files
+    (server.temporary / "rama-ebpf-metrics-1-link").symlink_to(tmp_path)
+    (tmp_path / "kept").touch()
+    await asyncio.to_thread(sweep, server.temporary)
+    assert not any(path.exists() for path in files)
+    assert (tmp_path / "kept").exists()
