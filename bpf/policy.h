@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
 /*
  * Every structure and constant that the kernel programs share with userspace. rama_ebpf/kernel/abi.py reads the
- * enumerations from this very file and mirrors the structures, whose sizes are asserted here.
+ * enumerations and the layouts of the structures from this very file. It names the members in the order in which it packs
+ * them, so nothing starts with a file that has another order.
  *
  * Addresses are in network byte order, everything else in host byte order. Times are CLOCK_BOOTTIME nanoseconds.
  */

@@ -1,16 +1,17 @@
 """What the kernel programs and userspace share: the constants of ``bpf/policy.h`` and the layouts of its structures.
 
-The constants are read from the header itself, so there is one place to change them. The layouts are
-:class:`struct.Struct` objects; the header asserts the same sizes at compile time, and a test compares the two.
+Both are read from the header itself, so there is one place to change them. Here it is said only in which order this
+code packs the members of a structure: with a header that has another, nothing of this can be imported.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 import struct
 from pathlib import Path
 from typing import Final
+
+from .header import Header
 
 __all__ = [
     "BAN",
@@ -40,46 +41,70 @@ __all__ = [
     "source_dir",
 ]
 
-LISTENER_KEY: Final = struct.Struct("=16sHH")
-LISTENER: Final = struct.Struct("=HHI")
-RULE: Final = struct.Struct("=IIQQQHHI")
-SLOT: Final = struct.Struct("=II")
-CHAIN_ITEM: Final = struct.Struct("=IHH")
-RUNTIME_KEY: Final = struct.Struct("=HH16s")
-TABLE: Final = struct.Struct("=QIIIIIIII")
-SET_HEAD: Final = struct.Struct("=II QQ QQ 40s40s II")
-FAILSAFE_KEY: Final = struct.Struct("=II16s")
-PEER_KEY: Final = struct.Struct("=Q16sH6x")
-BAN: Final = struct.Struct("=QQQII64s")
-GATE: Final = struct.Struct("=QQ III 8H I 3Q 3Q 128s128s")
-BUCKET_KEY: Final = struct.Struct("=II8s")
-EVENT: Final = struct.Struct("=Q16sIIHBBBBH")
-EVENT_METER: Final = struct.Struct("=QQ")
-LIMIT: Final = struct.Struct("=QQ")
-RULE_HITS: Final = struct.Struct("=QQ")
-PACKET: Final = struct.Struct("=16s16sHBBHHHH")
-REJECT_METER: Final = struct.Struct("=QQQ")
-INTERFACE: Final = struct.Struct("=6sH")
-SCRATCH: Final = struct.Struct("=44s I QQ 6I 6I 3Q 20s I 5I 4x 32s 8s 16s I 60s")
-
-# Read and written by userspace alone (the map rule_info): created (wall clock, ns), name, origin, reason.
-RULE_INFO: Final = struct.Struct("=Q64s32s120s")
-
 
 def source_dir() -> Path:
     """Return the directory of the C sources; in a checkout it is a link to ``bpf/``."""
     return Path(__file__).resolve().parent.parent / "_bpf"
 
 
-@functools.cache
+_HEADER: Final = Header.read(source_dir() / "policy.h")
+
+LISTENER_KEY: Final = _HEADER.layout("listener_key", "addr", "port", "pad")
+LISTENER: Final = _HEADER.layout("listener", "id", "sockets", "pad")
+RULE: Final = _HEADER.layout("rule", "action", "flags", "expires", "emission", "tolerance", "port", "order", "pad")
+SLOT: Final = _HEADER.layout("slot", "first", "count")
+CHAIN_ITEM: Final = _HEADER.layout("chain_item", "rule", "length", "end")
+RUNTIME_KEY: Final = _HEADER.layout("runtime_key", "length", "port", "prefix")
+TABLE: Final = _HEADER.layout("table", "base", "shift", "slots", "page", "below", "above", "layout", "zero", "pad")
+SET_HEAD: Final = _HEADER.layout(
+    "set_head", "default_action", "pad", "per_source", "global", "tables", "document_at", "document_size"
+)
+FAILSAFE_KEY: Final = _HEADER.layout("failsafe_key", "plen", "ipv4", "addr")
+PEER_KEY: Final = _HEADER.layout("peer_key", "socket", "addr", "port", "pad")
+BAN: Final = _HEADER.layout("ban", "expires", "created", "hits", "action", "pad", "reason")
+GATE: Final = _HEADER.layout(
+    "gate", "revision", "deadline", "active", "fallback", "flags", "failsafe_ports", "pad", "runtime", "sets"
+)
+BUCKET_KEY: Final = _HEADER.layout("bucket_key", "rule", "pad", "source")
+EVENT: Final = _HEADER.layout(
+    "event", "time", "source", "rule", "dry_rule", "port", "hook", "action", "stage", "dry_action", "pad"
+)
+EVENT_METER: Final = _HEADER.layout("event_meter", "arrival", "lost")
+LIMIT: Final = _HEADER.layout("limit", "emission", "tolerance")
+RULE_HITS: Final = _HEADER.layout("rule_hits", "decided", "dry")
+PACKET: Final = _HEADER.layout(
+    "packet", "source", "target", "port", "ipv4", "syn", "source_port", "network", "transport", "pad"
+)
+REJECT_METER: Final = _HEADER.layout("reject_meter", "limit", "arrival")
+INTERFACE: Final = _HEADER.layout("interface", "hardware", "answers")
+SCRATCH: Final = _HEADER.layout(
+    "scratch",
+    "packet",
+    "wildcard",
+    "high",
+    "low",
+    "loaded",
+    "runtime",
+    "word",
+    "next",
+    "last",
+    "key",
+    "base",
+    "verdict",
+    "due",
+    "listener",
+    "answer",
+    "size",
+    "tcp",
+)
+
+# Read and written by userspace alone (the map rule_info): created (wall clock, ns), name, origin, reason.
+RULE_INFO: Final = struct.Struct("=Q64s32s120s")
+
+
 def constants() -> dict[str, int]:
     """Return every enumeration constant of ``policy.h`` by its name."""
-    text = re.sub(r"/\*.*?\*/", "", (source_dir() / "policy.h").read_text(encoding="utf-8"), flags=re.S)
-    found: dict[str, int] = {}
-    for body in re.findall(r"enum\s+\w+\s*\{(.*?)\}", text, flags=re.S):
-        for name, value in re.findall(r"(\w+)\s*=\s*(0x[0-9a-fA-F]+|\d+)", body):
-            found[name] = int(value, 0)
-    return found
+    return _HEADER.constants
 
 
 @functools.cache
