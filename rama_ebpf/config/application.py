@@ -22,6 +22,7 @@ def application(context: WorkerContext) -> Application:
     resolver = SystemResolver(threads=config.resolver.threads, timeout=config.resolver.timeout)
     environment = BuildEnvironment(
         policy=context.policy,
+        connections_per_source=config.limits.connections_per_source,
         secret=context.secret,
         shared=context.shared,
         resolver=resolver,

@@ -12,11 +12,13 @@ from ..core.address import IPAddress
 from ..core.errors import RamaError
 from ..core.service import Service, stack
 from ..core.stream import Stream
+from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.policy import SourceVerdict
+from ..layers.source import by_client
 from ..layers.strikes import StrikeLimit
 from ..services.connect import Egress, Resolver
 from ..services.resolver import SystemResolver
-from .layers import Shared, SourceKeeper
+from .layers import Shared, SourceKeeper, last_header
 from .model import Config, StackConfig
 
 __all__ = ["BuildEnvironment", "build_stack", "check_stack"]
@@ -33,6 +35,7 @@ class BuildEnvironment:
     egress: Egress
     directory: str
     call: Callable[[Any], Any]
+    connections_per_source: int = 0
     starts: list[Callable[[], None]] = field(default_factory=list)
     closes: list[Callable[[], None]] = field(default_factory=list)
 
@@ -62,7 +65,12 @@ def build_stack(config: StackConfig, environment: BuildEnvironment) -> Service[S
     """Compose one stack. Raises :class:`~rama_ebpf.core.errors.StackError`, ValueError, OSError or RamaError."""
     connector = config.connect.make(environment)
     service = config.service.make(environment, connector)
-    return stack(*(layer.make(environment) for layer in config.layers), service)
+    layers = [layer.make(environment) for layer in config.layers]
+    if environment.connections_per_source:
+        limit = ConcurrencyLimitLayer(environment.connections_per_source, key=by_client, shared=environment.shared)
+        # Inside the layer that learns who the client is: a balancer brings everybody's connections.
+        layers.insert(1 + last_header(config.layers), limit)
+    return stack(*layers, service)
 
 
 class _NoClients:

@@ -41,7 +41,16 @@ from .kinds import (
 )
 from .tls import TlsSettings, TlsTunnelSettings
 
-__all__ = ["LAYERS", "Environment", "LayerSettings", "Shared", "SourceKeeper", "TargetsSettings", "check_order"]
+__all__ = [
+    "LAYERS",
+    "Environment",
+    "LayerSettings",
+    "Shared",
+    "SourceKeeper",
+    "TargetsSettings",
+    "check_order",
+    "last_header",
+]
 
 _PER: Final[Kind[str]] = choice("listener", "source")
 
@@ -237,6 +246,11 @@ class TargetsSettings:
         if self.deny_ports:
             matcher = matcher & ~TargetPort(*self.deny_ports)
         return FilterLayer(matcher, "targets")
+
+
+def last_header(layers: Sequence[LayerSettings]) -> int:
+    """Return the index of the layer that reads the PROXY header, -1 where there is none."""
+    return max((index for index, layer in enumerate(layers) if isinstance(layer, ProxyProtocolSettings)), default=-1)
 
 
 def check_order(layers: Sequence[LayerSettings]) -> None:

@@ -87,10 +87,15 @@ class ResolverConfig:
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """Sizes of the policy's tables in the kernel, which cannot grow later."""
+    """Sizes of the policy's tables in the kernel, which cannot grow later, and what one source may hold."""
 
     max_rules: int | None = setting(integer(16, 1 << 26), "rules, each with any number of sources", default=None)
     max_bans: int | None = setting(integer(16, 1 << 26), "bans", default=None)
+    connections_per_source: int = setting(
+        integer(0, 10_000_000),
+        "live connections of one source (IPv4 address, IPv6 /64) to a stack, over all workers; 0: any number",
+        default=400,
+    )
 
 
 @dataclass(frozen=True)

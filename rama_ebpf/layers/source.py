@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from ..core.address import IPAddress
 from ..core.client import HasExtensions, client_address
 
-__all__ = ["Key", "by_source", "source_prefix"]
+__all__ = ["Key", "by_client", "by_source", "source_prefix"]
 
 Key = Callable[[HasExtensions], Hashable]
 """Says under which key an input counts; inputs with equal keys share one limit."""
@@ -20,6 +20,12 @@ def source_prefix(ip: IPAddress, v4: int = 32, v6: int = 64) -> tuple[int, int]:
     """
     length, width = (v4, 32) if ip.version == 4 else (v6, 128)
     return ip.version, int(ip) >> (width - length)
+
+
+def by_client(input: HasExtensions) -> Hashable:
+    """Count per client; clients of a Unix socket, which have no address, each by themselves."""
+    address = client_address(input)
+    return id(input) if address is None else source_prefix(address.ip)
 
 
 def by_source(v4: int = 32, v6: int = 64) -> Key:

@@ -102,3 +102,27 @@ def test_orders_that_cannot_work_are_refused() -> None:
     for layers, text in (((limit, header), 'limits per "source"'), ((header, header), "twice")):
         with pytest.raises(ValueError, match=text):
             StackConfig(EchoSettings(), layers=layers)
+
+
+async def test_one_source_meets_its_limit_and_a_balancer_does_not(run: Run) -> None:
+    environment = BuildEnvironment(
+        Policy(),
+        bytes(32),
+        None,
+        SystemResolver(threads=1),
+        EgressPolicy(),
+        "",
+        lambda factory: factory,
+        connections_per_source=1,
+    )
+    header = ProxyProtocolSettings(trusted=tuple(map(parse_network, TRUSTED)))
+    server = run(build_stack(StackConfig(EchoSettings(), layers=(header,)), environment))
+    reader, writer = await server.open()
+    writer.write(V1 + b"held")
+    assert await reader.readexactly(4) == b"held"
+    with pytest.raises(ConnectionResetError):
+        await server.exchange(V1 + b"hello", eof=True)
+    assert await server.exchange(OTHER + b"hello", eof=True) == b"hello"
+    writer.close()
+    await server.idle()
+    assert await server.exchange(V1 + b"hello", eof=True) == b"hello"
