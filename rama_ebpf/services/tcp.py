@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _ACCEPTS_PER_WAKE: Final = 64
 _BACK_OFF_SECONDS: Final = 0.1
 _COMPLAIN_SECONDS: Final = 60.0
+_LINES_PER_MINUTE: Final = 100
 _REFUSALS_PER_WAKE: Final = 1024
 _NO_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -81,6 +82,7 @@ class TcpServer:
         """Connections that were closed because there was no descriptor for them."""
         self._spare: int | None = None
         self._complain_at = 0.0
+        self._ends: dict[str, tuple[float, int]] = {}
         self._cut = 0
         self._service = service
         self._on_accept = on_accept
@@ -219,6 +221,19 @@ class TcpServer:
             self._loop.add_reader(self.listener.fileno(), self._accept_ready)
             self._accept_ready(waited=True)
 
+    def _note_end(self, stream: SocketStream, error: Exception) -> None:
+        """One line, up to :data:`_LINES_PER_MINUTE` of a kind; what is above that is counted in the next minute's."""
+        kind = error.kind if isinstance(error, RamaError) else type(error).__name__
+        now = asyncio.get_running_loop().time()
+        since, count = self._ends.get(kind, (now, 0))
+        if now - since >= _COMPLAIN_SECONDS:
+            if count > _LINES_PER_MINUTE:
+                log.info("%d more connections ended with %s since the last line", count - _LINES_PER_MINUTE, kind)
+            since, count = now, 0
+        self._ends[kind] = since, count + 1
+        if count < _LINES_PER_MINUTE:
+            log.info("%s: connection ended: %s", stream.peer, error)
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         # Only a task that was cancelled before its first step leaves its stream open: none of its code ran.
         self._connections.pop(task).abort()
@@ -241,7 +256,7 @@ class TcpServer:
             raise
         except (RamaError, OSError) as error:
             # Expected on a hostile network: one line, no traceback.
-            log.info("%s: connection ended: %s", stream.peer, error)
+            self._note_end(stream, error)
             stream.abort()
         except Exception:
             # A bug in a service must not take the other connections down; it is reported in full.

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from rama_ebpf.core import SocketStream, Stream
+from rama_ebpf.core import ProtocolError, SocketStream, Stream
 from rama_ebpf.core.socket_stream import resets_on_close
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
 
@@ -121,3 +121,20 @@ async def test_a_client_that_there_is_no_descriptor_for_is_refused_at_once_and_l
         for client in clients:
             client.close()
         await server.drain(5)
+
+
+async def test_a_flood_of_failures_does_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(stream: Stream) -> None:
+        raise ProtocolError("nonsense")
+
+    caplog.set_level("INFO")
+    with bind_tcp("127.0.0.1", 0) as listener:
+        server = TcpServer(listener, fail)
+        server.start()
+        for _ in range(130):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            with contextlib.suppress(ConnectionResetError):
+                await reader.read()
+            writer.close()
+        await server.drain(5)
+    assert len([record for record in caplog.records if "connection ended" in record.message]) == 100
