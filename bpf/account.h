@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
+/*
+ * Accounts: what a verdict that took effect leaves behind: counters, hits, events.
+ */
+#ifndef RAMA_EBPF_ACCOUNT_H
+#define RAMA_EBPF_ACCOUNT_H
+
+static __always_inline void count_rule(u32 id, int dry)
+{
+	struct rule_hits *hits = rule_hits.lookup(&id);
+
+	if (!hits)
+		return;
+	if (dry)
+		hits->dry++;
+	else
+		hits->decided++;
+}
+
+/* Tell those who watch, if there are any. */
+static __always_inline void report(const struct verdict *v, const struct packet *p, u32 hook)
+{
+	u32 zero = 0;
+	const struct limit *rate = event_rate.lookup(&zero);
+	struct event_meter *meter = event_meter.lookup(&zero);
+	struct event e = {};
+	u64 arrival;
+
+	if (!rate || !rate->emission || !meter)
+		return;
+	e.time = bpf_ktime_get_boot_ns();
+	arrival = meter->arrival > e.time ? meter->arrival : e.time;
+	if (arrival - e.time > rate->tolerance) {
+		meter->lost++;
+		return;
+	}
+	meter->arrival = arrival + rate->emission;
+	e.source = p->source;
+	e.port = p->port;
+	e.hook = hook;
+	e.stage = v->stage;
+	e.action = v->action;
+	e.rule = v->rule;
+	e.dry_rule = v->dry_rule;
+	e.dry_action = v->dry_action;
+	if (events.ringbuf_output(&e, sizeof(e), 0))
+		meter->lost++;
+}
+
+/* A `reject` that gets no RST, because the rate of those is used up. */
+static __always_inline void count_silent(void)
+{
+	u32 zero = 0;
+	u64 *total = silent_rejects.lookup(&zero);
+
+	if (total)
+		(*total)++;
+}
+
+static __always_inline void count_ban(const struct packet *p)
+{
+	struct address source = p->source;
+	struct ban *ban = bans.lookup(&source);
+
+	if (ban)
+		__sync_fetch_and_add(&ban->hits, 1);
+}
+
+/* Count a verdict where it takes effect, so that one SYN is counted once whatever hooks it passed. */
+static __always_inline void count(const struct verdict *v, const struct packet *p, u32 hook)
+{
+	u32 index = (hook * STAGE_COUNT + v->stage) * ACTION_COUNT + v->action;
+	u64 *total = gate_stats.lookup(&index);
+
+	if (total)
+		(*total)++;
+	if (v->stage == STAGE_RULE || v->stage == STAGE_LIMIT || v->stage == STAGE_DEFAULT)
+		count_rule(v->rule, 0); /* rule 0 is the default */
+	if (v->stage == STAGE_BAN)
+		count_ban(p);
+	if (v->dry_rule)
+		count_rule(v->dry_rule, 1);
+	report(v, p, hook);
+}
+
+#endif

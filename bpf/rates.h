@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
+/*
+ * Rates: whether one more SYN, RST or event fits.
+ */
+#ifndef RAMA_EBPF_RATES_H
+#define RAMA_EBPF_RATES_H
+
+/*
+ * What a hook does about limits: only where a SYN is admitted for good is it charged, once whatever hooks it passed. That
+ * is gate_cgroup; and gate_xdp for a SYN that it answers itself, which it knows only after a PEEK: it settles then.
+ */
+enum charge { CHARGE_NONE = 0, CHARGE_PEEK = 1, CHARGE_ADMIT = 2, CHARGE_SETTLE = 3 };
+
+/* Generic cell rate algorithm (ITU-T I.371): one theoretical arrival time per bucket. Two CPUs may race on one bucket
+ * and admit a few SYNs too many; a lock would cost every packet. */
+static __always_inline int exceeds(u64 emission, u64 tolerance, u32 rule, const struct packet *p, int charge)
+{
+	struct bucket_key key = { .rule = rule };
+	u64 *stored, arrival, next, now = bpf_ktime_get_boot_ns();
+
+	if (rule != BUCKET_GLOBAL)
+		__builtin_memcpy(key.source, p->ipv4 ? p->source.b + 8 : p->source.b, 8);
+	stored = buckets.lookup(&key);
+	arrival = stored && *stored > now ? *stored : now;
+	if (charge != CHARGE_SETTLE && arrival - now > tolerance)
+		return 1;
+	if (charge == CHARGE_PEEK)
+		return 0;
+	next = arrival + emission;
+	if (stored)
+		*stored = next;
+	else
+		buckets.update(&key, &next);
+	return 0;
+}
+
+/* Whether one more RST may be sent, which this then is. CPUs that ask at the same time may each get the last one. */
+static __always_inline int may_reset(void)
+{
+	u32 zero = 0;
+	struct reject_meter *meter = reject_meter.lookup(&zero);
+	u64 arrival, now;
+
+	if (!meter)
+		return 0;
+	if (!meter->limit.emission)
+		return 1;
+	now = bpf_ktime_get_boot_ns();
+	arrival = meter->arrival > now ? meter->arrival : now;
+	if (arrival - now > meter->limit.tolerance)
+		return 0;
+	meter->arrival = arrival + meter->limit.emission;
+	return 1;
+}
+
+#endif
