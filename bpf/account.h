@@ -24,17 +24,17 @@ static __always_inline void report(const struct verdict *v, const struct packet 
 	const struct limit *rate = event_rate.lookup(&zero);
 	struct event_meter *meter = event_meter.lookup(&zero);
 	struct event e = {};
-	u64 arrival;
+	u64 next;
 
 	if (!rate || !rate->emission || !meter)
 		return;
 	e.time = bpf_ktime_get_boot_ns();
-	arrival = meter->arrival > e.time ? meter->arrival : e.time;
-	if (arrival - e.time > rate->tolerance) {
+	next = next_arrival(meter->arrival, e.time, rate->emission, rate->tolerance);
+	if (!next) {
 		meter->lost++;
 		return;
 	}
-	meter->arrival = arrival + rate->emission;
+	meter->arrival = next;
 	e.source = p->source;
 	e.port = p->port;
 	e.hook = hook;

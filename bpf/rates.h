@@ -11,22 +11,32 @@
  */
 enum charge { CHARGE_NONE = 0, CHARGE_PEEK = 1, CHARGE_ADMIT = 2, CHARGE_SETTLE = 3 };
 
-/* Generic cell rate algorithm (ITU-T I.371): one theoretical arrival time per bucket. Two CPUs may race on one bucket
- * and admit a few SYNs too many; a lock would cost every packet. */
+/*
+ * Generic cell rate algorithm (ITU-T I.371). A bucket is one number, the time at which the next is due. Returns what that is
+ * after one more at `now`, 0 if that one comes too early. Two CPUs may race on one bucket and let a few too many through; a
+ * lock would cost every packet.
+ */
+static __always_inline u64 next_arrival(u64 due, u64 now, u64 emission, u64 tolerance)
+{
+	u64 arrival = due > now ? due : now;
+
+	return arrival - now > tolerance ? 0 : arrival + emission;
+}
+
+/* Whether a SYN does not fit into a limit, to which it is charged if it does, as `charge` says. */
 static __always_inline int exceeds(u64 emission, u64 tolerance, u32 rule, const struct packet *p, int charge)
 {
 	struct bucket_key key = { .rule = rule };
-	u64 *stored, arrival, next, now = bpf_ktime_get_boot_ns();
+	u64 *stored, next, now = bpf_ktime_get_boot_ns();
 
 	if (rule != BUCKET_GLOBAL)
 		__builtin_memcpy(key.source, p->ipv4 ? p->source.b + 8 : p->source.b, 8);
 	stored = buckets.lookup(&key);
-	arrival = stored && *stored > now ? *stored : now;
-	if (charge != CHARGE_SETTLE && arrival - now > tolerance)
+	next = next_arrival(stored ? *stored : 0, now, emission, charge == CHARGE_SETTLE ? ~0ull : tolerance);
+	if (!next)
 		return 1;
 	if (charge == CHARGE_PEEK)
 		return 0;
-	next = arrival + emission;
 	if (stored)
 		*stored = next;
 	else
@@ -39,17 +49,16 @@ static __always_inline int may_reset(void)
 {
 	u32 zero = 0;
 	struct reject_meter *meter = reject_meter.lookup(&zero);
-	u64 arrival, now;
+	u64 next;
 
 	if (!meter)
 		return 0;
 	if (!meter->limit.emission)
 		return 1;
-	now = bpf_ktime_get_boot_ns();
-	arrival = meter->arrival > now ? meter->arrival : now;
-	if (arrival - now > meter->limit.tolerance)
+	next = next_arrival(meter->arrival, bpf_ktime_get_boot_ns(), meter->limit.emission, meter->limit.tolerance);
+	if (!next)
 		return 0;
-	meter->arrival = arrival + meter->limit.emission;
+	meter->arrival = next;
 	return 1;
 }
 
