@@ -208,7 +208,9 @@ class Gate:
         first = free * constant["SOCKETS_PER_LISTENER"]
         for index, sock in enumerate(sockets):
             bpf.map_update(
-                self.maps["sockets"], (first + index).to_bytes(4, "little"), sock.fileno().to_bytes(8, "little")
+                self.maps["sockets"],
+                (first + index).to_bytes(4, sys.byteorder),
+                sock.fileno().to_bytes(8, sys.byteorder),
             )
         key = abi.LISTENER_KEY.pack(mapped(address.ip), address.port, 0)
         bpf.map_update(self.maps["listeners"], key, abi.LISTENER.pack(free, len(sockets), 0))
@@ -223,7 +225,7 @@ class Gate:
         for index in range(listener.sockets):
             # A socket that was closed has left the map by itself; SOCKMAP answers EINVAL then.
             with contextlib.suppress(OSError):
-                bpf.map_delete(self.maps["sockets"], (first + index).to_bytes(4, "little"))
+                bpf.map_delete(self.maps["sockets"], (first + index).to_bytes(4, sys.byteorder))
 
     def listener_id(self, address: SocketAddress) -> int:
         """Return the index of a listener in the per-listener maps. Raises KeyError."""

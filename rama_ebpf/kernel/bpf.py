@@ -15,6 +15,7 @@ import errno
 import os
 import platform
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Final
 
@@ -397,7 +398,7 @@ def prog_info(fd: int) -> ProgInfo:
     """Query a program's identity."""
     raw = _info(fd, 224)
     kind, identity, tag = struct.unpack_from("=II8s", raw)
-    return ProgInfo(kind, identity, tag.hex(), _text(raw[64:80]), int.from_bytes(raw[216:220], "little"))
+    return ProgInfo(kind, identity, tag.hex(), _text(raw[64:80]), int.from_bytes(raw[216:220], sys.byteorder))
 
 
 def link_info(fd: int) -> LinkInfo:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -104,7 +105,7 @@ class SpliceMaps:
         outer = bpf.map_create(MapType.ARRAY_OF_MAPS, 4, 4, len(rings), inner_fd=rings[0], name="relay_rings")
         try:
             for number, ring in enumerate(rings):
-                bpf.map_update(outer, number.to_bytes(4, "little"), ring.to_bytes(4, "little"))
+                bpf.map_update(outer, number.to_bytes(4, sys.byteorder), ring.to_bytes(4, sys.byteorder))
             pinned = {name: fds[name] for name in ("slots", "directions", "relayed")} | {"rings": outer}
             source = amalgamate((sources or source_dir()) / "splice.c")
             verdict = Program("relay_verdict", _SK_SKB, AttachType.SK_SKB_VERDICT)
@@ -232,7 +233,7 @@ class EventRing:
             length, _ = _RECORD.unpack_from(self._producer, offset)
             if length & _RING_BUSY:
                 return
-            slot = int.from_bytes(self._producer[offset + 8 : offset + 12], "little")
+            slot = int.from_bytes(self._producer[offset + 8 : offset + 12], sys.byteorder)
             position += (8 + (length & ~_RING_DISCARDED) + 7) & ~7
             self._consumed[0] = position
             if not length & _RING_DISCARDED:

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import socket
 import struct
+import sys
 from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Final
@@ -85,10 +86,12 @@ class Sockmap:
         try:
             for index, sock in enumerate(sockets):
                 cookie = sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
-                self._directions[slot + index].start(int.from_bytes(cookie, "little"), self._share, self.credit)
-                bpf.map_update(self._slots, cookie, (slot + index).to_bytes(4, "little"))
+                self._directions[slot + index].start(int.from_bytes(cookie, sys.byteorder), self._share, self.credit)
+                bpf.map_update(self._slots, cookie, (slot + index).to_bytes(4, sys.byteorder))
             for index, sock in enumerate(sockets):
-                bpf.map_update(self._relayed, (slot + index).to_bytes(4, "little"), sock.fileno().to_bytes(8, "little"))
+                bpf.map_update(
+                    self._relayed, (slot + index).to_bytes(4, sys.byteorder), sock.fileno().to_bytes(8, sys.byteorder)
+                )
                 entered += 1
         except OSError as error:
             refusal = self._refuse(
@@ -145,7 +148,7 @@ class Sockmap:
         for index in (slot, slot + 1):
             direction = self._directions[index]
             if direction.cookie:
-                bpf.map_delete(self._slots, direction.cookie.to_bytes(8, "little"))
+                bpf.map_delete(self._slots, direction.cookie.to_bytes(8, sys.byteorder))
                 direction.clear()
         self._free.append(slot)
 
@@ -320,6 +323,6 @@ def _taken(sock: socket.socket) -> int:
     """Bytes that the send queue has taken since the connection began, but for a constant."""
     while True:
         acked = _info(sock)[0]
-        queued = int.from_bytes(fcntl.ioctl(sock, _SIOCOUTQ, bytes(4)), "little")
+        queued = int.from_bytes(fcntl.ioctl(sock, _SIOCOUTQ, bytes(4)), sys.byteorder)
         if _info(sock)[0] == acked:
             return acked + queued

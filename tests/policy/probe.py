@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def listen(
     Test runs seem to come in by the loopback device, whose hardware address is zero, as in the frames that they are
     given.
     """
-    bpf.map_update(probe.maps["interfaces"], (1).to_bytes(4, "little"), abi.INTERFACE.pack(bytes(6), answers))
+    bpf.map_update(probe.maps["interfaces"], (1).to_bytes(4, sys.byteorder), abi.INTERFACE.pack(bytes(6), answers))
     addresses = at or (IPv6Address("::"), IPv4Address("0.0.0.0"))
     mapped = [IPv6Address(f"::ffff:{address}") if address.version == 4 else address for address in addresses]
     keys = [abi.LISTENER_KEY.pack(address.packed, port, 0) for address in mapped]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,7 +160,7 @@ def test_rejected_syn_gets_exactly_the_rst_of_rfc_9293(probe: Probe, name: str) 
 
 def test_hardware_addresses_change_places(probe: Probe) -> None:
     peer, own = bytes.fromhex("020000000007"), bytes.fromhex("020000000001")
-    interface = (1).to_bytes(4, "little")
+    interface = (1).to_bytes(4, sys.byteorder)
     bpf.map_update(probe.maps["interfaces"], interface, abi.INTERFACE.pack(own, 1))
     code, out = run(probe, own + peer + ethernet(ipv4(A4, B4, syn()))[12:])
     assert (code, out[:12]) == (XDP_TX, peer + own)
@@ -234,7 +235,7 @@ def served(probe: Probe, server: Host, setting: int) -> Iterator[None]:
     with server.socket(socket.AF_INET6) as sock:
         sock.bind(("::", PORT))
         sock.listen()
-        bpf.map_update(probe.maps["sockets"], bytes(4), sock.fileno().to_bytes(8, "little"))
+        bpf.map_update(probe.maps["sockets"], bytes(4), sock.fileno().to_bytes(8, sys.byteorder))
         with listen(probe, PORT, sockets=1, answers=True):
             yield
 
