@@ -58,6 +58,8 @@ _PROGRAMS: Final = [
     Program("egress_setsockopt", _SOCKOPT, AttachType.CGROUP_SETSOCKOPT),
 ]
 
+_ATTACH: Final = {program.name: AttachType(program.attach_type or 0) for program in _PROGRAMS}
+
 _XDP_PROGRAM: Final = Program("gate_xdp", _XDP, AttachType.XDP)
 
 
@@ -97,14 +99,14 @@ class Gate:
                 log.info("cgroups may not be changed here: the gate is attached to %s as a whole", self._cgroup)
             self._link_cgroup(
                 self._cgroup,
-                ("gate_cgroup", AttachType.CGROUP_INET_INGRESS),
-                ("count_established", AttachType.CGROUP_SOCK_OPS),
+                "gate_cgroup",
+                "count_established",
             )
             if self._cgroup.name == self.instance.cgroup_name:
                 self._guard_workers()
             netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                self._link("gate_lookup", netns, AttachType.SK_LOOKUP)
+                self._link("gate_lookup", netns)
             finally:
                 os.close(netns)
         except BaseException:
@@ -122,16 +124,16 @@ class Gate:
         bpf.map_update(self.maps["server_cgroup"], bytes(4), identity)
         self._link_cgroup(
             self._cgroup,
-            ("egress_connect4", AttachType.CGROUP_INET4_CONNECT),
-            ("egress_connect6", AttachType.CGROUP_INET6_CONNECT),
-            ("egress_sendmsg4", AttachType.CGROUP_UDP4_SENDMSG),
-            ("egress_sendmsg6", AttachType.CGROUP_UDP6_SENDMSG),
+            "egress_connect4",
+            "egress_connect6",
+            "egress_sendmsg4",
+            "egress_sendmsg6",
         )
         self._link_cgroup(
             self._workers,
-            ("egress_note_peer", AttachType.CGROUP_INET_INGRESS),
-            ("egress_socket", AttachType.CGROUP_INET_SOCK_CREATE),
-            ("egress_setsockopt", AttachType.CGROUP_SETSOCKOPT),
+            "egress_note_peer",
+            "egress_socket",
+            "egress_setsockopt",
         )
 
     @property
@@ -166,16 +168,16 @@ class Gate:
         """Where XDP is attached."""
         return tuple(self._xdp)
 
-    def _link_cgroup(self, directory: Path, *programs: tuple[str, AttachType]) -> None:
+    def _link_cgroup(self, directory: Path, *programs: str) -> None:
         target = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for program, kind in programs:
-                self._link(program, target, kind)
+            for program in programs:
+                self._link(program, target)
         finally:
             os.close(target)
 
-    def _link(self, program: str, target: int, kind: AttachType) -> None:
-        self._links.append(bpf.link_create(self.programs[program], target, kind))
+    def _link(self, program: str, target: int) -> None:
+        self._links.append(bpf.link_create(self.programs[program], target, _ATTACH[program]))
 
     @property
     def cgroup(self) -> Path | None:
