@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from ..core.service import stack
 from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.timeout import TimeoutLayer
 from ..metrics.directory import MetricsDirectory
+from ..metrics.files import FilesCollector
 from ..process.supervisor import Supervisor
 from ..services.http import Body, Headers, HttpServer, Request, Response
 from ..services.tcp import TcpServer
@@ -72,7 +72,7 @@ class MetricsServer:
         self, listener: socket.socket, directory: MetricsDirectory, collectors: Iterable[Collector] = ()
     ) -> None:
         self._registry = CollectorRegistry()
-        MultiProcessCollector(self._registry, str(directory.path))  # type: ignore[no-untyped-call]
+        self._registry.register(FilesCollector(directory.path))
         for collector in collectors:
             self._registry.register(collector)
         # A scrape reads every worker's files: bounded, so that a scraper gone wild does not become the load.

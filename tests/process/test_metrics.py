@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import struct
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,47 @@ async def test_files_of_a_killed_server_are_swept_by_the_next_and_those_of_a_liv
     await asyncio.to_thread(sweep, server.temporary)
     assert not any(path.exists() for path in files)
     assert (tmp_path / "kept").exists()
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _key(text: bytes) -> bytes:
+    padded = text + b" " * (8 - (len(text) + 4) % 8)
+    entry = struct.pack("=i", len(text)) + padded + struct.pack("=dd", 1.0, 0.0)
+    return struct.pack("=ii", 8 + len(entry), 0) + entry
+
+
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "a FIFO": _fifo,
+    "a directory": Path.mkdir,
+    "a link": lambda path: path.symlink_to("/proc/self/environ"),
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a length of 2 GiB": lambda path: path.write_bytes(struct.pack("=ii", 0x7FFFFFFF, 0) + b"x" * 100),
+    "a negative length": lambda path: path.write_bytes(struct.pack("=iii", 100, 0, -8) + b"x" * 100),
+    "a key of 2 GiB": lambda path: path.write_bytes(struct.pack("=iii", 100, 0, 0x7FFFFFFF) + b"x" * 100),
+    "a huge file": lambda path: path.touch() or os.truncate(path, 1 << 40),
+    "garbage": lambda path: path.write_bytes(os.urandom(4096)),
+    "deep nesting": lambda path: path.write_bytes(_key(b"[" * 4000)),
+    "another's name": lambda path: path.write_bytes(_key(b'["node_x", "node_x", {}, ""]')),
+    "labels that are none": lambda path: path.write_bytes(_key(b'["rama_x", "rama_x", {"a": [1]}, ""]')),
+    "another type": lambda path: path.write_bytes(_key(b'["rama_connections", "rama_connections", {}, ""]')),
+}
+
+
+@pytest.mark.parametrize("harm", HOSTILE)
+async def test_whatever_a_worker_leaves_among_the_files_costs_that_file_only(supervise: Start, harm: str) -> None:
+    server = await supervise("measured", metrics=True)
+    await established(server, 0)
+    await until(server, "rama_connections", ("main",), 1)
+    (directory,) = server.temporary.glob("rama-ebpf-metrics-*")
+    HOSTILE[harm](directory / "histogram_7g9.db")
+    samples = await scrape(server)
+    assert samples["rama_connections"] == {("main",): 1}
+    assert samples["rama_workers"] == {(): 2}
+    assert not {name for name in samples if not name.startswith("rama_")}
+    await server.logged("histogram_7g9.db do not count")
+    lines = len(server.log)
+    await scrape(server)
+    assert not any("do not count" in line for line in server.log[lines:])
