@@ -1,12 +1,14 @@
 """How workers share their counters: files that each maps into its memory, merged when somebody asks.
 
 This is prometheus-client's multiprocess mode. Files are named for a worker's number and generation instead of its
-process id: a replacement counts on in the files of the worker that died, so their number stays bounded.
+process id. When a worker has ended its files are put aside, and the next scrape adds them up and removes them, so their
+number stays bounded.
 """
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import shutil
@@ -19,13 +21,15 @@ from typing import Final
 
 from ..kernel.privileges import UserIds
 
-__all__ = ["ENVIRONMENT", "MetricsDirectory", "sweep", "use_identity"]
+__all__ = ["ENDED", "ENVIRONMENT", "MetricsDirectory", "sweep", "use_identity"]
 
 log = logging.getLogger(__name__)
 
 _PREFIX: Final = "rama-ebpf-metrics-"
 
 ENVIRONMENT = "PROMETHEUS_MULTIPROC_DIR"
+ENDED: Final = "~"
+"""In the names of files of workers that have ended."""
 
 
 class MetricsDirectory:
@@ -39,6 +43,7 @@ class MetricsDirectory:
             parent = "/run"
         sweep(Path(tempfile.gettempdir() if parent is None else parent))
         self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+        self._numbers = itertools.count()
         self._held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if owner is not None:
@@ -50,9 +55,12 @@ class MetricsDirectory:
         return {ENVIRONMENT: str(self.path)}
 
     def worker_exited(self, identity: str) -> None:
-        """Forget the gauges of a worker that has ended; its counters stay, for they are still true."""
-        for path in self.path.glob(f"gauge_live*_{identity}.db"):
-            path.unlink()
+        """Forget the gauges of a worker that has ended, and put its counters aside for the next scrape to add up."""
+        for path in self.path.glob(f"*_{identity}.db"):
+            if path.name.startswith("gauge_"):
+                path.unlink()
+            else:
+                path.rename(path.with_name(f"{path.stem}{ENDED}{next(self._numbers)}.db"))
 
     def __enter__(self) -> MetricsDirectory:
         return self

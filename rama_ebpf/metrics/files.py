@@ -4,12 +4,14 @@ A worker may have been taken over by its clients, and what reads its files has t
 opened without waiting and without following links, is read up to a bound, and whatever is wrong with it costs that file
 and nothing else. ``MultiProcessCollector`` would wait at a FIFO and allocate what a length field asks for.
 
-A file begins with how many of its bytes are used (a native 32-bit integer, then four bytes of padding). Entries follow:
-a length, a key of that length (JSON: metric, sample, labels, help), padding to a multiple of 8, value and time (doubles).
+A file begins with how many of its bytes are used (a native 32-bit integer, then four bytes of padding). Entries
+follow: a length, a key of that length (JSON: metric, sample, labels, help), padding to a multiple of 8, value and time
+(doubles).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -17,6 +19,7 @@ import math
 import os
 import stat
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +28,8 @@ from typing import Final
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+
+from .directory import ENDED
 
 __all__ = ["FILE_BYTES", "MAX_SERIES", "FilesCollector", "read_entries"]
 
@@ -86,17 +91,24 @@ class _Family:
 
 
 class FilesCollector(Collector):
-    """Adds up what all workers have counted."""
+    """Adds up what all workers have counted. Files of those that have ended (:data:`.directory.ENDED`) are added to a
+    sum in memory and removed."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._said: set[str] = set()
+        self._ended: dict[str, _Family] = {}
+        self._lock = threading.Lock()
 
     def collect(self) -> Iterable[Metric]:
         """Return the sums. What is wrong with a file is logged once."""
+        with self._lock:
+            return self._collect()
+
+    def _collect(self) -> Iterable[Metric]:
         families: dict[str, _Family] = {}
         for path in itertools.islice(sorted(self._directory.iterdir()), _MAX_FILES):
-            kind = path.name.partition("_")[0]
+            kind, ended = path.name.partition("_")[0], ENDED in path.name
             try:
                 if kind not in _TYPES or path.suffix != ".db":
                     raise ValueError("it is none of a worker's")
@@ -111,11 +123,24 @@ class FilesCollector(Collector):
                 if path.name not in self._said and len(self._said) < _MAX_FILES:
                     self._said.add(path.name)
                     log.error("the metrics in %s do not count: %s", path, error)
-                continue
+                if not ended:
+                    continue
+                entries = []
             for metric, sample, labels, text, value in entries:
-                values = families.setdefault(metric, _Family(kind, text)).values
-                values[sample, labels] = values.get((sample, labels), 0.0) + value
+                _add(self._ended if ended else families, metric, _Family(kind, text, {(sample, labels): value}))
+            if ended:
+                with contextlib.suppress(OSError):  # a directory, which stays until the end
+                    path.unlink()
+        for metric, family in self._ended.items():
+            _add(families, metric, family)
         return [_metric(name, family) for name, family in families.items()]
+
+
+def _add(families: dict[str, _Family], metric: str, more: _Family) -> None:
+    family = families.setdefault(metric, _Family(more.kind, more.text))
+    for key, value in more.values.items():
+        if key in family.values or len(family.values) < MAX_SERIES:
+            family.values[key] = family.values.get(key, 0.0) + value
 
 
 def _read(path: Path) -> bytes:
@@ -146,6 +171,6 @@ def _metric(name: str, family: _Family) -> Metric:
         total = 0.0
         for bound in sorted(by_bound):
             total += by_bound[bound]
-            metric.add_sample(f"{name}_bucket", {**dict(labels), "le": floatToGoString(bound)}, total)
+            metric.add_sample(f"{name}_bucket", {**dict(labels), "le": str(floatToGoString(bound))}, total)  # type: ignore[no-untyped-call]
         metric.add_sample(f"{name}_count", dict(labels), total)
     return metric

@@ -97,7 +97,7 @@ async def test_a_dead_workers_connections_are_forgotten_and_its_counts_are_not(s
         samples = await scrape(server)
         assert samples["rama_accepted_connections_total"]["main",] == accepted
         found = {path.name for path in await asyncio.to_thread(server.metrics_files)}
-        assert not files or found == files  # replacements count on in the same files
+        assert not files or found == files  # those of the dead are added up and gone
         files = found
     assert samples["rama_worker_restarts_total"][()] == 2
 
@@ -192,3 +192,25 @@ async def test_whatever_a_worker_leaves_among_the_files_costs_that_file_only(sup
     lines = len(server.log)
     await scrape(server)
     assert not any("do not count" in line for line in server.log[lines:])
+
+
+async def test_reloads_leave_no_files_and_no_count_is_lost(supervise: Start) -> None:
+    server = await supervise("measured", metrics=True, drain=0.1)
+    for reload in range(1, 5):
+        for worker in (0, 1):
+            await (await established(server, worker)).close()
+        await until(server, "rama_connections", ("main",), 0)
+        before = (await scrape(server))["rama_accepted_connections_total"]["main",]
+        server.signal(signal.SIGHUP)
+        await until(server, "rama_reloads_total", (), reload)
+        await until(server, "rama_workers", (), 2)
+        assert (await scrape(server))["rama_accepted_connections_total"]["main",] == before
+        for _ in range(300):  # the old workers drain for a moment
+            names = {path.stem for path in await asyncio.to_thread(server.metrics_files)}
+            if len({name.rpartition("g")[2] for name in names}) <= 1:
+                break
+            await asyncio.sleep(0.1)
+            await scrape(server)
+        else:
+            raise AssertionError(f"files of earlier generations stay: {names}")
+        assert (await scrape(server))["rama_accepted_connections_total"]["main",] == before
