@@ -75,8 +75,10 @@ class MetricsServer:
         self._registry.register(FilesCollector(directory.path))
         for collector in collectors:
             self._registry.register(collector)
-        # A scrape reads every worker's files: bounded, so that a scraper gone wild does not become the load.
-        service = stack(ConcurrencyLimitLayer(16), TimeoutLayer(None, idle=60, total=300), HttpServer(self._answer))
+        # A scrape reads every worker's files: one at a time, so that a scraper gone wild does not become the load.
+        # Connections are another matter: idle ones must not keep a scraper out.
+        self._scraping = asyncio.Semaphore(1)
+        service = stack(ConcurrencyLimitLayer(256), TimeoutLayer(None, idle=20, total=300), HttpServer(self._answer))
         self._server = TcpServer(listener, service)
         self._listener = listener
 
@@ -95,5 +97,6 @@ class MetricsServer:
         if request.method not in ("GET", "HEAD"):
             return Response(405, Headers([("Allow", "GET, HEAD")]))
         encode, content_type = choose_encoder(request.headers.get("Accept") or "")
-        text: bytes = await asyncio.to_thread(encode, self._registry)
+        async with self._scraping:
+            text: bytes = await asyncio.to_thread(encode, self._registry)
         return Response(200, Headers([("Content-Type", content_type)]), Body.of(text))

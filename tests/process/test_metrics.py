@@ -214,3 +214,10 @@ async def test_reloads_leave_no_files_and_no_count_is_lost(supervise: Start) -> 
         else:
             raise AssertionError(f"files of earlier generations stay: {names}")
         assert (await scrape(server))["rama_accepted_connections_total"]["main",] == before
+
+
+async def test_idle_connections_do_not_keep_a_scraper_out(supervise: Start) -> None:
+    server = await supervise("measured", metrics=True)
+    idle = [await server.open(-1) for _ in range(40)]
+    assert (await scrape(server))["rama_workers"][()] == 2
+    assert not any(client.reader.at_eof() for client in idle)
