@@ -19,6 +19,7 @@ from ..kernel.gate_maps import MapSizes
 from ..kernel.privileges import UserIds, can_change_user
 from ..policy.egress import EgressPolicy
 from ..policy.rule import Action, PolicyError, parse_network
+from ..process.sandbox import Sandbox
 from .output import OK
 
 __all__ = ["register"]
@@ -58,6 +59,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     most = abi.constants()["SOCKETS_PER_LISTENER"]
     add("--workers", type=_workers, default=min(os.cpu_count() or 1, most), metavar="N", help="default: one a CPU")
     add("--user", metavar="NAME", help=f"who the workers become (default, as root: {_UNPRIVILEGED})")
+    add("--no-sandbox", action="store_true", help="let workers make any system call")
+    add(
+        "--require-sandbox",
+        action="store_true",
+        help="exit instead of serving with workers that may make any system call",
+    )
     add("--require-kernel", action="store_true", help="exit instead of serving with the policy in userspace")
     add("--kill", action="store_true", help="end live connections of sources that the policy comes to deny")
     add("--persist", action="store_true", help="leave the policy pinned when the server stops")
@@ -119,6 +126,15 @@ def _user(name: str | None) -> UserIds | None:
     return UserIds.of(name or _UNPRIVILEGED)
 
 
+def _sandbox(args: argparse.Namespace) -> Sandbox:
+    if args.no_sandbox and args.require_sandbox:
+        raise PolicyError("--no-sandbox and --require-sandbox: only one of them can be meant")
+    if args.no_sandbox:
+        log.warning("NO SANDBOX: workers may make any system call that their user may (--no-sandbox)")
+        return Sandbox.OFF
+    return Sandbox.REQUIRED if args.require_sandbox else Sandbox.WANTED
+
+
 def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     def make() -> DaemonOptions:
         return _from_arguments(args) if args.config is None else _from_file(parser, args)
@@ -140,7 +156,9 @@ def _password_file(args: argparse.Namespace) -> str:
     return str(args.users.absolute())
 
 
-_BESIDE_A_FILE = frozenset({"command", "config", "instance", "json", "kernel_headers", "main"})
+_BESIDE_A_FILE = frozenset(
+    {"command", "config", "instance", "json", "kernel_headers", "main", "no_sandbox", "require_sandbox"}
+)
 
 
 def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> DaemonOptions:
@@ -163,6 +181,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         params={"config": effective(config), "directory": str(args.config.absolute().parent)},
         workers=server.workers,
         user=_user(server.user),
+        sandbox=_sandbox(args),
         egress=config.egress.policy(),
         drain=server.drain,
         watchdog=server.watchdog,
@@ -214,6 +233,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
         },
         workers=args.workers,
         user=_user(args.user),
+        sandbox=_sandbox(args),
         egress=egress,
         drain=args.drain,
         default=None if args.default is None else Action[args.default.upper()],

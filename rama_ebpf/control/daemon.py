@@ -156,6 +156,7 @@ class _Daemon:
             listeners=self._listeners.want(options.listen, options.workers),
             workers=options.workers,
             user=options.user,
+            sandbox=options.sandbox,
             params={
                 "target": options.target,
                 "directory": options.directory,

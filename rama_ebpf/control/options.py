@@ -15,6 +15,7 @@ from ..kernel.privileges import UserIds
 from ..policy.egress import EgressPolicy
 from ..policy.rule import Action, IPNetwork, Rule, SynLimit
 from ..process.plan import Json
+from ..process.sandbox import Sandbox
 from .listeners import ListenAt
 
 __all__ = ["FIXED", "DaemonOptions"]
@@ -29,7 +30,8 @@ class DaemonOptions:
     they are None; ``per_source`` and ``overall`` limit what the default lets in, and go with ``rules``. ``xdp`` are the
     interfaces that get the XDP program; the server does not start if one cannot. With ``syn_cookies`` that program
     sends the stack's cookies. ``rejects`` is how many RST answer ``reject``, None for as many as is usual. ``egress``
-    is where workers may connect to, ``user`` who they become, None to stay. ``metrics`` is where metrics are served,
+    is where workers may connect to, ``user`` who they become, None to stay, ``sandbox`` whether they give up system
+    calls. ``metrics`` is where metrics are served,
     nowhere if None.
     ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
     the first tunnel wants it. ``kill``: a source that the policy comes to deny loses its live connections, too.
@@ -42,6 +44,7 @@ class DaemonOptions:
     directory: str | None = None
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, abi.constants()["SOCKETS_PER_LISTENER"]))
     user: UserIds | None = None
+    sandbox: Sandbox = Sandbox.WANTED
     egress: EgressPolicy = field(default_factory=EgressPolicy)
     drain: float = 10.0
     watchdog: float = 60.0

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ..core.errors import RamaError
 from ..kernel.privileges import UserIds
+from .sandbox import Sandbox
 
 __all__ = ["Json", "Listener", "Plan", "PlanError"]
 
@@ -46,7 +47,8 @@ class Plan:
 
     ``target`` is ``module:attribute``, a service or a function of a :class:`~.context.WorkerContext` that makes one;
     ``directory`` is put in front of the module search path. ``params`` is JSON that the function finds in its
-    context. ``user`` is who the workers become (None: they stay who they are). ``fds`` are further descriptors by
+    context. ``user`` is who the workers become (None: they stay who they are), ``sandbox`` whether they must give
+    up system calls. ``fds`` are further descriptors by
     name that every worker gets. ``drain`` is how many seconds live connections have after SIGTERM, ``watchdog`` after
     how many seconds of silence a worker is taken for hung and replaced. ``environment`` is added to the workers'.
     """
@@ -55,6 +57,7 @@ class Plan:
     listeners: tuple[Listener, ...]
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     user: UserIds | None = None
+    sandbox: Sandbox = Sandbox.WANTED
     params: Json = field(default_factory=dict)
     directory: str | None = None
     fds: Mapping[str, int] = field(default_factory=dict)

@@ -274,6 +274,7 @@ class Supervisor:
                 ],
                 "fds": plan.fds,
                 "user": None if plan.user is None else (plan.user.uid, plan.user.gid),
+                "sandbox": plan.sandbox.value,
                 "drain": plan.drain,
                 "log_level": plan.log_level,
             },

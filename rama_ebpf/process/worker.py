@@ -27,6 +27,7 @@ from ..metrics.directory import use_identity
 from ..services.tcp import TcpServer
 from .channel import Channel, receive_line, send_line
 from .context import Application, WorkerContext, load_application
+from .sandbox import Sandbox, enter
 from .shared import SharedTable
 
 __all__ = ["main"]
@@ -108,6 +109,7 @@ class _Worker:
         else:
             give_up_capabilities()
         die_with_parent()
+        enter(Sandbox(self._order["sandbox"]))
 
     async def run(self, channel: socket.socket) -> int:
         assert self._application is not None
