@@ -18,6 +18,7 @@ from ..services.http import (
     HealthCheck,
     HttpLimits,
     HttpServer,
+    HttpTimeouts,
     PassiveHealth,
     Route,
     Routes,
@@ -25,6 +26,7 @@ from ..services.http import (
 from ..services.proxy_protocol import ProxyProtocolConnector
 from ..services.tls import ClientTls, TlsConnector
 from .decode import ListOf, Table, setting
+from .http import HttpTimeoutSettings
 from .kinds import AUTHORITY, BOOLEAN, DURATION, NETWORK, SIZE, TEXT, choice, file_path, integer
 
 __all__ = ["HasLifecycle", "ReverseSettings"]
@@ -106,7 +108,7 @@ class RouteSettings:
         if any(method != method.upper() for method in self.methods):
             raise ValueError("methods are written in upper case (RFC 9110 section 9.1)")
 
-    def route(self, environment: HasLifecycle, connector: Service[Authority, Stream]) -> Route:
+    def route(self, environment: HasLifecycle, connector: Service[Authority, Stream], timeouts: HttpTimeouts) -> Route:
         """Make the pool and its route."""
         requests: Service[Authority, Stream] = connector
         upgrades: Service[Authority, Stream] | None = None
@@ -126,6 +128,7 @@ class RouteSettings:
             max_busy=self.max_busy,
             own_host=self.own_host,
             proxy_protocol=header,
+            timeouts=timeouts,
         )
         environment.on_start(pool.start)
         environment.on_close(pool.close)
@@ -147,6 +150,9 @@ class ReverseSettings:
     )
     max_body: int | None = setting(SIZE, "of a request (413); no bound by default", default=None)
     h2c: bool = setting(BOOLEAN, "HTTP/2 without TLS for clients that begin with its preface", default=False)
+    timeouts: HttpTimeoutSettings = setting(
+        Table(HttpTimeoutSettings), "how long to wait", default=HttpTimeoutSettings()
+    )
 
     def __post_init__(self) -> None:
         if not self.routes:
@@ -158,6 +164,7 @@ class ReverseSettings:
     def make(self, environment: HasLifecycle, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         """Make the service."""
         field = None if self.forwarded == "off" else ForwardedField(self.forwarded)
-        routes = Routes([route.route(environment, connector) for route in self.routes])
+        timeouts = self.timeouts.timeouts()
+        routes = Routes([route.route(environment, connector, timeouts) for route in self.routes])
         service = stack(ForwardedLayer(field, trusted=map(str, self.trusted)), routes)
-        return HttpServer(service, h2c=self.h2c, limits=HttpLimits(body=self.max_body))
+        return HttpServer(service, h2c=self.h2c, limits=HttpLimits(body=self.max_body), timeouts=timeouts)

@@ -25,6 +25,7 @@ from ..services.socket_options import SocketOptions
 from ..services.socks5 import Binder, ReplyTiming, Socks5Server, UdpAssociator, UserLimits
 from ..services.upstream import parse_chain
 from .decode import ListOf, Table, setting
+from .http import HttpTimeoutSettings
 from .kinds import AUTHORITY, BOOLEAN, DURATION, TARGET, TEXT, choice, file_path, integer, ip_literal
 from .layers import Environment, TargetsSettings
 from .reverse import HasLifecycle, ReverseSettings
@@ -179,11 +180,16 @@ class HttpSettings:
     connect_ports: tuple[int, ...] = setting(
         ListOf(integer(1, 65535)), "ports that CONNECT may name (all by default)", default=()
     )
+    timeouts: HttpTimeoutSettings = setting(
+        Table(HttpTimeoutSettings), "how long to wait", default=HttpTimeoutSettings()
+    )
 
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         authenticate = _authenticator(environment, self.users)
         layers = [] if authenticate is None else [ProxyAuthLayer(authenticate)]
-        return HttpProxy(connector, layers=layers, connect_ports=self.connect_ports or None)
+        return HttpProxy(
+            connector, layers=layers, connect_ports=self.connect_ports or None, timeouts=self.timeouts.timeouts()
+        )
 
 
 @dataclass(frozen=True)
@@ -196,9 +202,17 @@ class MixedSettings:
         default=None,
     )
     handshake: float = setting(DURATION, "time for each protocol's handshake", default=10.0)
+    timeouts: HttpTimeoutSettings = setting(
+        Table(HttpTimeoutSettings), "how long HTTP waits", default=HttpTimeoutSettings()
+    )
 
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
-        return mixed_proxy(connector, auth=_authenticator(environment, self.users), handshake_timeout=self.handshake)
+        return mixed_proxy(
+            connector,
+            auth=_authenticator(environment, self.users),
+            handshake_timeout=self.handshake,
+            http_timeouts=self.timeouts.timeouts(head=self.handshake),
+        )
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ _family: Final[Callable[[socket.socket], int]] = _socket.__mro__[1].family.__get
 # The number itself: the property of socket.socket makes an enumeration of it at each call.
 _UNWATCHED_SECONDS: Final = 0.02
 _READ_EVENTS: Final = READABLE | SPECIAL
+_RESET: Final = select.EPOLLHUP | select.EPOLLERR
+_PROBES: Final = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
+"""Seconds of silence before a probe, between two, and how many may stay unanswered."""
 _WRITE_EVENTS: Final = WRITABLE | select.EPOLLERR | select.EPOLLHUP
 
 
@@ -85,6 +88,7 @@ class SocketStream(Stream):
         self._poller: Poller | None = None
         self._maybe_readable = True
         self._ended = False
+        self._reset = False
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
         self._eof_sent = False
@@ -270,6 +274,22 @@ class SocketStream(Stream):
     def abort(self) -> None:
         self._close()
 
+    async def reset_by_peer(self) -> None:
+        # A client that has closed its socket looks like one that has half-closed it until we send something. So the
+        # kernel is made to: the peer's answers to keep-alive probes while it waits for our FIN, and then resets
+        # (tcp_fin_timeout, 60 s by default on Linux).
+        if not self._unix:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _PROBES:
+                self._sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        while not self._reset:
+            self._check_open()
+            self._check_only_reader()
+            try:
+                await self._wait_readable()
+            finally:
+                self._maybe_readable = True  # the EOF stays, and is told once
+
     def quiet(self) -> bool:
         if self._closed or self._unread:
             return False
@@ -351,6 +371,7 @@ class SocketStream(Stream):
             self._maybe_readable = True
             if events & SPECIAL:
                 self._ended = True
+                self._reset = self._reset or bool(events & _RESET)
             if self._reader is not None and not self._reader.done():
                 self._reader.set_result(None)
         if events & _WRITE_EVENTS and self._writer is not None and not self._writer.done():

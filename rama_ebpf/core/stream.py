@@ -97,6 +97,13 @@ class Stream(abc.ABC):
         finally:
             await self.close()
 
+    async def reset_by_peer(self) -> None:
+        """Behind the peer's EOF: return when the peer has gone altogether, and no longer just sends nothing.
+
+        A transport that cannot tell never returns: the next write tells.
+        """
+        await asyncio.get_running_loop().create_future()
+
     def quiet(self) -> bool:
         """Whether the stream is open and has nothing to read, EOF included: a kept connection that may be used again.
 

@@ -39,6 +39,9 @@ class WrappedStream(Stream):
     def abort(self) -> None:
         self.inner.abort()
 
+    async def reset_by_peer(self) -> None:
+        await self.inner.reset_by_peer()
+
     def quiet(self) -> bool:
         return not self._unread and self.inner.quiet()
 

@@ -26,6 +26,7 @@ def mixed_proxy(
     binder: Binder | None = None,
     handshake_timeout: float = 10.0,
     tunnel_limits: TunnelLimits | None = None,
+    http_timeouts: HttpTimeouts | None = None,
 ) -> Service[Stream, Any]:
     """Return a service that tells its clients' protocols apart by their first bytes.
 
@@ -33,7 +34,8 @@ def mixed_proxy(
     forward proxy with CONNECT; a TLS client is passed through, undecrypted, to port 443 of the server name in its
     ClientHello. With ``auth`` SOCKS5 and HTTP clients must prove a user, and SOCKS4 and TLS clients, which cannot, are
     turned away.
-    ``handshake_timeout`` (seconds) bounds each protocol's handshake, ``tunnel_limits`` every tunnel.
+    ``handshake_timeout`` (seconds) bounds each protocol's handshake, ``tunnel_limits`` every tunnel;
+    ``http_timeouts`` are those of HTTP, by default with ``handshake_timeout`` for a request's header section.
     """
     socks = Socks5Server(
         connector, auth=auth, socks4=auth is None, udp=udp, binder=binder, handshake_timeout=handshake_timeout
@@ -42,7 +44,7 @@ def mixed_proxy(
         connector,
         layers=() if auth is None else (ProxyAuthLayer(auth),),
         tunnel_limits=tunnel_limits,
-        timeouts=HttpTimeouts(head=handshake_timeout),
+        timeouts=HttpTimeouts(head=handshake_timeout) if http_timeouts is None else http_timeouts,
     )
     routes: list[tuple[PeekMatcher, Service[Stream, Any]]] = [(is_socks, socks), (is_http, http)]
     if auth is None:

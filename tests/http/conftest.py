@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -59,6 +60,12 @@ class Server:
     async def idle(self) -> None:
         """Wait until no connection is being served."""
         await eventually(lambda: self.tcp.live == 0)
+
+
+def abort(writer: asyncio.StreamWriter) -> None:
+    """Close a client's connection with RST."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
 
 
 Run = Callable[[Service[Stream, Any]], Server]

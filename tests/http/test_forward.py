@@ -10,7 +10,7 @@ import pytest
 from rama_ebpf.core import Authority, Service, Stream
 from rama_ebpf.services.http import HttpProxy, HttpTimeouts, PoolLimits
 
-from .conftest import DATE, OK, OK_VIA, Origin, Run, Server, descriptors, eventually, nobody, read_until_reset
+from .conftest import DATE, OK, OK_VIA, Origin, Run, Server, abort, descriptors, eventually, nobody, read_until_reset
 
 RunOrigin = Callable[..., Origin]
 
@@ -343,14 +343,13 @@ async def test_a_response_that_breaks_off_is_reset_and_never_looks_complete(
         writer.close()
 
 
-async def test_client_that_leaves_ends_the_request_upstream(proxy: Server, run_origin: RunOrigin) -> None:
+async def test_client_that_resets_ends_the_request_upstream(proxy: Server, run_origin: RunOrigin) -> None:
     origin = run_origin(b"")  # takes the request and never answers
     before = descriptors()
     reader, writer = await proxy.open()
     writer.write(get(origin))
     await origin.arrived.wait()
-    writer.close()
-    await writer.wait_closed()
+    abort(writer)
     del reader
     await eventually(lambda: proxy.tcp.live == 0)
     await eventually(lambda: descriptors() <= before)

@@ -17,7 +17,7 @@ from hyperframe.frame import GoAwayFrame
 from rama_ebpf.core import Authority, Service, Stream
 from rama_ebpf.services.http import BackendPool, Body, Headers, HttpServer, HttpTimeouts, PoolLimits, Request, Response
 
-from .conftest import DATE, Run, descriptors, eventually, read_until_reset
+from .conftest import DATE, Run, abort, descriptors, eventually, read_until_reset
 
 Connect = Service[Authority, Stream]
 Script = Callable[[h2.connection.H2Connection, Any], Awaitable[bytes | None] | bytes | None]
@@ -299,7 +299,7 @@ async def test_silent_upstream_gets_504_and_its_stream_is_cancelled(run: Run, po
     await eventually(lambda: resets == [h2.errors.ErrorCodes.CANCEL])
 
 
-async def test_client_that_leaves_cancels_its_stream_only(run: Run, pool_of: MakePool) -> None:
+async def test_client_that_resets_cancels_its_stream_only(run: Run, pool_of: MakePool) -> None:
     cancelled = asyncio.Event()
 
     async def app(request: Request) -> Response:
@@ -318,7 +318,7 @@ async def test_client_that_leaves_cancels_its_stream_only(run: Run, pool_of: Mak
     writer.write(get(path="/wait"))
     await writer.drain()
     await asyncio.sleep(0.05)
-    writer.close()
+    abort(writer)
     await cancelled.wait()
     assert (await proxy.exchange(get())).endswith(b"ok")
     assert origin.tcp.accepted == 1

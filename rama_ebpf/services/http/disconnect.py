@@ -1,4 +1,4 @@
-"""Notices that a client has gone while nobody reads from it, so that work for nobody ends."""
+"""Notices that a client has reset its connection while nobody reads from it, so that work for nobody ends."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ __all__ = ["DisconnectWatch"]
 
 
 class DisconnectWatch:
-    """``async with watch:`` cancels its body, and raises :class:`PeerClosed`, when the client closes or resets.
+    """``async with watch:`` cancels its body, and raises :class:`PeerClosed`, when the client resets.
 
-    A client that ends its side (FIN) counts as gone: from here it looks the same, and a client that waits for a
-    response has no reason to. What a client sends ahead stays in the stream's buffer. Within the body the stream is
+    A client that ends its side (FIN) may still wait for its response (RFC 9112 section 9.6), however late that comes.
+    One that has gone altogether looks the same at first; :meth:`Stream.reset_by_peer` finds out. What a client sends
+    ahead stays in the stream's buffer. Within the body the stream is
     read by :meth:`read` only, which takes turns with the watch. ``delay`` is how many seconds nobody has read before
     that is worth a watching task.
     """
@@ -78,6 +79,7 @@ class DisconnectWatch:
         try:
             while await self._stream.fill():
                 pass
+            await self._stream.reset_by_peer()
         except LimitExceeded:
             return  # so much was sent ahead that there is no room to look further
         except OSError:

@@ -246,7 +246,7 @@ class H1ClientConnection:
 class _ResponseBody(Body):
     def __init__(self, connection: H1ClientConnection, head: ResponseHead, timeouts: HttpTimeouts) -> None:
         self._connection = connection
-        self._pace = Pace(timeouts)
+        self._pace = Pace(timeouts, client=False)
         self._ahead: Content | None = None
         self._over = False
         self._error: Exception | None = None

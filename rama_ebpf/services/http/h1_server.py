@@ -298,7 +298,7 @@ class _RequestBody(Body):
 
     def __init__(self, connection: H1ServerConnection, head: RequestHead, timeouts: HttpTimeouts) -> None:
         self._connection = connection
-        self._pace = Pace(timeouts)
+        self._pace = Pace(timeouts, client=True)
         self._done = head.length == 0
         self._error: Exception | None = None
         self.length = head.length

@@ -89,7 +89,7 @@ class H2ClientConnection(H2Connection):
 
     async def extended_connect(self) -> bool:
         """Whether the upstream knows RFC 8441; waits for its settings. Raises TimeoutError if they do not come."""
-        async with asyncio.timeout(self.timeouts.response):
+        async with asyncio.timeout(min(self.timeouts.head, self.timeouts.response)):
             await self._settled.wait()
         return bool(self.h2.remote_settings.enable_connect_protocol)
 
@@ -234,7 +234,7 @@ class _ResponseBody(Body):
         self._connection = connection
         self._channel = channel
         self._upload = upload
-        self._pace = Pace(connection.timeouts)
+        self._pace = Pace(connection.timeouts, client=False)
         self._over = False
         self.length = length
 

@@ -225,7 +225,7 @@ class _RequestBody(Body):
     def __init__(self, connection: H2ServerConnection, channel: Channel, head: H2RequestHead) -> None:
         self._connection = connection
         self._channel = channel
-        self._pace = Pace(connection.timeouts)
+        self._pace = Pace(connection.timeouts, client=True)
         self._told = False
         self.length = 0 if channel.exhausted else head.length
         self.expects_continue = head.expects_continue and self.length != 0

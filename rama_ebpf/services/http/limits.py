@@ -30,25 +30,28 @@ class HttpLimits:
 
 @dataclass(frozen=True, slots=True)
 class HttpTimeouts:
-    """Seconds. The client that is too slow gets 408 where a response is still possible, else its connection ends."""
+    """Seconds. The client that is too slow gets 408 where a response is still possible, else its connection ends.
+
+    A healthy exchange may be slow: events, long polls, reports that are computed. So bodies and responses have what
+    tunnels have, an idle time, and only clients can be asked for a rate."""
 
     head: float = 10.0
     """From the first byte of a request to the end of its header section."""
     idle: float = 60.0
     """Between two requests on one connection, and until the first."""
-    body: float = 30.0
-    """Between two reads of a body that bring bytes."""
+    body: float = 300.0
+    """Between two reads of a body that bring bytes, in both directions."""
     body_grace: float = 10.0
-    """How long a body may be read from a peer at less than ``body_rate``."""
-    body_rate: float = 64.0
-    """Bytes a second that a peer must average while its body is waited for; 0 for no minimum."""
-    write: float = 60.0
+    """How long a client's body may be read at less than ``body_rate``."""
+    body_rate: float = 0.0
+    """Bytes a second that a client must average while its body is waited for; 0 for no minimum."""
+    write: float = 300.0
     """Until a peer takes what was written to it."""
-    response: float = 60.0
+    response: float = 300.0
     """From the end of a request to an upstream's response (504)."""
     expect_continue: float = 1.0
     """How long an upstream's 100 (Continue) is waited for before the body is sent without."""
     watch: float = 1.0
-    """How long a request is served before it is worth watching whether its client is still there."""
+    """How long a request is served before it is worth watching whether its client has reset the connection."""
     linger: float = 2.0
     """How long what a client still sends is discarded, so that it can read the response that refused it."""

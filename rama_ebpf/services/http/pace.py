@@ -1,4 +1,4 @@
-"""Bounds how slowly a peer may send a body."""
+"""Bounds how long a body is waited for, and how slowly a client may send one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ __all__ = ["Pace"]
 
 class Pace:
     """Counts how long a body was waited for and how much came. Time in which nobody waited, because the other side
-    of the proxy was slow, does not count against the sender."""
+    of the proxy was slow, does not count against the sender.
 
-    def __init__(self, timeouts: HttpTimeouts) -> None:
+    ``client``: a client sends the body, and the minimum rate holds. An upstream owes nobody a rate: it may have
+    nothing to say for long.
+    """
+
+    def __init__(self, timeouts: HttpTimeouts, *, client: bool) -> None:
         self._timeouts = timeouts
+        self._rate = timeouts.body_rate if client else 0.0
         self._waited = 0.0
         self.received = 0
         """Bytes of the body so far; the reader adds to it."""
@@ -28,5 +33,5 @@ class Pace:
         async with asyncio.timeout(limits.body):
             await read()
         self._waited += loop.time() - before
-        if self._waited > limits.body_grace and self.received < limits.body_rate * self._waited:
+        if self._waited > limits.body_grace and self.received < self._rate * self._waited:
             raise TimeoutError(f"{self.received} bytes of a body in {self._waited:.0f} s of waiting")
