@@ -343,6 +343,12 @@ async def test_a_response_that_breaks_off_is_reset_and_never_looks_complete(
         writer.close()
 
 
+async def test_unasked_100_of_the_origin_is_passed_on(proxy: Server, run_origin: RunOrigin) -> None:
+    origin = run_origin(b"HTTP/1.1 100 Continue\r\n\r\n" + OK)  # RFC 9110 section 15.2: 1xx are forwarded
+    answer = await proxy.exchange(get(origin, b"Connection: close"))
+    assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+
 async def test_client_that_resets_ends_the_request_upstream(proxy: Server, run_origin: RunOrigin) -> None:
     origin = run_origin(b"")  # takes the request and never answers
     before = descriptors()

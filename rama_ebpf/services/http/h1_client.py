@@ -171,8 +171,6 @@ class H1ClientConnection:
                 return event
             if event.status == 100:
                 upload.proceed()
-                if not request.body.expects_continue:
-                    continue
             if request.inform is not None:
                 await request.inform(event.status, event.headers)
 

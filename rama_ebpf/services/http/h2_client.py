@@ -194,8 +194,6 @@ class H2ClientConnection(H2Connection):
                 return head
             if head.status == 100:
                 upload.proceed()
-                if not request.body.expects_continue:
-                    continue
             if request.inform is not None:
                 await request.inform(head.status, head.headers)
 
