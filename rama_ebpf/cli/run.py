@@ -183,6 +183,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         user=_user(server.user),
         sandbox=_sandbox(args),
         egress=config.egress.policy(),
+        name_servers=config.resolver.name_servers(),
         drain=server.drain,
         watchdog=server.watchdog,
         default=None if policy.default is None else Action[policy.default.upper()],

@@ -9,7 +9,6 @@ from ..core.service import stack
 from ..layers.mapping import AddExtensionLayer
 from ..process import Application, WorkerContext
 from ..relay import RelayKind, RelayOptions
-from ..services.resolver import SystemResolver
 from .build import BuildEnvironment, build_stack
 from .load import config_of
 
@@ -19,7 +18,7 @@ __all__ = ["application"]
 def application(context: WorkerContext) -> Application:
     """Build the stacks of ``context.params["config"]``, an effective configuration."""
     config = config_of(cast("Mapping[str, Any]", context.params["config"]))
-    resolver = SystemResolver(threads=config.resolver.threads, timeout=config.resolver.timeout)
+    resolver = config.resolver.make(context.observe_lookups)
     environment = BuildEnvironment(
         policy=context.policy,
         connections_per_source=config.limits.connections_per_source,

@@ -17,7 +17,6 @@ from ..layers.policy import SourceVerdict
 from ..layers.source import by_client
 from ..layers.strikes import StrikeLimit
 from ..services.connect import Egress, Resolver
-from ..services.resolver import SystemResolver
 from .layers import Shared, SourceKeeper, last_header
 from .model import Config, StackConfig
 
@@ -83,7 +82,7 @@ class _NoClients:
 
 def check_stack(config: Config, stack_config: StackConfig, directory: str) -> None:
     """Compose a stack and throw it away. Raises like :func:`build_stack`."""
-    resolver = SystemResolver(threads=1)
+    resolver = config.resolver.make()
 
     def only_look(factory: Any) -> Any:
         if not callable(factory):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_address
 
-from ..core.address import Endpoint
+from ..core.address import Endpoint, IPAddress
+from ..core.resolv_conf import MAX_NAME_SERVERS
 from ..policy.egress import EgressPolicy
 from ..relay import RelayKind
+from ..services.resolver import DnsResolver, SystemLookups
 from .decode import Choice, ListOf, MapOf, Table, setting
 from .kinds import (
     BOOLEAN,
@@ -21,6 +23,7 @@ from .kinds import (
     USER,
     choice,
     integer,
+    ip_literal,
 )
 from .layers import LAYERS, LayerSettings, check_order
 from .policy import PolicyConfig, RuleConfig
@@ -79,10 +82,53 @@ class EgressConfig:
 
 @dataclass(frozen=True)
 class ResolverConfig:
-    """Names to addresses."""
+    """Names to addresses: by /etc/hosts, then by name servers on port 53, which workers may reach whatever egress
+    says. Both /etc/hosts and resolv.conf are watched."""
 
-    threads: int = setting(integer(1, 256), "look-ups at once, in each worker", default=8)
+    servers: tuple[str, ...] = setting(
+        ListOf(ip_literal()), "name servers (those of resolv.conf by default), at most 8", default=()
+    )
     timeout: float = setting(DURATION, "for one name", default=5.0)
+    attempts: int = setting(integer(1, 10), "how often each server is asked in that time", default=2)
+    cache: int = setting(
+        integer(0, 1_000_000),
+        "answers kept in each worker, for their TTL: 1h at most, 1m if there is no address; 0: none",
+        default=4096,
+    )
+    per_source: int = setting(
+        integer(0, 1024),
+        "names of one client (IPv4 address, IPv6 /64) at once; 0: any number",
+        default=128,
+    )
+    system: bool = setting(
+        BOOLEAN,
+        "ask getaddrinfo(3) instead, for the host's NSS modules: no servers, no cache",
+        default=False,
+    )
+    threads: int = setting(integer(1, 256), "with system: look-ups at once, half of them for one client", default=8)
+
+    def __post_init__(self) -> None:
+        if len(self.servers) > MAX_NAME_SERVERS:
+            raise ValueError(f"at most {MAX_NAME_SERVERS} servers")
+        if self.system and self.servers:
+            raise ValueError("system asks the servers of the host's resolv.conf: name none, or leave system out")
+
+    def name_servers(self) -> tuple[IPAddress, ...]:
+        """Return the servers that are named here."""
+        return tuple(map(ip_address, self.servers))
+
+    def make(self, observe: Callable[[str, float], None] | None = None) -> DnsResolver | SystemLookups:
+        """Make the resolver."""
+        if self.system:
+            return SystemLookups(threads=self.threads, timeout=self.timeout, observe=observe)
+        return DnsResolver(
+            self.name_servers(),
+            timeout=self.timeout,
+            attempts=self.attempts,
+            cache=self.cache,
+            per_source=self.per_source,
+            observe=observe,
+        )
 
 
 @dataclass(frozen=True)

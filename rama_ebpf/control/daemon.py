@@ -224,7 +224,7 @@ class _Daemon:
             log.warning("only a restart changes %s", ", ".join(fixed))
         try:
             plan = self._plan(options)
-            self._egress.put(options.egress)  # now, so that the new workers can do what they may
+            self._egress.put(options.egress, options.name_servers)  # now, so that the new workers can do what they may
         except (OSError, ValueError) as error:
             raise RamaError(str(error)) from error
         return plan
@@ -237,12 +237,12 @@ class _Daemon:
             except PolicyError as error:  # the rest of the configuration is in force already
                 log.error("the policy stays as it was: %s", error)
         else:
-            self._egress.put(self._options.egress)
+            self._egress.put(self._options.egress, self._options.name_servers)
         self._listeners.keep(self._options.listen)
         self._write_state()
 
     def _apply_policy(self, options: DaemonOptions) -> None:
-        self._egress.put(options.egress)
+        self._egress.put(options.egress, options.name_servers)
         if self._home.gate is not None:
             limit = options.rejects
             self._home.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ..core.address import Endpoint
+from ..core.address import Endpoint, IPAddress
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
 from ..kernel.instance import Instance
@@ -30,8 +30,8 @@ class DaemonOptions:
     they are None; ``per_source`` and ``overall`` limit what the default lets in, and go with ``rules``. ``xdp`` are the
     interfaces that get the XDP program; the server does not start if one cannot. With ``syn_cookies`` that program
     sends the stack's cookies. ``rejects`` is how many RST answer ``reject``, None for as many as is usual. ``egress``
-    is where workers may connect to, ``user`` who they become, None to stay, ``sandbox`` whether they give up system
-    calls. ``metrics`` is where metrics are served,
+    is where workers may connect to, besides port 53 of ``name_servers`` (none: of the host's); ``user`` is who they
+    become, None to stay, ``sandbox`` whether they give up system calls. ``metrics`` is where metrics are served,
     nowhere if None.
     ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
     the first tunnel wants it. ``kill``: a source that the policy comes to deny loses its live connections, too.
@@ -46,6 +46,7 @@ class DaemonOptions:
     user: UserIds | None = None
     sandbox: Sandbox = Sandbox.WANTED
     egress: EgressPolicy = field(default_factory=EgressPolicy)
+    name_servers: tuple[IPAddress, ...] = ()
     drain: float = 10.0
     watchdog: float = 60.0
     default: Action | None = None

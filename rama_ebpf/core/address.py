@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import socket
 from dataclasses import dataclass
@@ -50,6 +51,19 @@ class SocketAddress:
         """Convert what ``getpeername()`` returns for AF_INET or AF_INET6; IPv4-mapped addresses become IPv4."""
         host, port, *more = sockaddr
         return cls(_parsed(host), port, more[1] if more else 0)  # type: ignore[arg-type]  # the kernel's own words
+
+    @classmethod
+    def zoned(cls, ip: IPAddress, port: int) -> SocketAddress:
+        """Build from an address that may have a zone (RFC 4007 section 11, ``fe80::1%eth0``): the name of an interface,
+        or its index. Raises OSError (ENODEV) for an interface that is not there."""
+        zone = ip.scope_id if isinstance(ip, IPv6Address) else None
+        if zone is None:
+            return cls(ip, port)
+        try:
+            index = int(zone) if zone.isascii() and zone.isdigit() else socket.if_nametoindex(zone)
+        except OSError as error:
+            raise OSError(errno.ENODEV, f"no interface {zone!r}, the zone of {ip}") from error
+        return cls(IPv6Address(int(ip)), port, index)
 
     @property
     def family(self) -> socket.AddressFamily:

@@ -112,7 +112,8 @@ BLAME: Final[Mapping[str, Judgement]] = {
     "h2_flood": Judgement("HTTP/2", "floods of cheap frames or resets", _C, "a page can abort many requests; we close"),
     # -- on the way to the target
     "connect": Judgement("upstream", "the target cannot be reached", _U, "not the client's"),
-    "resolve": Judgement("upstream", "the name has no address, or DNS is slow", _U, "not the client's"),
+    "resolve": Judgement("upstream", "the name has no address", _U, "not the client's"),
+    "resolve_timeout": Judgement("upstream", "no name server answers in time", _U, "not the client's"),
     "refused": Judgement("upstream", "a proxy on the way refuses", _U, "not the client's"),
     "circuit_open": Judgement("upstream", "the target is left alone for now", _U, "not the client's"),
     "no_route": Judgement("upstream", "no backend for it", _O, "our configuration"),

@@ -70,3 +70,12 @@ def local_address(input: HasExtensions) -> SocketAddress | None:
     """Return the address that the client of ``input`` connected to, None where it has none."""
     told = input.extensions.get(LocalAddress)
     return None if told is None else told.address
+
+
+def source_prefix(ip: IPAddress, v4: int = 32, v6: int = 64) -> tuple[int, int]:
+    """Return (IP version, network bits) of the prefix of ``ip`` that stands for one client.
+
+    A /64 is what one IPv6 subscriber commands (RFC 6177): counting single addresses would count nothing.
+    """
+    length, width = (v4, 32) if ip.version == 4 else (v6, 128)
+    return ip.version, int(ip) >> (width - length)

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-from ..core.address import IPAddress
-from ..core.client import HasExtensions, client_address
+from ..core.client import HasExtensions, client_address, source_prefix
 
 __all__ = ["Key", "by_client", "by_source", "source_prefix"]
 
 Key = Callable[[HasExtensions], Hashable]
 """Says under which key an input counts; inputs with equal keys share one limit."""
-
-
-def source_prefix(ip: IPAddress, v4: int = 32, v6: int = 64) -> tuple[int, int]:
-    """Return (IP version, network bits) of the prefix of ``ip`` that stands for one client.
-
-    A /64 is what one IPv6 subscriber commands (RFC 6177): counting single addresses would count nothing.
-    """
-    length, width = (v4, 32) if ip.version == 4 else (v6, 128)
-    return ip.version, int(ip) >> (width - length)
 
 
 def by_client(input: HasExtensions) -> Hashable:

@@ -15,6 +15,8 @@ __all__ = [
     "ERRORS",
     "HANDSHAKES",
     "HANDSHAKE_SECONDS",
+    "LOOKUPS",
+    "LOOKUP_SECONDS",
     "RECEIVED_BYTES",
     "SENT_BYTES",
     "TUNNELS",
@@ -47,6 +49,14 @@ SENT_BYTES: Final = Counter("rama_sent_bytes", "Bytes sent to clients.", _BY_LIS
 TUNNELS: Final = Gauge("rama_tunnels", "Tunnels that are live.", _BY_LISTENER, multiprocess_mode="livesum")
 TUNNELS_CLOSED: Final = Counter("rama_closed_tunnels", "Tunnels that have ended.", ("listener", "relay", "reason"))
 ERRORS: Final = Counter("rama_errors", "Connections that ended with an error, by its kind.", ("listener", "kind"))
+LOOKUPS: Final = Counter(
+    "rama_lookups", "Names looked up, by outcome: cached, answered, dropped, busy, or the kind of error.", ("outcome",)
+)
+LOOKUP_SECONDS: Final = Histogram(
+    "rama_lookup_duration_seconds",
+    "Look-ups that were not answered from what was known, from the question to the end of the wait.",
+    buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
 ACCEPT_PAUSES: Final = Counter(
     "rama_accept_pauses",
     "Refusals, and pauses of accepting, because the process was out of descriptors.",

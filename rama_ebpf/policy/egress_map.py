@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterable
-from ipaddress import IPv4Address, ip_address, ip_network
+from ipaddress import IPv6Address, ip_network
 from pathlib import Path
 from typing import Final
 
 from ..core.address import IPAddress, mapped, unmap
 from ..core.errors import PolicyDenied
+from ..core.resolv_conf import ResolvConf
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from .compiler import MAPPED
@@ -19,7 +19,7 @@ from .egress import DENIED_BY_DEFAULT, EgressPolicy
 from .prefixes import IPNetwork
 from .rule import PolicyError
 
-__all__ = ["decisions", "nameservers", "put_egress", "system_nameservers"]
+__all__ = ["decisions", "nameservers", "put_egress", "system_nameservers", "unzoned"]
 
 _RESOLV_CONF: Final = Path("/etc/resolv.conf")
 
@@ -37,13 +37,12 @@ def decisions(policy: EgressPolicy) -> dict[IPNetwork, bool]:
 
 def nameservers(text: str) -> list[IPAddress]:
     """Return the addresses in a resolv.conf(5), or if there are none the one that is asked then: this host's."""
-    found: list[IPAddress] = []
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) >= 2 and words[0] == "nameserver":
-            with contextlib.suppress(ValueError):  # glibc ignores what it cannot read, too
-                found.append(unmap(ip_address(words[1].partition("%")[0])))
-    return found or [IPv4Address("127.0.0.1")]
+    return [unzoned(server) for server in ResolvConf.parse(text).servers]
+
+
+def unzoned(ip: IPAddress) -> IPAddress:
+    """Return ``ip`` as the programs know it: without its zone, and IPv4 where it is mapped."""
+    return unmap(ip if ip.version == 4 else IPv6Address(int(ip)))
 
 
 def system_nameservers() -> list[IPAddress]:

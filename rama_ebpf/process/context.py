@@ -14,7 +14,7 @@ from ..core.service import Service
 from ..core.stream import Stream
 from ..policy.egress import EgressPolicy
 from ..services.connect import Connector, Egress
-from ..services.resolver import SystemResolver
+from ..services.resolver import DnsResolver
 from ..services.socket_options import SocketOptions
 from .channel import Channel
 from .plan import Json
@@ -39,6 +39,8 @@ class WorkerContext:
     process. The application is made before privileges are dropped, so that it may read keys, and before the event
     loop runs.
 
+    ``observe_lookups`` is for a resolver of the application's own: where metrics are kept, it counts there.
+
     ``policy`` judges and bans sources, ``egress`` says where targets may be, and :meth:`connector` dials them.
     ``secret`` is 32 random bytes that all workers of this server share, replacements too, and nobody else: for
     session tickets and the like. Limits that are given ``shared`` hold for all workers together.
@@ -53,7 +55,8 @@ class WorkerContext:
     secret: bytes
     shared: SharedTable
     egress: Egress = field(default_factory=EgressPolicy)
-    resolver: SystemResolver = field(default_factory=SystemResolver)
+    resolver: DnsResolver = field(default_factory=DnsResolver)
+    observe_lookups: Callable[[str, float], None] | None = None
 
     @property
     def policy(self) -> ServerPolicy:

@@ -24,6 +24,7 @@ from ..core.errors import PeerClosed, RamaError
 from ..kernel.privileges import UserIds, die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
 from ..metrics.directory import ENVIRONMENT as METRICS_ENVIRONMENT
 from ..metrics.directory import use_identity
+from ..services.resolver import DnsResolver
 from ..services.tcp import TcpServer
 from .channel import Channel, receive_line, send_line
 from .context import Application, WorkerContext, load_application
@@ -80,6 +81,7 @@ class _Worker:
         self._servers: list[TcpServer] = []
         self._stop: asyncio.Event | None = None
         self._drain_seconds = float(order["drain"])
+        observe = _lookup_observer()
         self._context = WorkerContext(
             worker=order["worker"],
             workers=order["workers"],
@@ -89,6 +91,8 @@ class _Worker:
             listeners={row["name"]: tuple(index for index, _ in row["sockets"]) for row in order["listeners"]},
             fds=order["fds"],
             channel=self._channel,
+            resolver=DnsResolver(observe=observe),
+            observe_lookups=observe,
         )
         self._application: Application | None = None
 
@@ -192,6 +196,20 @@ def _pause_counter(listener: str) -> Callable[[], None] | None:
     from ..metrics.definitions import ACCEPT_PAUSES  # see there why so late
 
     return ACCEPT_PAUSES.labels(listener).inc
+
+
+def _lookup_observer() -> Callable[[str, float], None] | None:
+    if METRICS_ENVIRONMENT not in os.environ:
+        return None
+
+    def observe(outcome: str, seconds: float) -> None:
+        from ..metrics.definitions import LOOKUP_SECONDS, LOOKUPS  # see there why so late
+
+        LOOKUPS.labels(outcome).inc()
+        if outcome != "cached":
+            LOOKUP_SECONDS.observe(seconds)
+
+    return observe
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from ..core.errors import AuthFailed, PeerClosed, PolicyDenied, ProtocolError, R
 from ..core.service import Service
 from ..core.socket_stream import SocketStream
 from ..core.stream import Stream
-from .resolver import ResolveError, Resolver, SystemResolver
+from .dns.lookup import RESOLUTION_DELAY, Lookup
+from .resolver import ResolveError, Resolver, SharedResolver, SystemResolver, source_of
 from .socket_options import SocketOptions
 
 __all__ = [
@@ -115,17 +116,29 @@ class Connector:
     async def __call__(self, target: Authority, /) -> Stream:
         if target.ip is not None:
             self.egress.check(target.ip)
-            ips = [target.ip]
-        else:
-            ips = self._allowed(target, await self.resolver.resolve(str(target.host)))
-        addresses = [SocketAddress(ip, target.port) for ip in ips]
+            return await self._connect(target, [target.ip], None)
+        resolver = self.resolver
+        if not isinstance(resolver, SharedResolver):
+            allowed = _Allowed(target, self.egress)
+            allowed.add(await resolver.resolve(str(target.host)))
+            return await self._connect(target, allowed.need(), None)
+        with resolver.look_up(str(target.host), source_of(target)) as lookup:
+            arrivals = _Arrivals(lookup, _Allowed(target, self.egress))
+            try:
+                return await self._connect(target, await arrivals.first(), arrivals)
+            finally:
+                arrivals.close()
+
+    async def _connect(self, target: Authority, ips: Sequence[IPAddress], arrivals: _Arrivals | None) -> Stream:
         timeout = None
         try:
-            if len(addresses) == 1 and (stream := self._begin(addresses[0])).is_connected:
+            addresses = [SocketAddress.zoned(ip, target.port) for ip in ips]
+            alone = len(addresses) == 1 and (arrivals is None or arrivals.task is None)
+            if alone and (stream := self._begin(addresses[0])).is_connected:
                 return stream
             async with asyncio.timeout(self.timeout) as timeout:
-                if len(addresses) > 1:
-                    return await self._race(addresses)
+                if not alone:
+                    return await self._race(addresses, target.port, arrivals)
                 await stream.connected()
                 return stream
         except OSError as error:  # TimeoutError among them
@@ -135,43 +148,43 @@ class Connector:
                 number, why = error.errno or errno.EIO, _reason(error)
             raise ConnectError(number, f"cannot connect to {target}: {why}") from error
 
-    def _allowed(self, target: Authority, ips: Iterable[IPAddress]) -> list[IPAddress]:
-        allowed: list[IPAddress] = []
-        denied: PolicyDenied | None = None
-        for ip in ips:
-            try:
-                self.egress.check(ip)
-            except PolicyDenied as error:
-                denied = error
-            else:
-                allowed.append(ip)
-        if allowed:
-            return _families_in_turn(allowed)[:_MAX_ADDRESSES]
-        if denied is not None:
-            raise denied
-        raise ResolveError(f"{target.host} has no address")
-
-    async def _race(self, addresses: Sequence[SocketAddress]) -> SocketStream:
+    async def _race(self, addresses: Sequence[SocketAddress], port: int, arrivals: _Arrivals | None) -> SocketStream:
         """Return the first stream that connects; the others are aborted. Raises the OSError of the last failure."""
-        waiting = deque(addresses)
+        clock = asyncio.get_running_loop().time
+        waiting = list(addresses)
         attempts: set[asyncio.Task[SocketStream]] = set()
+        last: SocketAddress | None = None
+        next_attempt = clock()
         failure: OSError | None = None
         winner: SocketStream | None = None
         try:
-            while winner is None and (waiting or attempts):
-                if waiting:
-                    attempts.add(asyncio.create_task(self._dial(waiting.popleft())))
-                patience = self.attempt_delay if waiting else None
-                done, _ = await asyncio.wait(attempts, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-                for attempt in done:
+            while winner is None:
+                coming = None if arrivals is None else arrivals.task
+                if waiting and (not attempts or clock() >= next_attempt):
+                    last = _of_the_other_family(waiting, last)
+                    waiting.remove(last)
+                    attempts.add(asyncio.create_task(self._dial(last)))
+                    next_attempt = clock() + self.attempt_delay
+                if not attempts and coming is None:
+                    break
+                done, _ = await asyncio.wait(
+                    attempts if coming is None else {*attempts, coming},
+                    timeout=max(0.0, next_attempt - clock()) if waiting else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if coming in done and arrivals is not None:
+                    waiting += [SocketAddress.zoned(ip, port) for ip in arrivals.take()]
+                for attempt in attempts & done:
+                    attempts.discard(attempt)
                     error = attempt.exception()
                     if error is None and winner is None:
                         winner = attempt.result()
-                        attempts.discard(attempt)
+                    elif error is None:
+                        attempts.add(attempt)  # lost by a moment
                     elif isinstance(error, OSError):
                         failure = error
-                        attempts.discard(attempt)
-                    elif error is not None:
+                        next_attempt = clock()
+                    else:
                         raise error
         finally:
             for attempt in attempts:
@@ -211,7 +224,87 @@ def _abort_loser(attempt: asyncio.Task[SocketStream]) -> None:
         attempt.result().abort()
 
 
-def _families_in_turn(ips: list[IPAddress]) -> list[IPAddress]:
+class _Allowed:
+    """The addresses of a target that policy lets through, at most 16."""
+
+    def __init__(self, target: Authority, egress: Egress) -> None:
+        self.ips: list[IPAddress] = []
+        self._target = target
+        self._egress = egress
+        self._denied: PolicyDenied | None = None
+
+    def add(self, ips: Iterable[IPAddress]) -> list[IPAddress]:
+        """Judge ``ips``; return those of them that may be dialled."""
+        added: list[IPAddress] = []
+        for ip in ips:
+            try:
+                self._egress.check(ip)
+            except PolicyDenied as error:
+                self._denied = error
+            else:
+                added.append(ip)
+        added = _families_in_turn(added)[: _MAX_ADDRESSES - len(self.ips)]
+        self.ips += added
+        return added
+
+    def need(self) -> list[IPAddress]:
+        """Return all. Raises :class:`PolicyDenied` or :class:`ResolveError` if there are none."""
+        if self.ips:
+            return self.ips
+        raise self._denied or ResolveError(f"{self._target.host} has no address")
+
+
+class _Arrivals:
+    """Allowed addresses as they arrive. ``task`` ends when more have, and is None when no more will."""
+
+    def __init__(self, lookup: Lookup, allowed: _Allowed) -> None:
+        self.task: asyncio.Task[Sequence[IPAddress]] | None = None
+        self._lookup = lookup
+        self._allowed = allowed
+
+    async def first(self) -> list[IPAddress]:
+        """Return what there is to begin with: IPv6 if it comes within a moment of IPv4 (RFC 8305 section 3)."""
+        while not self._allowed.ips and (fresh := await self._lookup.more()):
+            self._allowed.add(sorted(fresh, key=lambda ip: -ip.version))
+        ips = list(self._allowed.need())
+        self._expect_more()
+        if self.task is not None and all(ip.version == 4 for ip in ips):
+            done, _ = await asyncio.wait({self.task}, timeout=RESOLUTION_DELAY)
+            if done:
+                ips = sorted([*ips, *self.take()], key=lambda ip: -ip.version)
+        return ips
+
+    def take(self) -> list[IPAddress]:
+        """Return what the task has brought."""
+        assert self.task is not None
+        fresh = self.task.result()
+        self.task = None
+        if fresh:
+            self._expect_more()
+        return self._allowed.add(fresh)
+
+    def _expect_more(self) -> None:
+        if not self._lookup.ended:
+            self.task = asyncio.create_task(self._read())
+
+    async def _read(self) -> Sequence[IPAddress]:
+        return await self._lookup.more()
+
+    def close(self) -> None:
+        """Wait for no more."""
+        if self.task is not None:
+            self.task.cancel()
+
+
+def _of_the_other_family(waiting: list[SocketAddress], last: SocketAddress | None) -> SocketAddress:
+    if last is not None:
+        for address in waiting:
+            if address.family != last.family:
+                return address
+    return waiting[0]
+
+
+def _families_in_turn(ips: Sequence[IPAddress]) -> list[IPAddress]:
     """Order ``ips`` so that IPv6 and IPv4 alternate, beginning with the family that the resolver put first
     (RFC 8305 section 4, with a First Address Family Count of 1)."""
     first = deque(ip for ip in ips if ip.version == ips[0].version)

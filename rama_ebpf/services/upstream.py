@@ -15,6 +15,7 @@ from ..core.stream import Stream
 from ..core.target import Target
 from .connect import ConnectError, Egress, ResolveError, Resolver
 from .http.tunnel_client import HttpTunnelClient
+from .resolver import resolve_for, source_of
 from .socks5.client import Socks5Client
 from .tls import ClientTls, TlsConnector
 
@@ -100,7 +101,12 @@ class ResolveLayer:
     def __call__(self, inner: Service[Authority, Stream]) -> Service[Authority, Stream]:
         async def connect(target: Authority, /) -> Stream:
             failure: PolicyDenied | ConnectError | None = None
-            for ip in [target.ip] if target.ip is not None else await self._resolver.resolve(str(target.host)):
+            ips = (
+                [target.ip]
+                if target.ip is not None
+                else await resolve_for(self._resolver, str(target.host), source_of(target))
+            )
+            for ip in ips:
                 try:
                     self._egress.check(ip)
                     return await inner(_at(target, ip))

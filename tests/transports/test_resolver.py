@@ -7,8 +7,9 @@ from ipaddress import ip_address
 
 import pytest
 
-from rama_ebpf.services import resolver as module
-from rama_ebpf.services.resolver import ResolveError, SystemResolver
+from rama_ebpf.core.errors import Busy
+from rama_ebpf.services.dns import system as module
+from rama_ebpf.services.resolver import ResolveError, ResolveTimeout, SystemLookups, SystemResolver
 
 
 @pytest.fixture
@@ -49,13 +50,35 @@ async def test_callers_of_one_name_share_a_look_up(slow_lookups: tuple[threading
 async def test_a_name_that_hangs_is_given_up_and_cannot_pile_up(
     slow_lookups: tuple[threading.Event, list[str]],
 ) -> None:
-    release, _ = slow_lookups
+    release, asked = slow_lookups
     resolver = SystemResolver(threads=1, timeout=0.05, max_waiting=2)
-    for name in ("a.example", "b.example"):
-        with pytest.raises(ResolveError, match="no answer") as hung:
-            await resolver.resolve(name)
-        assert hung.value.temporary
-    with pytest.raises(ResolveError, match=r"no room for 'c\.example'"):
-        await resolver.resolve("c.example")
+    with pytest.raises(ResolveTimeout, match="no answer") as hung:
+        await resolver.resolve("a.example")
+    assert hung.value.temporary
+    waiting = [asyncio.create_task(resolver.resolve(name)) for name in ("b.example", "c.example")]
+    await asyncio.sleep(0)
+    with pytest.raises(Busy, match=r"no room for 'd\.example'"):
+        await resolver.resolve("d.example")
+    for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(outcome, Busy), "their turn did not come: nobody has been asked"
+    assert asked == ["a.example"]
     release.set()
+    assert await resolver.resolve("e.example") == [ip_address("198.18.0.1")], "what nobody waited for is not looked up"
+    assert asked == ["a.example", "e.example"]
     resolver.close()
+
+
+async def test_names_that_hang_leave_half_of_the_threads_to_other_sources(
+    slow_lookups: tuple[threading.Event, list[str]],
+) -> None:
+    release, asked = slow_lookups
+    lookups = SystemLookups(threads=4, timeout=600)
+    hanging = [lookups.look_up(f"hang{number}.example", "one") for number in range(50)]
+    other = lookups.look_up("good.example", "another")
+    await asyncio.sleep(0)
+    release.set()
+    assert await other.more() == [ip_address("198.18.0.1")]
+    assert sorted(asked)[:3] == ["good.example", "hang0.example", "hang1.example"]
+    for lookup in [*hanging, other]:
+        lookup.__exit__()
+    lookups.close()

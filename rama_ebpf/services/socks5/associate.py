@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from ...core.address import Authority, IPAddress, SocketAddress, unmap
+from ...core.client import source_prefix
 from ...core.errors import LimitExceeded, PolicyDenied, RamaError
 from ...core.stream import Stream
 from ...relay import CloseReason, TunnelLimits, TunnelReport
 from ..connect import Egress, Resolver
+from ..resolver import resolve_for
 from .ports import advertised, bound_socket
 from .wire import Fragment, MalformedAddress, decode_datagram, encode_datagram
 
@@ -262,7 +264,7 @@ class Association:
 
     async def _look_up(self, name: str) -> None:
         try:
-            ips = await self._settings.resolver.resolve(name)
+            ips = await resolve_for(self._settings.resolver, name, source_prefix(self._client_ip))
         except (RamaError, OSError):
             ips = ()  # remembered like an answer, so that a stream of datagrams is not a stream of look-ups
         finally:

@@ -13,6 +13,7 @@ from ...core.address import Authority, IPAddress, SocketAddress, unmap
 from ...core.errors import PolicyDenied
 from ...core.socket_stream import SocketStream
 from ..connect import Egress, ResolveError, Resolver
+from ..resolver import resolve_for, source_of
 from .ports import advertised, bound_socket, local_address_towards
 
 __all__ = ["Binder", "Listening"]
@@ -61,7 +62,7 @@ class Binder:
         return self._open(local_address_towards(allowed[0]), frozenset(allowed).__contains__)
 
     async def _allowed(self, peer: Authority) -> list[IPAddress]:
-        ips = [peer.ip] if peer.ip is not None else await self._resolver.resolve(str(peer.host))
+        ips = [peer.ip] if peer.ip is not None else await resolve_for(self._resolver, str(peer.host), source_of(peer))
         allowed: list[IPAddress] = []
         denied: PolicyDenied | None = None
         for ip in ips:

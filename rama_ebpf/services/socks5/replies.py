@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 from typing import Final
 
-from ...core.errors import LimitExceeded, PolicyDenied
-from ..connect import ResolveError
+from ...core.errors import Busy, LimitExceeded, PolicyDenied
+from ..resolver import ResolveError, ResolveTimeout
 from .wire import Reply
 
 __all__ = ["reply_for"]
@@ -27,6 +27,10 @@ _BY_ERRNO: Final = {
 
 def reply_for(error: BaseException) -> Reply:
     """Return the code for an error of a connector; what the RFC has no code for is a general failure."""
+    if isinstance(error, Busy):
+        return Reply.GENERAL_FAILURE
+    if isinstance(error, ResolveTimeout):
+        return Reply.TTL_EXPIRED
     if isinstance(error, PolicyDenied | LimitExceeded):
         return Reply.NOT_ALLOWED
     if isinstance(error, ResolveError):
