@@ -30,6 +30,7 @@ SERVER_SIDE = {
     "plan",
     "policy",
     "request_failed",
+    "seccomp",
     "stack",
     "target",
     "user",
