@@ -188,7 +188,7 @@ struct ban {
 	__u64 created;
 	__u64 hits; /* SYNs turned away; atomic */
 	__u32 action;
-	__u32 pad;
+	__u32 automatic; /* 1: made by a service; userspace keeps it from replacing an operator's */
 	char reason[64];
 };
 _Static_assert(sizeof(struct ban) == 96, "ban");

@@ -18,9 +18,12 @@ enum charge { CHARGE_NONE = 0, CHARGE_PEEK = 1, CHARGE_ADMIT = 2, CHARGE_SETTLE 
  */
 static __always_inline u64 next_arrival(u64 due, u64 now, u64 emission, u64 tolerance)
 {
-	u64 arrival = due > now ? due : now;
+	u64 arrival = due > now ? due : now, ahead = arrival - now;
 
-	return arrival - now > tolerance ? 0 : arrival + emission;
+	if (ahead <= tolerance)
+		return arrival + emission;
+	/* More than this limit itself can have let arise is the debt of an earlier one, with a lower rate: it is forgotten. */
+	return ahead - tolerance > emission ? now + emission : 0;
 }
 
 /* Whether a SYN does not fit into a limit, to which it is charged if it does, as `charge` says. */

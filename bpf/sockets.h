@@ -9,7 +9,8 @@
  * finds the socket that its SYN found. */
 static __always_inline u32 socket_slot(const struct listener *listener, const struct packet *p)
 {
-	u32 flow = p->source_port ^ (mapped_ipv4(&p->source) * 0x9e3779b1u >> 16);
+	/* The upper bits of a product: the ports of one client are all odd or all even, as its stack picks them. */
+	u32 flow = (mapped_ipv4(&p->source) * 0x85ebca6bu ^ p->source_port) * 0x9e3779b1u >> 16;
 
 	return listener->id * SOCKETS_PER_LISTENER + flow % listener->sockets;
 }

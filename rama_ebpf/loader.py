@@ -24,7 +24,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -35,12 +35,15 @@ from .kernel.bpf import AttachType
 from .kernel.bytecode import Program
 from .kernel.compile import Unit, amalgamate
 from .kernel.gate_maps import USUAL_REJECTS, GateMaps, LayoutMismatch, MapSizes
-from .kernel.instance import Instance, InstanceBusy
+from .kernel.instance import Instance, InstanceBusy, PolicyBusy
 from .kernel.programs import code_cache, load_programs
 
 __all__ = ["AcceptCounter", "Gate", "forget_compiled", "load", "unload"]
 
 log = logging.getLogger(__name__)
+
+_LEAVE_SECONDS: Final = 2.0
+"""How long the end of a gate waits for somebody who is changing its policy."""
 
 _XDP, _CGROUP_SKB, _CGROUP_SOCK, _SOCK_OPS = 6, 8, 9, 13  # enum bpf_prog_type
 _SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = 18, 25, 30
@@ -76,9 +79,11 @@ class Gate:
     Sockets must be created after :meth:`attach`, because a socket belongs to the cgroup its creator was in.
     """
 
-    def __init__(self, instance: Instance, maps: GateMaps, programs: dict[str, int]) -> None:
+    def __init__(self, instance: Instance, maps: GateMaps, programs: dict[str, int], *, fresh: bool = True) -> None:
         self.instance = instance
         self.maps = maps
+        self.fresh = fresh
+        """Whether the maps were made for this gate: no policy was pinned before."""
         self.programs = programs
         self._links: list[int] = []
         self._xdp: list[xdp.XdpAttachment] = []
@@ -196,6 +201,16 @@ class Gate:
 
         Returns the address. Raises ValueError for too many sockets or listeners, or sockets of several addresses.
         """
+        address = self.reserve_listener(sockets)
+        self.open_listener(address, sockets)
+        return address
+
+    def reserve_listener(self, sockets: Sequence[socket.socket]) -> SocketAddress:
+        """Put the address of bound TCP sockets under the gate: nobody gets in before :meth:`open_listener`.
+
+        Returns the address. Raises like :meth:`add_listener`. Do it before they listen: a SYN that comes in between
+        would not be judged.
+        """
         constant = abi.constants()
         addresses = {SocketAddress.from_sockaddr(sock.getsockname()) for sock in sockets}
         if len(addresses) != 1:
@@ -207,17 +222,19 @@ class Gate:
         free = next((i for i in range(constant["MAX_LISTENERS"]) if i not in used), None)
         if free is None:
             raise ValueError(f"a gate has at most {constant['MAX_LISTENERS']} listeners")
-        first = free * constant["SOCKETS_PER_LISTENER"]
-        for index, sock in enumerate(sockets):
-            bpf.map_update(
-                self.maps["sockets"],
-                (first + index).to_bytes(4, sys.byteorder),
-                sock.fileno().to_bytes(8, sys.byteorder),
-            )
         key = abi.LISTENER_KEY.pack(mapped(address.ip), address.port, 0)
-        bpf.map_update(self.maps["listeners"], key, abi.LISTENER.pack(free, len(sockets), 0))
+        bpf.map_update(self.maps["listeners"], key, abi.LISTENER.pack(free, 0, 0))
         self._listeners[address] = _Listener(key, free, len(sockets))
         return address
+
+    def open_listener(self, address: SocketAddress, sockets: Sequence[socket.socket]) -> None:
+        """Steer the connections of a reserved address to its sockets, which listen by now. Raises KeyError, OSError."""
+        listener = self._listeners[address]
+        first = listener.id * abi.constants()["SOCKETS_PER_LISTENER"]
+        for index, sock in enumerate(sockets):
+            key, value = (first + index).to_bytes(4, sys.byteorder), sock.fileno().to_bytes(8, sys.byteorder)
+            bpf.map_update(self.maps["sockets"], key, value)
+        bpf.map_update(self.maps["listeners"], listener.key, abi.LISTENER.pack(listener.id, len(sockets), 0))
 
     def remove_listener(self, address: SocketAddress) -> None:
         """Take a listener from under the gate. Raises KeyError if it is not."""
@@ -249,7 +266,8 @@ class Gate:
         self.programs = {}
         self.maps.close()
         if not keep_policy:
-            _remove_pins(self.instance)
+            with _locked_if_possible(self.instance):
+                _remove_pins(self.instance)
 
     def detach(self) -> None:
         """Detach all hooks and leave the cgroup, which is removed if it was made for this gate. May be done twice."""
@@ -283,20 +301,24 @@ def load(
     kernel_headers: Path | None = None,
     xdp: bool = False,
     syn_cookies: bool = False,
+    migrate: Callable[[GateMaps, GateMaps], None] | None = None,
 ) -> Gate:
     """Load the programs of an instance over its maps, which are taken over from pins if there are any.
 
     They are compiled if no earlier start has left them (see :mod:`.kernel.programs`).
 
     ``xdp`` loads the XDP program too (compiler and verifier take their time, so only where it is wanted), with
-    ``syn_cookies`` one that answers with the stack's SYN cookies.
+    ``syn_cookies`` one that answers with the stack's SYN cookies. Pinned maps of other sizes than ``sizes`` are
+    replaced by new ones, into which ``migrate(old, new)`` copies the policy; what it raises leaves the old ones as they
+    are.
 
     The caller holds the instance's :class:`~rama_ebpf.kernel.instance.ServerLock`. Nothing is attached yet. Raises
     :class:`~rama_ebpf.kernel.compile.CompileError` or OSError; new pins are removed then.
     """
     bpffs.ensure_mounted()
     _remove_stale_cgroup(instance)
-    maps, fresh = _open_or_create_maps(instance, sizes or MapSizes())
+    with instance.policy_lock():
+        maps, fresh = _open_or_create_maps(instance, sizes or MapSizes(), migrate)
     try:
         source = amalgamate(abi.source_dir() / "sockops_filter.c")
         wanted = [*_PROGRAMS, _XDP_PROGRAM] if xdp else _PROGRAMS
@@ -308,10 +330,47 @@ def load(
         if fresh:
             _remove_pins(instance)
         raise
-    return Gate(instance, maps, programs)
+    return Gate(instance, maps, programs, fresh=fresh)
 
 
-def _open_or_create_maps(instance: Instance, sizes: MapSizes) -> tuple[GateMaps, bool]:
+@contextlib.contextmanager
+def _locked_if_possible(instance: Instance) -> Iterator[None]:
+    """Hold the policy's lock; if somebody does not let go of it go on without: nothing may stay behind."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(instance.policy_lock(_LEAVE_SECONDS))
+        except PolicyBusy as error:
+            log.warning("removing the pins all the same: %s", error.strerror)
+        yield
+
+
+def _resized(
+    instance: Instance, maps: GateMaps, sizes: MapSizes, migrate: Callable[[GateMaps, GateMaps], None]
+) -> GateMaps:
+    """Return new maps with the policy of the pinned ones, pinned in their place."""
+    log.info("the policy pinned at %s is copied: %s, and %s is wanted", instance.pin_dir, maps.sizes, sizes)
+    aside = Path(tempfile.mkdtemp(prefix="new-", dir=instance.pin_root))
+    old = aside.with_name(aside.name.replace("new-", "old-", 1))
+    try:
+        new = GateMaps.create(aside, sizes)
+        try:
+            migrate(maps, new)
+            instance.pin_dir.rename(old)
+            aside.rename(instance.pin_dir)
+        except BaseException:
+            new.close()
+            raise
+    except BaseException:
+        bpffs.remove_tree(aside)
+        raise
+    bpffs.remove_tree(old)
+    maps.close()
+    return new
+
+
+def _open_or_create_maps(
+    instance: Instance, sizes: MapSizes, migrate: Callable[[GateMaps, GateMaps], None] | None
+) -> tuple[GateMaps, bool]:
     _refuse_foreign(instance)
     if instance.pin_dir.is_dir():
         try:
@@ -319,6 +378,12 @@ def _open_or_create_maps(instance: Instance, sizes: MapSizes) -> tuple[GateMaps,
         except (FileNotFoundError, LayoutMismatch) as error:
             log.warning("pins of instance %r cannot be taken over and are removed: %s", instance.name, error)
         else:
+            if migrate is not None and maps.sizes != sizes:
+                try:
+                    maps = _resized(instance, maps, sizes, migrate)
+                except BaseException:
+                    maps.close()
+                    raise
             log.info("took over the policy pinned at %s", instance.pin_dir)
             # Listeners and their sockets died with the last server, and so did its links.
             for name in ("listeners", "interfaces"):

@@ -12,6 +12,7 @@ from typing import cast
 from .. import loader
 from ..control.api import Json
 from ..kernel import xdp
+from ..kernel.gate_maps import LayoutMismatch
 from ..kernel.instance import Instance, InstanceBusy
 from ..policy.kernel_store import KernelStore
 from .output import NO, OK, print_json, table
@@ -56,7 +57,13 @@ def status(instance: Instance) -> Json:
     if not instance.pinned:
         result["listeners"] = [{"name": row["name"], "address": row["address"]} for row in _rows(state, "listeners")]
         return result
-    with KernelStore(instance) as store:
+    try:
+        opened = KernelStore(instance)
+    except (FileNotFoundError, LayoutMismatch) as error:
+        result["why_unknown"] = f"the pins cannot be read: {error}"
+        result["listeners"] = [{"name": row["name"], "address": row["address"]} for row in _rows(state, "listeners")]
+        return result
+    with opened as store:
         result["listeners"] = [_counted(store, row) for row in _rows(state, "listeners")]
         result["verdicts"] = [
             {"hook": hook, "stage": stage, "action": action, "count": count}
@@ -98,6 +105,8 @@ def _status(args: argparse.Namespace) -> int:
         print(f"instance {result['instance']} is not running{kept}")
     if result["why_local"]:
         print(f"policy is not in the kernel: {result['why_local']}")
+    if result.get("why_unknown"):
+        print(f"counters are unknown: {result['why_unknown']}")
     if result["egress"]:
         print(f"egress policy is kept by {result['egress']}")
     for row in cast("list[Json]", result["xdp"]):

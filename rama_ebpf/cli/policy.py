@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Mapping
 from typing import Final, cast
 
 from ..control import socket as control
 from ..control.api import ControlApi, Json
 from ..core.address import Authority
+from ..kernel.gate_maps import LayoutMismatch
 from ..kernel.instance import Instance
 from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
@@ -19,19 +21,56 @@ __all__ = ["call", "register", "show_verdict", "split_target"]
 
 _SLOW: Final = {"load": 600.0, "diff": 600.0, "refresh": 600.0}
 """Methods that may read feeds: seconds to wait for the server's answer."""
+_CHANGING: Final = frozenset({"add", "remove", "ban", "load", "confirm", "rollback", "refresh"})
+_ATTEMPTS: Final = 5
+_START_SECONDS: Final = 10.0
+"""How long a server that is starting may take to say where its policy lives."""
 
 
 def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
-    """Run a control method: on the pinned maps if there are any, else through the server's control socket.
+    """Run a control method where the instance's policy lives: on the pinned maps, or in its server.
 
-    Raises :class:`PolicyError` if the instance is not loaded.
+    Raises :class:`PolicyError` if the instance is not loaded, or its pins cannot be used and no server holds them.
     """
-    if instance.pinned:
-        with KernelStore(instance) as store:
-            return ControlApi(store, FeedStore(instance.feeds_dir)).call(method, params)
+    pid = instance.serving_pid()
+    if instance.pinned and _policy_of_server(instance, pid) != "local":
+        try:
+            return _on_pins(instance, method, params)
+        except (FileNotFoundError, LayoutMismatch) as error:
+            if pid is None:
+                raise PolicyError(
+                    f"the pins of instance {instance.name!r} cannot be used: {error} (a start says what is lost; "
+                    "rama-ebpf unload removes them)"
+                ) from error
     if instance.control_socket.exists():
         return control.call(instance.control_socket, method, params, timeout=_SLOW.get(method, 10.0))
     raise PolicyError(f"instance {instance.name!r} is not loaded: start it with rama-ebpf run")
+
+
+def _policy_of_server(instance: Instance, pid: int | None) -> object:
+    """Where the live server has its policy, ``kernel`` or ``local``; None if there is none, or it does not say."""
+    deadline = time.monotonic() + _START_SECONDS
+    while pid is not None:
+        state = instance.read_state()
+        if state.get("pid") == pid:
+            return state.get("policy")
+        if time.monotonic() >= deadline or not state:
+            break
+        time.sleep(0.05)  # it is starting: what is written there is of the server before it
+        pid = instance.serving_pid()
+    return None
+
+
+def _on_pins(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
+    """Run a method on the pinned maps. A server that starts or stops puts others in their place: what was changed in
+    maps that nobody uses any more is changed again in those that are in use."""
+    done: list[Json] = []
+    for _ in range(_ATTEMPTS):
+        with KernelStore(instance) as store:
+            done.append(ControlApi(store, FeedStore(instance.feeds_dir)).call(method, params))
+            if method not in _CHANGING or store.is_current():
+                return next((one for one in done if one.get("removed") or one.get("ban_lifted")), done[-1])
+    raise PolicyError(f"instance {instance.name!r} starts and stops all the time: nothing is known to be in force")
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:

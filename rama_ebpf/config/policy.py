@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
+from ..kernel.gate_maps import MAX_FAILSAFE
 from ..policy.rule import Action, Feed, PolicyError, Rule, RuleSet, Settings, SynLimit, boottime_ns
 from .decode import ListOf, Table, setting
 from .kinds import BOOLEAN, DURATION, NETWORK, PORT, RATE, SIZE, TEXT, Rate, any_path, choice, integer, number
@@ -132,6 +133,8 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.syn_cookies and not self.xdp:
             raise ValueError("syn_cookies: XDP sends them, so name at least one interface in xdp")
+        if len(self.failsafe or ()) > MAX_FAILSAFE:
+            raise ValueError(f"failsafe: {len(self.failsafe or ())} networks: use at most {MAX_FAILSAFE}")
 
     def ruleset(self, present: Settings) -> RuleSet:
         """Return what is loaded at once, feeds not yet read. What it says nothing about stays as in ``present``."""

@@ -90,10 +90,13 @@ class ControlApi:
         return self._rule(self._store.add(rule), (source,)) | {"revision": self._store.revision}
 
     def remove(self, params: Mapping[str, object]) -> Json:
-        """Take the runtime rules, and the ban, of exactly ``source`` (and ``port``) out of force."""
-        source = parse_network(_text(params, "source"))
-        removed = self._store.remove(source, cast("int | None", params.get("port")))
-        lifted = source.prefixlen == source.max_prefixlen and self._store.unban(source.network_address)
+        """Take the runtime rule of exactly ``source``, and its ban, out of force; with ``port`` the rule of that port
+        alone, for a ban is for all ports."""
+        source, port = parse_network(_text(params, "source")), cast("int | None", params.get("port"))
+        # The ban first: where the disk refuses that, nothing is changed.
+        is_address = source.prefixlen == source.max_prefixlen
+        lifted = port is None and is_address and self._store.unban(source.network_address)
+        removed = self._store.remove(source, port)
         return {
             "removed": [rule.name for rule in removed],
             "ban_lifted": lifted,

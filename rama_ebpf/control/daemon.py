@@ -10,20 +10,23 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import uvloop
 
 from ..core.errors import RamaError
+from ..kernel.gate_maps import MAX_FAILSAFE
 from ..kernel.instance import ServerLock
 from ..kernel.xdp import XdpAttachment
 from ..metrics.directory import MetricsDirectory
+from ..policy.compiler import CompiledSet
 from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
-from ..policy.refresh import Refresher, with_feeds
+from ..policy.refresh import FeedReport, Refresher, with_feeds
 from ..policy.rule import PolicyError, RuleSet
 from ..process import Plan, Supervisor
 from ..services.tcp import bind_tcp
@@ -37,6 +40,7 @@ from .kernel_relay import KernelRelay
 from .kill import ConnectionKiller
 from .listeners import Listeners
 from .options import FIXED, DaemonOptions
+from .policy_thread import PolicyThread
 from .socket import ControlServer
 from .verdicts import Verdicts
 from .worker_requests import handlers
@@ -60,10 +64,21 @@ def serve(options: DaemonOptions, reload: Callable[[], DaemonOptions] | None = N
     :class:`~rama_ebpf.process.WorkersFailed`, or OSError (a port that is taken, say); nothing stays behind then.
     """
     started = time.monotonic()
+    early: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))  # one that comes during the start waits
     with ServerLock(options.instance, create=True), open_home(options) as home, contextlib.ExitStack() as cleanup:
-        daemon = _Daemon(options, reload or (lambda: options), home, cleanup, started)
+        daemon = _Daemon(options, reload or (lambda: options), home, cleanup, started, lambda: bool(early))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(daemon.run())
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """The set of a configuration, ready to be put into force."""
+
+    ruleset: RuleSet
+    compiled: CompiledSet
+    reports: tuple[FeedReport, ...]
 
 
 class _Daemon:
@@ -76,8 +91,10 @@ class _Daemon:
         home: Home,
         cleanup: contextlib.ExitStack,
         started: float,
+        hung_up: Callable[[], bool],
     ) -> None:
         self._options = options
+        self._hung_up = hung_up
         self._reload = reload
         self._home = home
         self._started = started
@@ -92,9 +109,6 @@ class _Daemon:
         restored = home.store.restore_bans()
         if restored:
             log.info("%d bans of earlier are in force again", restored)
-        if home.store.pending is not None and (options.rules is not None or options.default is not None):
-            log.warning("the set on trial is undone: this start says what is to be in force")
-            home.store.roll_back()
         self._killer = ConnectionKiller(self._listeners.addresses, () if home.gate is None else home.gate.own_cgroups)
         self._events = EventHub() if home.gate is None else GateEvents(home.gate.maps, rule_names(home.store)).hub
         self._relay = KernelRelay(
@@ -104,16 +118,23 @@ class _Daemon:
             on_change=self._write_state,
         )
         cleanup.callback(self._relay.close)
+        # First closed: a listener's address is under the gate, and the policy in force, before it listens.
+        self._listeners.want(options.listen, options.workers)
         self._apply_policy(options)
+        self._listeners.open()
         self._pending = options
+        self._prepared: _Prepared | None = None
+        self._policy_thread = cleanup.enter_context(PolicyThread())
         self._supervisor = Supervisor(
             self._plan(options),
-            handlers=handlers(home.store, self._events),
+            handlers=handlers(home.store, self._events, self._policy_thread.submit),
             reload=self._reloaded_plan,
+            on_prepare=self._prepare_policy,
+            on_switch=self._switch_policy,
             on_reloaded=self._after_reload,
             on_ready=self._ready,
             on_spawn=lambda pid: None if home.gate is None else home.gate.adopt_worker(pid),
-            on_stopping=self._listeners.close,
+            on_stopping=self._listeners.stop,
             on_start=self._relay.worker_started,
             on_exit=self._worker_ended,
         )
@@ -210,10 +231,13 @@ class _Daemon:
         self._relay.worker_ended(identity)
 
     def _ready(self) -> None:
+        self._home.served = True
         where = "kernel" if self._home.gate is not None else "userspace"
         addresses = ", ".join(str(row["address"]) for row in self._listeners.described(self._options.listen))
         seconds, workers = time.monotonic() - self._started, self._options.workers
         log.info("ready after %.2f s: %d workers on %s, policy in %s", seconds, workers, addresses, where)
+        if self._hung_up():
+            self._supervisor.hang_up()
 
     # -- reload --------------------------------------------------------------------------------------------------
 
@@ -229,38 +253,63 @@ class _Daemon:
             raise RamaError(str(error)) from error
         return plan
 
+    async def _prepare_policy(self) -> None:
+        """Find out what cannot be carried out, while everything is as it was. Raises RamaError."""
+        try:
+            self._prepared = await asyncio.to_thread(self._compiled, self._pending)
+        except OSError as error:
+            raise RamaError(str(error)) from error
+
+    async def _switch_policy(self) -> None:
+        """Put the policy of a reload into force and open what is new: nobody accepts connections now."""
+        try:
+            await asyncio.to_thread(self._apply_policy, self._pending, self._prepared)
+            self._listeners.open()
+        except OSError as error:
+            raise RamaError(str(error)) from error
+
     def _after_reload(self, succeeded: bool) -> None:
+        self._prepared = None
         if succeeded:
             self._options = self._pending
-            try:
-                self._apply_policy(self._options)
-            except PolicyError as error:  # the rest of the configuration is in force already
-                log.error("the policy stays as it was: %s", error)
         else:
             self._egress.put(self._options.egress, self._options.name_servers)
         self._listeners.keep(self._options.listen)
         self._write_state()
 
-    def _apply_policy(self, options: DaemonOptions) -> None:
+    def _compiled(self, options: DaemonOptions) -> _Prepared | None:
+        store = self._home.store
+        if options.failsafe is not None and len(options.failsafe) > MAX_FAILSAFE:
+            raise PolicyError(f"{len(options.failsafe)} failsafe networks: use at most {MAX_FAILSAFE}")
+        if options.rules is None:
+            return None
+        settings = store.settings() if options.default is None else replace(store.settings(), default=options.default)
+        settings = replace(settings, per_source=options.per_source, overall=options.overall)
+        ruleset, reports = with_feeds(RuleSet(options.rules, settings), self._feeds, known=store.ruleset())
+        return _Prepared(ruleset, store.compile(ruleset), tuple(reports))
+
+    def _apply_policy(self, options: DaemonOptions, prepared: _Prepared | None = None) -> None:
+        prepared = prepared or self._compiled(options)
         self._egress.put(options.egress, options.name_servers)
         if self._home.gate is not None:
             limit = options.rejects
             self._home.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
         store = self._home.store
+        if store.pending is not None and (options.rules is not None or options.default is not None):
+            log.warning("the set on trial is undone: the configuration says what is to be in force")
+            store.roll_back()
         if options.failsafe is not None:
             store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
         settings = store.settings()
         if options.default is not None:
             settings = replace(settings, default=options.default)
-        if options.rules is None:
+        if prepared is None:
             if settings != store.settings():
                 store.set_settings(settings)
             return
-        settings = replace(settings, per_source=options.per_source, overall=options.overall)
-        ruleset, reports = with_feeds(RuleSet(options.rules, settings), self._feeds, known=store.ruleset())
-        for report in reports:
+        for report in prepared.reports:
             report.log()
-        store.replace(ruleset, origin="configuration")
+        store.replace(prepared.ruleset, compiled=prepared.compiled, origin="configuration")
 
     # -- what is seen from outside -------------------------------------------------------------------------------
 

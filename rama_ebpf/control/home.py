@@ -34,6 +34,8 @@ class Home:
     store: PolicyStore
     gate: loader.Gate | None
     why_local: str = ""
+    served: bool = False
+    """Whether this run got as far as serving. One that did not leaves the policy as it found it."""
 
 
 @contextlib.contextmanager
@@ -46,6 +48,7 @@ def open_home(options: DaemonOptions) -> Iterator[Home]:
             kernel_headers=options.kernel_headers,
             xdp=bool(options.xdp),
             syn_cookies=options.syn_cookies,
+            migrate=lambda old, new: KernelStore(options.instance, new).take_over(KernelStore(options.instance, old)),
         )
         gate.attach()
         if not gate.guards_workers:
@@ -53,17 +56,27 @@ def open_home(options: DaemonOptions) -> Iterator[Home]:
     except (OSError, CompileError) as error:
         why = str(error)
         if gate is not None:
-            gate.close(keep_policy=options.persist)
+            gate.close(keep_policy=options.persist or not gate.fresh)
             gate = None
     if gate is not None:
+        home: Home | None = None
         try:
             _attach_xdp(gate, options.xdp)
-            yield Home(KernelStore(options.instance, gate.maps), gate)
+            store = KernelStore(options.instance, gate.maps)
+            store.rebuild()
+            home = Home(store, gate)
+            yield home
         finally:
-            gate.close(keep_policy=options.persist)
+            served = home is not None and home.served
+            gate.close(keep_policy=options.persist or not (served or gate.fresh))
         return
     if options.require_kernel or options.xdp:
         raise GateUnavailable(f"no gate in the kernel: {why} (rama-ebpf doctor says more)")
+    if options.instance.pinned:
+        raise GateUnavailable(
+            f"no gate in the kernel: {why}. The policy that is pinned at {options.instance.pin_dir} would not be in "
+            "force (rama-ebpf doctor says more; rama-ebpf unload forgets that policy)"
+        )
     log.warning(
         "POLICY IS NOT IN THE KERNEL: unwanted clients are turned away only after accept. Reason: %s "
         "(rama-ebpf doctor says more; --require-kernel refuses to run like this)",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..core.address import Endpoint, SocketAddress
 from ..loader import Gate
 from ..process import Listener
-from ..services.tcp import bind_tcp
+from ..services.tcp import BACKLOG, bind_tcp
 from ..services.unix import bind_unix
 
 __all__ = ["ListenAt", "Listeners"]
@@ -26,10 +26,11 @@ class ListenAt:
     mode: int = 0o660
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Open:
     sockets: tuple[socket.socket, ...]
     address: SocketAddress | None
+    listens: bool = False
 
 
 _Key = tuple[Endpoint, str]
@@ -52,8 +53,9 @@ class Listeners:
     def want(self, wanted: Iterable[ListenAt], sockets: int) -> tuple[Listener, ...]:
         """Return listeners for all of ``wanted``; those that are open already stay as they are.
 
-        A new TCP address gets ``sockets`` sockets, one a worker, so that each has an accept queue that outlives it.
-        Raises OSError naming the address, or ValueError if the gate is full; then no new one stays open.
+        A new TCP address gets ``sockets`` sockets, one a worker, so that each has an accept queue that outlives it. It
+        is under the gate, and lets nobody in before :meth:`open`. Raises OSError naming the address, or ValueError if
+        the gate is full; then no new one stays open.
         """
         wanted = list(wanted)
         opened: list[_Key] = []
@@ -68,18 +70,36 @@ class Listeners:
             raise
         return tuple(Listener(at.name, self._open[_key(at)].sockets) for at in wanted)
 
+    def open(self) -> None:
+        """Listen on what :meth:`want` has made since. The policy that is meant for it is in force by now. Raises
+        OSError."""
+        for entry in self._open.values():
+            if entry.address is None or entry.listens:
+                continue
+            for sock in entry.sockets:
+                sock.listen(BACKLOG)
+            if self._gate is not None:
+                self._gate.open_listener(entry.address, entry.sockets)
+            entry.listens = True
+
     def keep(self, wanted: Iterable[ListenAt]) -> None:
-        """Close all others."""
+        """Close all others. No worker may have their sockets any more: they leave the gate."""
         for key in self._open.keys() - set(map(_key, wanted)):
             self._close(key)
 
+    def stop(self) -> None:
+        """Close our own descriptors of all sockets. They stay under the gate, for workers may still have theirs."""
+        for entry in self._open.values():
+            for sock in entry.sockets:
+                sock.close()
+
     def close(self) -> None:
-        """Close all."""
+        """Close all, and take them from under the gate."""
         self.keep(())
 
     def addresses(self) -> list[SocketAddress]:
         """The TCP addresses that are open now."""
-        return [entry.address for entry in list(self._open.values()) if entry.address is not None]
+        return [entry.address for entry in list(self._open.values()) if entry.address is not None and entry.listens]
 
     def described(self, wanted: Iterable[ListenAt]) -> list[dict[str, object]]:
         """What ``status`` needs to know: name, address, and the index in the gate's maps of those under it."""
@@ -108,7 +128,7 @@ class Listeners:
         address = SocketAddress.from_sockaddr(sockets[0].getsockname())
         if self._gate is not None:
             try:
-                self._gate.add_listener(sockets)
+                self._gate.reserve_listener(sockets)
             except BaseException:
                 for sock in sockets:
                     sock.close()
@@ -129,10 +149,10 @@ class Listeners:
 
 def _bind(address: SocketAddress, count: int) -> tuple[socket.socket, ...]:
     host = str(address.ip)
-    sockets = [bind_tcp(host, address.port, reuse_port=count > 1)]
+    sockets = [bind_tcp(host, address.port, backlog=None, reuse_port=count > 1)]
     try:
         while len(sockets) < count:
-            sockets.append(bind_tcp(host, sockets[0].getsockname()[1], reuse_port=True))
+            sockets.append(bind_tcp(host, sockets[0].getsockname()[1], backlog=None, reuse_port=True))
     except BaseException:
         for sock in sockets:
             sock.close()

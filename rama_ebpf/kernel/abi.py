@@ -61,7 +61,7 @@ SET_HEAD: Final = _HEADER.layout(
 )
 FAILSAFE_KEY: Final = _HEADER.layout("failsafe_key", "plen", "ipv4", "addr")
 PEER_KEY: Final = _HEADER.layout("peer_key", "socket", "addr", "port", "pad")
-BAN: Final = _HEADER.layout("ban", "expires", "created", "hits", "action", "pad", "reason")
+BAN: Final = _HEADER.layout("ban", "expires", "created", "hits", "action", "automatic", "reason")
 GATE: Final = _HEADER.layout(
     "gate", "revision", "deadline", "active", "fallback", "flags", "failsafe_ports", "pad", "runtime", "sets"
 )

@@ -13,7 +13,7 @@ from . import abi, bpf
 from .bpf import MapFlags, MapType
 from .gate_state import GateState
 
-__all__ = ["RUNTIME_LENGTHS", "USUAL_REJECTS", "GateMaps", "LayoutMismatch", "MapSizes", "MapSpec", "set_pages"]
+__all__ = ["MAX_FAILSAFE", "USUAL_REJECTS", "GateMaps", "LayoutMismatch", "MapSizes", "MapSpec", "set_pages"]
 
 
 class LayoutMismatch(RuntimeError):
@@ -25,9 +25,15 @@ class MapSizes:
     """How many entries the maps of a gate hold at most."""
 
     rules: int = 131_072
-    """Of the loaded set and of the runtime layer together. A rule of the set can have any number of sources."""
+    """Of the loaded set and of the runtime layer together, one more than there may be. A rule of the set can have any
+    number of sources."""
     bans: int = 1_048_576
     buckets: int = 65_536
+
+    @property
+    def rule_ids(self) -> int:
+        """How many ids the tables of rules have: a set is replaced in its own size, so both must fit for a moment."""
+        return self.rules + min(self.rules, _SPARE_RULES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,11 @@ class MapSpec:
 
 
 _HASH: Final = (MapType.HASH, MapFlags.NO_PREALLOC)
-RUNTIME_LENGTHS: Final = 33 + 129
-"""How many prefix lengths there are: those of IPv4, then those of IPv6."""
+MAX_FAILSAFE: Final = 1024
+"""How many networks the failsafe has at most. Its map has room for two such lists: the new one is added before the old
+one goes, so that nobody is locked out between them."""
+_SPARE_RULES: Final = 8192
+"""How many rules the tables hold beyond ``MapSizes.rules``, for the moment in which a set replaces another."""
 
 _EMISSION: Final = 1_000_000_000 // abi.constants()["REJECTS_PER_SECOND"]
 USUAL_REJECTS: Final = (_EMISSION, _EMISSION * (abi.constants()["REJECT_BURST"] - 1))
@@ -93,14 +102,14 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "gate": MapSpec(MapType.ARRAY, 4, abi.GATE.size, 1),
         "listeners": MapSpec(MapType.HASH, abi.LISTENER_KEY.size, abi.LISTENER.size, listeners),
         "sockets": MapSpec(MapType.SOCKMAP, 4, 8, listeners * constant["SOCKETS_PER_LISTENER"]),
-        "rules": MapSpec(MapType.ARRAY, 4, abi.RULE.size, sizes.rules),
-        "rule_hits": MapSpec(MapType.PERCPU_ARRAY, 4, abi.RULE_HITS.size, sizes.rules),
-        "rule_info": MapSpec(_HASH[0], 4, abi.RULE_INFO.size, sizes.rules, _HASH[1]),
+        "rules": MapSpec(MapType.ARRAY, 4, abi.RULE.size, sizes.rule_ids),
+        "rule_hits": MapSpec(MapType.PERCPU_ARRAY, 4, abi.RULE_HITS.size, sizes.rule_ids),
+        "rule_info": MapSpec(_HASH[0], 4, abi.RULE_INFO.size, sizes.rule_ids, _HASH[1]),
         "gate_stats": MapSpec(MapType.PERCPU_ARRAY, 4, 8, stats),
         "established": MapSpec(MapType.PERCPU_ARRAY, 4, 8, listeners),
         "accepted": MapSpec(MapType.ARRAY, 4, 8, listeners * constant["SOCKETS_PER_LISTENER"], MapFlags.MMAPABLE),
         "bans": MapSpec(_HASH[0], 16, abi.BAN.size, sizes.bans, _HASH[1]),
-        "failsafe": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 1024, _LPM[1]),
+        "failsafe": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 2 * MAX_FAILSAFE, _LPM[1]),
         "egress": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 65_536, _LPM[1]),
         "server_cgroup": MapSpec(MapType.ARRAY, 4, 8, 1),
         "datagram_peers": MapSpec(MapType.LRU_HASH, abi.PEER_KEY.size, 4, constant["MAX_DATAGRAM_PEERS"]),
@@ -113,7 +122,6 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "silent_rejects": MapSpec(MapType.PERCPU_ARRAY, 4, 8, 1),
         "scratch": MapSpec(MapType.PERCPU_ARRAY, 4, abi.SCRATCH.size, 1),
         "runtime": MapSpec(_HASH[0], abi.RUNTIME_KEY.size, 4, sizes.rules, _HASH[1]),
-        "runtime_lengths": MapSpec(MapType.ARRAY, 4, 4, RUNTIME_LENGTHS),
         "slots": MapSpec(MapType.ARRAY, 4, abi.SLOT.size, 4 * constant["MAX_SLOTS"], MapFlags.MMAPABLE),
         "chains": MapSpec(MapType.ARRAY, 4, abi.CHAIN_ITEM.size, 2 * constant["MAX_CHAIN_ITEMS"], MapFlags.MMAPABLE),
         # One index more than there are sets: writing to it waits for all programs that are running (see KernelStore).
@@ -162,6 +170,13 @@ class GateMaps(Mapping[str, int]):
     def capacity(self, name: str) -> int:
         """How many entries a map holds at most."""
         return bpf.map_info(self._fds[name]).max_entries
+
+    @property
+    def sizes(self) -> MapSizes:
+        """The sizes that these maps were made with."""
+        ids = self.capacity("rules")
+        rules = ids // 2 if ids <= 2 * _SPARE_RULES else ids - _SPARE_RULES
+        return MapSizes(rules, self.capacity("bans"), self.capacity("buckets"))
 
     def close(self) -> None:
         """Close the descriptors; pinned maps live on."""

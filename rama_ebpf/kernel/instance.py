@@ -8,14 +8,21 @@ import fcntl
 import json
 import os
 import re
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from . import abi
 from .bpffs import BPFFS
 
-__all__ = ["Instance", "InstanceBusy", "ServerLock", "state_root"]
+__all__ = ["Instance", "InstanceBusy", "PolicyBusy", "ServerLock", "state_root"]
+
+_PATIENCE: Final = 30.0
+_FIRST_PAUSE: Final = 0.001
+_LAST_PAUSE: Final = 0.05
 
 
 def _run_root() -> Path:
@@ -47,6 +54,10 @@ class InstanceBusy(RuntimeError):
     def __init__(self, name: str, pid: int) -> None:
         super().__init__(f"instance {name!r} is already served by process {pid or 'unknown'}")
         self.pid = pid
+
+
+class PolicyBusy(TimeoutError):
+    """Somebody else has been changing the policy for longer than we wait. The text names the holder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +139,41 @@ class Instance:
         temporary.replace(self.run_dir / "state.json")
 
     @contextlib.contextmanager
-    def policy_lock(self) -> Iterator[None]:
-        """Hold the lock of those who change the policy maps. Released by the kernel if the holder dies."""
+    def policy_lock(self, patience: float = _PATIENCE) -> Iterator[None]:
+        """Hold the lock of those who change the policy maps. Released by the kernel if the holder dies.
+
+        Never taken on an event loop. Raises :class:`PolicyBusy`, which names the holder, after ``patience`` seconds.
+        """
         self.make_run_dir()
         fd = os.open(self.run_dir / "policy.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            self._wait_for(fd, patience)
+            holder = {"pid": os.getpid(), "command": " ".join(sys.argv)[:200], "since": time.time()}
+            os.pwrite(fd, json.dumps(holder).encode().ljust(512), 0)
             yield
         finally:
             os.close(fd)
+
+    def _wait_for(self, fd: int, patience: float) -> None:
+        deadline, pause = time.monotonic() + patience, _FIRST_PAUSE
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise PolicyBusy(errno.ETIMEDOUT, self._held_by(fd)) from None
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE)
+
+    def _held_by(self, fd: int) -> str:
+        try:
+            holder = json.loads(os.pread(fd, 512, 0))
+            since = max(0.0, time.time() - float(holder["since"]))
+            who = f"process {int(holder['pid'])} ({holder['command']}) has held it for {since:.0f} s"
+        except (OSError, ValueError, KeyError, TypeError):
+            who = "who holds it cannot be told"
+        return f"the policy of instance {self.name!r} is being changed by somebody else: {who}"
 
     def serving_pid(self) -> int | None:
         """Return the pid of the live server, 0 if there is one but its pid is unknown, None if there is none."""
@@ -147,6 +184,13 @@ class Instance:
             return busy.pid
         except FileNotFoundError:
             return None
+        except PermissionError:
+            return self._recorded_pid()
+
+    def _recorded_pid(self) -> int | None:
+        """Of another user's server, whose lock we may not try: what it wrote about itself, if that process lives."""
+        pid = self.read_state().get("pid")
+        return pid if isinstance(pid, int) and Path(f"/proc/{pid}").exists() else None
 
 
 class ServerLock:
@@ -166,8 +210,11 @@ class ServerLock:
         if self._create:
             self._instance.make_run_dir()
             flags |= os.O_CREAT
-        self._fd = os.open(self._instance.run_dir / "server.lock", flags, 0o644)
+        # Nobody else may open it: with any descriptor of it another user could lock the server out.
+        self._fd = os.open(self._instance.run_dir / "server.lock", flags, 0o600)
         try:
+            if self._create:
+                os.fchmod(self._fd, 0o600)  # an earlier version made it readable
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             text = os.pread(self._fd, 32, 0).decode(errors="replace").strip()

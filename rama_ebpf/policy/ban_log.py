@@ -6,6 +6,7 @@ with what is still in force. Expiries are on the wall clock here, because the ke
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -33,11 +34,11 @@ class BanLog:
         self._rewritten = 0  # bytes
 
     def banned(self, ban: Ban) -> None:
-        """Note a ban. A file system that refuses is logged as an error: the ban is in force, if not for ever."""
+        """Note a ban. Raises OSError where the file system refuses; the log is as it was then."""
         self._append(_row(ban))
 
     def lifted(self, address: IPAddress) -> None:
-        """Note that a ban was lifted."""
+        """Note that a ban was lifted. Raises OSError like :meth:`banned`."""
         self._append({"address": str(address), "lifted": True})
 
     def _append(self, row: dict[str, object]) -> None:
@@ -47,11 +48,17 @@ class BanLog:
             try:
                 size = os.fstat(fd).st_size
                 torn = size and os.pread(fd, 1, size - 1) != b"\n"
-                os.write(fd, (b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+                line = (b"\n" if torn else b"") + json.dumps(row).encode() + b"\n"
+                try:
+                    if os.write(fd, line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    os.ftruncate(fd, size)
+                    raise
             finally:
                 os.close(fd)
         except OSError as error:
-            log.error("cannot write %s: %s", self._path, error)
+            raise OSError(error.errno, f"cannot write {self._path}: {error.strerror}") from error
 
     def sync(self) -> None:
         """Have what was noted outlive a power failure, too. A disk that refuses is logged as an error."""
@@ -78,7 +85,7 @@ class BanLog:
                     bans.pop(address, None)
                     continue
                 ban = _ban(address, row)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 damaged += 1
                 continue
             if ban is None:
@@ -116,6 +123,7 @@ def _row(ban: Ban) -> dict[str, object]:
         "until": until,
         "created": ban.created,
         "reason": ban.reason,
+        "automatic": ban.automatic,
     }
 
 
@@ -127,4 +135,9 @@ def _ban(address: IPAddress, row: dict[str, object]) -> Ban | None:
         if left <= 0:
             return None
         expires = boottime_ns() + round(left * 1e9)
-    return Ban(address, Action[str(row["action"]).upper()], expires, int(str(row["created"])), 0, str(row["reason"]))
+    action, created, automatic = (
+        Action[str(row["action"]).upper()],
+        int(str(row["created"])),
+        row.get("automatic") is True,
+    )
+    return Ban(address, action, expires, created, 0, str(row["reason"]), automatic)

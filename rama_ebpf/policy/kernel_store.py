@@ -12,6 +12,7 @@ import errno
 import itertools
 import random
 import sys
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv6Network, ip_address
@@ -19,18 +20,24 @@ from typing import Final
 
 from ..core.address import IPAddress, mapped, unmap
 from ..kernel import abi, bpf
-from ..kernel.gate_maps import GateMaps
+from ..kernel.gate_maps import MAX_FAILSAFE, GateMaps
 from ..kernel.instance import Instance
-from .compiler import MAPPED
+from .compiler import MAPPED, compile_rules
 from .counters import GateCounters, number
 from .kernel_sets import KernelSets, packed_limit, unpacked_limit
 from .prefixes import IPNetwork, unmap_network
-from .rule import Action, Ban, PolicyError, Rule
+from .rule import Action, Ban, PolicyError, Rule, boottime_ns
 from .stored import StoredRule
 
 __all__ = ["KernelStore"]
 
 _FULL: Final = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
+_CROWDED: Final = 64
+"""Where so many ids in a row are taken, or there are few, the rules are counted; else there is room."""
+_FEW: Final = 4096
+_SERVER_PATIENCE: Final = 5.0
+_COMMAND_PATIENCE: Final = 30.0
+"""Seconds to wait for others that change the policy."""
 
 
 def _mapped_length(network: IPNetwork) -> int:
@@ -58,9 +65,10 @@ class KernelStore(KernelSets, GateCounters):
         self._instance = instance
         self._owned = maps is None
         super().__init__(GateMaps.open(instance.pin_dir) if maps is None else maps)
-        self._max_rules = self._maps.capacity("rules")
+        self._max_rules = self._maps.sizes.rules
+        self._ids = self._maps.capacity("rules")
         # Where to look for a free rule id first: starting at 1, each process would walk past those of all the others.
-        self._hint = random.randrange(1, self._max_rules)
+        self._hint = random.randrange(1, self._ids)
         self.remember_in(instance.state_dir)
 
     def close(self) -> None:
@@ -77,8 +85,35 @@ class KernelStore(KernelSets, GateCounters):
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with self._instance.policy_lock():
+        with self._instance.policy_lock(_COMMAND_PATIENCE if self._owned else _SERVER_PATIENCE):
+            if self._owned and not self.is_current():
+                self._reopen()
             yield
+
+    def is_current(self) -> bool:
+        """Whether the pins are those that this store has open: a server that starts or stops replaces them."""
+        return all(self._is_pinned(name, fd) for name, fd in self._maps.items())
+
+    def _is_pinned(self, name: str, fd: int) -> bool:
+        try:
+            pinned = bpf.obj_get(str(self._instance.pin_dir / name))
+        except OSError:
+            return False
+        try:
+            return bpf.map_info(pinned).id == bpf.map_info(fd).id
+        finally:
+            bpf.close(pinned)
+
+    def _reopen(self) -> None:
+        """Open the pins anew. Raises :class:`PolicyError` if there are none any more."""
+        try:
+            maps = GateMaps.open(self._instance.pin_dir)
+        except FileNotFoundError as error:
+            raise PolicyError(f"the policy of instance {self._instance.name!r} was unloaded meanwhile") from error
+        self._maps.close()
+        self._maps, self._read = maps, None
+        self._max_rules, self._ids = maps.sizes.rules, maps.capacity("rules")
+        self._hint = random.randrange(1, self._ids)
 
     # -- the runtime layer ---------------------------------------------------------------------------------------
 
@@ -92,44 +127,51 @@ class KernelStore(KernelSets, GateCounters):
 
     def _set_runtime(self, network: IPNetwork, port: int, rule_id: int) -> None:
         key = self._runtime_key(network, port)
-        new = self._runtime(network, port) is None
-        if new:
-            lengths = self._runtime_lengths(network.version)
-            if len(lengths) >= self._constant["MAX_RUNTIME_LENGTHS"] and network.prefixlen not in lengths:
-                raise PolicyError(
-                    f"cannot add {network}: rules at run time have {len(lengths)} different prefix lengths already; "
-                    f"use one of those, or load a set (policy load)"
-                )
-            self._count_length(network, 1)  # first: the programs look only for lengths that are there
-        if port:
-            self._flag("GATE_RUNTIME_PORTS")
+        self._announce(network, port)
         try:
             bpf.map_update(self._maps["runtime"], key, number(rule_id))
         except OSError as error:
-            if new:
-                self._count_length(network, -1)
             if error.errno not in _FULL:
                 raise
             raise self._too_many(str(network)) from error
 
     def _drop_runtime(self, network: IPNetwork, port: int) -> None:
-        if bpf.map_delete(self._maps["runtime"], self._runtime_key(network, port)):
-            self._count_length(network, -1)
+        # That its length may be gone is found out by _rebuild: until then one look-up more finds nothing.
+        bpf.map_delete(self._maps["runtime"], self._runtime_key(network, port))
 
-    def _count_length(self, network: IPNetwork, change: int) -> None:
-        index = network.prefixlen + (0 if network.version == 4 else 33)
-        raw = bpf.map_lookup(self._maps["runtime_lengths"], number(index), 4)
-        assert raw is not None
-        before = int.from_bytes(raw, sys.byteorder)
-        after = max(0, before + change)
-        bpf.map_update(self._maps["runtime_lengths"], number(index), number(after))
-        if bool(before) == bool(after):
-            return
+    # What the programs are told of the entries (lengths, flags) is put into force before the first entry that needs it,
+    # and taken back only from a count of all entries: whenever a writer is killed, the programs look for too much.
+
+    def _announce(self, network: IPNetwork, port: int) -> None:
+        lengths = self._runtime_lengths(network.version)
+        if len(lengths) >= self._constant["MAX_RUNTIME_LENGTHS"] and network.prefixlen not in lengths:
+            self._rebuild()
+            lengths = self._runtime_lengths(network.version)
+            if len(lengths) >= self._constant["MAX_RUNTIME_LENGTHS"]:
+                raise PolicyError(
+                    f"cannot add {network}: rules at run time have {len(lengths)} different prefix lengths already; "
+                    f"use one of those, or load a set (policy load)"
+                )
         gate = self._gate()
-        bits = gate.runtime[network.version == 6] ^ 1 << _mapped_length(network)
-        self._put_gate(
-            replace(gate, runtime=(bits, gate.runtime[1]) if network.version == 4 else (gate.runtime[0], bits))
-        )
+        runtime, flags = _with_length(gate.runtime, network), gate.flags
+        if port:
+            flags |= self._constant["GATE_RUNTIME_PORTS"]
+        if (runtime, flags) != (gate.runtime, gate.flags):
+            self._put_gate(replace(gate, runtime=runtime, flags=flags))
+
+    def _rebuild(self) -> None:
+        runtime, flags = (0, 0), 0
+        for network, port, _ in self._runtime_entries():
+            runtime = _with_length(runtime, network)
+            if port:
+                flags |= self._constant["GATE_RUNTIME_PORTS"]
+        gate = self._gate()
+        if bpf.map_next_key(self._maps["bans"], None, 16) is not None:
+            flags |= self._constant["GATE_BANS"]
+        if gate.failsafe_ports or bpf.map_next_key(self._maps["failsafe"], None, abi.FAILSAFE_KEY.size):
+            flags |= self._constant["GATE_FAILSAFE"]
+        if (runtime, flags) != (gate.runtime, gate.flags):
+            self._put_gate(replace(gate, runtime=runtime, flags=flags))
 
     def _runtime_lengths(self, version: int) -> Sequence[int]:
         bits = self._gate().runtime[version == 6] >> MAPPED[version]
@@ -144,8 +186,11 @@ class KernelStore(KernelSets, GateCounters):
 
     # -- rules ---------------------------------------------------------------------------------------------------
 
-    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = ()) -> int:
-        rule_id = self._claim(rule, created, keep)
+    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = (), *, replaces: bool = False) -> int:
+        rule_id, crowded = self._claim(rule, created, keep)
+        if not replaces and (crowded or self._ids <= _FEW) and not self._has_room((*keep, rule_id)):
+            bpf.map_delete(self._maps["rule_info"], number(rule_id))
+            raise self._too_many(f"rule {rule.name}")
         hits = bytes(abi.RULE_HITS.size * abi.possible_cpus())
         bpf.map_update(self._maps["rule_hits"], number(rule_id), hits)
         certain = rule.port is None and rule.expires is None and not rule.dry_run
@@ -154,11 +199,14 @@ class KernelStore(KernelSets, GateCounters):
         bpf.map_update(self._maps["rules"], number(rule_id), abi.RULE.pack(*fields))
         return rule_id
 
-    def _claim(self, rule: Rule, created: int, keep: Collection[int]) -> int:
-        """Take a free rule id by creating its description; id 0 is the default's."""
+    def _claim(self, rule: Rule, created: int, keep: Collection[int]) -> tuple[int, bool]:
+        """Take a free rule id by creating its description; id 0 is the default's.
+
+        Return whether many ids were found taken, too."""
         info = abi.RULE_INFO.pack(created, rule.name.encode(), rule.origin.encode(), rule.reason.encode())
         for freed in (False, True):
-            for rule_id in itertools.chain(range(self._hint, self._max_rules), range(1, self._hint)):
+            ids = itertools.chain(range(self._hint, self._ids), range(1, self._hint))
+            for tries, rule_id in enumerate(ids):
                 try:
                     bpf.map_update(self._maps["rule_info"], number(rule_id), info, bpf.BPF_NOEXIST)
                 except FileExistsError:
@@ -168,10 +216,29 @@ class KernelStore(KernelSets, GateCounters):
                         raise
                     break
                 self._hint = rule_id + 1
-                return rule_id
-            if freed or not self._free_rules(keep):
+                return rule_id, tries >= _CROWDED
+            if freed or not self._reclaim(keep):
                 break
         raise self._too_many(f"rule {rule.name}")
+
+    def _has_room(self, keep: Collection[int]) -> bool:
+        """Whether there are no more rules than there may be; what has ended makes room."""
+        return self._count_rules() < self._max_rules or (
+            self._reclaim(keep) > 0 and self._count_rules() < self._max_rules
+        )
+
+    def _count_rules(self) -> int:
+        return len(bpf.map_lookup_batch(self._maps["rule_info"], 4, abi.RULE_INFO.size))
+
+    def _check_size(self, rules: int) -> None:
+        now = boottime_ns()
+        runtime = sum(not self._has_ended(rule_id, now) for _, _, rule_id in self._runtime_entries())
+        if runtime + rules >= self._max_rules:
+            beside = f" beside the {runtime} at run time" if runtime else ""
+            raise PolicyError(
+                f"a set of {rules} rules{beside} does not fit: the policy holds {self._max_rules - 1} rules; restart "
+                f"with --max-rules above {self._max_rules}"
+            )
 
     def _too_many(self, what: str) -> PolicyError:
         limit = self._max_rules - 1
@@ -217,6 +284,31 @@ class KernelStore(KernelSets, GateCounters):
             self._hint = min(self._hint, *unused)
         return len(unused)
 
+    def take_over(self, other: KernelStore) -> None:
+        """Copy another store's whole policy, for maps of another size; its counters are not copied.
+
+        Nobody else knows our maps yet, and the caller holds the lock. Raises :class:`PolicyError` for what does not
+        fit, or while a set is on trial.
+        """
+        if other.pending is not None:
+            raise PolicyError("a set is on trial: confirm it, roll it back, or wait until it is undone")
+        ruleset, created = other.ruleset(), time.time_ns()
+        compiled = compile_rules(ruleset)
+        self._set_failsafe(other.failsafe(), other._gate().failsafe_ports)
+        runtime = [(network, port, other._rule(rule_id)) for network, port, rule_id in other._runtime_entries()]
+        if len(ruleset.rules) + len(runtime) >= self._max_rules:
+            raise PolicyError(f"{len(ruleset.rules) + len(runtime)} rules do not fit: raise --max-rules")
+        ids: list[int] = []
+        for rule in ruleset.rules:
+            ids.append(self._new_rule(rule, created, ids, replaces=True))
+        self._install(compiled, ids, None)
+        for network, port, stored in runtime:
+            if stored is not None:
+                self._set_runtime(network, port, self._new_rule(stored.rule(network), stored.created, replaces=True))
+        for ban in other.bans():
+            self._set_ban(ban)
+        self._put_gate(replace(self._gate(), revision=other.revision + 1))
+
     def _hits(self, rule_id: int) -> tuple[int, int]:
         raw = bpf.map_lookup(self._maps["rule_hits"], number(rule_id), abi.RULE_HITS.size * abi.possible_cpus())
         assert raw is not None
@@ -230,9 +322,16 @@ class KernelStore(KernelSets, GateCounters):
         return None if raw is None else _ban(address, raw)
 
     def _set_ban(self, ban: Ban) -> None:
-        raw = abi.BAN.pack(ban.expires or 0, ban.created, ban.hits, ban.action, 0, ban.reason.encode()[:63])
+        text = ban.reason.encode()[:63]
+        raw = abi.BAN.pack(ban.expires or 0, ban.created, ban.hits, ban.action, ban.automatic, text)
+        self._flag("GATE_BANS")  # first: see _announce
         try:
-            bpf.map_update(self._maps["bans"], mapped(ban.address), raw)
+            try:
+                bpf.map_update(self._maps["bans"], mapped(ban.address), raw)
+            except OSError as error:
+                if error.errno not in _FULL or not self._drop_expired_bans(boottime_ns()):
+                    raise
+                bpf.map_update(self._maps["bans"], mapped(ban.address), raw)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -241,7 +340,6 @@ class KernelStore(KernelSets, GateCounters):
                 f"cannot ban {ban.address}: {size} addresses are banned already; lift some, or restart with --max-bans "
                 f"above {size}"
             ) from error
-        self._flag("GATE_BANS")
 
     def _drop_ban(self, address: IPAddress) -> bool:
         return bpf.map_delete(self._maps["bans"], mapped(address))
@@ -279,6 +377,8 @@ class KernelStore(KernelSets, GateCounters):
             abi.FAILSAFE_KEY.pack(32 + _mapped_length(net), net.version == 4, mapped(net.network_address))
             for net in map(unmap_network, networks)
         }
+        if len(wanted) > MAX_FAILSAFE:
+            raise PolicyError(f"{len(wanted)} failsafe networks: use at most {MAX_FAILSAFE}")
         if wanted or ports:
             self._flag("GATE_FAILSAFE")
         for key in wanted:
@@ -290,22 +390,12 @@ class KernelStore(KernelSets, GateCounters):
         self._put_gate(replace(gate, revision=gate.revision + 1, failsafe_ports=tuple(ports)))
         return gate.revision + 1
 
-    def sweep(self, *, now: int | None = None) -> int:
-        freed = super().sweep(now=now)
-        with self._locked():
-            gate = self._gate()
-            flags = 0
-            if any(port for _, port, _ in self._runtime_entries()):
-                flags |= self._constant["GATE_RUNTIME_PORTS"]
-            if bpf.map_next_key(self._maps["bans"], None, 16) is not None:
-                flags |= self._constant["GATE_BANS"]
-            if gate.failsafe_ports or bpf.map_next_key(self._maps["failsafe"], None, abi.FAILSAFE_KEY.size):
-                flags |= self._constant["GATE_FAILSAFE"]
-            if flags != gate.flags:
-                self._put_gate(replace(gate, flags=flags))
-        return freed
+
+def _with_length(runtime: tuple[int, int], network: IPNetwork) -> tuple[int, int]:
+    bit = 1 << _mapped_length(network)
+    return (runtime[0] | bit, runtime[1]) if network.version == 4 else (runtime[0], runtime[1] | bit)
 
 
 def _ban(address: IPAddress, raw: bytes) -> Ban:
-    expires, created, hits, action, _, reason = abi.BAN.unpack(raw)
-    return Ban(address, Action(action), expires or None, created, hits, _text(reason))
+    expires, created, hits, action, automatic, reason = abi.BAN.unpack(raw)
+    return Ban(address, Action(action), expires or None, created, hits, _text(reason), bool(automatic))

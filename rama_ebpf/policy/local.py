@@ -164,8 +164,8 @@ class LocalStore(PolicyStore):
 
     # -- rules ---------------------------------------------------------------------------------------------------
 
-    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = ()) -> int:
-        if len(self._stored) >= self._max:
+    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = (), *, replaces: bool = False) -> int:
+        if not replaces and len(self._stored) >= self._max and not self._reclaim(keep):
             raise PolicyError(f"the policy holds {self._max} rules already: remove some")
         rule_id, self._next_id = self._next_id, self._next_id + 1
         self._stored[rule_id] = StoredRule(
@@ -200,6 +200,15 @@ class LocalStore(PolicyStore):
             self._forget(rule_id)
         return len(unused)
 
+    def _check_size(self, rules: int) -> None:
+        if len(self._runtime_entries()) + rules > self._max:
+            raise PolicyError(f"a set of {rules} rules: the policy holds {self._max} with those at run time")
+
+    def _rebuild(self) -> None:
+        self._lengths = {4: Counter(), 6: Counter()}
+        for network, ports in self._on_top.items():
+            self._lengths[network.version][network.prefixlen] += len(ports)
+
     def _hits(self, rule_id: int) -> tuple[int, int]:
         decided, dry = self._counters.get(self._stored[rule_id].name, (0, 0))
         return decided, dry
@@ -218,7 +227,8 @@ class LocalStore(PolicyStore):
         return self._banned.get(address)
 
     def _set_ban(self, ban: Ban) -> None:
-        if ban.address not in self._banned and len(self._banned) >= self._max:
+        full = ban.address not in self._banned and len(self._banned) >= self._max
+        if full and not self._drop_expired_bans(boottime_ns()):
             raise PolicyError(f"{self._max} addresses are banned already: lift some")
         self._banned[ban.address] = ban
 

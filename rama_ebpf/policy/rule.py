@@ -219,6 +219,16 @@ class Ban:
     """CLOCK_REALTIME nanoseconds"""
     hits: int
     reason: str
+    automatic: bool = False
+    """Made by a service, and not by an operator."""
+
+    def in_force(self, now: int) -> bool:
+        """Whether it has not ended at ``now``."""
+        return self.expires is None or now < self.expires
+
+    def outlasts(self, other: Ban) -> bool:
+        """Whether it ends no sooner than ``other``."""
+        return self.expires is None or (other.expires is not None and self.expires >= other.expires)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
 from itertools import islice
@@ -18,7 +18,7 @@ from typing import Final
 
 from ..core.address import IPAddress, unmap
 from .ban_log import BanLog
-from .compiler import compile_rules
+from .compiler import CompiledSet, compile_rules
 from .journal import Journal
 from .prefixes import IPNetwork
 from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Stage, Verdict, boottime_ns
@@ -39,6 +39,8 @@ class PolicyStore(PolicyTables):
     _journal: Journal | None = None
     _ban_log: BanLog | None = None
     _unsynced = False
+    _left_out = False
+    """Whether there are bans on disk for which there was no room: the log must not be written anew without them."""
 
     def remember_in(self, directory: Path) -> None:
         """Keep the journal and the bans in this directory from now on."""
@@ -154,13 +156,15 @@ class PolicyStore(PolicyTables):
     def add(self, rule: Rule) -> StoredRule:
         """Put a runtime rule into force; when this returns, the next packet is judged by it.
 
-        It has one source, and replaces the runtime rule of exactly the same prefix and port. Raises
-        :class:`PolicyError` when a table is full; nothing is changed then.
+        It has one source, and replaces the runtime rule of exactly the same prefix and port at once, also in a full
+        table. Raises :class:`PolicyError` when there is no room, not even that of rules that have ended; nothing is
+        changed then.
         """
         if len(rule.sources) != 1:
             raise PolicyError(f"rule {rule.name}: a rule at run time has one source, not {len(rule.sources)}")
         with self._locked():
-            rule_id = self._new_rule(rule, time.time_ns())
+            replaces = self._runtime(rule.sources[0], rule.port or 0) is not None
+            rule_id = self._new_rule(rule, time.time_ns(), replaces=replaces)
             self._set_runtime(rule.sources[0], rule.port or 0, rule_id)
             stored = self._rule(rule_id)
             assert stored is not None
@@ -190,17 +194,20 @@ class PolicyStore(PolicyTables):
         expected_set: int | None = None,
         confirm_within: float | None = None,
         origin: str = "",
+        compiled: CompiledSet | None = None,
     ) -> int:
         """Put a whole set into force at once, in place of the present one; return the new revision.
 
         Runtime rules, bans and the failsafe stay. No packet is judged by a mix of two sets. A rule whose name and
         attributes (all but the sources) are unchanged keeps its counters. With ``confirm_within`` (seconds) the
         present set comes back by itself unless :meth:`confirm` is called in time; the kernel sees to it, whatever
-        becomes of this process. ``origin`` is for the journal. Raises :class:`StaleRevision` if ``expected_revision``
-        is not the one in force, :class:`StaleSet` if ``expected_set`` (see :meth:`set_token`) is not,
-        :class:`PolicyError` for what does not fit; the present set stays in force then.
+        becomes of this process. ``origin`` is for the journal, ``compiled`` what :meth:`compile` made of the set.
+        Raises :class:`StaleRevision` if ``expected_revision`` is not the one in force, :class:`StaleSet` if
+        ``expected_set`` (see :meth:`set_token`) is not, :class:`PolicyError` for what does not fit; the present set
+        stays in force then.
         """
-        compiled = compile_rules(ruleset)  # takes a second for a million prefixes; nobody is locked out meanwhile
+        if compiled is None:
+            compiled = compile_rules(ruleset)  # takes a second for a million prefixes; nobody is locked out meanwhile
         with self._locked():
             self._settle()
             if expected_revision is not None and expected_revision != self.revision:
@@ -209,6 +216,7 @@ class PolicyStore(PolicyTables):
                 raise StaleSet
             if self.pending is not None:
                 raise PolicyError("the last change waits to be confirmed: policy confirm, or policy rollback, first")
+            self._check_size(len(ruleset.rules))
             deadline = None if confirm_within is None else boottime_ns() + round(confirm_within * 1e9)
             try:
                 revision = self._install(compiled, self._ids_for(ruleset), deadline)
@@ -229,8 +237,13 @@ class PolicyStore(PolicyTables):
         ids: list[int] = []
         for rule in ruleset.rules:
             rule_id = present.get(replace(rule, sources=()))
-            ids.append(self._new_rule(rule, created, ids) if rule_id is None else rule_id)
+            ids.append(self._new_rule(rule, created, ids, replaces=True) if rule_id is None else rule_id)
         return ids
+
+    def compile(self, ruleset: RuleSet) -> CompiledSet:
+        """Compile a set for :meth:`replace`. Raises :class:`PolicyError` if it does not fit; nothing is changed."""
+        self._check_size(len(ruleset.rules))
+        return compile_rules(ruleset)
 
     def confirm(self) -> None:
         """Keep the set that :meth:`replace` put into force for a trial. Raises :class:`PolicyError` if none is on
@@ -254,29 +267,54 @@ class PolicyStore(PolicyTables):
             self._note("rollback", self.revision)
 
     def ban(
-        self, address: IPAddress, *, ttl: float | None = None, reason: str = "", action: Action = Action.DROP
+        self,
+        address: IPAddress,
+        *,
+        ttl: float | None = None,
+        reason: str = "",
+        action: Action = Action.DROP,
+        automatic: bool = False,
     ) -> Ban:
-        """Shut out one address at once, for ``ttl`` seconds or for good. A new ban replaces the old one."""
+        """Shut out one address at once, for ``ttl`` seconds or for good; return the ban that is in force then.
+
+        An operator's ban replaces any; an ``automatic`` one neither replaces an operator's nor shortens any. Where the
+        disk refuses an operator's ban, OSError is raised and nothing is changed; an automatic one is in force all the
+        same, until the server ends.
+        """
         now = boottime_ns()
         expires = None if ttl is None else now + round(ttl * 1e9)
-        ban = Ban(unmap(address), action, expires, time.time_ns(), 0, reason)
+        ban = Ban(unmap(address), action, expires, time.time_ns(), 0, reason, automatic)
         with self._locked():
+            before = self._ban(ban.address)
+            if before is not None and not before.in_force(now):
+                before = None
+            if automatic and before is not None and (not before.automatic or before.outlasts(ban)):
+                return before
             self._set_ban(ban)
-            if self._ban_log is not None:
-                self._ban_log.banned(ban)
+            try:
+                if self._ban_log is not None:
+                    self._ban_log.banned(ban)
+            except OSError as error:
+                if not automatic:
+                    self._drop_ban(ban.address) if before is None else self._set_ban(before)
+                    raise
+                log.error("%s: the ban of %s ends with this server", error, ban.address)
             told = {"address": str(ban.address), "ttl": ttl, "reason": reason or None}
             self._note("ban", self._changed(), action=action.name.lower(), **told)
         return ban
 
     def unban(self, address: IPAddress) -> bool:
-        """Lift a ban; return whether there was one."""
+        """Lift a ban; return whether there was one. Where the disk refuses, OSError is raised and it stays: else it
+        would come back with the next start."""
+        address = unmap(address)
         with self._locked():
-            found = self._drop_ban(unmap(address))
-            if found:
-                if self._ban_log is not None:
-                    self._ban_log.lifted(unmap(address))
-                self._note("unban", self._changed(), address=str(unmap(address)))
-            return found
+            if self._ban(address) is None:
+                return False
+            if self._ban_log is not None:
+                self._ban_log.lifted(address)
+            self._drop_ban(address)
+            self._note("unban", self._changed(), address=str(address))
+            return True
 
     def restore_bans(self) -> int:
         """Put the bans that are kept on disk into force again, as far as there is room; return how many were not in
@@ -297,6 +335,7 @@ class PolicyStore(PolicyTables):
                     self._set_ban(ban)
                     restored += 1
             except PolicyError as error:  # room for fewer than before: serve, and forget none of the rest on disk
+                self._left_out = True
                 log.error("%d bans of earlier are not in force: %s", len(missing) - restored, error)
             else:
                 self._ban_log.rewrite(self.bans())
@@ -320,9 +359,24 @@ class PolicyStore(PolicyTables):
                     self._drop_runtime(network, port)
                     expired += 1
             self._free_rules()
-            if self._ban_log is not None and self._ban_log.overgrown():
+            if self._ban_log is not None and not self._left_out and self._ban_log.overgrown():
                 self._ban_log.rewrite(self.bans())
-            return expired + self._drop_expired_bans(now)
+            expired += self._drop_expired_bans(now)
+            self._rebuild()
+            return expired
+
+    def rebuild(self) -> None:
+        """Derive anew, from the entries, what the programs are told of them: a writer may have been killed half way."""
+        with self._locked():
+            self._rebuild()
+
+    def _reclaim(self, keep: Collection[int] = ()) -> int:
+        """Take what has ended out of the runtime layer, and forget rules that nothing refers to; return how many."""
+        now = boottime_ns()
+        for network, port, rule_id in self._runtime_entries():
+            if self._has_ended(rule_id, now):
+                self._drop_runtime(network, port)
+        return self._free_rules(keep)
 
     def _has_ended(self, rule_id: int, now: int) -> bool:
         rule = self._rule(rule_id)

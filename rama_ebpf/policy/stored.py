@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .prefixes import IPNetwork
-from .rule import Action, PolicyError, SynLimit
+from .rule import Action, PolicyError, Rule, SynLimit
 
 __all__ = ["RuleRecord", "StaleRevision", "StaleSet", "StoredRule"]
 
@@ -45,6 +45,20 @@ class StoredRule:
     created: int
     order: int
     """:attr:`.rule.Rule.order`"""
+
+    def rule(self, source: IPNetwork) -> Rule:
+        """Return it as a rule at run time for one source."""
+        return Rule(
+            self.name,
+            (source,),
+            self.action,
+            self.port,
+            self.expires,
+            self.dry_run,
+            self.limit,
+            self.reason,
+            self.origin,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,9 +55,10 @@ class PolicyTables(abc.ABC):
         """Return (prefix length, rule id) of the rules of the set that may decide, in their order."""
 
     @abc.abstractmethod
-    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = ()) -> int:
-        """Store a rule with its counters at zero and return its id; room may be made as by ``_free_rules(keep)``.
-        Raises :class:`PolicyError` when full."""
+    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = (), *, replaces: bool = False) -> int:
+        """Store a rule with its counters at zero and return its id; room may be made as by :meth:`_reclaim`.
+
+        ``replaces``: another rule goes for it, so that it is not one more. Raises :class:`PolicyError` when full."""
 
     @abc.abstractmethod
     def _rule(self, rule_id: int) -> StoredRule | None: ...
@@ -69,6 +70,10 @@ class PolicyTables(abc.ABC):
     @abc.abstractmethod
     def _free_rules(self, keep: Collection[int] = ()) -> int:
         """Forget the rules that nothing refers to, but for the ids of ``keep``; return how many."""
+
+    @abc.abstractmethod
+    def _check_size(self, rules: int) -> None:
+        """Raise :class:`PolicyError` if a set of so many rules does not fit beside the runtime layer."""
 
     @abc.abstractmethod
     def _hits(self, rule_id: int) -> tuple[int, int]:
@@ -96,13 +101,18 @@ class PolicyTables(abc.ABC):
     def _ban(self, address: IPAddress) -> Ban | None: ...
 
     @abc.abstractmethod
-    def _set_ban(self, ban: Ban) -> None: ...
+    def _set_ban(self, ban: Ban) -> None:
+        """Set it; bans that have ended make room. Raises :class:`PolicyError` when full."""
 
     @abc.abstractmethod
     def _drop_ban(self, address: IPAddress) -> bool: ...
 
     @abc.abstractmethod
     def _drop_expired_bans(self, now: int) -> int: ...
+
+    @abc.abstractmethod
+    def _rebuild(self) -> None:
+        """Derive from the entries what the programs are told of them (which lengths and kinds there are)."""
 
     @abc.abstractmethod
     def _in_failsafe(self, source: IPAddress, port: int) -> bool: ...

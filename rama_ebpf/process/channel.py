@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import json
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, cast
 
 from ..core.errors import PeerClosed, RamaError
@@ -19,7 +20,11 @@ log = logging.getLogger(__name__)
 
 _MAX_LINE: Final = 16 * 1024 * 1024
 
-Handler = Callable[[Json], Json | None]
+Handler = Callable[[Json], Json | None] | Callable[[Json], Awaitable[Json]]
+_MOST_PENDING: Final = 4096
+"""How many requests of the other side may wait for a handler that takes its time."""
+_ERRORS: Final = (RamaError, OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)
+"""Also what a handler raises that makes no sense of a body: the other side may have been taken over by its peers."""
 
 
 class RequestFailed(RamaError):
@@ -49,6 +54,7 @@ class Channel:
 
     A handler runs in the event loop; what it returns is the answer to a request, and a :class:`RamaError` or OSError
     that it raises (or what says that the body makes no sense to it) fails the request on the other side with its text.
+    It may be a coroutine function; messages that come meanwhile are handled meanwhile.
     ``run`` ends when the other side closes, or sends what is no message.
     """
 
@@ -58,6 +64,7 @@ class Channel:
         self._reader: asyncio.StreamReader | None = None
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Json]] = {}
+        self._pending: set[asyncio.Task[None]] = set()
 
     def on(self, topic: str, handler: Handler) -> None:
         """Call ``handler`` with the body of each message on ``topic``. One handler a topic."""
@@ -88,7 +95,7 @@ class Channel:
         try:
             while line := await self._reader.readline():
                 self._handle(json.loads(line))
-        except (ConnectionError, ValueError, LookupError, TypeError) as error:
+        except (ConnectionError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             # Nothing sensible can follow what makes no sense; whoever runs us ends the other side.
             log.error("channel: %s: %s", type(error).__name__, error)
         finally:
@@ -120,14 +127,34 @@ class Channel:
         try:
             if handler is None:
                 raise RequestFailed(f"nobody handles {topic!r} here")
-            reply["answer"] = handler(cast("Json", message["body"])) or {}
-        except (RamaError, OSError, ValueError, LookupError, TypeError) as error:
-            # Also what a handler could not make sense of: the other side may have been taken over by its peers.
+            answer = handler(cast("Json", message["body"]))
+            if inspect.isawaitable(answer):
+                self._await(topic, answer, reply)
+                return
+            reply["answer"] = answer or {}
+        except _ERRORS as error:
             reply["error"] = str(error)
-            if message.get("id") is None:
-                log.error("%s: %s", topic, error)
-        if message.get("id") is not None:
+        self._reply(topic, reply)
+
+    def _await(self, topic: str, answer: Awaitable[Json], reply: dict[str, object]) -> None:
+        async def wait() -> None:
+            try:
+                reply["answer"] = await answer or {}
+            except _ERRORS as error:
+                reply["error"] = str(error)
+            self._reply(topic, reply)
+
+        if len(self._pending) >= _MOST_PENDING:
+            raise ConnectionError(f"{len(self._pending)} requests wait already")
+        task = asyncio.get_running_loop().create_task(wait())
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+
+    def _reply(self, topic: str, reply: dict[str, object]) -> None:
+        if reply["id"] is not None:
             self._send(reply)
+        elif "error" in reply:
+            log.error("%s: %s", topic, reply["error"])
 
     def _settle(self, message: Mapping[str, object]) -> None:
         answer = self._answers.get(cast("int", message["id"]))

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Final
 
 from ..core.errors import PeerClosed, RamaError
@@ -24,6 +24,8 @@ __all__ = ["Supervisor", "WorkersFailed"]
 
 log = logging.getLogger("rama_ebpf.supervisor")
 
+_QUIET_SECONDS: Final = 10.0
+"""How long, during a reload, an old worker may take until it accepts no more: meanwhile nobody accepts."""
 _GRACE_SECONDS: Final = 5.0
 """How long a worker has to end after its drain's deadline, or a cut, before it is killed."""
 _LEAVE_SECONDS: Final = 1.0
@@ -33,6 +35,10 @@ _FIRST_BACK_OFF: Final = 0.1
 _LAST_BACK_OFF: Final = 10.0
 _STABLE_SECONDS: Final = 10.0
 """A worker that served for so long and then died is replaced at once; one that dies sooner after a growing pause."""
+
+
+async def _nothing() -> None:
+    """What is done where nobody wants anything done."""
 
 
 class WorkersFailed(RamaError):
@@ -53,8 +59,11 @@ class _Worker:
         column: int,
         *,
         first: bool,
+        held: bool,
     ) -> None:
         self.plan = plan
+        self.held = held
+        """Whether it waits to be told to accept: its plan is not in force yet."""
         self.number = number
         self.identity = identity
         self.process = process
@@ -86,8 +95,11 @@ class Supervisor:
     """Runs the workers of a plan until it is told to stop.
 
     ``handlers`` answer what workers ask over their channels, by topic. ``reload`` makes the plan for SIGHUP; if it
-    raises a RamaError, or the new workers do not come up, the old ones serve on. ``on_reloaded`` is told whether it
-    succeeded, when no worker accepts any more on what only the other plan has. ``on_ready`` is called once when all
+    raises a RamaError, or the new workers do not come up, the old ones serve on. So they do if ``on_prepare``, awaited
+    before the old ones stop to accept, raises one. ``on_switch`` is awaited when no worker accepts, between the old
+    plan and the new one: put into force there what goes with it; if it raises a RamaError workers of the old plan are
+    started again. ``on_reloaded`` is told whether it succeeded, when no worker has a listening socket any more that
+    only the other plan has. ``on_ready`` is called once when all
     workers serve. ``on_spawn`` is called with the process id of each new worker before it is told what to do,
     ``on_start`` with its identity and channel, ``on_exit`` with the identity of each worker that has ended, before its
     replacement, which has the same identity, starts. ``on_stopping`` is called when the drain begins: close the
@@ -100,6 +112,8 @@ class Supervisor:
         *,
         handlers: dict[str, Handler] | None = None,
         reload: Callable[[], Plan] | None = None,
+        on_prepare: Callable[[], Awaitable[None]] = _nothing,
+        on_switch: Callable[[], Awaitable[None]] = _nothing,
         on_reloaded: Callable[[bool], None] = lambda succeeded: None,
         on_ready: Callable[[], None] = lambda: None,
         on_start: Callable[[str, Channel], None] = lambda identity, channel: None,
@@ -112,6 +126,8 @@ class Supervisor:
         self.reloads = 0
         self._handlers = handlers or {}
         self._reload_plan = reload
+        self._on_prepare = on_prepare
+        self._on_switch = on_switch
         self._on_reloaded = on_reloaded
         self._on_ready = on_ready
         self._on_start = on_start
@@ -123,6 +139,8 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._cutting = asyncio.Event()
         self._reloading = asyncio.Lock()
+        self._hangups = 0
+        self._serving = False
         self._coming: Plan | None = None
         self._generation = 0
         self._secret = secrets.token_bytes(32)
@@ -168,12 +186,14 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn_task(self._on_hangup()))
+        loop.add_signal_handler(signal.SIGHUP, self.hang_up)
         watchdog = asyncio.create_task(self._watch())
         try:
             await self._start_all(self.plan)
+            self._serving = True
             if not self._stopping.is_set():
                 self._on_ready()
+                self._answer_hangups()
             await self._stopping.wait()
             self._on_stopping()
             log.info("stopping: connections have %g s to end (a second signal cuts them)", self.plan.drain)
@@ -208,18 +228,46 @@ class Supervisor:
                 self._on_reloaded(succeeded)
 
     async def _take_over(self, plan: Plan) -> None:
-        old = {worker for worker in self._workers if not worker.stopping}
+        """Change the plan. A connection is judged by the policy and served by the stack of one plan: the new workers
+        are loaded, the old ones accept no more, then the policy changes, then the new ones accept."""
         await self._start_all(plan)
         if self._stopping.is_set():
             return
+        try:
+            await self._on_prepare()
+        except RamaError:
+            await self._stop_workers({worker for worker in self._workers if worker.plan is plan}, 0)
+            raise
+        old = {worker for worker in self._workers if worker.plan is not plan and not worker.stopping}
+        self._spawn_task(self._stop_workers(old, plan.drain))
+        await self._quiet(old)
+        try:
+            await self._on_switch()
+        except RamaError:
+            await self._stop_workers({worker for worker in self._workers if worker.plan is plan}, 0)
+            await self._start_all(self.plan)
+            raise
         self.plan = plan
         self.reloads += 1
-        self._spawn_task(self._stop_workers(old, plan.drain))
-        # Until the old ones have stopped to accept, a new connection may still get the old configuration.
+        for worker in self._workers:
+            self._let_accept(worker)
+
+    async def _quiet(self, workers: set[_Worker]) -> None:
+        """Return when none of them accepts any more; one that does not come to say so is killed."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GRACE_SECONDS):
-                for worker in old:
+            async with asyncio.timeout(_QUIET_SECONDS):
+                for worker in workers:
                     await worker.draining.wait()
+        for worker in workers:
+            if not worker.draining.is_set():
+                log.error("worker %d (pid %d) does not stop accepting: killed", worker.number, worker.pid)
+                worker.signal(signal.SIGKILL)
+                await worker.draining.wait()
+
+    def _let_accept(self, worker: _Worker) -> None:
+        if worker.held and worker.served and not worker.stopping and worker.plan is self.plan:
+            worker.held = False
+            worker.channel.notify("serve")
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -255,13 +303,16 @@ class Supervisor:
                 env={**os.environ, **plan.environment},
             )
         self._on_spawn(process.pid)
-        worker = _Worker(plan, number, f"{number}g{self._generation}", process, column, first=first)
+        held = plan is not self.plan
+        worker = _Worker(plan, number, f"{number}g{self._generation}", process, column, first=first, held=held)
         # The channel is empty and the order fits into its buffer: this does not block.
         send_line(
             ours,
             {
                 "worker": number,
                 "identity": worker.identity,
+                "held": held,
+                "judged": "verdict" in self._handlers,
                 "workers": plan.workers,
                 "target": plan.target,
                 "directory": plan.directory,
@@ -335,6 +386,7 @@ class Supervisor:
         if not worker.ready.done():
             worker.ready.set_result(None)
             log.debug("worker %d serves (pid %d)", worker.number, worker.pid)
+            self._let_accept(worker)  # its plan may have come into force since it was started
 
     def _failed(self, worker: _Worker, text: str) -> None:
         if not worker.ready.done():
@@ -353,7 +405,8 @@ class Supervisor:
         )
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), pause)
-        if not self._stopping.is_set() and worker.plan in (self.plan, self._coming):
+        # What is in force now, or about to be: nothing of an earlier plan comes back.
+        if not self._stopping.is_set() and (worker.plan is self.plan or worker.plan is self._coming):
             self.restarts += 1
             self._spawn(worker.plan, worker.number, first=False)
 
@@ -370,13 +423,26 @@ class Supervisor:
                     log.error("worker %d (pid %d) hangs: silent for %.0f s", worker.number, worker.pid, silent)
                     worker.signal(signal.SIGKILL)
 
-    async def _on_hangup(self) -> None:
-        try:
-            await self.reload()
-        except RamaError as error:
-            log.error("reload failed, the old configuration stays: %s", error)
-        else:
-            log.info("reloaded")
+    def hang_up(self) -> None:
+        """Reload, as SIGHUP asks for: after the start, and once for all that ask while a reload waits to begin."""
+        self._hangups += 1
+        if self._hangups == 1:
+            self._answer_hangups()
+
+    def _answer_hangups(self) -> None:
+        if self._serving and self._hangups:
+            self._spawn_task(self._on_hangups())
+
+    async def _on_hangups(self) -> None:
+        while self._hangups and not self._stopping.is_set():
+            asked = self._hangups
+            try:
+                await self.reload()
+            except RamaError as error:
+                log.error("reload failed, the old configuration stays: %s", error)
+            else:
+                log.info("reloaded")
+            self._hangups = min(self._hangups - asked, 1)
 
     # -- stopping ------------------------------------------------------------------------------------------------
 

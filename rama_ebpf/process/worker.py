@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any, Final, cast
 
 import uvloop
 
+from ..core.address import SocketAddress
 from ..core.errors import PeerClosed, RamaError
 from ..kernel.privileges import UserIds, die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
 from ..metrics.directory import ENVIRONMENT as METRICS_ENVIRONMENT
@@ -126,9 +128,17 @@ class _Worker:
         application.start()
         for row in self._order["listeners"]:
             for _, fd in row["sockets"]:
-                self._serve(row["name"], socket.socket(fileno=fd), application)
+                self._server(row["name"], socket.socket(fileno=fd), application)
+        may_accept = asyncio.Event()
+        self._channel.on("serve", lambda _body: may_accept.set())
         background = {asyncio.create_task(self._listen()), asyncio.create_task(self._heartbeat())}
-        self._channel.notify("ready")
+        if self._order["held"]:
+            self._channel.notify("ready")
+            background.add(asyncio.create_task(self._accept_later(may_accept)))
+        else:
+            for server in self._servers:
+                server.start()
+            self._channel.notify("ready")
         await self._stop.wait()
         for server in self._servers:
             # Closed, not only left alone: or else clients would still be let into a queue that nobody serves. What is
@@ -147,7 +157,28 @@ class _Worker:
         await self._channel.close()
         return 0
 
-    def _serve(self, name: str, listener: socket.socket, application: Application) -> None:
+    async def _accept_later(self, may_accept: asyncio.Event) -> None:
+        """Accept when we are told to. What waits in the queues came under an earlier policy: it is judged again."""
+        await may_accept.wait()
+        assert self._stop is not None
+        for server in self._servers:
+            if self._stop.is_set():
+                return
+            if self._order["judged"]:
+                refused = await server.admit_waiting(functools.partial(self._is_admitted, server.listener))
+                if refused:
+                    log.info("%d connections that waited are refused by the new policy", refused)
+            if not self._stop.is_set():
+                server.start()
+
+    async def _is_admitted(self, listener: socket.socket, client: SocketAddress) -> bool:
+        try:
+            return (await self._context.policy.verdict(client.ip, listener.getsockname()[1])).allowed
+        except RamaError as error:
+            log.warning("%s is refused, it cannot be judged: %s", client, error)
+            return False
+
+    def _server(self, name: str, listener: socket.socket, application: Application) -> None:
         listener.set_inheritable(False)
         listener.setblocking(False)
         on_accept = application.on_accept
@@ -158,7 +189,6 @@ class _Worker:
             on_pause=_pause_counter(name),
             name=name,
         )
-        server.start()
         self._servers.append(server)
 
     def _drain(self, body: Mapping[str, object]) -> None:

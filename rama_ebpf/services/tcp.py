@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from ..core.address import SocketAddress
@@ -19,10 +19,12 @@ from ..core.service import Service
 from ..core.socket_stream import SocketStream, reset_on_close, resets_on_close
 from ..core.stream import Stream
 
-__all__ = ["TcpServer", "bind_tcp"]
+__all__ = ["BACKLOG", "TcpServer", "bind_tcp"]
 
 log = logging.getLogger(__name__)
 
+BACKLOG: Final = 4096
+"""How many connections a listening socket holds that nobody has accepted yet (as far as net.core.somaxconn lets)."""
 _ACCEPTS_PER_WAKE: Final = 64
 _BACK_OFF_SECONDS: Final = 0.1
 _COMPLAIN_SECONDS: Final = 60.0
@@ -32,10 +34,11 @@ _NO_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-def bind_tcp(host: str, port: int, *, backlog: int = 4096, reuse_port: bool = False) -> socket.socket:
+def bind_tcp(host: str, port: int, *, backlog: int | None = BACKLOG, reuse_port: bool = False) -> socket.socket:
     """Return a listening non-blocking socket on an IPv4 or IPv6 literal and port (0: the kernel picks one).
 
-    An IPv6 socket takes IPv6 only, so that one address means one family. Raises OSError naming the address.
+    With a ``backlog`` of None it is bound, and does not listen yet. An IPv6 socket takes IPv6 only, so that one address
+    means one family. Raises OSError naming the address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -49,7 +52,8 @@ def bind_tcp(host: str, port: int, *, backlog: int = 4096, reuse_port: bool = Fa
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         reset_on_close(sock, True)  # inherited, too, also by those that nobody has accepted yet
         sock.bind((host, port))
-        sock.listen(backlog)
+        if backlog is not None:
+            sock.listen(backlog)
     except OSError as error:
         sock.close()
         raise OSError(error.errno, f"cannot listen on {host} port {port}: {error.strerror}") from error
@@ -121,6 +125,30 @@ class TcpServer:
                 self._resume.cancel()
                 self._resume = None
 
+    async def admit_waiting(self, admit: Callable[[SocketAddress], Awaitable[bool]]) -> int:
+        """Before :meth:`start`: take what waits in the queue, serve whom ``admit`` lets in, reset the others; return
+        how many those were.
+
+        For a listener whose queue was filled under another policy than that of this server.
+        """
+        refused = 0
+        for _ in range(0 if self._unix else 2 * BACKLOG):
+            try:
+                sock, peer = self.listener.accept()
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as error:
+                log.info("connection lost before accept: %s", error)
+                continue
+            address = SocketAddress.from_sockaddr(peer)
+            if await admit(address):
+                self._accepted(sock, address)
+            else:
+                refused += 1
+                reset_on_close(sock, True)
+                sock.close()
+        return refused
+
     def adopt(self, sock: socket.socket) -> None:
         """Serve a connected socket that was accepted elsewhere, for example by a process that handed it to us."""
         self._begin(SocketStream(sock))
@@ -164,11 +192,13 @@ class TcpServer:
                 # accept(2) hands on errors of the connection that was to be accepted (ECONNABORTED, EPROTO, …).
                 log.info("connection lost before accept: %s", error)
                 continue
-            self.accepted += 1
-            if self._on_accept is not None:
-                self._on_accept()
-            address = None if self._unix else SocketAddress.from_sockaddr(peer)
-            self._begin(SocketStream(sock, peer=address, reset=self._resets))
+            self._accepted(sock, None if self._unix else SocketAddress.from_sockaddr(peer))
+
+    def _accepted(self, sock: socket.socket, peer: SocketAddress | None) -> None:
+        self.accepted += 1
+        if self._on_accept is not None:
+            self._on_accept()
+        self._begin(SocketStream(sock, peer=peer, reset=self._resets))
 
     def _refuse(self, error: OSError) -> bool:
         """Close the connections that a pause has brought no descriptors for, through the one that is held for this:
