@@ -7,6 +7,7 @@ with what is still in force. Expiries are on the wall clock here, because the ke
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -124,6 +125,9 @@ def _row(ban: Ban) -> dict[str, object]:
         "created": ban.created,
         "reason": ban.reason,
         "automatic": ban.automatic,
+        "boot": _boot_id(),
+        "boot_until": ban.expires,
+        "left": None if until is None else until - time.time(),
     }
 
 
@@ -131,7 +135,7 @@ def _ban(address: IPAddress, row: dict[str, object]) -> Ban | None:
     """Return the ban of a row, None if it has expired."""
     until, expires = row["until"], None
     if until is not None:
-        left = float(str(until)) - time.time()
+        left = _left(float(str(until)), row)
         if left <= 0:
             return None
         expires = boottime_ns() + round(left * 1e9)
@@ -141,3 +145,21 @@ def _ban(address: IPAddress, row: dict[str, object]) -> Ban | None:
         row.get("automatic") is True,
     )
     return Ban(address, action, expires, created, 0, str(row["reason"]), automatic)
+
+
+def _left(until: float, row: dict[str, object]) -> float:
+    """Return for how many seconds a ban still holds.
+
+    Within one boot the kernel's clock says it, whatever was done to the wall clock. After a reboot the wall clock does,
+    but for no longer than was left when the row was written: a clock that begins in 1970 makes no ban last for decades.
+    """
+    if row.get("boot") == _boot_id() and row.get("boot_until") is not None:
+        return (int(str(row["boot_until"])) - boottime_ns()) / 1e9
+    left = until - time.time()
+    written = row.get("left")
+    return left if written is None else min(left, float(str(written)))
+
+
+@functools.cache
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

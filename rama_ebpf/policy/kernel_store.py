@@ -128,12 +128,16 @@ class KernelStore(KernelSets, GateCounters):
     def _set_runtime(self, network: IPNetwork, port: int, rule_id: int) -> None:
         key = self._runtime_key(network, port)
         self._announce(network, port)
-        try:
-            bpf.map_update(self._maps["runtime"], key, number(rule_id))
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise self._too_many(str(network)) from error
+        for reclaimed in (False, True):
+            try:
+                bpf.map_update(self._maps["runtime"], key, number(rule_id))
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                if reclaimed or not self._reclaim((rule_id,)):
+                    raise self._too_many(str(network)) from error
+            else:
+                return
 
     def _drop_runtime(self, network: IPNetwork, port: int) -> None:
         # That its length may be gone is found out by _rebuild: until then one look-up more finds nothing.

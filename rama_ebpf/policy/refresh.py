@@ -131,7 +131,7 @@ class Refresher:
         new = replace(ruleset, rules=tuple(_fresh(rule, reports.get(rule.name)) for rule in ruleset.rules))
         if new != ruleset:
             try:
-                self._store.replace(new, expected_set=token, origin=f"feeds: {', '.join(reports)}")
+                self._store.replace(new, expected_set=token, keep_settings=True, origin=f"feeds: {', '.join(reports)}")
             except StaleSet:
                 self._due.clear()
                 raise
@@ -150,10 +150,11 @@ class Refresher:
 
     @staticmethod
     def _first_due(key: tuple[str, Feed | None], ruleset: RuleSet, now: float) -> float:
-        """A rule whose feed was never read is due at once; one that was read when its set was loaded is not."""
+        """A rule whose feed was never read is due at once; so is one of a URL, whose sources may be those of an old
+        copy. A file was read when its set was loaded."""
         rule = next(rule for rule in ruleset.rules if rule.name == key[0])
         assert rule.feed is not None
-        return now + rule.feed.refresh if len(rule.sources) else now
+        return now + rule.feed.refresh if len(rule.sources) and not rule.feed.is_url else now
 
     def _read(self, rule: str, feed: Feed) -> FeedReport:
         try:

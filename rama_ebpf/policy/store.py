@@ -195,6 +195,7 @@ class PolicyStore(PolicyTables):
         confirm_within: float | None = None,
         origin: str = "",
         compiled: CompiledSet | None = None,
+        keep_settings: bool = False,
     ) -> int:
         """Put a whole set into force at once, in place of the present one; return the new revision.
 
@@ -202,6 +203,7 @@ class PolicyStore(PolicyTables):
         attributes (all but the sources) are unchanged keeps its counters. With ``confirm_within`` (seconds) the
         present set comes back by itself unless :meth:`confirm` is called in time; the kernel sees to it, whatever
         becomes of this process. ``origin`` is for the journal, ``compiled`` what :meth:`compile` made of the set.
+        With ``keep_settings`` the settings stay as they are: whoever reads feeds knows only those of before.
         Raises :class:`StaleRevision` if ``expected_revision`` is not the one in force, :class:`StaleSet` if
         ``expected_set`` (see :meth:`set_token`) is not, :class:`PolicyError` for what does not fit; the present set
         stays in force then.
@@ -216,6 +218,9 @@ class PolicyStore(PolicyTables):
                 raise StaleSet
             if self.pending is not None:
                 raise PolicyError("the last change waits to be confirmed: policy confirm, or policy rollback, first")
+            if keep_settings:
+                kept = replace(compiled.ruleset, settings=self.settings())
+                compiled = replace(compiled, ruleset=kept)
             self._check_size(len(ruleset.rules))
             deadline = None if confirm_within is None else boottime_ns() + round(confirm_within * 1e9)
             try:
@@ -224,7 +229,7 @@ class PolicyStore(PolicyTables):
                 self._free_rules()
                 raise
             prefixes = sum(len(rule.sources) for rule in ruleset.rules)
-            default = ruleset.settings.default.name.lower()
+            default = compiled.ruleset.settings.default.name.lower()
             told = {"rules": len(ruleset.rules), "prefixes": prefixes, "default": default}
             self._note("load", revision, **told, confirm_within=confirm_within, origin=origin or None)
             return revision
@@ -372,11 +377,12 @@ class PolicyStore(PolicyTables):
 
     def _reclaim(self, keep: Collection[int] = ()) -> int:
         """Take what has ended out of the runtime layer, and forget rules that nothing refers to; return how many."""
-        now = boottime_ns()
+        now, kept, ended = boottime_ns(), set(keep), 0
         for network, port, rule_id in self._runtime_entries():
-            if self._has_ended(rule_id, now):
+            if rule_id not in kept and self._has_ended(rule_id, now):
                 self._drop_runtime(network, port)
-        return self._free_rules(keep)
+                ended += 1
+        return ended + self._free_rules(keep)
 
     def _has_ended(self, rule_id: int, now: int) -> bool:
         rule = self._rule(rule_id)

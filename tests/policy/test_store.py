@@ -304,11 +304,16 @@ def test_a_torn_log_of_bans_costs_no_whole_line(make_store: MakeStore, tmp_path:
     assert len(log.read_text().splitlines()) == 3
 
 
-def test_a_disk_that_refuses_is_told_and_hinders_no_ban(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_refuses_is_told_and_hinders_no_ban_of_a_service(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "taken").write_text("no directory")
     local = LocalStore()
     local.remember_in(tmp_path / "taken")
-    local.ban(ip_address("198.18.1.1"))
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/taken/bans"):
+        local.ban(ip_address("198.18.1.2"))  # an operator can try again, and is told
+    assert decided(local, "198.18.1.2") == "allow by default"
+    local.ban(ip_address("198.18.1.1"), automatic=True)
     assert decided(local, "198.18.1.1") == "drop by ban"
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
     assert f"cannot write {tmp_path}/taken/bans" in caplog.text

@@ -1,0 +1,196 @@
+"""The gate stays closed where a writer dies between two writes, room is short, or the disk refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+
+from rama_ebpf.control.api import ControlApi
+from rama_ebpf.kernel import bpf
+from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.policy.ban_log import BanLog
+from rama_ebpf.policy.kernel_store import KernelStore
+from rama_ebpf.policy.local import LocalStore
+from rama_ebpf.policy.rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, boottime_ns
+from rama_ebpf.policy.store import PolicyStore
+
+
+class Killed(BaseException):
+    """The writer's end."""
+
+
+@pytest.fixture
+def kernel_store(pinned: Instance, tmp_path: Path) -> Iterator[KernelStore]:
+    with KernelStore(pinned) as store:
+        store.remember_in(tmp_path)
+        yield store
+
+
+@pytest.fixture(params=["kernel", "local"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> PolicyStore:
+    if request.param == "kernel":
+        made: PolicyStore = request.getfixturevalue("kernel_store")
+        return made
+    local = LocalStore(max_entries=4095)
+    local.remember_in(tmp_path)
+    return local
+
+
+def block(source: str, **more: object) -> Rule:
+    return Rule(f"block:{source}", (ip_network(source),), Action.DROP, **more)  # type: ignore[arg-type]
+
+
+def told(store: KernelStore) -> bool:
+    """Whether the programs were told of every entry there is."""
+    gate = store._gate()
+    before = gate
+    store.rebuild()
+    counted = store._gate()
+    lengths = all(counted.runtime[n] & ~before.runtime[n] == 0 for n in (0, 1))
+    return lengths and counted.flags & ~before.flags == 0
+
+
+@pytest.mark.parametrize("calls", range(12))
+def test_the_programs_know_of_every_entry_wherever_a_writer_dies(
+    kernel_store: KernelStore, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    written, deleted = bpf.map_update, bpf.map_delete
+    written, deleted = bpf.map_update, bpf.map_delete
+    changes = (
+        lambda: kernel_store.add(block("198.18.1.1")),
+        lambda: kernel_store.add(block("2001:db8::/48", port=443)),
+        lambda: kernel_store.ban(ip_address("198.18.1.2")),
+        lambda: kernel_store.set_failsafe([ip_network("198.18.9.0/24")]),
+        lambda: kernel_store.remove(ip_network("198.18.1.1")),
+        lambda: kernel_store.unban(ip_address("198.18.1.2")),
+    )
+    for change in changes:
+        left = calls
+
+        def count() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        def update(fd: int, key: bytes, value: bytes, flags: int = bpf.BPF_ANY) -> None:
+            count()
+            written(fd, key, value, flags)
+
+        def delete(fd: int, key: bytes) -> bool:
+            count()
+            return deleted(fd, key)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bpf, "map_update", update)
+            patch.setattr(bpf, "map_delete", delete)
+            with contextlib.suppress(Killed):
+                change()
+        assert told(kernel_store)
+        kernel_store.add(block("198.18.1.7"))
+        assert told(kernel_store)
+        change()
+
+
+def test_a_service_never_shortens_a_ban(store: PolicyStore) -> None:
+    address = ip_address("198.18.1.1")
+    store.ban(address, reason="for good")
+    assert store.ban(address, ttl=60, reason="strikes", automatic=True).reason == "for good"
+    assert store.bans()[0].expires is None
+    store.ban(address, ttl=60, reason="the operator's own wish")
+    assert store.ban(address, ttl=3600, reason="strikes", automatic=True).reason == "the operator's own wish"
+    other = ip_address("198.18.1.2")
+    store.ban(other, ttl=60, reason="strikes", automatic=True)
+    assert store.ban(other, ttl=3600, reason="more strikes", automatic=True).reason == "more strikes"
+
+
+def test_unblock_of_a_port_leaves_the_ban(store: PolicyStore) -> None:
+    api = ControlApi(store)
+    store.ban(ip_address("198.18.1.1"))
+    store.add(block("198.18.1.1", port=443))
+    answer = api.remove({"source": "198.18.1.1", "port": 443})
+    assert (answer["removed"], answer["ban_lifted"]) == (["block:198.18.1.1"], False)
+    assert len(store.bans()) == 1
+    assert api.remove({"source": "198.18.1.1"})["ban_lifted"] is True
+
+
+def test_a_lift_that_the_disk_refuses_changes_nothing(store: PolicyStore, tmp_path: Path) -> None:
+    store.ban(ip_address("198.18.1.1"))
+    (tmp_path / "taken").write_text("no directory")
+    store.remember_in(tmp_path / "taken")
+    with pytest.raises(OSError, match="cannot write"):
+        store.unban(ip_address("198.18.1.1"))
+    assert len(store.bans()) == 1
+
+
+def test_expired_rules_hold_no_room_and_an_own_rule_is_replaced_in_a_full_table(store: PolicyStore) -> None:
+    past = boottime_ns() - 1
+    for n in range(4095):
+        store.add(block(f"198.18.{n >> 8}.{n & 255}", expires=past))
+    for n in range(4095):
+        store.add(block(f"198.19.{n >> 8}.{n & 255}"))
+    store.add(Rule("mine", (ip_network("198.19.0.1"),), Action.ALLOW))
+    assert store.verdict(ip_address("198.19.0.1"), 1080).rule == "mine"
+    with pytest.raises(PolicyError, match="rules already"):
+        store.add(block("198.18.0.1"))
+
+
+def test_a_set_is_replaced_in_its_own_size(store: PolicyStore) -> None:
+    for name in "ab":
+        rules = (
+            Rule(f"{name}{n}", (ip_network(f"198.18.{n >> 8}.{n & 255}"),), Action.DROP, origin="file")
+            for n in range(4095)
+        )
+        store.replace(RuleSet(tuple(rules)))
+    assert store.verdict(ip_address("198.18.0.1"), 1080).rule == "b1"
+
+
+def _log(tmp_path: Path, *rows: dict[str, object]) -> BanLog:
+    (tmp_path / "bans").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return BanLog(tmp_path / "bans")
+
+
+def test_a_ban_ends_when_it_was_to_whatever_the_wall_clock_was_set_to(tmp_path: Path) -> None:
+    log = BanLog(tmp_path / "bans")
+    given = Ban(ip_address("198.18.1.1"), Action.DROP, boottime_ns() + 3600 * 10**9, 0, 0, "")
+    log.banned(given)
+    row = json.loads((tmp_path / "bans").read_text())
+    for wrong in (-(10**9), 10**9):  # seconds: the clock that was right is wrong now
+        (found,) = _log(tmp_path, {**row, "until": row["until"] + wrong}).replay()
+        assert found.expires is not None
+        assert abs(found.expires - boottime_ns() - 3600 * 10**9) < 10**11
+
+
+def test_no_ban_holds_longer_than_was_given_after_a_boot_with_a_wrong_clock(tmp_path: Path) -> None:
+    row = {"address": "198.18.1.1", "action": "drop", "created": 0, "reason": "", "boot": "another", "boot_until": 1}
+    (found,) = _log(tmp_path, {**row, "until": time.time() + 20 * 365 * 86400, "left": 3600}).replay()
+    assert found.expires is not None
+    assert found.expires <= boottime_ns() + 3600 * 10**9
+    assert _log(tmp_path, {**row, "until": time.time() - 1, "left": 3600}).replay() == []
+
+
+def test_hostile_rows_of_bans_hinder_no_start(tmp_path: Path) -> None:
+    good = '{"address": "198.18.1.1", "action": "drop", "until": null, "created": 1, "reason": ""}'
+    hostile = (
+        good.replace("null", "1e999"),
+        good.replace('"created": 1', '"created": 1e999'),
+        "[" * 100_000,
+        "[]",
+        "7",
+        good.replace("1.1", "1.3").replace("drop", "dance"),
+    )
+    (tmp_path / "bans").write_text("\n".join([*hostile, good]) + "\n", encoding="utf-8")
+    assert [str(ban.address) for ban in BanLog(tmp_path / "bans").replay()] == ["198.18.1.1"]
+
+
+def test_what_reads_feeds_keeps_the_settings_that_changed_meanwhile(store: PolicyStore) -> None:
+    token, ruleset = store.set_token(), store.ruleset()
+    store.set_settings(Settings(Action.DROP))
+    store.replace(ruleset, expected_set=token, keep_settings=True)
+    assert store.settings().default is Action.DROP
