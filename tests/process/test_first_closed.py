@@ -1,0 +1,138 @@
+"""First closed, last open: through stops and reloads nobody gets in whom the policy keeps out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ..conftest import StartProxy
+from ..lab import Host, Lab, wait_for
+from ..proxy import rama_ebpf
+
+pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+
+DENIED, ALLOWED = "127.0.0.9", "127.0.0.5"
+
+LISTENER = '[listeners.main]\naddress = "127.0.0.1:1080"\nstack = "echo"\n'
+ADMIN = '[listeners.admin]\naddress = "127.0.0.1:1081"\nstack = "echo"\n'
+STACK = '[stacks.echo]\nservice = {echo = {}}\n[server]\nworkers = 2\ndrain = "1s"\n'
+ADMIN_RULE = '[[policy.rules]]\nname = "admin"\naction = "drop"\nport = 1081\nsources = ["127.0.0.9/32"]\n'
+
+
+class Hammer:
+    """Connects from one source again and again, and keeps what got in."""
+
+    def __init__(self, host: Host, source: str, port: int) -> None:
+        self.tries = 0
+        self.got_in: list[socket.socket] = []
+        self._host, self._source, self._port = host, source, port
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=lambda: host.call(self._run))
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            sock = socket.socket()
+            sock.settimeout(0.05)
+            try:
+                sock.bind((self._source, 0))
+                sock.connect(("127.0.0.1", self._port))
+            except OSError:
+                sock.close()
+            else:
+                self.got_in.append(sock)
+            self.tries += 1
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+        for sock in self.got_in:
+            sock.close()
+
+
+@contextmanager
+def hammering(host: Host, port: int) -> Iterator[Hammer]:
+    hammer = Hammer(host, DENIED, port)
+    hammer.start()
+    try:
+        yield hammer
+    finally:
+        hammer.end()
+
+
+@pytest.fixture
+def host(lab: Lab) -> Host:
+    return lab.host("proxy")
+
+
+def configuration(path: Path, *, admin: bool, default: str = "allow") -> None:
+    text = LISTENER + (ADMIN if admin else "") + STACK + f'[policy]\ndefault = "{default}"\n'
+    path.write_text(text + (ADMIN_RULE if admin else ""))
+
+
+def test_denied_source_gets_in_at_no_moment_of_a_stop(
+    host: Host, instance: str, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    file = tmp_path / "rama.toml"
+    configuration(file, admin=False)
+    proxy = start_proxy(host, "--config", str(file))
+    rama_ebpf("block", "--instance", instance, DENIED)
+    with hammering(host, 1080) as hammer:
+        wait_for(lambda: hammer.tries > 3, what="tries before the stop")
+        workers = proxy.workers()
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)  # busy: their listening sockets stay open after the signal
+        proxy.signal(signal.SIGTERM)
+        before = hammer.tries
+        wait_for(lambda: hammer.tries > before + 10, what="tries while workers are busy")
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        proxy.wait()
+    assert hammer.got_in == []
+
+
+def test_new_listener_is_under_its_new_rule_from_the_first_moment_of_a_reload(
+    host: Host, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    file = tmp_path / "rama.toml"
+    configuration(file, admin=False)
+    proxy = start_proxy(host, "--config", str(file))
+    configuration(file, admin=True)
+    with hammering(host, 1081) as hammer:
+        wait_for(lambda: hammer.tries > 3, what="tries before the reload")
+        proxy.signal(signal.SIGHUP)
+        wait_for(lambda: any(line.endswith(": reloaded") for line in proxy.log), timeout=30, what="the reload")
+        before = hammer.tries
+        wait_for(lambda: hammer.tries > before + 3, what="tries after the reload")
+    assert hammer.got_in == []
+    with host.connect("127.0.0.1", 1081, source=ALLOWED) as sock:
+        sock.sendall(b"hello")
+        assert sock.recv(5) == b"hello"
+
+
+def test_who_waits_during_a_reload_is_judged_by_the_policy_of_the_stack_that_serves(
+    host: Host, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    file = tmp_path / "rama.toml"
+    configuration(file, admin=False)
+    proxy = start_proxy(host, "--config", str(file))
+    workers = proxy.workers()
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    waiting = host.connect("127.0.0.1", 1080, source=ALLOWED)  # the old policy lets it into a queue
+    configuration(file, admin=False, default="drop")
+    proxy.signal(signal.SIGHUP)
+    wait_for(lambda: len(proxy.workers()) == 4, timeout=30, what="the new workers")
+    with waiting:
+        wait_for(lambda: any(line.endswith(": reloaded") for line in proxy.log), timeout=60, what="the reload")
+        with pytest.raises(ConnectionResetError):
+            waiting.recv(1)
