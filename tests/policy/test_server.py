@@ -134,7 +134,7 @@ def test_strikes_ban_and_bans_and_the_configured_set_are_in_force_after_a_restar
     assert answered(client, server.ipv4)
 
 
-def test_a_set_on_trial_outlasts_a_reload_and_is_undone_when_the_server_starts_anew(
+def test_a_set_on_trial_is_undone_by_a_reload_and_when_the_server_starts_anew(
     lab: Lab, start_proxy: StartProxy, tmp_path: Path
 ) -> None:
     server, client = lab.host("proxy"), lab.host("client")
@@ -143,8 +143,13 @@ def test_a_set_on_trial_outlasts_a_reload_and_is_undone_when_the_server_starts_a
     path = tmp_path / "nobody.toml"
     path.write_text(NOBODY["default-deny-without-rules"])
     proxy.command("policy", "load", str(path), "--confirm-timeout", "1h")
+    assert shut_out(client, server.ipv4)
     proxy.signal(signal.SIGHUP)
-    wait_for(lambda: proxy.logged("the policy stays as it was: the last change waits to be confirmed"), timeout=60)
+    wait_for(
+        lambda: proxy.logged("the set on trial is undone: the configuration says what is to be in force"), timeout=60
+    )
+    wait_for(lambda: answered(client, server.ipv4, timeout=1), timeout=60)
+    proxy.command("policy", "load", str(path), "--confirm-timeout", "1h")
     assert shut_out(client, server.ipv4)
     proxy.signal(signal.SIGKILL)
     proxy.wait()
