@@ -75,7 +75,7 @@ def test_bans_and_loads_are_on_disk_when_the_command_returns_and_bans_of_strikes
         assert left("bans")[-1]["lifted"]
 
         with client.connect(server.ipv4, PORT) as sock:
-            sock.sendall(b"nothing that a proxy speaks\r\n\r\n")
+            sock.sendall(b"\xff\xfe nothing that a proxy speaks\r\n\r\n")
         wait_for(lambda: left("bans")[-1]["address"] == client.ipv4, what="the ban of the strike")
     finally:
         proxy.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from ipaddress import IPv4Address
@@ -32,8 +33,8 @@ def gate(instance: str) -> Iterator[loader.Gate]:
 
 def _slot(source: IPv4Address, port: int) -> int:
     """What ``socket_slot`` of bpf/sockets.h says: the address as this machine reads the wire's bytes."""
-    mixed = int.from_bytes(source.packed, "little") * 0x9E3779B1 & 0xFFFFFFFF
-    return (port ^ mixed >> 16) % SOCKETS
+    mixed = int.from_bytes(source.packed, sys.byteorder) * 0x85EBCA6B & 0xFFFFFFFF
+    return ((mixed ^ port) * 0x9E3779B1 & 0xFFFFFFFF) // 65536 % SOCKETS
 
 
 def test_connection_reaches_exactly_the_socket_that_was_chosen(gate: loader.Gate) -> None:
