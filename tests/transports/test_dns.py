@@ -316,9 +316,9 @@ def test_resolv_conf_is_read_as_libc_reads_it():
 
 
 async def test_the_time_of_a_name_is_bounded_over_servers_and_attempts(server, files):
-    resolver = DnsResolver([ip_address("127.0.0.53")] * 1, timeout=0.3, attempts=10, **files)
+    resolver = DnsResolver([ip_address("127.0.0.53")], timeout=4, attempts=4, **files)
     began = time.monotonic()
     with pytest.raises(ResolveTimeout):
         await asyncio.wait_for(resolver.resolve("silent.test"), 60)
-    assert server.asked["silent.test/A"] == 10
+    assert server.asked["silent.test/A"] == 4  # the last with a second to spare, for a busy machine
     assert time.monotonic() > began
