@@ -13,6 +13,7 @@ int gate_cgroup(struct __sk_buff *skb)
 {
 	struct scratch *s;
 	struct packet *p;
+	struct listener *listener;
 	struct bpf_sock *sk = skb->sk;
 	struct verdict v = {};
 	void *data, *end;
@@ -38,8 +39,11 @@ int gate_cgroup(struct __sk_buff *skb)
 		count(&v, p, HOOK_CGROUP);
 		return CGROUP_DROP;
 	}
-	if (!find_listener(p, &s->wildcard))
+	listener = find_listener(p, &s->wildcard);
+	if (!listener)
 		return CGROUP_PASS; /* a listening socket that the proxy did not put under the gate */
+	if (p->syn && listener->state != LISTENER_OPEN)
+		return CGROUP_DROP; /* not counted: nobody has judged it, and the client tries again */
 
 	/* The ACK that ends a handshake is judged as well: a source that is blocked after its SYN stays out. */
 	v = verdict(s, p->syn ? CHARGE_ADMIT : CHARGE_NONE);

@@ -94,8 +94,8 @@ int gate_xdp(struct xdp_md *ctx)
 	if (parse_frame((void *)(long)ctx->data, (void *)(long)ctx->data_end, &s->packet) != PACKET_TCP || !s->packet.syn)
 		return XDP_PASS;
 	listener = find_listener(&s->packet, &s->wildcard);
-	if (!listener)
-		return XDP_PASS;
+	if (!listener || listener->state != LISTENER_OPEN)
+		return XDP_PASS; /* if closed, to gate_cgroup */
 	s->listener = *listener;
 	v = verdict(s, CHARGE_PEEK);
 #ifndef SYN_COOKIES

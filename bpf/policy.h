@@ -84,10 +84,15 @@ struct listener_key {
 };
 _Static_assert(sizeof(struct listener_key) == 20, "listener_key");
 
+enum listener_state {
+	LISTENER_OPEN   = 0,
+	LISTENER_CLOSED = 1, /* no SYN gets in, whatever the policy: silence, so that the client tries again */
+};
+
 struct listener {
 	__u16 id;      /* < MAX_LISTENERS */
-	__u16 sockets; /* how many slots of the SOCKMAP, from id * SOCKETS_PER_LISTENER, are filled */
-	__u32 pad;
+	__u16 sockets; /* how many slots of the SOCKMAP, from id * SOCKETS_PER_LISTENER, are filled; 0: RST for all */
+	__u32 state;   /* enum listener_state */
 };
 _Static_assert(sizeof(struct listener) == 8, "listener");
 

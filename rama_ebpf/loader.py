@@ -25,7 +25,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -71,6 +71,7 @@ class _Listener:
     key: bytes
     id: int
     sockets: int
+    is_open: bool = False
 
 
 class Gate:
@@ -197,54 +198,81 @@ class Gate:
     # -- listeners -----------------------------------------------------------------------------------------------
 
     def add_listener(self, sockets: Sequence[socket.socket]) -> SocketAddress:
-        """Put listening TCP sockets of one address under the gate, and steer its connections to them.
+        """Put listening TCP sockets of one address under the gate, steer its connections to them, and open it.
 
         Returns the address. Raises ValueError for too many sockets or listeners, or sockets of several addresses.
         """
-        address = self.reserve_listener(sockets)
-        self.open_listener(address, sockets)
-        return address
-
-    def reserve_listener(self, sockets: Sequence[socket.socket]) -> SocketAddress:
-        """Put the address of bound TCP sockets under the gate: nobody gets in before :meth:`open_listener`.
-
-        Returns the address. Raises like :meth:`add_listener`. Do it before they listen: a SYN that comes in between
-        would not be judged.
-        """
-        constant = abi.constants()
         addresses = {SocketAddress.from_sockaddr(sock.getsockname()) for sock in sockets}
         if len(addresses) != 1:
             raise ValueError(f"the sockets of one listener share one address, not {len(addresses)}")
-        if len(sockets) > constant["SOCKETS_PER_LISTENER"]:
-            raise ValueError(f"{len(sockets)} sockets: a listener has at most {constant['SOCKETS_PER_LISTENER']}")
         address = addresses.pop()
-        used = {listener.id for listener in self._listeners.values()}
-        free = next((i for i in range(constant["MAX_LISTENERS"]) if i not in used), None)
-        if free is None:
-            raise ValueError(f"a gate has at most {constant['MAX_LISTENERS']} listeners")
-        key = abi.LISTENER_KEY.pack(mapped(address.ip), address.port, 0)
-        bpf.map_update(self.maps["listeners"], key, abi.LISTENER.pack(free, 0, 0))
-        self._listeners[address] = _Listener(key, free, len(sockets))
+        self.close_listener(address)
+        self.steer(address, sockets)
+        self.open_listener(address)
         return address
 
-    def open_listener(self, address: SocketAddress, sockets: Sequence[socket.socket]) -> None:
-        """Steer the connections of a reserved address to its sockets, which listen by now. Raises KeyError, OSError."""
-        listener = self._listeners[address]
-        first = listener.id * abi.constants()["SOCKETS_PER_LISTENER"]
+    def close_listener(self, address: SocketAddress) -> None:
+        """Let no SYN to ``address`` in from now on, whatever the policy says: silence. A new address gets an entry, and
+        its SYNs are answered with RST until :meth:`steer` names sockets. Raises ValueError for too many listeners."""
+        listener = self._listeners.get(address)
+        if listener is None:
+            most = abi.constants()["MAX_LISTENERS"]
+            used = {listener.id for listener in self._listeners.values()}
+            free = next((i for i in range(most) if i not in used), None)
+            if free is None:
+                raise ValueError(f"a gate has at most {most} listeners")
+            key = abi.LISTENER_KEY.pack(mapped(address.ip), address.port, 0)
+            listener = self._listeners[address] = _Listener(key, free, 0)
+        self._put_listener(address, replace(listener, is_open=False))
+
+    def steer(self, address: SocketAddress, sockets: Sequence[socket.socket]) -> None:
+        """Steer the connections of a listener to these listening sockets of its address, and to no others any more;
+        without any they are answered with RST. Raises ValueError for too many sockets, KeyError for an address that
+        has no entry."""
+        listener, most = self._listeners[address], abi.constants()["SOCKETS_PER_LISTENER"]
+        if len(sockets) > most:
+            raise ValueError(f"{len(sockets)} sockets: a listener has at most {most}")
         for index, sock in enumerate(sockets):
-            key, value = (first + index).to_bytes(4, sys.byteorder), sock.fileno().to_bytes(8, sys.byteorder)
-            bpf.map_update(self.maps["sockets"], key, value)
-        bpf.map_update(self.maps["listeners"], listener.key, abi.LISTENER.pack(listener.id, len(sockets), 0))
+            self.steer_slot(address, index, sock)
+        self._put_listener(address, replace(listener, sockets=len(sockets)))
+        for index in range(len(sockets), listener.sockets):
+            self._clear_slot(listener, index)
+
+    def steer_slot(self, address: SocketAddress, index: int, sock: socket.socket) -> None:
+        """Steer one share of a listener's connections, by its index in :meth:`steer`, to another socket. Raises
+        OSError if that does not listen."""
+        slot = self._slot(self._listeners[address], index)
+        bpf.map_update(self.maps["sockets"], slot, sock.fileno().to_bytes(8, sys.byteorder))
+
+    def open_listener(self, address: SocketAddress) -> None:
+        """Let in to a listener whom the policy lets in. Raises KeyError for an address that has no entry."""
+        self._put_listener(address, replace(self._listeners[address], is_open=True))
 
     def remove_listener(self, address: SocketAddress) -> None:
-        """Take a listener from under the gate. Raises KeyError if it is not."""
+        """Take a listener from under the gate: all its sockets must be closed, or they serve whoever comes. Raises
+        KeyError if it is not under it."""
         listener = self._listeners.pop(address)
         bpf.map_delete(self.maps["listeners"], listener.key)
-        first = listener.id * abi.constants()["SOCKETS_PER_LISTENER"]
         for index in range(listener.sockets):
-            # A socket that was closed has left the map by itself; SOCKMAP answers EINVAL then.
-            with contextlib.suppress(OSError):
-                bpf.map_delete(self.maps["sockets"], (first + index).to_bytes(4, sys.byteorder))
+            self._clear_slot(listener, index)
+
+    def _put_listener(self, address: SocketAddress, listener: _Listener) -> None:
+        state = abi.constants()["LISTENER_OPEN" if listener.is_open else "LISTENER_CLOSED"]
+        bpf.map_update(self.maps["listeners"], listener.key, abi.LISTENER.pack(listener.id, listener.sockets, state))
+        self._listeners[address] = listener
+
+    @staticmethod
+    def _slot(listener: _Listener, index: int) -> bytes:
+        return (listener.id * abi.constants()["SOCKETS_PER_LISTENER"] + index).to_bytes(4, sys.byteorder)
+
+    def _clear_slot(self, listener: _Listener, index: int) -> None:
+        # A socket that was closed has left the map by itself; SOCKMAP answers EINVAL then.
+        with contextlib.suppress(OSError):
+            bpf.map_delete(self.maps["sockets"], self._slot(listener, index))
+
+    def guards(self, address: SocketAddress) -> bool:
+        """Whether an address has an entry."""
+        return address in self._listeners
 
     def listener_id(self, address: SocketAddress) -> int:
         """Return the index of a listener in the per-listener maps. Raises KeyError."""

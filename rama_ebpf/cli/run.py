@@ -72,7 +72,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     add("--handshake-timeout", type=_positive, default=10.0, metavar="S", help="default: %(default)s")
     add("--connect-timeout", type=_positive, default=10.0, metavar="S", help="default: %(default)s")
     add("--idle-timeout", type=_positive, default=300.0, metavar="S", help="of a tunnel (default: %(default)s)")
-    add("--drain", type=_positive, default=10.0, metavar="S", help="time for live tunnels after SIGTERM (default: 10)")
+    add("--drain", type=_positive, default=300.0, metavar="S", help="for live tunnels after SIGTERM (default: 300)")
     sizes = MapSizes()
     add("--metrics", metavar="ADDR:PORT", help="serve metrics there, on loopback (default: nowhere)")
     add("--max-rules", type=_count, default=sizes.rules, metavar="N", help="default: %(default)s")
@@ -185,6 +185,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         egress=config.egress.policy(),
         name_servers=config.resolver.name_servers(),
         drain=server.drain,
+        linger=server.linger or 0.0,
         watchdog=server.watchdog,
         default=None if policy.default is None else Action[policy.default.upper()],
         failsafe=policy.failsafe,

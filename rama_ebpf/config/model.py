@@ -16,6 +16,7 @@ from .decode import Choice, ListOf, MapOf, Table, setting
 from .kinds import (
     BOOLEAN,
     DURATION,
+    DURATION_OR_OFF,
     ENDPOINT,
     LOOPBACK_ENDPOINT,
     NETWORK,
@@ -55,7 +56,8 @@ class ServerConfig:
 
     workers: int = setting(integer(1, 64), "processes that serve (one a CPU by default)", factory=_cpus)
     user: str | None = setting(USER, "who the workers become (nobody by default, where root starts them)", default=None)
-    drain: float = setting(DURATION, "time that live connections have after SIGTERM", default=30.0)
+    drain: float = setting(DURATION, "time that live connections have after SIGTERM", default=300.0)
+    linger: float | None = setting(DURATION_OR_OFF, "for how long it still accepts after SIGTERM", default=None)
     watchdog: float = setting(DURATION, "a worker that hangs for so long is replaced", default=60.0)
     metrics: Endpoint | None = setting(LOOPBACK_ENDPOINT, "where metrics are served (nowhere by default)", default=None)
 

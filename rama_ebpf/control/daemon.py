@@ -11,39 +11,39 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 import uvloop
 
 from ..core.errors import RamaError
-from ..kernel.gate_maps import MAX_FAILSAFE
 from ..kernel.instance import ServerLock
 from ..kernel.xdp import XdpAttachment
 from ..metrics.directory import MetricsDirectory
-from ..policy.compiler import CompiledSet
 from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
-from ..policy.refresh import FeedReport, Refresher, with_feeds
-from ..policy.rule import PolicyError, RuleSet
-from ..process import Plan, Supervisor
+from ..policy.refresh import Refresher
+from ..policy.rule import PolicyError
+from ..process import Nursery, Plan, Supervisor, WorkerObserver, WorkerProcess
 from ..services.tcp import bind_tcp
 from . import upkeep
 from .api import ControlApi
 from .cookies import CookieWatch
 from .egress import EgressBackstop
 from .events import EventHub, GateEvents, rule_names
-from .home import Home, open_home
 from .kernel_relay import KernelRelay
 from .kill import ConnectionKiller
-from .listeners import Listeners
+from .listeners import Listeners, SocketSet
 from .options import FIXED, DaemonOptions
+from .policy_host import PolicyHost, open_policy_host
 from .policy_thread import PolicyThread
+from .revision import Deployment, Policy, ServedRevision
 from .socket import ControlServer
 from .verdicts import Verdicts
-from .worker_requests import handlers
+from .worker_requests import WorkerRequests
 
 if TYPE_CHECKING:
     from .exposition import MetricsServer
@@ -53,6 +53,9 @@ __all__ = ["serve"]
 log = logging.getLogger("rama_ebpf")
 
 _ENFORCE_SECONDS: Final = 1.0
+_STOP_SECONDS: Final = 1.9
+_SYNC_SECONDS: Final = 0.5
+_OOM_SCORE: Final = -800
 _WORKER_TARGET: Final = "rama_ebpf.control.worker:application"
 
 
@@ -60,89 +63,97 @@ def serve(options: DaemonOptions, reload: Callable[[], DaemonOptions] | None = N
     """Serve until SIGTERM or SIGINT. ``reload`` makes the options for SIGHUP; without it they stay the same, and the
     workers load the application anew.
 
-    Raises :class:`~rama_ebpf.kernel.instance.InstanceBusy`, :class:`~.home.GateUnavailable`,
+    Raises :class:`~rama_ebpf.kernel.instance.InstanceBusy`, :class:`~.policy_host.GateUnavailable`,
     :class:`~rama_ebpf.process.WorkersFailed`, or OSError (a port that is taken, say); nothing stays behind then.
     """
     started = time.monotonic()
+    _be_spared_by_oom()
     early: list[int] = []
     signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))  # one that comes during the start waits
-    with ServerLock(options.instance, create=True), open_home(options) as home, contextlib.ExitStack() as cleanup:
-        daemon = _Daemon(options, reload or (lambda: options), home, cleanup, started, lambda: bool(early))
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(daemon.run())
+    with (
+        ServerLock(options.instance, create=True),
+        open_policy_host(options) as host,
+        PolicyThread() as thread,
+        contextlib.ExitStack() as cleanup,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(_Daemon(options, reload or (lambda: options), host, thread, cleanup, started, early).run())
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """The set of a configuration, ready to be put into force."""
-
-    ruleset: RuleSet
-    compiled: CompiledSet
-    reports: tuple[FeedReport, ...]
-
-
-class _Daemon:
+class _Daemon(WorkerObserver):
     """One run of the server."""
 
     def __init__(
         self,
         options: DaemonOptions,
         reload: Callable[[], DaemonOptions],
-        home: Home,
+        host: PolicyHost,
+        thread: PolicyThread,
         cleanup: contextlib.ExitStack,
         started: float,
-        hung_up: Callable[[], bool],
+        early: list[int],
     ) -> None:
         self._options = options
-        self._hung_up = hung_up
         self._reload = reload
-        self._home = home
+        self._host = host
+        self._thread = thread
         self._started = started
+        self._early = early
         self._cookies = CookieWatch(options.syn_cookies)
-        self._listeners = Listeners(home.gate)
+        self._listeners = Listeners(host.gate)
         cleanup.callback(self._listeners.close)
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(MetricsDirectory(options.user))
-        self._egress = EgressBackstop(home.gate)
         self._feeds = FeedStore(options.instance.feeds_dir)
-        restored = home.store.restore_bans()
-        if restored:
-            log.info("%d bans of earlier are in force again", restored)
-        self._killer = ConnectionKiller(self._listeners.addresses, () if home.gate is None else home.gate.own_cgroups)
-        self._events = EventHub() if home.gate is None else GateEvents(home.gate.maps, rule_names(home.store)).hub
-        self._relay = KernelRelay(
-            options.workers,
-            options.instance.relay_record,
-            kernel_headers=options.kernel_headers,
-            on_change=self._write_state,
-        )
-        cleanup.callback(self._relay.close)
-        # First closed: a listener's address is under the gate, and the policy in force, before it listens.
-        self._listeners.want(options.listen, options.workers)
-        self._apply_policy(options)
-        self._listeners.open()
-        self._pending = options
-        self._prepared: _Prepared | None = None
-        self._policy_thread = cleanup.enter_context(PolicyThread())
-        self._supervisor = Supervisor(
-            self._plan(options),
-            handlers=handlers(home.store, self._events, self._policy_thread.submit),
-            reload=self._reloaded_plan,
-            on_prepare=self._prepare_policy,
-            on_switch=self._switch_policy,
-            on_reloaded=self._after_reload,
-            on_ready=self._ready,
-            on_spawn=lambda pid: None if home.gate is None else home.gate.adopt_worker(pid),
-            on_stopping=self._listeners.stop,
-            on_start=self._relay.worker_started,
-            on_exit=self._worker_ended,
+        self._egress = EgressBackstop(host.gate)
+        self._killer = ConnectionKiller(self._listeners.addresses, () if host.gate is None else host.gate.own_cgroups)
+        self._events = EventHub() if host.gate is None else GateEvents(host.gate.maps, rule_names(host.store)).hub
+        self._cleanup = cleanup
+        self._deployment = Deployment(
+            host, self._listeners, self._egress, self._feeds, thread, lambda options: self._in_force(options)
         )
 
     async def run(self) -> None:
-        options, home = self._options, self._home
+        options, host = self._options, self._host
+        async with Nursery() as nursery:
+            self._relay = KernelRelay(
+                options.workers,
+                options.instance.relay_record,
+                nursery,
+                kernel_headers=options.kernel_headers,
+                on_change=self._write_state,
+            )
+            self._cleanup.callback(self._relay.close)
+            sockets = self._listeners.prepare(options.listen, options.workers)
+            revision = ServedRevision(options, self._plan(options, sockets), sockets, self._deployment, None, None)
+            observers: list[WorkerObserver] = [
+                WorkerRequests(host.store, self._thread, self._events),
+                self._relay,
+                self._listeners,
+                self,
+            ]
+            if self._metrics is not None:
+                from .exposition import MetricsFiles  # see _metrics_server
+
+                observers.append(MetricsFiles(self._metrics))
+            self._supervisor = Supervisor(
+                revision,
+                nursery,
+                prepare=self._prepare,
+                observers=observers,
+                on_ready=self._ready,
+                on_stopping=self._stopping,
+            )
+            if self._early:
+                self._supervisor.hang_up()
+            await self._serve(nursery)
+        self._supervisor.close()
+
+    async def _serve(self, nursery: Nursery) -> None:
+        store, thread = self._host.store, self._thread
         control = ControlServer(
-            options.instance.control_socket,
+            self._options.instance.control_socket,
             self._control,
             {"events": self._events.stream, "flows": self._flows},
         )
@@ -151,30 +162,28 @@ class _Daemon:
         if metrics is not None:
             metrics.start()
         self._write_state()
-        keepers = [
-            asyncio.create_task(upkeep.sweep(home.store)),
-            asyncio.create_task(upkeep.sync(home.store)),
-            asyncio.create_task(upkeep.refresh(home.store, Refresher(home.store, self._feeds))),
-            asyncio.create_task(self._enforce()),
-            asyncio.create_task(self._egress.follow_nameservers()),
-            asyncio.create_task(self._cookies.watch(self._write_state)),
-        ]
+        nursery.keep("sweeping the policy", lambda: upkeep.sweep(store, thread))
+        nursery.keep("keeping bans on disk", lambda: upkeep.sync(store, thread))
+        nursery.keep("refreshing feeds", lambda: upkeep.refresh(store, Refresher(store, self._feeds)))
+        nursery.keep("ending denied connections", self._enforce)
+        nursery.keep("following the nameservers", self._egress.follow_nameservers)
+        nursery.keep("watching SYN cookies", lambda: self._cookies.watch(self._write_state))
         try:
             await self._supervisor.run()
         finally:
-            for keeper in keepers:
-                keeper.cancel()
             self._feeds.cancel()  # their threads are waited for at the end
             if metrics is not None:
                 await metrics.stop()
             await control.stop()
-            home.store.sync()
+            with contextlib.suppress(TimeoutError):  # held up: then it is no clean stop
+                async with asyncio.timeout(_SYNC_SECONDS):
+                    await thread.run(store.sync)
 
-    def _plan(self, options: DaemonOptions) -> Plan:
-        gate = self._home.gate
+    def _plan(self, options: DaemonOptions, sockets: SocketSet) -> Plan:
+        gate = self._host.gate
         return Plan(
             target=_WORKER_TARGET,
-            listeners=self._listeners.want(options.listen, options.workers),
+            listeners=sockets.listeners,
             workers=options.workers,
             user=options.user,
             sandbox=options.sandbox,
@@ -183,7 +192,7 @@ class _Daemon:
                 "directory": options.directory,
                 "params": options.params,
                 "egress": {"allow": list(map(str, options.egress.allow)), "deny": list(map(str, options.egress.deny))},
-                "accept_slots": self._listeners.accept_slots(options.listen),
+                "accept_slots": self._listeners.accept_slots(sockets),
                 "judge": gate is None,
                 "sockmap": options.sockmap,
                 "access_log": options.access_log,
@@ -192,6 +201,7 @@ class _Daemon:
             fds=self._relay.descriptors | ({} if gate is None else {"accepted": gate.maps["accepted"]}),
             environment={} if self._metrics is None else self._metrics.environment,
             drain=options.drain,
+            linger=options.linger,
             watchdog=options.watchdog,
             log_level=options.log_level,
         )
@@ -200,13 +210,13 @@ class _Daemon:
         if method == "kill":
             return self._killer.call(params)
         try:
-            return ControlApi(self._home.store, self._feeds).call(method, params)
+            return ControlApi(self._host.store, self._feeds).call(method, params)
         finally:
-            self._home.store.sync()  # this is a thread of its own; the answer says that it is kept
+            self._host.store.sync()  # this is a thread of its own; the answer says that it is kept
 
     async def _enforce(self) -> None:
         """Where the operator wants it, end live connections that the policy has come to deny."""
-        store, seen = self._home.store, -1
+        store, seen = self._host.store, -1
         while True:
             await asyncio.sleep(_ENFORCE_SECONDS)
             if not self._options.kill or (revision := store.revision) == seen:
@@ -225,107 +235,76 @@ class _Daemon:
         answers = await self._supervisor.ask("flows")
         yield {"workers": [{"worker": name, **answer} for name, answer in sorted(answers.items())]}
 
-    def _worker_ended(self, identity: str) -> None:
-        if self._metrics is not None:
-            self._metrics.worker_exited(identity)
-        self._relay.worker_ended(identity)
+    # -- workers -------------------------------------------------------------------------------------------------
+
+    def spawned(self, pid: int) -> None:
+        if self._host.gate is not None:
+            self._host.gate.adopt_worker(pid)
+
+    def serving(self, worker: WorkerProcess) -> None:
+        self._write_state()
+
+    def silent(self, worker: WorkerProcess) -> None:
+        self._write_state()
+
+    def ended(self, worker: WorkerProcess) -> None:
+        self._write_state()
+
+    # -- start, reload, stop -------------------------------------------------------------------------------------
+
+    def _in_force(self, options: DaemonOptions) -> None:
+        self._options = options
+        self._write_state()
 
     def _ready(self) -> None:
-        self._home.served = True
-        where = "kernel" if self._home.gate is not None else "userspace"
-        addresses = ", ".join(str(row["address"]) for row in self._listeners.described(self._options.listen))
+        self._host.served = True
+        where = "kernel" if self._host.gate is not None else "userspace"
+        addresses = ", ".join(str(row["address"]) for row in self._listeners.described())
         seconds, workers = time.monotonic() - self._started, self._options.workers
         log.info("ready after %.2f s: %d workers on %s, policy in %s", seconds, workers, addresses, where)
-        if self._hung_up():
-            self._supervisor.hang_up()
 
-    # -- reload --------------------------------------------------------------------------------------------------
-
-    def _reloaded_plan(self) -> Plan:
-        self._pending = options = self._reload()
+    async def _prepare(self) -> ServedRevision:
+        """Make the revision for SIGHUP. What cannot be carried out is refused here, before anything changes."""
+        options = await asyncio.to_thread(self._reload)
         fixed = [name for name in FIXED if getattr(options, name) != getattr(self._options, name)]
         if fixed:
             log.warning("only a restart changes %s", ", ".join(fixed))
+        policy = await asyncio.to_thread(Policy.of, options, self._host.store, self._feeds)
         try:
-            plan = self._plan(options)
-            self._egress.put(options.egress, options.name_servers)  # now, so that the new workers can do what they may
+            sockets = self._listeners.prepare(options.listen, options.workers)
         except (OSError, ValueError) as error:
             raise RamaError(str(error)) from error
-        return plan
-
-    async def _prepare_policy(self) -> None:
-        """Find out what cannot be carried out, while everything is as it was. Raises RamaError."""
         try:
-            self._prepared = await asyncio.to_thread(self._compiled, self._pending)
-        except OSError as error:
-            raise RamaError(str(error)) from error
+            return ServedRevision(options, self._plan(options, sockets), sockets, self._deployment, self._options, policy)
+        except BaseException:
+            self._listeners.give_up(sockets)
+            raise
 
-    async def _switch_policy(self) -> None:
-        """Put the policy of a reload into force and open what is new: nobody accepts connections now."""
-        try:
-            await asyncio.to_thread(self._apply_policy, self._pending, self._prepared)
-            self._listeners.open()
-        except OSError as error:
-            raise RamaError(str(error)) from error
-
-    def _after_reload(self, succeeded: bool) -> None:
-        self._prepared = None
-        if succeeded:
-            self._options = self._pending
-        else:
-            self._egress.put(self._options.egress, self._options.name_servers)
-        self._listeners.keep(self._options.listen)
-        self._write_state()
-
-    def _compiled(self, options: DaemonOptions) -> _Prepared | None:
-        store = self._home.store
-        if options.failsafe is not None and len(options.failsafe) > MAX_FAILSAFE:
-            raise PolicyError(f"{len(options.failsafe)} failsafe networks: use at most {MAX_FAILSAFE}")
-        if options.rules is None:
-            return None
-        settings = store.settings() if options.default is None else replace(store.settings(), default=options.default)
-        settings = replace(settings, per_source=options.per_source, overall=options.overall)
-        ruleset, reports = with_feeds(RuleSet(options.rules, settings), self._feeds, known=store.ruleset())
-        return _Prepared(ruleset, store.compile(ruleset), tuple(reports))
-
-    def _apply_policy(self, options: DaemonOptions, prepared: _Prepared | None = None) -> None:
-        prepared = prepared or self._compiled(options)
-        self._egress.put(options.egress, options.name_servers)
-        if self._home.gate is not None:
-            limit = options.rejects
-            self._home.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
-        store = self._home.store
-        if store.pending is not None and (options.rules is not None or options.default is not None):
-            log.warning("the set on trial is undone: the configuration says what is to be in force")
-            store.roll_back()
-        if options.failsafe is not None:
-            store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
-        settings = store.settings()
-        if options.default is not None:
-            settings = replace(settings, default=options.default)
-        if prepared is None:
-            if settings != store.settings():
-                store.set_settings(settings)
-            return
-        for report in prepared.reports:
-            report.log()
-        store.replace(prepared.ruleset, compiled=prepared.compiled, origin="configuration")
+    def _stopping(self) -> None:
+        """Whatever holds us up, the server is gone soon after its drain."""
+        limit = self._options.linger + self._options.drain + _STOP_SECONDS
+        timer = threading.Timer(limit, _end_at_once)
+        timer.daemon = True
+        timer.start()
 
     # -- what is seen from outside -------------------------------------------------------------------------------
 
     def _write_state(self) -> None:
-        home = self._home
+        host, counts = self._host, self._supervisor.counts
+        since = None if counts.since is None else time.time() - counts.since
         self._options.instance.write_state(
             {
                 "pid": os.getpid(),
-                "policy": home.store.kind,
-                "why_local": home.why_local or None,
-                "cgroup": str(home.gate.cgroup) if home.gate is not None else None,
-                "egress": "services" if home.gate is None or not home.gate.guards_workers else "services and kernel",
-                "xdp": [] if home.gate is None else [_described(attached) for attached in home.gate.xdp],
+                "policy": host.store.kind,
+                "why_local": host.why_local or None,
+                "cgroup": str(host.gate.cgroup) if host.gate is not None else None,
+                "egress": "services" if host.gate is None or not host.gate.guards_workers else "services and kernel",
+                "xdp": [] if host.gate is None else [_described(attached) for attached in host.gate.xdp],
                 "syn_cookies": self._cookies.state,
                 "sockmap": asdict(self._relay.status),
-                "listeners": self._listeners.described(self._options.listen),
+                "workers": {"expected": counts.expected, "serving": counts.serving, "since": since},
+                "drain": self._options.drain,
+                "listeners": self._listeners.described(),
             }
         )
 
@@ -342,11 +321,26 @@ class _Daemon:
 
         address = self._options.metrics.address
         collectors = [supervisor_collector(self._supervisor)]
-        store = self._home.store
+        store = self._host.store
         if isinstance(store, KernelStore):
             collectors.append(verdict_collector(Verdicts(store)))
             collectors.append(silent_rejects_collector(store.silent_rejects))
         return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors)
+
+
+def _be_spared_by_oom() -> None:
+    """Have the kernel take others first when memory runs out: who holds the gate goes last (proc(5))."""
+    try:
+        with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
+            score = min(int(file.read()), _OOM_SCORE)
+            file.write(str(score))
+    except OSError as error:
+        log.debug("the OOM score stays: %s", error)
+
+
+def _end_at_once() -> None:
+    log.critical("something holds the server up after its drain: it ends now, and the kernel takes the gate away")
+    os._exit(1)
 
 
 def _described(attached: XdpAttachment) -> dict[str, object]:

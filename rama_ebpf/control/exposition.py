@@ -16,11 +16,11 @@ from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.timeout import TimeoutLayer
 from ..metrics.directory import MetricsDirectory
 from ..metrics.files import FilesCollector
-from ..process.supervisor import Supervisor
+from ..process import Supervisor, WorkerObserver, WorkerProcess
 from ..services.http import Body, Headers, HttpServer, Request, Response
 from ..services.tcp import TcpServer
 
-__all__ = ["MetricsServer", "silent_rejects_collector", "supervisor_collector", "verdict_collector"]
+__all__ = ["MetricsFiles", "MetricsServer", "silent_rejects_collector", "supervisor_collector", "verdict_collector"]
 
 Verdicts = Callable[[], Mapping[tuple[str, str, str], int]]
 
@@ -58,11 +58,27 @@ def supervisor_collector(supervisor: Supervisor) -> Collector:
     """Collect how many workers serve, were replaced and were reloaded."""
 
     def collect() -> Iterable[Metric]:
-        yield GaugeMetricFamily("rama_workers", "Workers that serve.", value=len(supervisor.pids))
+        counts = supervisor.counts
+        yield GaugeMetricFamily("rama_workers", "Workers that serve.", value=counts.serving)
+        yield GaugeMetricFamily("rama_workers_expected", "Workers that are wanted.", value=counts.expected)
         yield CounterMetricFamily("rama_worker_restarts", "Workers that were replaced.", value=supervisor.restarts)
         yield CounterMetricFamily("rama_reloads", "Reloads that succeeded.", value=supervisor.reloads)
+        failures = CounterMetricFamily("rama_failures", "Failures of the server's own work.", labels=("work",))
+        for name, count in supervisor.nursery.failures.items():
+            failures.add_metric((name,), count)
+        yield failures
 
     return _Collector(collect)
+
+
+class MetricsFiles(WorkerObserver):
+    """Keeps the files of workers in order."""
+
+    def __init__(self, directory: MetricsDirectory) -> None:
+        self._directory = directory
+
+    def ended(self, worker: WorkerProcess) -> None:
+        self._directory.worker_exited(worker.identity)
 
 
 class MetricsServer:

@@ -24,6 +24,7 @@ from ..kernel.abi import source_dir
 from ..kernel.btf import BtfUnavailable
 from ..kernel.compile import CompileError
 from ..kernel.splice import SpliceMaps
+from ..process import Nursery, WorkerObserver, WorkerProcess
 from ..process.channel import Channel
 from ..process.plan import Json
 from ..relay.selftest import SelfTest, known_bad, self_test
@@ -50,12 +51,19 @@ class RelayStatus:
     why: str = ""
 
 
-class KernelRelay:
+class KernelRelay(WorkerObserver):
     """``descriptors`` are for the workers. ``on_change`` is called when :attr:`status` has changed."""
 
     def __init__(
-        self, workers: int, record: Path, *, kernel_headers: Path | None, on_change: Callable[[], None]
+        self,
+        workers: int,
+        record: Path,
+        nursery: Nursery,
+        *,
+        kernel_headers: Path | None,
+        on_change: Callable[[], None],
     ) -> None:
+        self._nursery = nursery
         self._record = record
         self._kernel_headers = kernel_headers
         self._on_change = on_change
@@ -80,14 +88,13 @@ class KernelRelay:
         """Give the maps up, after the event loop: nothing is under way then."""
         self._maps.close()
 
-    def worker_started(self, identity: str, channel: Channel) -> None:
-        """Answer what a new worker asks."""
-        channel.on("sockmap", lambda body: self._wanted(identity, channel))
+    def started(self, worker: WorkerProcess) -> None:
+        worker.channel.on("sockmap", lambda body: self._wanted(worker.identity, worker.channel))
 
-    def worker_ended(self, identity: str) -> None:
+    def ended(self, worker: WorkerProcess) -> None:
         """Remove what a worker that is no more has left in the maps, and give its share to others."""
-        self._waiting.pop(identity, None)
-        share = self._held.pop(identity, None)
+        self._waiting.pop(worker.identity, None)
+        share = self._held.pop(worker.identity, None)
         if share is not None:
             Sockmap(self._maps.fds, share, self._shares)
             self._free.append(share)
@@ -97,7 +104,7 @@ class KernelRelay:
         if self.status.state in ("ready", "refused"):
             self._answer()
         elif self._loading is None:
-            self._loading = asyncio.create_task(self._load())
+            self._loading = self._nursery.start("the kernel's relay", self._load())
         return {}
 
     async def _load(self) -> None:
@@ -125,6 +132,8 @@ class KernelRelay:
             identity, channel = self._waiting.popitem()
             if self.status.state == "refused":
                 channel.notify("sockmap", {"refusal": self.status.why})
+            elif identity in self._held:
+                channel.notify("sockmap", {"share": self._held[identity], "shares": self._shares})
             elif not self._free:
                 channel.notify("sockmap", {"refusal": "workers of earlier configurations hold all shares"})
             else:

@@ -47,7 +47,8 @@ class DaemonOptions:
     sandbox: Sandbox = Sandbox.WANTED
     egress: EgressPolicy = field(default_factory=EgressPolicy)
     name_servers: tuple[IPAddress, ...] = ()
-    drain: float = 10.0
+    drain: float = 300.0
+    linger: float = 0.0
     watchdog: float = 60.0
     default: Action | None = None
     failsafe: tuple[IPNetwork, ...] | None = None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from typing import Final
 
 from ..policy.refresh import Refresher
 from ..policy.rule import PolicyError
 from ..policy.store import PolicyStore
+from .policy_thread import PolicyThread
 
 __all__ = ["refresh", "sweep", "sync"]
 
@@ -20,24 +20,24 @@ _SYNC_SECONDS: Final = 1.0
 _REFRESH_SECONDS: Final = 10.0  # how often feeds are looked at, not read
 
 
-async def sync(store: PolicyStore) -> None:
-    """Bring the bans that services made to the disk, for which the event loop, where they are made, does not wait."""
+async def sync(store: PolicyStore, thread: PolicyThread) -> None:
+    """Bring the bans that services made to the disk, for which those who ask for them do not wait."""
     while True:
         await asyncio.sleep(_SYNC_SECONDS)
-        await asyncio.to_thread(store.sync)
+        await thread.run(store.sync)
 
 
-async def sweep(store: PolicyStore) -> None:
+async def sweep(store: PolicyStore, thread: PolicyThread) -> None:
     """Forget what has expired and what nobody confirmed."""
-
-    def once() -> None:
-        freed = store.sweep()
-        if freed:
-            log.info("policy: %d expired rules and bans removed", freed)
-
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
-        await _keep("the policy in order", once)
+        try:
+            freed = await thread.run(store.sweep)
+        except PolicyError as error:
+            log.warning("cannot keep the policy in order, trying again: %s", error)
+        else:
+            if freed:
+                log.info("policy: %d expired rules and bans removed", freed)
 
 
 async def refresh(store: PolicyStore, refresher: Refresher) -> None:
@@ -47,16 +47,13 @@ async def refresh(store: PolicyStore, refresher: Refresher) -> None:
         if store.pending is None:
             refresher.log_news(refresher.run(all_feeds=all_feeds))
 
-    await _keep("feeds fresh", lambda: once(all_feeds=True))
+    all_feeds = True
     while True:
+        try:
+            await asyncio.to_thread(once, all_feeds=all_feeds)
+        except PolicyError as error:
+            log.warning("cannot keep feeds fresh, trying again: %s", error)
+        except OSError:
+            log.exception("cannot keep feeds fresh, trying again")
+        all_feeds = False
         await asyncio.sleep(_REFRESH_SECONDS)
-        await _keep("feeds fresh", once)
-
-
-async def _keep(what: str, work: Callable[[], None]) -> None:
-    try:
-        await asyncio.to_thread(work)
-    except PolicyError as error:
-        log.warning("cannot keep %s, trying again: %s", what, error)
-    except OSError:
-        log.exception("cannot keep %s, trying again", what)

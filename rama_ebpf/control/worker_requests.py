@@ -2,73 +2,135 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
-from typing import Final
+from typing import Annotated, Final
 
+import msgspec
+from msgspec import Meta
+
+from ..core.bucket import TokenBucket
+from ..core.errors import RamaError
 from ..layers.strikes import StrikeBook, StrikeLimit
 from ..policy.local import CountedPolicy, LocalStore
+from ..policy.rule import Action, Stage
 from ..policy.store import PolicyStore
-from ..process.channel import Handler, RequestFailed
+from ..process import WorkerObserver, WorkerProcess
 from ..process.plan import Json
 from .events import Event, EventHub
+from .policy_thread import PolicyThread
 
-__all__ = ["handlers"]
+__all__ = ["WorkerRequests"]
 
 log = logging.getLogger("rama_ebpf")
 
-_MAX_SECONDS: Final = 315_360_000.0
+_BANS_A_SECOND: Final = 100.0
+_BAN_BURST: Final = 500
+_BANS_WAITING: Final = 128
+"""Of one worker, which may have been taken over: what it may cost the policy."""
 _MAX_REASON: Final = 119
+_LONGEST_BAN: Final = 315_360_000.0
+
+_Address = Annotated[str, Meta(min_length=2, max_length=64)]
+_Seconds = Annotated[float, Meta(gt=0, le=_LONGEST_BAN)]
 
 
-Submit = Callable[[Callable[[], None]], Awaitable[None] | None]
+class _Verdict(msgspec.Struct, forbid_unknown_fields=True):
+    source: _Address
+    port: Annotated[int, Meta(ge=0, le=65535)]
 
 
-def handlers(store: PolicyStore, events: EventHub, submit: Submit) -> dict[str, Handler]:
-    """What workers may ask. They parse bytes from the network: each request is bounded and checked.
+class _Ban(msgspec.Struct, forbid_unknown_fields=True):
+    source: _Address
+    ttl: _Seconds
+    reason: Annotated[str, Meta(max_length=1024)]
 
-    ``submit`` has a change of the policy carried out, and returns its outcome.
-    """
-    judge = CountedPolicy(store) if isinstance(store, LocalStore) else store
 
-    def verdict(body: Json) -> Json:
-        source, port = ip_address(str(body["source"])), int(str(body["port"]))
-        answer = judge.verdict(source, port)
-        if events.is_watched:
+class _Strike(msgspec.Struct, forbid_unknown_fields=True):
+    source: _Address
+    reason: Annotated[str, Meta(max_length=1024)]
+    strikes: Annotated[int, Meta(ge=1, le=10_000)]
+    window: _Seconds
+    ban: _Seconds
+
+
+class TooManyBans(RamaError):
+    """A worker asks for more than its share."""
+
+    kind = "too_many_bans"
+
+
+class WorkerRequests(WorkerObserver):
+    """Answers workers. They parse bytes from the network: each request is bounded and checked."""
+
+    def __init__(self, store: PolicyStore, thread: PolicyThread, events: EventHub) -> None:
+        self._store = store
+        self._judge = CountedPolicy(store) if isinstance(store, LocalStore) else store
+        self._judges_here = isinstance(store, LocalStore)
+        self._thread = thread
+        self._events = events
+        self._book = StrikeBook()
+
+    def started(self, worker: WorkerProcess) -> None:
+        share = _Share(self, worker.number)
+        worker.channel.on("verdict", lambda body: self._verdict(worker, body), _Verdict)
+        worker.channel.on("ban", lambda body: share.ban(body.source, body.ttl, body.reason), _Ban)
+        worker.channel.on("strike", lambda body: self._strike(share, body), _Strike)
+
+    def _verdict(self, worker: WorkerProcess, body: _Verdict) -> Json:
+        if worker.superseded and self._judges_here:
+            # It was accepted under a configuration whose policy is no more, and would be served by its services.
+            return {"action": int(Action.DROP), "stage": int(Stage.DEFAULT), "rule": "superseded"}
+        source = ip_address(body.source)
+        answer = self._judge.verdict(source, body.port)
+        if self._events.is_watched:
             details = (answer.rule, answer.action, answer.stage, "accept", answer.dry_rule, answer.dry_action)
-            events.publish(Event(time.time(), source, port, *details))
+            self._events.publish(Event(time.time(), source, body.port, *details))
         return {"action": int(answer.action), "stage": int(answer.stage), "rule": answer.rule}
 
-    async def ban(body: Json) -> Json:
-        ttl, source, reason = _seconds(body["ttl"]), ip_address(str(body["source"])), str(body["reason"])
+    def _strike(self, share: _Share, body: _Strike) -> asyncio.Future[Json] | None:
+        limit = StrikeLimit(body.strikes, body.window, body.ban)
+        if not self._book.add(ip_address(body.source), limit, time.monotonic()):
+            return None
+        return share.ban(body.source, limit.ban, f"{limit.strikes} strikes, the last: {body.reason}")
 
-        def change() -> None:
-            done = store.ban(source, ttl=ttl, reason=reason[:_MAX_REASON], automatic=True)
-            if done.reason == reason[:_MAX_REASON]:
+    def ban(self, source: str, ttl: float, reason: str) -> asyncio.Future[Json]:
+        """Ban a source in the policy thread."""
+        address = ip_address(source)
+
+        def work() -> Json:
+            done = self._store.ban(address, ttl=ttl, reason=reason[:_MAX_REASON], automatic=True)
+            if done.reason == reason[:_MAX_REASON]:  # not one that was there, and is stronger
                 log.warning("banned %s for %g s: %s", done.address, ttl, done.reason)
+            return {}
 
-        outcome = submit(change)
-        if outcome is None:
-            raise RequestFailed("too many bans wait to be put into force")
-        await outcome
-        return {}
-
-    book = StrikeBook()
-
-    async def strike(body: Json) -> Json:
-        limit = StrikeLimit(int(str(body["strikes"])), _seconds(body["window"]), _seconds(body["ban"]))
-        if book.add(ip_address(str(body["source"])), limit, time.monotonic()):
-            await ban({**body, "ttl": limit.ban, "reason": f"{limit.strikes} strikes, the last: {body['reason']}"})
-        return {}
-
-    return {"verdict": verdict, "ban": ban, "strike": strike}
+        return self._thread.submit(work)
 
 
-def _seconds(value: object) -> float:
-    """A duration that a worker names. Raises ValueError."""
-    seconds = float(str(value))
-    if not 0 < seconds <= _MAX_SECONDS:  # false for a NaN, too
-        raise ValueError(f"{value!r}: use seconds, more than 0 and at most ten years")
-    return seconds
+class _Share:
+    """What one worker may ask for."""
+
+    def __init__(self, requests: WorkerRequests, number: int) -> None:
+        self._requests = requests
+        self._number = number
+        self._rate = TokenBucket(_BANS_A_SECOND, _BAN_BURST)
+        self._waiting = 0
+        self._said = 0.0
+
+    def ban(self, source: str, ttl: float, reason: str) -> asyncio.Future[Json]:
+        """Ban a source. Raises :class:`TooManyBans`."""
+        now = time.monotonic()
+        if self._waiting >= _BANS_WAITING or self._rate.take(now):
+            if now - self._said > 60:
+                self._said = now
+                log.error("worker %d asks for more bans than a worker may: some are refused", self._number)
+            raise TooManyBans(f"more than {_BANS_A_SECOND:g} bans a second, or {_BANS_WAITING} at once")
+        future = self._requests.ban(source, ttl, reason)
+        self._waiting += 1
+        future.add_done_callback(lambda _: self._done())
+        return future
+
+    def _done(self) -> None:
+        self._waiting -= 1

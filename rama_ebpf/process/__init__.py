@@ -6,7 +6,20 @@
 from __future__ import annotations
 
 from .context import Application, WorkerContext
+from .nursery import Nursery
 from .plan import Listener, Plan
-from .supervisor import Supervisor, WorkersFailed
+from .supervisor import Revision, Supervisor
+from .worker_process import WorkerObserver, WorkerProcess, WorkersFailed
 
-__all__ = ["Application", "Listener", "Plan", "Supervisor", "WorkerContext", "WorkersFailed"]
+__all__ = [
+    "Application",
+    "Listener",
+    "Nursery",
+    "Plan",
+    "Revision",
+    "Supervisor",
+    "WorkerContext",
+    "WorkerObserver",
+    "WorkerProcess",
+    "WorkersFailed",
+]

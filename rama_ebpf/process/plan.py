@@ -47,10 +47,10 @@ class Plan:
 
     ``target`` is ``module:attribute``, a service or a function of a :class:`~.context.WorkerContext` that makes one;
     ``directory`` is put in front of the module search path. ``params`` is JSON that the function finds in its
-    context. ``user`` is who the workers become (None: they stay who they are), ``sandbox`` whether they must give
-    up system calls. ``fds`` are further descriptors by
-    name that every worker gets. ``drain`` is how many seconds live connections have after SIGTERM, ``watchdog`` after
-    how many seconds of silence a worker is taken for hung and replaced. ``environment`` is added to the workers'.
+    context. ``user`` is who the workers become (None: they stay who they are), ``sandbox`` whether they must give up
+    system calls. ``fds`` are further descriptors by name that every worker gets. ``drain`` is how many seconds live
+    connections have after SIGTERM, ``linger`` for how many it goes on to accept before that, ``watchdog`` after how
+    many seconds of silence a worker is taken for hung and replaced. ``environment`` is added to the workers'.
     """
 
     target: str
@@ -62,7 +62,8 @@ class Plan:
     directory: str | None = None
     fds: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
-    drain: float = 30.0
+    drain: float = 300.0
+    linger: float = 0.0
     watchdog: float = 60.0
     log_level: str = "info"
 
@@ -75,3 +76,8 @@ class Plan:
         module, colon, attribute = self.target.partition(":")
         if not (module and colon and attribute):
             raise PlanError(f"target {self.target!r}: write module:attribute")
+
+    def shared_with(self, later: Plan) -> frozenset[str]:
+        """The names, here, of the listeners whose sockets a later plan goes on to use."""
+        used = {sock for listener in later.listeners for sock in listener.sockets}
+        return frozenset(listener.name for listener in self.listeners if used.intersection(listener.sockets))

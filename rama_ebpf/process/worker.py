@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import importlib
 import logging
 import os
@@ -21,7 +20,6 @@ from typing import Any, Final, cast
 
 import uvloop
 
-from ..core.address import SocketAddress
 from ..core.errors import PeerClosed, RamaError
 from ..kernel.privileges import UserIds, die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
 from ..metrics.directory import ENVIRONMENT as METRICS_ENVIRONMENT
@@ -37,7 +35,7 @@ __all__ = ["main"]
 
 log = logging.getLogger("rama_ebpf.worker")
 
-_HEARTBEAT_SECONDS: Final = 1.0
+_HEARTBEAT_SECONDS: Final = 0.5
 
 # What the standard library imports only when it is needed: after the change of user the files may be out of reach,
 # where the package is installed under a home directory.
@@ -82,7 +80,9 @@ class _Worker:
         self._channel = Channel()
         self._servers: list[TcpServer] = []
         self._stop: asyncio.Event | None = None
-        self._drain_seconds = float(order["drain"])
+        self._cutting: asyncio.Event | None = None
+        self._kept: frozenset[str] = frozenset()
+        self._linger_seconds = self._drain_seconds = 0.0
         observe = _lookup_observer()
         self._context = WorkerContext(
             worker=order["worker"],
@@ -121,6 +121,8 @@ class _Worker:
         assert self._application is not None
         application = self._application
         self._stop = asyncio.Event()
+        self._cutting = asyncio.Event()
+        self._channel.on("open", self._open)
         self._channel.on("drain", self._drain)
         self._channel.on("cut", self._cut)
         await self._channel.open(channel)
@@ -128,24 +130,11 @@ class _Worker:
         application.start()
         for row in self._order["listeners"]:
             for _, fd in row["sockets"]:
-                self._server(row["name"], socket.socket(fileno=fd), application)
-        may_accept = asyncio.Event()
-        self._channel.on("serve", lambda _body: may_accept.set())
+                self._servers.append(self._server(row["name"], socket.socket(fileno=fd), application))
         background = {asyncio.create_task(self._listen()), asyncio.create_task(self._heartbeat())}
-        if self._order["held"]:
-            self._channel.notify("ready")
-            background.add(asyncio.create_task(self._accept_later(may_accept)))
-        else:
-            for server in self._servers:
-                server.start()
-            self._channel.notify("ready")
+        self._channel.notify("ready")
         await self._stop.wait()
-        for server in self._servers:
-            # Closed, not only left alone: or else clients would still be let into a queue that nobody serves. What is
-            # in it already stays with the supervisor, for those who come after us.
-            server.stop_accepting()
-            server.listener.close()
-        self._channel.notify("draining")
+        await self._close_listeners()
         started = time.monotonic()
         cut = sum(await asyncio.gather(*(server.drain(self._drain_seconds) for server in self._servers)))
         self._channel.notify("drained", {"cut": cut, "seconds": time.monotonic() - started})
@@ -157,48 +146,55 @@ class _Worker:
         await self._channel.close()
         return 0
 
-    async def _accept_later(self, may_accept: asyncio.Event) -> None:
-        """Accept when we are told to. What waits in the queues came under an earlier policy: it is judged again."""
-        await may_accept.wait()
-        assert self._stop is not None
+    async def _close_listeners(self) -> None:
+        """Close them when the time to linger is over. Closed, not only left alone: or else clients would still be let
+        into a queue that nobody serves."""
+        assert self._cutting is not None
         for server in self._servers:
-            if self._stop.is_set():
-                return
-            if self._order["judged"]:
-                refused = await server.admit_waiting(functools.partial(self._is_admitted, server.listener))
-                if refused:
-                    log.info("%d connections that waited are refused by the new policy", refused)
-            if not self._stop.is_set():
+            if server.name in self._kept:  # its queue is served by those who come after us
+                server.stop_accepting()
+        self._channel.notify("released")
+        if self._linger_seconds:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._cutting.wait(), self._linger_seconds)
+        for server in self._servers:
+            server.accept_waiting()
+            server.stop_accepting()
+            server.listener.close()
+        self._channel.notify("draining")
+
+    def _open(self, _body: Mapping[str, object]) -> None:
+        """The revision that we belong to is in force."""
+        assert self._stop is not None
+        if not self._stop.is_set():
+            for server in self._servers:
                 server.start()
 
-    async def _is_admitted(self, listener: socket.socket, client: SocketAddress) -> bool:
-        try:
-            return (await self._context.policy.verdict(client.ip, listener.getsockname()[1])).allowed
-        except RamaError as error:
-            log.warning("%s is refused, it cannot be judged: %s", client, error)
-            return False
-
-    def _server(self, name: str, listener: socket.socket, application: Application) -> None:
+    def _server(self, name: str, listener: socket.socket, application: Application) -> TcpServer:
         listener.set_inheritable(False)
         listener.setblocking(False)
         on_accept = application.on_accept
-        server = TcpServer(
+        return TcpServer(
             listener,
             application.services[name],
             on_accept=None if on_accept is None else lambda: on_accept(name),
             on_pause=_pause_counter(name),
             name=name,
         )
-        self._servers.append(server)
 
     def _drain(self, body: Mapping[str, object]) -> None:
         assert self._stop is not None
+        if not self._stop.is_set():
+            self._linger_seconds = float(cast("float", body["linger"]))
+            self._kept = frozenset(cast("list[str]", body["kept"]))
         self._drain_seconds = float(cast("float", body["seconds"]))
         self._stop.set()
 
     def _cut(self, _body: Mapping[str, object]) -> None:
         assert self._stop is not None
-        self._drain_seconds = 0.0
+        assert self._cutting is not None
+        self._linger_seconds = self._drain_seconds = 0.0
+        self._cutting.set()
         self._stop.set()
         for server in self._servers:
             server.cut("shutdown")

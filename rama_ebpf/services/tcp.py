@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Final
 
 from ..core.address import SocketAddress
@@ -91,6 +91,7 @@ class TcpServer:
         self._service = service
         self._on_accept = on_accept
         self._on_pause = on_pause
+        self.name = name
         self._name = None if name is None else ListenerName(name)
         self._connections: dict[asyncio.Task[None], SocketStream] = {}
         self._accepting = False
@@ -113,6 +114,15 @@ class TcpServer:
         self._accepting = True
         self._loop.add_reader(self.listener.fileno(), self._accept_ready)
 
+    def accept_waiting(self) -> None:
+        """Accept what waits in the queue now, if the server accepts at all."""
+        if self._accepting and self._resume is None:
+            for _ in range(BACKLOG // _ACCEPTS_PER_WAKE):
+                before = self.accepted
+                self._accept_ready()
+                if self.accepted - before < _ACCEPTS_PER_WAKE:
+                    return
+
     def stop_accepting(self) -> None:
         """Accept no more; live connections go on. The listening socket stays open and keeps its queue. Idempotent."""
         if self._accepting and self._loop is not None:
@@ -124,30 +134,6 @@ class TcpServer:
             if self._resume is not None:
                 self._resume.cancel()
                 self._resume = None
-
-    async def admit_waiting(self, admit: Callable[[SocketAddress], Awaitable[bool]]) -> int:
-        """Before :meth:`start`: take what waits in the queue, serve whom ``admit`` lets in, reset the others; return
-        how many those were.
-
-        For a listener whose queue was filled under another policy than that of this server.
-        """
-        refused = 0
-        for _ in range(0 if self._unix else 2 * BACKLOG):
-            try:
-                sock, peer = self.listener.accept()
-            except (BlockingIOError, InterruptedError):
-                break
-            except OSError as error:
-                log.info("connection lost before accept: %s", error)
-                continue
-            address = SocketAddress.from_sockaddr(peer)
-            if await admit(address):
-                self._accepted(sock, address)
-            else:
-                refused += 1
-                reset_on_close(sock, True)
-                sock.close()
-        return refused
 
     def adopt(self, sock: socket.socket) -> None:
         """Serve a connected socket that was accepted elsewhere, for example by a process that handed it to us."""

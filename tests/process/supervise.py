@@ -13,11 +13,20 @@ from typing import Any
 
 import uvloop
 
-from rama_ebpf.control.exposition import MetricsServer, supervisor_collector, verdict_collector
+from rama_ebpf.control.exposition import MetricsFiles, MetricsServer, supervisor_collector, verdict_collector
 from rama_ebpf.core import RamaError
 from rama_ebpf.kernel.privileges import UserIds
 from rama_ebpf.metrics.directory import MetricsDirectory
-from rama_ebpf.process import Listener, Plan, Supervisor, WorkersFailed
+from rama_ebpf.process import (
+    Listener,
+    Nursery,
+    Plan,
+    Revision,
+    Supervisor,
+    WorkerObserver,
+    WorkerProcess,
+    WorkersFailed,
+)
 from rama_ebpf.process.plan import Json
 from rama_ebpf.services.tcp import bind_tcp
 
@@ -52,24 +61,53 @@ def main() -> int:
         merged["environment"] = directory.environment if with_metrics else {}
         return Plan(listeners=tuple(listeners), user=None if user is None else UserIds.of(user), **merged)
 
+    class Unguarded:
+        """A plan that has nothing around it, on sockets that stay."""
+
+        def __init__(self) -> None:
+            self.plan = plan()
+
+        async def enter(self) -> None: ...
+
+        async def abandon(self) -> None: ...
+
+        async def superseded(self) -> None: ...
+
+        async def leave(self) -> None: ...
+
+        def stop(self) -> None:
+            for listener in listeners:
+                for sock in listener.sockets:
+                    sock.close()
+
+    async def prepare() -> Revision:
+        return Unguarded()
+
+    class Questions(WorkerObserver):
+        def started(self, worker: WorkerProcess) -> None:
+            worker.channel.on("sum", lambda body: {"worker": body["from"], "pids": supervisor.pids})
+            worker.channel.on("refuse", refuse)
+
     def refuse(body: Json) -> Json:
         raise RamaError(f"worker {body['from']} may not")
 
-    supervisor = Supervisor(
-        plan(),
-        handlers={"sum": lambda body: {"worker": body["from"], "pids": supervisor.pids}, "refuse": refuse},
-        reload=plan,
-        on_ready=lambda: print("ready", json.dumps(ports), flush=True),
-        on_exit=directory.worker_exited,
-        on_stopping=lambda: [sock.close() for listener in listeners for sock in listener.sockets] and None,
-    )
+    supervisor: Supervisor
 
     async def serve() -> None:
+        nonlocal supervisor
         verdicts = verdict_collector(lambda: {("ban", "", "drop"): 3, ("rule", "office", "allow"): 5})
-        metrics = MetricsServer(scraped, directory, [supervisor_collector(supervisor), verdicts])
-        metrics.start()
-        await supervisor.run()
-        await metrics.stop()
+        async with Nursery() as nursery:
+            supervisor = Supervisor(
+                Unguarded(),
+                nursery,
+                prepare=prepare,
+                observers=[Questions(), MetricsFiles(directory)],
+                on_ready=lambda: print("ready", json.dumps(ports), flush=True),
+            )
+            metrics = MetricsServer(scraped, directory, [supervisor_collector(supervisor), verdicts])
+            metrics.start()
+            await supervisor.run()
+            await metrics.stop()
 
     try:
         with cleanup, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -251,19 +251,42 @@ async def test_workers_ask_the_supervisor(supervise: Start) -> None:
     assert await client.ask("ask nonsense") == {"error": "nobody handles 'nonsense' here"}
 
 
-@pytest.mark.parametrize("garbage", ["{", "null", '{"id": 5, "answer": {}, "error": 0}'])
+async def test_an_answer_to_nothing_is_ignored(supervise: Start) -> None:
+    server = await supervise(workers=1)
+    client = await server.open()
+    before = await server.pids()
+    await client.ask('garble {"id": 5, "answer": {}}')
+    assert await server.pids() == before
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        "{",
+        "null",
+        "[]",
+        '{"id": 5, "answer": {}, "error": 0}',
+        '{"topic": "alive", "body": {}, "more": 1}',
+        '{"topic": "alive", "body": {"more": 1}}',
+        '{"topic": "' + "x" * 65 + '"}',
+        '{"topic": "drained", "body": {"cut": 1, "seconds": 1e999}}',
+        '{"topic": "drained", "body": {"cut": 123456789012345678901234567890, "seconds": 1}}',
+        '{"topic": "drained", "body": {"cut": 0, "seconds": "inf"}}',
+        '{"topic": "drained", "body": ' + "[" * 20_000 + "]" * 20_000 + "}",
+        '{"topic": "sum", "body": {"from": [[[[1]]]]}}',
+        '{"topic": "sum", "body": {"from": NaN}}',
+    ],
+    ids=range(13),
+)
 async def test_a_worker_that_garbles_its_channel_is_replaced_and_harms_nobody(supervise: Start, garbage: str) -> None:
     server = await supervise(workers=2, watchdog=30)
     other = await server.open_to(1)
     bad = await server.open_to(0)
     before = await server.pids()
     await bad.ask(f"garble {garbage}")
-    if garbage.startswith('{"'):  # it reads as a message: an unknown one
-        assert await server.pids() == before
-    else:
-        await server.logged("has left its channel")
-        await bad.ended()
-        assert (await (await server.open_to(0)).ask("who"))["pid"] != before[0]
+    await server.logged("has left its channel")
+    await bad.ended()
+    assert (await (await server.open_to(0)).ask("who"))["pid"] != before[0]
     assert (await other.ask("who"))["pid"] == before[1]
 
 

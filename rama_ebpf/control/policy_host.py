@@ -16,7 +16,7 @@ from ..policy.local import LocalStore
 from ..policy.store import PolicyStore
 from .options import DaemonOptions
 
-__all__ = ["GateUnavailable", "Home", "open_home"]
+__all__ = ["GateUnavailable", "PolicyHost", "open_policy_host"]
 
 log = logging.getLogger("rama_ebpf")
 
@@ -28,18 +28,21 @@ class GateUnavailable(RamaError):
 
 
 @dataclass
-class Home:
+class PolicyHost:
     """Where the policy lives for this run: in the kernel behind a gate, or in this process."""
 
     store: PolicyStore
     gate: loader.Gate | None
     why_local: str = ""
     served: bool = False
-    """Whether this run got as far as serving. One that did not leaves the policy as it found it."""
+    """Whether the server has become ready, and what was to be in force is. Before that, nothing that was there when
+    it started may go with it."""
 
 
 @contextlib.contextmanager
-def open_home(options: DaemonOptions) -> Iterator[Home]:
+def open_policy_host(options: DaemonOptions) -> Iterator[PolicyHost]:
+    """Attach the gate, or find out why there is none. When the block ends pins stay as they were found, unless it
+    ends well, after it has served, and the options do not keep them: then they go."""
     gate, why = None, ""
     try:
         gate = loader.load(
@@ -56,23 +59,28 @@ def open_home(options: DaemonOptions) -> Iterator[Home]:
     except (OSError, CompileError) as error:
         why = str(error)
         if gate is not None:
-            gate.close(keep_policy=options.persist or not gate.fresh)
+            gate.close(keep_policy=not gate.fresh)
             gate = None
     if gate is not None:
-        home: Home | None = None
+        keep = not gate.fresh
         try:
             _attach_xdp(gate, options.xdp)
             store = KernelStore(options.instance, gate.maps)
             store.rebuild()
-            home = Home(store, gate)
-            yield home
+            host = PolicyHost(store, gate)
+            try:
+                yield host
+            except BaseException:
+                keep = keep or host.served
+                raise
+            keep = options.persist if host.served else keep
         finally:
-            served = home is not None and home.served
-            gate.close(keep_policy=options.persist or not (served or gate.fresh))
+            gate.close(keep_policy=keep)
         return
     if options.require_kernel or options.xdp:
         raise GateUnavailable(f"no gate in the kernel: {why} (rama-ebpf doctor says more)")
     if options.instance.pinned:
+        # Commands work on those pins, and clients would be judged by another policy than the one they show.
         raise GateUnavailable(
             f"no gate in the kernel: {why}. The policy that is pinned at {options.instance.pin_dir} would not be in "
             "force (rama-ebpf doctor says more; rama-ebpf unload forgets that policy)"
@@ -84,7 +92,7 @@ def open_home(options: DaemonOptions) -> Iterator[Home]:
     )
     local = LocalStore()
     local.remember_in(options.instance.state_dir)
-    yield Home(local, None, why)
+    yield PolicyHost(local, None, why)
 
 
 def _attach_xdp(gate: loader.Gate, interfaces: Iterable[str]) -> None:

@@ -1,0 +1,158 @@
+"""One revision of the configuration: its listeners, its policy and its services come into force together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..kernel.gate_maps import MAX_FAILSAFE
+from ..policy.compiler import CompiledSet
+from ..policy.feed_store import FeedStore
+from ..policy.refresh import FeedReport, with_feeds
+from ..policy.rule import PolicyError, RuleSet
+from ..policy.store import PolicyStore
+from ..process import Plan
+from .egress import EgressBackstop
+from .listeners import Listeners, SocketSet
+from .options import DaemonOptions
+from .policy_host import PolicyHost
+from .policy_thread import PolicyThread
+
+__all__ = ["Deployment", "Policy", "ServedRevision"]
+
+log = logging.getLogger("rama_ebpf")
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Where revisions come into force. ``in_force`` is told of each that has."""
+
+    host: PolicyHost
+    listeners: Listeners
+    egress: EgressBackstop
+    feeds: FeedStore
+    thread: PolicyThread
+    in_force: Callable[[DaemonOptions], None]
+
+
+class ServedRevision:
+    """What the supervisor of ``rama-ebpf run`` runs (see :class:`~rama_ebpf.process.Revision`)."""
+
+    def __init__(
+        self,
+        options: DaemonOptions,
+        plan: Plan,
+        sockets: SocketSet,
+        deployment: Deployment,
+        before: DaemonOptions | None,
+        policy: Policy | None,
+    ) -> None:
+        """``before`` are the options in force, None at the start, and so is ``policy``: then it is made when it is
+        put into force, which is not before all else is known to be good."""
+        self.options = options
+        self.plan = plan
+        self._sockets = sockets
+        self._to = deployment
+        self._before = before
+        self._policy = policy
+
+    async def enter(self) -> None:
+        """Close the gate, change policy and egress, steer to the new sockets, open. While it is closed SYNs get no
+        answer, so their clients try again; what had got in before stays with the services that it got in to."""
+        to, options, before = self._to, self.options, self._before
+        to.listeners.close_gate()
+        try:
+            to.egress.put(options.egress, options.name_servers)
+            try:
+                undo = await to.thread.run(self._put_policy)
+                try:
+                    to.listeners.switch(self._sockets)
+                except BaseException:
+                    await to.thread.run(undo)
+                    raise
+            except BaseException:
+                if before is not None:
+                    to.egress.put(before.egress, before.name_servers)
+                raise
+            if to.host.gate is not None:
+                limit = options.rejects
+                to.host.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
+        finally:
+            to.listeners.reopen_gate()
+        to.in_force(options)
+
+    def _put_policy(self) -> Callable[[], None]:
+        store = self._to.host.store
+        if self._before is None:
+            restored = store.restore_bans()
+            if restored:
+                log.info("%d bans of earlier are in force again", restored)
+        return (self._policy or Policy.of(self.options, store, self._to.feeds)).put(store)
+
+    async def abandon(self) -> None:
+        self._to.listeners.give_up(self._sockets)
+
+    async def superseded(self) -> None:
+        self._to.listeners.give_up(self._sockets)
+
+    def stop(self) -> None:
+        self._to.listeners.stop()
+
+    async def leave(self) -> None:
+        self._to.listeners.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the configuration says of the policy, checked and compiled, so that it is put into force quickly."""
+
+    options: DaemonOptions
+    ruleset: RuleSet | None
+    compiled: CompiledSet | None
+    reports: tuple[FeedReport, ...]
+
+    @classmethod
+    def of(cls, options: DaemonOptions, store: PolicyStore, feeds: FeedStore) -> Policy:
+        """Find out what cannot be carried out, while everything is as it was. Raises PolicyError or OSError."""
+        if options.failsafe is not None and len(options.failsafe) > MAX_FAILSAFE:
+            raise PolicyError(f"{len(options.failsafe)} failsafe networks: use at most {MAX_FAILSAFE}")
+        if options.rules is None:
+            return cls(options, None, None, ())
+        settings = store.settings() if options.default is None else replace(store.settings(), default=options.default)
+        settings = replace(settings, per_source=options.per_source, overall=options.overall)
+        ruleset, reports = with_feeds(RuleSet(options.rules, settings), feeds, known=store.ruleset())
+        return cls(options, ruleset, store.compile(ruleset), tuple(reports))
+
+    def put(self, store: PolicyStore) -> Callable[[], None]:
+        """Put it into force as far as it says anything; return what undoes that. A set on trial is undone.
+
+        Raises PolicyError or OSError; then the policy is as it was. It waits for locks and disks.
+        """
+        options = self.options
+        if store.pending is not None and (options.rules is not None or options.default is not None):
+            log.warning("the set on trial is undone: the configuration says what is to be in force")
+            store.roll_back()
+        failsafe, before, settings = store.failsafe(), store.ruleset(), store.settings()
+
+        def undo() -> None:
+            if options.failsafe is not None:
+                store.set_failsafe(failsafe)
+            if self.ruleset is not None:
+                store.replace(before, origin="the configuration before")
+            elif store.settings() != settings:
+                store.set_settings(settings)
+
+        try:
+            if options.failsafe is not None:
+                store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
+            if self.ruleset is not None:
+                store.replace(self.ruleset, compiled=self.compiled, origin="configuration")
+            elif options.default is not None and options.default != settings.default:
+                store.set_settings(replace(settings, default=options.default))
+        except (PolicyError, OSError):
+            undo()
+            raise
+        for report in self.reports:
+            report.log()
+        return undo
