@@ -50,7 +50,7 @@ def source_dir() -> Path:
 _HEADER: Final = Header.read(source_dir() / "policy.h")
 
 LISTENER_KEY: Final = _HEADER.layout("listener_key", "addr", "port", "pad")
-LISTENER: Final = _HEADER.layout("listener", "id", "sockets", "pad")
+LISTENER: Final = _HEADER.layout("listener", "id", "sockets", "state")
 RULE: Final = _HEADER.layout("rule", "action", "flags", "expires", "emission", "tolerance", "port", "order", "pad")
 SLOT: Final = _HEADER.layout("slot", "first", "count")
 CHAIN_ITEM: Final = _HEADER.layout("chain_item", "rule", "length", "end")
