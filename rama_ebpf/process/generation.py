@@ -17,7 +17,7 @@ __all__ = ["Generation"]
 
 log = logging.getLogger("rama_ebpf.supervisor")
 
-_GRACE_SECONDS: Final = 2.0
+_GRACE_SECONDS: Final = 1.5
 """How long a worker has to end after its drain's deadline, or a cut, before it is killed."""
 _FIRST_BACK_OFF: Final = 0.1
 _LAST_BACK_OFF: Final = 10.0
@@ -105,7 +105,7 @@ class Generation:
         when ``cut`` is done."""
         self.retire(linger=linger, drain=drain)
         pending = {worker.ended for worker in self._workers.values()}
-        deadline = time.monotonic() + linger + drain + _GRACE_SECONDS / 2
+        deadline = time.monotonic() + linger + drain + _GRACE_SECONDS
         while pending and not cut.done() and (left := deadline - time.monotonic()) > 0:
             either: list[asyncio.Future[Any]] = [*pending, cut]
             await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
