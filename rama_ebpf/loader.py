@@ -89,6 +89,7 @@ class Gate:
         self._links: list[int] = []
         self._xdp: list[xdp.XdpAttachment] = []
         self._listeners: dict[SocketAddress, _Listener] = {}
+        self._steered: dict[bytes, socket.socket] = {}
         self._cgroup: Path | None = None
         self._workers: Path | None = None
 
@@ -242,7 +243,10 @@ class Gate:
         """Steer one share of a listener's connections, by its index in :meth:`steer`, to another socket. Raises
         OSError if that does not listen."""
         slot = self._slot(self._listeners[address], index)
-        bpf.map_update(self.maps["sockets"], slot, sock.fileno().to_bytes(8, sys.byteorder))
+        # Not again to the same: the kernel would take the old link of the slot for the new one, and remove both.
+        if self._steered.get(slot) is not sock:
+            bpf.map_update(self.maps["sockets"], slot, sock.fileno().to_bytes(8, sys.byteorder))
+            self._steered[slot] = sock
 
     def open_listener(self, address: SocketAddress) -> None:
         """Let in to a listener whom the policy lets in. Raises KeyError for an address that has no entry."""
@@ -266,6 +270,7 @@ class Gate:
         return (listener.id * abi.constants()["SOCKETS_PER_LISTENER"] + index).to_bytes(4, sys.byteorder)
 
     def _clear_slot(self, listener: _Listener, index: int) -> None:
+        self._steered.pop(self._slot(listener, index), None)
         # A socket that was closed has left the map by itself; SOCKMAP answers EINVAL then.
         with contextlib.suppress(OSError):
             bpf.map_delete(self.maps["sockets"], self._slot(listener, index))
