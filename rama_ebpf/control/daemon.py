@@ -275,7 +275,9 @@ class _Daemon(WorkerObserver):
         except (OSError, ValueError) as error:
             raise RamaError(str(error)) from error
         try:
-            return ServedRevision(options, self._plan(options, sockets), sockets, self._deployment, self._options, policy)
+            return ServedRevision(
+                options, self._plan(options, sockets), sockets, self._deployment, self._options, policy
+            )
         except BaseException:
             self._listeners.give_up(sockets)
             raise
