@@ -36,6 +36,7 @@ class Generation:
         self._nursery = nursery
         self._workers: dict[int, WorkerProcess] = {}
         self._missing_since: dict[int, float] = {}
+        self._failures: dict[int, WorkersFailed] = {}
         self._opened = False
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._retired: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -69,7 +70,7 @@ class Generation:
         await asyncio.wait((self._started, cancelled), return_when=asyncio.FIRST_COMPLETED)
         if self._started.done() and self._started.exception() is not None:
             await self.stop(linger=0, drain=0, cut=cancelled)
-            self._started.result()
+            raise self._failures[min(self._failures)]
 
     def open(self) -> None:
         """Have all accept, and their replacements as soon as they can."""
@@ -131,7 +132,7 @@ class Generation:
                 worker = self._factory.spawn(self.plan, number, f"{number}g{self.index}")
             except OSError as error:
                 if not self._started.done():
-                    self._started.set_exception(WorkersFailed(f"worker {number} cannot be started: {error}"))
+                    self._fail(number, WorkersFailed(f"worker {number} cannot be started: {error}"))
                     return
                 pause = back_off.fail()
                 log.error("worker %d cannot be started: %s; tried again in %.1f s", number, error, pause)
@@ -167,13 +168,21 @@ class Generation:
         await asyncio.wait((worker.gone,))
         if self._workers.get(worker.number) is worker:
             del self._workers[worker.number]
+        failure = worker.ready.exception()
+        if isinstance(failure, WorkersFailed) and (not self._started.done() or self._failures):
+            self._fail(worker.number, failure)
+            return True
         if self._retired.done():
             return True
         self._missing_since[worker.number] = time.monotonic()
-        if not worker.served and not self._started.done():
-            self._started.set_exception(worker.ready.exception() or WorkersFailed("it has ended"))
-            return True
         return False
+
+    def _fail(self, number: int, failure: WorkersFailed) -> None:
+        """The start has failed."""
+        self._failures[number] = failure
+        if not self._started.done():
+            self._started.set_exception(failure)
+            self._started.exception()
 
     async def _pause(self, seconds: float) -> None:
         await asyncio.wait((self._retired,), timeout=seconds)
