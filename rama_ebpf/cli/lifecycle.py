@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import signal
+import time
 from typing import cast
 
 from .. import loader
@@ -51,6 +52,7 @@ def status(instance: Instance) -> Json:
         "syn_cookies": state.get("syn_cookies"),
         "silent_rejects": 0,
         "sockmap": state.get("sockmap"),
+        "workers": state.get("workers"),
         "listeners": [],
         "verdicts": [],
     }
@@ -113,6 +115,9 @@ def _status(args: argparse.Namespace) -> int:
         print(f"XDP on {row['interface']}: {row['mode']}" + (f" (native: {row['why']})" if row["why"] else ""))
         if row["why_silent"]:
             print(f"XDP on {row['interface']} answers nothing, the stack does: {row['why_silent']}")
+    if isinstance(workers := result["workers"], dict) and workers["serving"] < workers["expected"]:
+        since = f", since {time.time() - workers['since']:.0f} s" if workers["since"] is not None else ""
+        print(f"{workers['serving']} of {workers['expected']} workers serve{since}")
     if isinstance(cookies := result["syn_cookies"], dict):
         print(f"SYN cookies by XDP: {cookies['why_never'] or 'on'}")
     if isinstance(sockmap := result["sockmap"], dict):
