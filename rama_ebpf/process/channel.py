@@ -152,7 +152,7 @@ class Channel:
             # Nothing sensible can follow what makes no sense; whoever runs us ends the other side.
             log.error("channel: %s: %s", type(error).__name__, str(error)[:200])
         except ConnectionError as error:
-            log.error("channel: %s", error)
+            log.debug("channel: %s", error)  # the other process has gone: whoever runs us sees its end
         finally:
             self._lost()
 

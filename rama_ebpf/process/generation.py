@@ -70,7 +70,7 @@ class Generation:
         await asyncio.wait((self._started, cancelled), return_when=asyncio.FIRST_COMPLETED)
         if self._started.done() and self._started.exception() is not None:
             await self.stop(linger=0, drain=0, cut=cancelled)
-            raise self._failures[min(self._failures)]
+            self._started.result()
 
     def open(self) -> None:
         """Have all accept, and their replacements as soon as they can."""
@@ -163,8 +163,7 @@ class Generation:
                 worker.stop(linger=0, drain=0)
             elif self._opened:
                 self._open(worker)
-            if not self._missing_since and not self._started.done():
-                self._started.set_result(None)
+            self._decide()
         await asyncio.wait((worker.gone,))
         if self._workers.get(worker.number) is worker:
             del self._workers[worker.number]
@@ -180,8 +179,17 @@ class Generation:
     def _fail(self, number: int, failure: WorkersFailed) -> None:
         """The start has failed."""
         self._failures[number] = failure
-        if not self._started.done():
-            self._started.set_exception(failure)
+        self._decide()
+
+    def _decide(self) -> None:
+        """Say how the start went when that is known: with the first worker's failure, not the quickest one's."""
+        undecided = self._missing_since.keys() - self._failures.keys()
+        if self._started.done():
+            return
+        if not self._missing_since:
+            self._started.set_result(None)
+        elif self._failures and min(self._failures) < min(undecided, default=self.plan.workers):
+            self._started.set_exception(self._failures[min(self._failures)])
             self._started.exception()
 
     async def _pause(self, seconds: float) -> None:
