@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -59,28 +60,39 @@ class ServedRevision:
 
     async def enter(self) -> None:
         """Close the gate, change policy and egress, steer to the new sockets, open. While it is closed SYNs get no
-        answer, so their clients try again; what had got in before stays with the services that it got in to."""
+        answer, so their clients try again; what had got in before stays with the services that it got in to. The lock
+        of the policy comes first: whoever holds it delays the reload, and no client."""
+        loop = asyncio.get_running_loop()
+
+        def on_loop(step: Callable[[], None]) -> None:
+            asyncio.run_coroutine_threadsafe(_step(step), loop).result()
+
+        await self._to.thread.run(lambda: self._enter(on_loop))
+        self._to.in_force(self.options)
+
+    def _enter(self, on_loop: Callable[[Callable[[], None]], None]) -> None:
+        """In the policy thread; ``on_loop`` has a step done on the event loop, whose the listeners are."""
         to, options, before = self._to, self.options, self._before
-        to.listeners.close_gate()
-        try:
-            to.egress.put(options.egress, options.name_servers)
+        with to.host.store.held():
             try:
-                undo = await to.thread.run(self._put_policy)
+                on_loop(to.listeners.close_gate)
+                on_loop(lambda: to.egress.put(options.egress, options.name_servers))
                 try:
-                    to.listeners.switch(self._sockets)
+                    undo = self._put_policy()
+                    try:
+                        on_loop(lambda: to.listeners.switch(self._sockets))
+                    except BaseException:
+                        undo()
+                        raise
                 except BaseException:
-                    await to.thread.run(undo)
+                    if before is not None:
+                        on_loop(lambda: to.egress.put(before.egress, before.name_servers))
                     raise
-            except BaseException:
-                if before is not None:
-                    to.egress.put(before.egress, before.name_servers)
-                raise
-            if to.host.gate is not None:
-                limit = options.rejects
-                to.host.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
-        finally:
-            to.listeners.reopen_gate()
-        to.in_force(options)
+                if to.host.gate is not None:
+                    limit = options.rejects
+                    to.host.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
+            finally:
+                on_loop(to.listeners.reopen_gate)
 
     def _put_policy(self) -> Callable[[], None]:
         store = self._to.host.store
@@ -101,6 +113,10 @@ class ServedRevision:
 
     async def leave(self) -> None:
         self._to.listeners.close()
+
+
+async def _step(step: Callable[[], None]) -> None:
+    step()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import errno
 import itertools
 import random
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -64,6 +65,7 @@ class KernelStore(KernelSets, GateCounters):
         """
         self._instance = instance
         self._owned = maps is None
+        self._holder: int | None = None  # the thread that has the lock
         super().__init__(GateMaps.open(instance.pin_dir) if maps is None else maps)
         self._max_rules = self._maps.sizes.rules
         self._ids = self._maps.capacity("rules")
@@ -85,10 +87,17 @@ class KernelStore(KernelSets, GateCounters):
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
+        if self._holder == threading.get_ident():
+            yield
+            return
         with self._instance.policy_lock(_COMMAND_PATIENCE if self._owned else _SERVER_PATIENCE):
             if self._owned and not self.is_current():
                 self._reopen()
-            yield
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
 
     def is_current(self) -> bool:
         """Whether the pins are those that this store has open: a server that starts or stops replaces them."""

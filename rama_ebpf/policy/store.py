@@ -7,6 +7,7 @@ same meaning, for hosts without privileges.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -68,6 +69,11 @@ class PolicyStore(PolicyTables):
         if self._journal is not None:
             told = {name: value for name, value in details.items() if value is not None}
             self._journal.append(what, {**told, "revision": revision})
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep all other writers out over several calls, of this thread alone. Entering raises OSError if somebody else
+        does not let go of the policy."""
+        return self._locked()
 
     # -- the whole policy --------------------------------------------------------------------------------------
 

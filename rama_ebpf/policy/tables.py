@@ -29,7 +29,7 @@ class PolicyTables(abc.ABC):
 
     @abc.abstractmethod
     def _locked(self) -> contextlib.AbstractContextManager[None]:
-        """Keep all other writers out."""
+        """Keep all other writers out; the same thread may do so again meanwhile."""
 
     @abc.abstractmethod
     def _runtime(self, network: IPNetwork, port: int) -> int | None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from rama_ebpf.kernel.instance import Instance
 
 from ..conftest import StartProxy
 from ..lab import Host, Lab, wait_for
@@ -136,3 +139,29 @@ def test_who_waits_during_a_reload_is_judged_by_the_policy_of_the_stack_that_ser
         wait_for(lambda: any(line.endswith(": reloaded") for line in proxy.log), timeout=60, what="the reload")
         with pytest.raises(ConnectionResetError):
             waiting.recv(1)
+
+
+def test_whoever_changes_the_policy_for_long_holds_up_a_reload_and_no_client(
+    host: Host, instance: str, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    file = tmp_path / "rama.toml"
+    configuration(file, admin=False)
+    proxy = start_proxy(host, "--config", str(file))
+    configuration(file, admin=True)
+    connected = 0
+    with Instance(instance).policy_lock():
+        proxy.signal(signal.SIGHUP)
+
+        def refused() -> bool:
+            nonlocal connected
+            with host.connect("127.0.0.1", 1080, source=ALLOWED) as sock:
+                # Behind a gate that is closed the first SYN gets no answer, and is sent again.
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+                assert struct.unpack_from("I", info, 100) == (0,), "a SYN was lost"  # tcpi_total_retrans
+                connected += 1
+            return proxy.logged("reload failed, .* is being changed by somebody else")
+
+        wait_for(refused, timeout=30, what="the end of the server's patience")
+    assert connected > 10
+    proxy.signal(signal.SIGHUP)
+    wait_for(lambda: proxy.logged(": reloaded$"), timeout=30, what="the reload")
