@@ -7,18 +7,16 @@ something, or the kernel refused.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Final, NoReturn
 
 from .. import __version__
-from ..control.socket import ControlUnavailable
-from ..core.errors import RamaError
-from ..kernel.compile import CompileError
-from ..kernel.instance import Instance, InstanceBusy
-from ..policy.rule import PolicyError
 from .output import ENVIRONMENT, USAGE
 
 __all__ = ["main"]
@@ -69,10 +67,30 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def _ended_by_interrupts() -> Iterator[None]:
+    """Have Ctrl-C end the process without a word, where Python's handler would raise in the middle of an import."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser(argv).parse_args(argv)
+    with _ended_by_interrupts():
+        args = _parser(argv).parse_args(argv)
+        from ..control.socket import ControlUnavailable
+        from ..core.errors import RamaError
+        from ..kernel.compile import CompileError
+        from ..kernel.instance import Instance, InstanceBusy
+        from ..policy.rule import PolicyError
     prefix = f"rama-ebpf {args.command}"
     try:
         args.instance = Instance(args.instance)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ..config.load import ConfigError, load_config
+from ..config.modes import exposures
 from ..config.show import effective, to_toml
 from ..layers.auth import hash_password
 from .output import OK, USAGE, print_json
@@ -45,9 +46,12 @@ def _check(args: argparse.Namespace) -> int:
         else:
             print(error, file=sys.stderr)
         return USAGE
+    warnings = exposures(config, args.file)
     if args.json:
-        print_json({"file": str(args.file), "mistakes": []})
+        print_json({"file": str(args.file), "mistakes": [], "warnings": warnings})
     else:
+        for text in warnings:
+            print(f"warning: {text}", file=sys.stderr)
         listeners = ", ".join(f"{name} on {listener.address}" for name, listener in config.listeners.items())
         print(f"{args.file}: good: {listeners}")
     return OK

@@ -167,9 +167,12 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
             raise PolicyError(f"--config and {name.replace('_', '-')}: put that into {args.config}")
     # Imported only where there is a file: the model knows every service, and takes half a second to import them all.
     from ..config.load import load_config
+    from ..config.modes import exposures
     from ..config.show import effective
 
     config = load_config(args.config)
+    for text in exposures(config, args.config):
+        log.warning("%s", text)
     server, policy, limits = config.server, config.policy, config.limits
     sizes = MapSizes()
     return DaemonOptions(

@@ -50,6 +50,8 @@ class Kind(Generic[T]):
     parse: Callable[[Any], T]
     show: Callable[[T], object] = lambda value: value
     is_path: bool = False
+    is_secret: bool = False
+    """A path of what nobody else may read."""
 
 
 def _need(value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
@@ -294,8 +296,9 @@ def any_path() -> Kind[str]:
     return Kind("path of a file", _text, is_path=True)
 
 
-def file_path() -> Kind[str]:
-    """The path of a file that exists; a relative one is seen from the configuration file's directory."""
+def file_path(*, secret: bool = False) -> Kind[str]:
+    """The path of a file that exists; a relative one is seen from the configuration file's directory. What is in a
+    ``secret`` one is for its owner alone."""
 
     def parse(value: Any) -> str:
         text = _text(value)
@@ -303,4 +306,4 @@ def file_path() -> Kind[str]:
             raise ValueError("there is no such file, or it cannot be read")
         return text
 
-    return Kind("path of a file", parse, is_path=True)
+    return Kind("path of a file", parse, is_path=True, is_secret=secret)

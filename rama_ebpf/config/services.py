@@ -33,6 +33,8 @@ from .tls import TlsPassthroughSettings
 
 log = logging.getLogger("rama_ebpf")
 
+_PASSWORD_FILE: Final = file_path(secret=True)
+
 __all__ = ["SERVICES", "ConnectSettings", "ServiceEnvironment", "ServiceSettings"]
 
 
@@ -130,7 +132,7 @@ def _authenticator(environment: Environment, users: str | None) -> Authenticator
 class Socks5Settings:
     """SOCKS5, and SOCKS4(a) where no password is demanded."""
 
-    users: str | None = setting(file_path(), "password file: name:hash lines (rama-ebpf passwd)", default=None)
+    users: str | None = setting(_PASSWORD_FILE, "password file: name:hash lines (rama-ebpf passwd)", default=None)
     auth_optional: bool = setting(BOOLEAN, "serve clients that offer no password too", default=False)
     user_connections: int | None = setting(
         integer(1, 1_000_000), "that one user may have at a time, over all workers", default=None
@@ -176,7 +178,7 @@ class Socks5Settings:
 class HttpSettings:
     """A forward proxy for HTTP, and CONNECT."""
 
-    users: str | None = setting(file_path(), "password file: name:hash lines (rama-ebpf passwd)", default=None)
+    users: str | None = setting(_PASSWORD_FILE, "password file: name:hash lines (rama-ebpf passwd)", default=None)
     connect_ports: tuple[int, ...] = setting(
         ListOf(integer(1, 65535)), "ports that CONNECT may name (all by default)", default=()
     )
@@ -197,7 +199,7 @@ class MixedSettings:
     """SOCKS, HTTP, and TLS by server name, told apart by their first bytes."""
 
     users: str | None = setting(
-        file_path(),
+        _PASSWORD_FILE,
         "password file: name:hash lines (rama-ebpf passwd); turns SOCKS4 and TLS clients away, which give no password",
         default=None,
     )

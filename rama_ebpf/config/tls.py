@@ -52,7 +52,7 @@ def _parse_new_file(value: Any) -> str:
     return value
 
 
-_NEW_FILE: Final = Kind("path of a file to write", _parse_new_file, is_path=True)
+_NEW_FILE: Final = Kind("path of a file to write", _parse_new_file, is_path=True, is_secret=True)
 
 
 class TlsEnvironment(Protocol):
@@ -94,8 +94,10 @@ class TlsSettings:
     """Terminate TLS."""
 
     chain: str | None = setting(file_path(), "PEM file of the certificate and its intermediates", default=None)
-    key: str | None = setting(file_path(), "PEM file of its private key", default=None)
-    directory: str | None = setting(file_path(), "directory of certificates, instead of chain and key", default=None)
+    key: str | None = setting(file_path(secret=True), "PEM file of its private key", default=None)
+    directory: str | None = setting(
+        file_path(secret=True), "directory of certificates, instead of chain and key", default=None
+    )
     alpn: tuple[str, ...] = setting(ListOf(TEXT), "protocols in order of preference", default=())
     strict_sni: bool = setting(BOOLEAN, "refuse clients that name none of the servers", default=False)
     minimum_version: str = setting(choice(*_VERSIONS), "of TLS", default="1.2")
@@ -148,7 +150,7 @@ class InterceptSettings:
     """Decrypt with an authority that the clients trust (rama-ebpf ca create)."""
 
     ca: str = setting(file_path(), "PEM file of the authority's certificate")
-    ca_key: str = setting(file_path(), "PEM file of its key")
+    ca_key: str = setting(file_path(secret=True), "PEM file of its key")
     bypass: tuple[str, ...] = setting(ListOf(HOST_PATTERN), "server names that are passed through", default=())
     upstream_ca: str | None = setting(file_path(), "PEM file, for the system's authorities", default=None)
     alpn: tuple[str, ...] = setting(ListOf(TEXT), "protocols that may be agreed on", default=("h2", "http/1.1"))

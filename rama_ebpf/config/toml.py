@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import tomllib
-from pathlib import Path
 from typing import Any
 
 from ..core.errors import RamaError
+from ..core.text_file import read_text_file
 from .decode import Decoder, Mistake
 from .positions import key_lines
 
@@ -28,7 +28,7 @@ def read_toml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Decoder]:
     """Read a file; return its values, and a decoder that knows their lines. Raises :class:`ConfigError`."""
     file = os.fspath(path)
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = read_text_file(file)
         values = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(file, [Mistake(1, "", f"cannot be read: {error.strerror}")]) from error

@@ -23,6 +23,7 @@ from ..core.client import HasExtensions
 from ..core.errors import AuthFailed, RamaError
 from ..core.proven import LocalProven, Proven
 from ..core.service import Service
+from ..core.text_file import read_text_file
 from .check_queue import CheckQueue
 from .hashes import DEAR_SECONDS, PasswordHash, choose_cost, hash_password, parse_hash
 from .source import source_prefix
@@ -195,7 +196,7 @@ class PasswordFile:
 
     def _read(self) -> dict[str, PasswordHash]:
         try:
-            text = self._path.read_text(encoding="utf-8-sig")  # editors of other systems begin with a mark
+            text = read_text_file(self._path, _MAX_FILE)
         except (OSError, UnicodeDecodeError) as error:
             raise PasswordFileError(f"{self._path}: {error}") from error
         users: dict[str, PasswordHash] = {}

@@ -102,6 +102,7 @@ class Fetcher:
                     stderr=why,
                     cwd="/",
                     pass_fds=fds,
+                    process_group=0,  # a terminal's Ctrl-C is for us alone
                 )
             except OSError as error:
                 raise FetchError(f"cannot start a child process: {error}") from error

@@ -78,6 +78,8 @@ class WorkerProcess:
         self.gone: asyncio.Future[None] = loop.create_future()
         """Done when it has ended and everybody has been told so."""
         self.superseded = False
+        self.said_goodbye = False
+        """Whether it has drained: nothing is lost with it any more."""
 
     @property
     def served(self) -> bool:
@@ -168,6 +170,7 @@ class WorkerFactory:
                     stdin=subprocess.DEVNULL,
                     pass_fds=tuple(fds),
                     env={**os.environ, **plan.environment},
+                    process_group=0,  # a terminal's Ctrl-C is for us alone
                 )
         except BaseException:
             ours.close()
@@ -202,7 +205,7 @@ class WorkerFactory:
         channel.on("failed", lambda body: worker.fail(body.text), _Failed)
         channel.on("released", lambda body: _settle(worker.released), _Nothing)
         channel.on("draining", lambda body: _settle(worker.closed), _Nothing)
-        channel.on("drained", lambda body: _say_drained(worker, body), _Drained)
+        channel.on("drained", lambda body: self._drained(worker, body), _Drained)
         channel.on("alive", lambda body: self._alive(worker), _Nothing)
         try:
             with _exit_watch(worker):
@@ -226,7 +229,10 @@ class WorkerFactory:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(worker.ended), _LEAVE_SECONDS if worker.closed.done() else 1)
             return
-        log.error("worker %d (pid %d) has left its channel: killed", worker.number, worker.pid)
+        if worker.said_goodbye:
+            log.debug("worker %d (pid %d) has drained and takes its time to end: killed", worker.number, worker.pid)
+        else:
+            log.error("worker %d (pid %d) has left its channel: killed", worker.number, worker.pid)
         worker.signal(signal.SIGKILL)
         await worker.ended
 
@@ -250,6 +256,11 @@ class WorkerFactory:
         log.debug("worker %d serves (pid %d)", worker.number, worker.pid)
 
     @staticmethod
+    def _drained(worker: WorkerProcess, body: _Drained) -> None:
+        worker.said_goodbye = True
+        log.info("worker %d drained: %d connections cut after %.1f s", worker.number, body.cut, body.seconds)
+
+    @staticmethod
     def _alive(worker: WorkerProcess) -> None:
         worker.heard = time.monotonic()
 
@@ -262,10 +273,6 @@ def outcome(code: int) -> str:
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _say_drained(worker: WorkerProcess, body: _Drained) -> None:
-    log.info("worker %d drained: %d connections cut after %.1f s", worker.number, body.cut, body.seconds)
 
 
 def _make_likely_victim(pid: int) -> None:

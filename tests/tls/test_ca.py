@@ -8,6 +8,7 @@ import json
 import os
 import ssl
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,35 @@ def test_files_that_are_no_authority_are_refused_by_name(authority: Authority, t
         CertificateAuthority.load(tmp_path / "a.key", tmp_path / "a.key")
     with pytest.raises(ValueError, match=r"a\.pem"):
         CertificateAuthority.load(tmp_path / "a.pem", tmp_path / "a.pem")
+
+
+def test_an_authority_whose_first_day_is_ahead_of_the_clock_is_one_clear_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    later = datetime.datetime.now(datetime.UTC).replace(microsecond=0) + datetime.timedelta(days=2)
+    with monkeypatch.context() as clock:
+        clock.setattr(ca, "_now", lambda: later)
+        CertificateAuthority.create().save(tmp_path / "ca.pem", tmp_path / "ca.key")
+    wanted = r"^the authority's certificate is valid from .* UTC on, and this host's clock says .* UTC: set the clock$"
+    with pytest.raises(ValueError, match=wanted):
+        CertificateAuthority.load(tmp_path / "ca.pem", tmp_path / "ca.key")
+
+
+@pytest.mark.root
+def test_an_authority_on_a_full_disk_is_whole_or_absent_and_can_be_made_again(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
+    try:
+        (disk / "ours").mkdir()
+        with pytest.raises(OSError, match="No space"):
+            (disk / "filler").write_bytes(bytes(1 << 20))
+        files = ["--cert", str(disk / "ours/ca.pem"), "--key", str(disk / "ours/ca.key")]
+        assert cli.main(["ca", "create", *files]) == 3
+        assert os.listdir(disk / "ours") == []
+        (disk / "filler").unlink()
+        assert cli.main(["ca", "create", *files]) == 0
+        assert sorted(os.listdir(disk / "ours")) == ["ca.key", "ca.pem"]
+        assert cli.main(["ca", "create", *files]) == 2, "it replaces nothing"
+    finally:
+        subprocess.run(["umount", disk], check=True)

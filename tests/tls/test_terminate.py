@@ -7,6 +7,7 @@ import contextlib
 import logging
 import re
 import ssl
+import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -497,3 +498,4 @@ async def test_the_key_log_holds_what_wireshark_needs(
     await writer.wait_closed()
     await running.idle()
     assert "CLIENT_TRAFFIC_SECRET_0 " in (tmp_path / "keys").read_text()
+    assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600

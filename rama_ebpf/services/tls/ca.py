@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import os
 import ssl
+import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from .certs import KeyPair, ServerTls
+from .certs import KeyPair, ServerTls, refuse_mark
 from .openssl import OpenSslUnavailable, set_certificate
 
 __all__ = ["CertificateAuthority", "Leaf", "LeafIssuer"]
@@ -97,8 +98,14 @@ class CertificateAuthority:
             raise ValueError("the certificate is not one of an authority") from None
         if not constraints.ca:
             raise ValueError("the certificate is not one of an authority")
-        if certificate.not_valid_after_utc <= _now():
+        now = _now()
+        if certificate.not_valid_after_utc <= now:
             raise ValueError(f"the authority's certificate has expired ({certificate.not_valid_after_utc})")
+        if certificate.not_valid_before_utc > now:
+            raise ValueError(
+                f"the authority's certificate is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on, "
+                f"and this host's clock says {now:%Y-%m-%d %H:%M} UTC: set the clock"
+            )
         self.certificate = certificate
         self._key = key
         self._identifier = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
@@ -132,6 +139,8 @@ class CertificateAuthority:
     @classmethod
     def load(cls, certificate: Path, key: Path) -> CertificateAuthority:
         """Read PEM files, the key without a passphrase. Raises OSError or ValueError, naming the file."""
+        for path in (certificate, key):
+            refuse_mark(path)
         try:
             loaded_certificate = x509.load_pem_x509_certificate(certificate.read_bytes())
         except ValueError as error:
@@ -145,9 +154,10 @@ class CertificateAuthority:
         return cls(loaded_certificate, loaded_key)
 
     def save(self, certificate: Path, key: Path) -> None:
-        """Write PEM files that do not exist yet, the key for its owner alone (0600).
+        """Write PEM files that do not exist yet, the key for its owner alone (0600): both, whole and on disk, or none.
 
-        Raises FileExistsError: an authority that clients trust must not be lost by a repeated command.
+        Raises FileExistsError: an authority that clients trust must not be lost by a repeated command. Raises OSError
+        where the file system refuses.
         """
         pem = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         _write_new(key, pem, 0o600)
@@ -304,6 +314,16 @@ def _spki(key: object) -> bytes:
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with open(descriptor, "wb") as file:
-        file.write(data)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        try:
+            os.link(temporary, path)  # unlike a renaming it replaces nothing
+        except FileExistsError as error:
+            raise FileExistsError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.unlink(temporary)

@@ -15,9 +15,11 @@ from typing import Final, Protocol
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from ...core.text_file import begins_with_mark
 from .alert import Alert
 from .client_hello import ClientHello
 from .errors import AlertError
+from .key_log import write_secrets_to
 from .openssl import OpenSslUnavailable, set_groups
 from .tickets import TicketKeys
 
@@ -30,6 +32,8 @@ __all__ = [
     "ServerTls",
     "certificate_names",
     "load_authorities",
+    "pairs_in",
+    "refuse_mark",
 ]
 
 log = logging.getLogger(__name__)
@@ -78,6 +82,8 @@ class KeyPair:
 
     def load_into(self, context: ssl.SSLContext) -> None:
         """Give them to a context. Raises OSError, or ValueError naming the files if they are unfit."""
+        for path in (self.chain, self.key):
+            refuse_mark(path)
         try:
             context.load_cert_chain(self.chain, self.key, password=_no_passphrase)
         except ssl.SSLError as error:
@@ -147,7 +153,7 @@ class ServerTls:
             except OpenSslUnavailable as error:
                 log.warning("session tickets are not shared between workers: %s", error)
         if self.key_log is not None:
-            context.keylog_filename = str(self.key_log)
+            write_secrets_to(context, self.key_log)
         return context
 
     def check_alpn(self, hello: ClientHello) -> None:
@@ -166,10 +172,18 @@ def load_authorities(context: ssl.SSLContext, file: Path) -> None:
 
     Raises OSError, or ValueError naming the file if it has none.
     """
+    refuse_mark(file)
     try:
         context.load_verify_locations(cafile=file)
     except ssl.SSLError as error:
         raise ValueError(f"{file}: no PEM certificate or revocation list in it") from error
+
+
+def refuse_mark(file: Path) -> None:
+    """Raise ValueError for a PEM file that begins with a byte order mark: OpenSSL would pass over its first block, and
+    without a word where there are others. Raises OSError if it cannot be read."""
+    if begins_with_mark(file):
+        raise ValueError(f"{file}: begins with a byte order mark: save it as UTF-8 without one, or as ASCII")
 
 
 def certificate_names(certificate: x509.Certificate) -> tuple[str, ...]:
@@ -232,7 +246,7 @@ class CertificateStore:
         Taken are ``NAME.crt`` with ``NAME.key``, ``NAME.pem`` with ``NAME.key``, ``NAME.pem`` that holds both, and
         subdirectories with ``fullchain.pem`` and ``privkey.pem``. A pair named ``default`` comes first.
         """
-        return cls(settings, lambda: _pairs_in(directory), strict_sni=strict_sni)
+        return cls(settings, lambda: pairs_in(directory), strict_sni=strict_sni)
 
     async def __call__(self, hello: ClientHello, /) -> ssl.SSLContext:
         if self._clock() - self._checked >= self._check_every:
@@ -305,7 +319,8 @@ def _signature(files: Sequence[Path]) -> tuple[tuple[int, int, int], ...]:
     return tuple((status.st_mtime_ns, status.st_size, status.st_ino) for status in found)
 
 
-def _pairs_in(directory: Path) -> list[KeyPair]:
+def pairs_in(directory: Path) -> list[KeyPair]:
+    """Return the pairs of :meth:`CertificateStore.of_directory`. Raises OSError."""
     pairs = {}
     for path in sorted(directory.iterdir()):
         if path.is_dir():

@@ -15,6 +15,7 @@ from ...core.service import Service
 from ...core.stream import Stream
 from .certs import KeyPair, load_authorities
 from .errors import CertificateRejected
+from .key_log import write_secrets_to
 from .stream import TlsStream
 
 __all__ = ["ClientTls", "TlsConnector", "spki_sha256"]
@@ -57,7 +58,7 @@ class ClientTls:
         if self.certificate is not None:
             self.certificate.load_into(context)
         if self.key_log is not None:
-            context.keylog_filename = str(self.key_log)
+            write_secrets_to(context, self.key_log)
         return context
 
     def check_pins(self, certificate: bytes | None, server: str) -> None:
