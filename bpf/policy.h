@@ -337,14 +337,49 @@ struct due {
 	__u32 pad;
 };
 
+/*
+ * What the witness is asked and answers (witness.c). A batch is a head and up to MAX_QUESTIONS of them; each run answers the
+ * next one in its place, so both have one size.
+ */
+enum testimony_bound { MAX_QUESTIONS = 64 };
+
+struct testimony_head {
+	__u32 next; /* question */
+	__u32 pad[3];
+};
+_Static_assert(sizeof(struct testimony_head) == 16, "testimony_head");
+
+struct question {
+	struct address source, target; /* target: as in a listener_key */
+	__u16 port;
+	__u16 pad;
+	__u32 nonce;
+	__u32 unused;
+};
+_Static_assert(sizeof(struct question) == 44, "question");
+
+enum testimony_listener { TESTIMONY_NO_LISTENER = 0, TESTIMONY_OPEN = 1, TESTIMONY_CLOSED = 2 };
+
+struct testimony {
+	__u32 nonce; /* the question's; another one if the witness was disturbed */
+	__u32 listener;
+	struct verdict verdict; /* rates as within their limit */
+	__u32 loaded_rank, loaded_rule; /* what each layer says, whatever was decided before it was asked: 0 then */
+	__u32 runtime_rank, runtime_rule;
+};
+_Static_assert(sizeof(struct testimony) == sizeof(struct question), "testimony");
+
 enum tcp_size { TCP_WORDS = 15 }; /* of the largest header, of 32 bits */
 
 /*
  * What the programs work on. It is kept in a map and not on the stack, because of memory in maps the verifier knows
  * nothing: what it knows of the stack it carries through every turn of a loop, along every path. The hooks run in
  * softirqs, one at a time on a CPU. (sk_lookup also runs for sock_diag queries, in a process; if packets come in
- * between, the query may get a wrong answer. And gate_xdp has it run once, knowingly.)
+ * between, the query may get a wrong answer. And gate_xdp has it run once, knowingly.) The witness, which runs in processes,
+ * has one of its own.
  */
+enum scratch_index { SCRATCH_HOOKS = 0, SCRATCH_WITNESS = 1, SCRATCH_COUNT = 2 };
+
 struct scratch {
 	struct packet packet;
 	__u32 wildcard; /* the listener takes any address */

@@ -2,8 +2,8 @@
 /*
  * The map of the house. A hook (gate_cgroup.c, gate_lookup.c, gate_xdp.c, egress.c) reads a packet (packet.h) into its
  * scratch; lookup.h finds the listener and the rules that apply, verdict.h judges, rates.h says what still fits, and where
- * a verdict takes effect account.h counts it. policy.h is what is shared with userspace, maps.h names the maps, sockets.h
- * says which socket serves a connection, answer.h and syn_cookie.h are what XDP sends back.
+ * a verdict takes effect account.h counts it; witness.c says what it would be. policy.h is what is shared with userspace,
+ * maps.h names the maps, sockets.h says which socket serves a connection, answer.h and syn_cookie.h are what XDP sends back.
  *
  * The unit that BCC compiles. The loader puts the headers and the companion programs in place of the include lines
  * (BCC rewrites map accesses only in its main file) and defines PIN_DIR, the directory of the pinned maps.
@@ -39,6 +39,7 @@
 #include "gate_xdp.c"
 #endif
 #include "egress.c"
+#include "witness.c"
 
 /*
  * sock_ops on the proxy's cgroup: counts handshakes that finished on a listener (what then waits to be accepted).

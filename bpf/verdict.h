@@ -47,14 +47,18 @@ static __always_inline void settle(const struct scratch *s)
 }
 
 /* A place for a packet, all zero. */
-static __always_inline struct scratch *begin(void)
+static __always_inline struct scratch *begin_in(u32 index)
 {
-	u32 zero = 0;
-	struct scratch *s = scratch.lookup(&zero);
+	struct scratch *s = scratch.lookup(&index);
 
 	if (s)
 		__builtin_memset(&s->packet, 0, sizeof(s->packet));
 	return s;
+}
+
+static __always_inline struct scratch *begin(void)
+{
+	return begin_in(SCRATCH_HOOKS);
 }
 
 static __always_inline struct verdict judge(struct scratch *s, int charge)

@@ -37,6 +37,7 @@ from .kernel.compile import Unit, amalgamate
 from .kernel.gate_maps import USUAL_REJECTS, GateMaps, LayoutMismatch, MapSizes
 from .kernel.instance import Instance, InstanceBusy, PolicyBusy
 from .kernel.programs import code_cache, load_programs
+from .kernel.witness import WITNESS_PROGRAM, Witness
 
 __all__ = ["AcceptCounter", "Gate", "forget_compiled", "load", "unload"]
 
@@ -169,6 +170,11 @@ class Gate:
         value = abi.INTERFACE.pack(attachment.hardware, attachment.answers)
         bpf.map_update(self.maps["interfaces"], key, value)
         return attachment
+
+    @property
+    def witness(self) -> Witness:
+        """Who says what the programs would decide, as long as this gate is open."""
+        return Witness(self.programs[WITNESS_PROGRAM.name])
 
     @property
     def xdp(self) -> tuple[xdp.XdpAttachment, ...]:
@@ -354,7 +360,7 @@ def load(
         maps, fresh = _open_or_create_maps(instance, sizes or MapSizes(), migrate)
     try:
         source = amalgamate(abi.source_dir() / "sockops_filter.c")
-        wanted = [*_PROGRAMS, _XDP_PROGRAM] if xdp else _PROGRAMS
+        wanted = [*_PROGRAMS, WITNESS_PROGRAM, *([_XDP_PROGRAM] if xdp else [])]
         defines = [*([] if xdp else ["-DWITHOUT_XDP"]), *(["-DSYN_COOKIES"] if syn_cookies else [])]
         unit = Unit(source, tuple(wanted), tuple(defines), kernel_headers)
         programs = load_programs(unit, maps, pins=instance.pin_dir)

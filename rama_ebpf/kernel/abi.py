@@ -27,6 +27,7 @@ __all__ = [
     "LISTENER_KEY",
     "PACKET",
     "PEER_KEY",
+    "QUESTION",
     "REJECT_METER",
     "RULE",
     "RULE_HITS",
@@ -36,6 +37,8 @@ __all__ = [
     "SET_HEAD",
     "SLOT",
     "TABLE",
+    "TESTIMONY",
+    "TESTIMONY_HEAD",
     "constants",
     "possible_cpus",
     "source_dir",
@@ -96,6 +99,11 @@ SCRATCH: Final = _HEADER.layout(
     "answer",
     "size",
     "tcp",
+)
+TESTIMONY_HEAD: Final = _HEADER.layout("testimony_head", "next", "pad")
+QUESTION: Final = _HEADER.layout("question", "source", "target", "port", "pad", "nonce", "unused")
+TESTIMONY: Final = _HEADER.layout(
+    "testimony", "nonce", "listener", "verdict", "loaded_rank", "loaded_rule", "runtime_rank", "runtime_rule"
 )
 
 # Read and written by userspace alone (the map rule_info): created (wall clock, ns), name, origin, reason.

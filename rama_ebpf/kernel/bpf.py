@@ -44,6 +44,7 @@ __all__ = [
     "prog_by_id",
     "prog_info",
     "prog_load",
+    "prog_map_ids",
     "prog_test_run",
     "verifier_log",
 ]
@@ -399,6 +400,16 @@ def prog_info(fd: int) -> ProgInfo:
     raw = _info(fd, 224)
     kind, identity, tag = struct.unpack_from("=II8s", raw)
     return ProgInfo(kind, identity, tag.hex(), _text(raw[64:80]), int.from_bytes(raw[216:220], sys.byteorder))
+
+
+def prog_map_ids(fd: int, most: int = 64) -> list[int]:
+    """Return the ids of the maps that a program uses, ``most`` of them at most."""
+    ids = ctypes.create_string_buffer(4 * most)
+    info = ctypes.create_string_buffer(224)
+    struct.pack_into("=IQ", info, 52, most, _address(ids))  # nr_map_ids, map_ids
+    _bpf(_OBJ_GET_INFO, struct.pack("=IIQ", fd, len(info), _address(info)))
+    (count,) = struct.unpack_from("=I", info, 52)
+    return list(struct.unpack_from(f"={min(count, most)}I", ids))
 
 
 def link_info(fd: int) -> LinkInfo:

@@ -120,7 +120,7 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "interfaces": MapSpec(MapType.HASH, 4, abi.INTERFACE.size, constant["MAX_INTERFACES"]),
         "reject_meter": MapSpec(MapType.ARRAY, 4, abi.REJECT_METER.size, 1),
         "silent_rejects": MapSpec(MapType.PERCPU_ARRAY, 4, 8, 1),
-        "scratch": MapSpec(MapType.PERCPU_ARRAY, 4, abi.SCRATCH.size, 1),
+        "scratch": MapSpec(MapType.PERCPU_ARRAY, 4, abi.SCRATCH.size, constant["SCRATCH_COUNT"]),
         "runtime": MapSpec(_HASH[0], abi.RUNTIME_KEY.size, 4, max(1, sizes.rules - 1), _HASH[1]),
         "slots": MapSpec(MapType.ARRAY, 4, abi.SLOT.size, 4 * constant["MAX_SLOTS"], MapFlags.MMAPABLE),
         "chains": MapSpec(MapType.ARRAY, 4, abi.CHAIN_ITEM.size, 2 * constant["MAX_CHAIN_ITEMS"], MapFlags.MMAPABLE),
