@@ -14,6 +14,7 @@ from ..control.daemon import serve
 from ..control.listeners import ListenAt
 from ..control.options import DaemonOptions
 from ..core.address import Endpoint
+from ..core.shares import SourceLimits
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
 from ..kernel.privileges import UserIds, can_change_user
@@ -72,6 +73,13 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     add("--handshake-timeout", type=_positive, default=10.0, metavar="S", help="default: %(default)s")
     add("--connect-timeout", type=_positive, default=10.0, metavar="S", help="default: %(default)s")
     add("--idle-timeout", type=_positive, default=300.0, metavar="S", help="of a tunnel (default: %(default)s)")
+    add(
+        "--connections-per-source",
+        type=_limit,
+        default=SourceLimits().connections,
+        metavar="N",
+        help="live connections of one IPv4 address or IPv6 /64, over all workers; 0: any number (default: %(default)s)",
+    )
     add("--drain", type=_positive, default=300.0, metavar="S", help="for live tunnels after SIGTERM (default: 300)")
     sizes = MapSizes()
     add("--metrics", metavar="ADDR:PORT", help="serve metrics there, on loopback (default: nowhere)")
@@ -99,6 +107,13 @@ def _count(text: str) -> int:
     value = int(text)
     if not 16 <= value <= 1 << 26:
         raise argparse.ArgumentTypeError(f"{text!r}: use 16 to {1 << 26}")
+    return value
+
+
+def _limit(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 10_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r}: use 0 to 10000000")
     return value
 
 
@@ -152,7 +167,8 @@ def _password_file(args: argparse.Namespace) -> str:
         raise PolicyError("--users is for the proxy that is served without an application: yours takes it as it likes")
     from ..layers.auth import PasswordFile  # see _from_file
 
-    PasswordFile(args.users)  # its mistakes are the operator's to see now, and not each worker's
+    # Its mistakes are the operator's to see now, and not each worker's.
+    PasswordFile(args.users).warn_of_dear_hashes()
     return str(args.users.absolute())
 
 
@@ -234,6 +250,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
             "handshake_timeout": args.handshake_timeout,
             "connect_timeout": args.connect_timeout,
             "idle_timeout": args.idle_timeout,
+            "connections_per_source": args.connections_per_source,
             "users": None if args.users is None else _password_file(args),
         },
         workers=args.workers,

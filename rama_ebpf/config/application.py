@@ -21,7 +21,8 @@ def application(context: WorkerContext) -> Application:
     resolver = config.resolver.make(context.observe_lookups)
     environment = BuildEnvironment(
         policy=context.policy,
-        connections_per_source=config.limits.connections_per_source,
+        limits=config.limits.per_source(),
+        observe_refusal=context.observe_refusal,
         secret=context.secret,
         shared=context.shared,
         resolver=resolver,

@@ -11,12 +11,12 @@ from typing import Any
 from ..core.address import IPAddress
 from ..core.errors import RamaError
 from ..core.service import Service, stack
+from ..core.shares import Held, SourceLimits, SourceShare
 from ..core.stream import Stream
-from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.policy import SourceVerdict
-from ..layers.source import by_client
 from ..layers.strikes import StrikeLimit
 from ..services.connect import Egress, Resolver
+from ..services.refusal import SourceShareLayer
 from .layers import Shared, SourceKeeper, last_header
 from .model import Config, StackConfig
 
@@ -25,7 +25,8 @@ __all__ = ["BuildEnvironment", "build_stack", "check_stack"]
 
 @dataclass(frozen=True)
 class BuildEnvironment:
-    """What the parts of stacks share. ``directory`` is where modules are looked for first."""
+    """What the parts of stacks share. ``directory`` is where modules are looked for first; ``observe_refusal`` is told
+    what a source had too much of."""
 
     policy: SourceKeeper
     secret: bytes
@@ -34,7 +35,8 @@ class BuildEnvironment:
     egress: Egress
     directory: str
     call: Callable[[Any], Any]
-    connections_per_source: int = 0
+    limits: SourceLimits = field(default_factory=SourceLimits)
+    observe_refusal: Callable[[str], None] | None = None
     starts: list[Callable[[], None]] = field(default_factory=list)
     closes: list[Callable[[], None]] = field(default_factory=list)
 
@@ -45,6 +47,11 @@ class BuildEnvironment:
     def on_close(self, close: Callable[[], None], /) -> None:
         """Call ``close`` after the last."""
         self.closes.append(close)
+
+    def share(self, held: Held, /) -> SourceShare:
+        """Return a new count of what sources hold, for all workers that make theirs in the same order."""
+        shared = None if held is Held.CHECKS else self.shared
+        return SourceShare(held, self.limits.of(held), shared=shared, observe=self.observe_refusal)
 
     def load(self, target: str) -> Any:
         """Import ``module:attribute``. Raises ValueError naming what is missing."""
@@ -65,8 +72,8 @@ def build_stack(config: StackConfig, environment: BuildEnvironment) -> Service[S
     connector = config.connect.make(environment)
     service = config.service.make(environment, connector)
     layers = [layer.make(environment) for layer in config.layers]
-    if environment.connections_per_source:
-        limit = ConcurrencyLimitLayer(environment.connections_per_source, key=by_client, shared=environment.shared)
+    if environment.limits.connections:
+        limit = SourceShareLayer(environment.share(Held.CONNECTIONS))
         # Inside the layer that learns who the client is: a balancer brings everybody's connections.
         layers.insert(1 + last_header(config.layers), limit)
     return stack(*layers, service)

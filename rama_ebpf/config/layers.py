@@ -11,6 +11,7 @@ from ..core.counts import SharesCounts
 from ..core.matchers import ANY, Matcher, Source, TargetHost, TargetNetwork, TargetPort
 from ..core.proven import SharesProven
 from ..core.service import Layer, Service
+from ..core.shares import Held, SourceShare
 from ..core.stream import Stream
 from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.hijack import FilterLayer
@@ -81,6 +82,9 @@ class Environment(Protocol):
 
     @property
     def egress(self) -> Egress: ...
+
+    def share(self, held: Held, /) -> SourceShare:
+        """Return a new count of what each source holds."""
 
     def load(self, target: str) -> Any:
         """Import ``module:attribute``."""

@@ -9,6 +9,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from ..core.address import Endpoint, IPAddress
 from ..core.resolv_conf import MAX_NAME_SERVERS
+from ..core.shares import SourceLimits
 from ..policy.egress import EgressPolicy
 from ..relay import RelayKind
 from ..services.resolver import DnsResolver, SystemLookups
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 _NETWORKS = ListOf(NETWORK)
+_LIMITS = SourceLimits()
 
 
 def _cpus() -> int:
@@ -142,8 +144,34 @@ class LimitsConfig:
     connections_per_source: int = setting(
         integer(0, 10_000_000),
         "live connections of one source (IPv4 address, IPv6 /64) to a stack, over all workers; 0: any number",
-        default=400,
+        default=_LIMITS.connections,
     )
+    handshakes_per_source: int = setting(
+        integer(0, 10_000_000),
+        "unfinished TLS handshakes, likewise, and clients of mixed that have not shown what they speak",
+        default=_LIMITS.handshakes,
+    )
+    associations_per_source: int = setting(
+        integer(0, 10_000_000), "UDP associations of one source, likewise", default=_LIMITS.associations
+    )
+    binds_per_source: int = setting(
+        integer(0, 10_000_000), "listening sockets (BIND) of one source, likewise", default=_LIMITS.binds
+    )
+    checks_per_source: int = setting(
+        integer(0, 1024),
+        "passwords of one source that wait to be checked, in each worker; 0: any number",
+        default=_LIMITS.checks,
+    )
+
+    def per_source(self) -> SourceLimits:
+        """Return what one source may hold."""
+        return SourceLimits(
+            connections=self.connections_per_source,
+            handshakes=self.handshakes_per_source,
+            associations=self.associations_per_source,
+            binds=self.binds_per_source,
+            checks=self.checks_per_source,
+        )
 
 
 @dataclass(frozen=True)

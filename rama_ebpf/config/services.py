@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -12,9 +11,11 @@ from typing import Any, Final, Protocol
 from ..core.address import Authority
 from ..core.auth import Authenticator
 from ..core.service import Service, stack
+from ..core.shares import Held
 from ..core.stream import Stream
 from ..layers.auth import PasswordFile
 from ..layers.breaker import CircuitBreakerLayer
+from ..layers.check_queue import CheckQueue
 from ..layers.retry import RetryLayer
 from ..services.connect import ConnectError, Connector
 from ..services.forward import Forward
@@ -30,8 +31,6 @@ from .kinds import AUTHORITY, BOOLEAN, DURATION, TARGET, TEXT, choice, file_path
 from .layers import Environment, TargetsSettings
 from .reverse import HasLifecycle, ReverseSettings
 from .tls import TlsPassthroughSettings
-
-log = logging.getLogger("rama_ebpf")
 
 _PASSWORD_FILE: Final = file_path(secret=True)
 
@@ -118,13 +117,10 @@ def _authenticator(environment: Environment, users: str | None) -> Authenticator
     if users is None:
         return None
     if environment.shared is not None:
-        return PasswordFile(users, proven=environment.shared.proven())
+        queue = CheckQueue(share=environment.share(Held.CHECKS))
+        return PasswordFile(users, queue=queue, proven=environment.shared.proven())
     file = PasswordFile(users)  # only looked at: where the operator sees it, before workers make theirs
-    for name, seconds in file.dear():
-        log.warning(
-            "%s: a check of %s's password costs %.0f ms: a new hash (rama-ebpf passwd) keeps logins quick",
-            *(users, name, seconds * 1000),
-        )
+    file.warn_of_dear_hashes()
     return file
 
 
@@ -160,10 +156,13 @@ class Socks5Settings:
         resolver, egress = environment.resolver, environment.egress
         advertise = [ip_address(text) for text in self.advertise]
         user = UserLimits(connections=self.user_connections)
+        binder = Binder(resolver, egress, advertise=advertise, share=environment.share(Held.BINDS))
+        associations = environment.share(Held.ASSOCIATIONS)
+        udp = UdpAssociator(resolver, egress, advertise=advertise, idle_timeout=self.udp_idle, share=associations)
         return Socks5Server(
             connector,
-            binder=Binder(resolver, egress, advertise=advertise) if self.bind else None,
-            udp=UdpAssociator(resolver, egress, advertise=advertise, idle_timeout=self.udp_idle) if self.udp else None,
+            binder=binder if self.bind else None,
+            udp=udp if self.udp else None,
             auth=_authenticator(environment, self.users),
             auth_optional=self.auth_optional,
             limits=None if self.user_connections is None else lambda _user: user,
@@ -214,6 +213,7 @@ class MixedSettings:
             auth=_authenticator(environment, self.users),
             handshake_timeout=self.handshake,
             http_timeouts=self.timeouts.timeouts(head=self.handshake),
+            handshakes=environment.share(Held.HANDSHAKES),
         )
 
 

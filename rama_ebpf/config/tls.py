@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 from ..core.address import Authority
 from ..core.names import NameMap
 from ..core.service import Layer, Service, stack
+from ..core.shares import Held, SourceShare
 from ..core.stream import Stream
 from ..services.connect import Connector, Egress, Resolver
 from ..services.forward import Forward
@@ -67,6 +68,9 @@ class TlsEnvironment(Protocol):
 
     @property
     def egress(self) -> Egress: ...
+
+    def share(self, held: Held, /) -> SourceShare:
+        """Return a new count of what each source holds."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ class TlsSettings:
             policy=_policy(self.rules, self.default),
             handshake_timeout=self.handshake,
             max_handshakes=self.max_handshakes,
+            handshakes=environment.share(Held.HANDSHAKES),
             ragged_eof=self.ragged_eof,
         )
 
@@ -158,13 +163,14 @@ class InterceptSettings:
     hang_ups: int = setting(integer(1, 1000), "in a row that count as a refusal", default=3)
     cache: int = setting(integer(1, 1_000_000), "certificates kept, in each worker", default=1024)
 
-    def make(self) -> TlsInterceptor:
+    def make(self, environment: TlsEnvironment) -> TlsInterceptor:
         """Load the authority."""
         return TlsInterceptor(
             LeafIssuer(CertificateAuthority.load(Path(self.ca), Path(self.ca_key)), cache_size=self.cache),
             ClientTls(ca=_path(self.upstream_ca), alpn=self.alpn),
             bypass=self.bypass,
             rejections=Rejections(ttl=self.remember, hang_ups=self.hang_ups),
+            handshakes=environment.share(Held.HANDSHAKES),
         )
 
 
@@ -182,7 +188,7 @@ class TlsTunnelSettings:
         """Make the layer."""
         return TlsTunnelLayer(
             policy=_policy(self.rules, self.default),
-            intercept=None if self.intercept is None else self.intercept.make(),
+            intercept=None if self.intercept is None else self.intercept.make(environment),
             fail_open=self.fail_open,
             timeout=self.handshake,
         )
@@ -212,7 +218,12 @@ class TlsPassthroughSettings:
         """Make the service."""
         fallback = None if self.fallback is None else Forward(connector, self.fallback)
         return stack(
-            TlsPeekLayer(fallback=fallback, fail_open=self.fail_open, timeout=self.handshake),
+            TlsPeekLayer(
+                fallback=fallback,
+                fail_open=self.fail_open,
+                timeout=self.handshake,
+                handshakes=environment.share(Held.HANDSHAKES),
+            ),
             *([] if (policy := _policy(self.rules, self.default)) is None else [policy]),
             TlsPassthrough(connector, targets=NameMap(self.targets.items()), port=self.port, no_sni=self.no_sni),
         )

@@ -12,9 +12,11 @@ from dataclasses import replace
 from typing import Any, cast
 
 from ..core.service import Service, stack
+from ..core.shares import Held
 from ..core.stream import Stream
 from ..layers.access_log import AccessLogLayer
 from ..layers.auth import PasswordFile
+from ..layers.check_queue import CheckQueue
 from ..layers.metrics import MetricsLayer
 from ..layers.policy import PolicyLayer
 from ..loader import AcceptCounter
@@ -24,6 +26,7 @@ from ..process import Application, WorkerContext
 from ..process.context import load_application
 from ..relay import TunnelLimits
 from ..services.proxy import mixed_proxy
+from ..services.refusal import SourceShareLayer
 from ..services.socks5 import UdpAssociator
 from .worker_relay import serve_relay
 
@@ -69,10 +72,18 @@ def application(context: WorkerContext) -> Application:
 def default_proxy(context: WorkerContext) -> Service[Stream, Any]:
     """The service if the operator names none: see :func:`~rama_ebpf.services.proxy.mixed_proxy`."""
     params = cast("Mapping[str, Any]", context.params)
-    return mixed_proxy(
-        context.connector(timeout=params["connect_timeout"]),
-        auth=None if params["users"] is None else PasswordFile(params["users"], proven=context.shared.proven()),
-        udp=UdpAssociator(context.resolver, context.egress),
-        handshake_timeout=params["handshake_timeout"],
-        tunnel_limits=TunnelLimits(idle=params["idle_timeout"]),
+    auth = None
+    if params["users"] is not None:
+        queue = CheckQueue(share=context.share(Held.CHECKS))
+        auth = PasswordFile(params["users"], queue=queue, proven=context.shared.proven())
+    return stack(
+        SourceShareLayer(context.share(Held.CONNECTIONS, params["connections_per_source"])),
+        mixed_proxy(
+            context.connector(timeout=params["connect_timeout"]),
+            auth=auth,
+            udp=UdpAssociator(context.resolver, context.egress, share=context.share(Held.ASSOCIATIONS)),
+            handshake_timeout=params["handshake_timeout"],
+            tunnel_limits=TunnelLimits(idle=params["idle_timeout"]),
+            handshakes=context.share(Held.HANDSHAKES),
+        ),
     )

@@ -50,6 +50,7 @@ class Judgement:
         return self.blame is Blame.ABUSE
 
 
+_NAT: Final = "many users can share one address"
 _A, _C, _O, _U = Blame.ABUSE, Blame.CLIENT, Blame.OURS, Blame.UPSTREAM
 
 BLAME: Final[Mapping[str, Judgement]] = {
@@ -68,10 +69,16 @@ BLAME: Final[Mapping[str, Judgement]] = {
     "policy_denied": Judgement("policy", "source or target not allowed", _O, "asking is allowed; we refuse"),
     "policy_strike": Judgement("policy", "a rule whose action is strike", _A, "the operator says so"),
     "limit": Judgement("limits", "a bound is reached", _O, "the bound is ours"),
-    "concurrency_limit": Judgement("limits", "too many at once", _O, "many users can share one address"),
-    "rate_limit": Judgement("limits", "too many a second", _O, "many users can share one address"),
+    "concurrency_limit": Judgement("limits", "too many at once", _O, _NAT),
+    "rate_limit": Judgement("limits", "too many a second", _O, _NAT),
     "table_full": Judgement("limits", "more sources than the table holds", _O, "the table is ours"),
     "busy": Judgement("limits", "we have no time for it now", _O, "the queue is ours; retry"),
+    "source_share": Judgement("limits", "more of anything than one source may hold", _O, _NAT),
+    "source_connections": Judgement("limits", "more connections than one source may have", _O, _NAT),
+    "source_handshakes": Judgement("limits", "more unfinished handshakes of one source", _O, _NAT),
+    "source_associations": Judgement("limits", "more UDP associations of one source", _O, _NAT),
+    "source_binds": Judgement("limits", "more BINDs of one source", _O, _NAT),
+    "source_checks": Judgement("limits", "more passwords of one source wait to be checked", _O, _NAT),
     "untrusted_proxy": Judgement("PROXY", "a peer that nobody trusts", _C, "a stray client"),
     "proxy_protocol": Judgement(
         "PROXY", "a missing or bad header of a trusted peer", _C, "trusted peers are never struck"

@@ -130,6 +130,14 @@ class PasswordFile:
         costs = ((name, user.seconds()) for name, user in self._users.items())
         return [(name, seconds) for name, seconds in costs if seconds > DEAR_SECONDS]
 
+    def warn_of_dear_hashes(self) -> None:
+        """Log a warning for each user of :meth:`dear`."""
+        for name, seconds in self.dear():
+            log.warning(
+                "%s: a check of %s's password costs %.0f ms: a new hash (rama-ebpf passwd) keeps logins quick",
+                *(self._path, name, seconds * 1000),
+            )
+
     def _token(self, name: str, password: str) -> bytes:
         user = self._users.get(name)
         return self._proven.token(name, password, "" if user is None else user.text)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..core.errors import Busy
+from ..core.shares import Held, SourceShare
 
 __all__ = ["CheckQueue"]
 
@@ -42,24 +43,24 @@ _Line = OrderedDict[Hashable, deque[_Wait]]
 class CheckQueue:
     """Runs blocking checks in ``threads`` threads; their memory is so many times that of one check.
 
-    ``per_source`` checks of one source wait at most (0: no bound), ``total`` altogether, each up to ``longest``
-    seconds. When all room is taken, the source that has most waiting loses its newest.
+    As many checks of one source wait as ``share`` lets in, ``total`` altogether, each up to ``longest`` seconds. When
+    all room is taken, the source that has most waiting loses its newest.
     """
 
     def __init__(
         self,
         *,
         threads: int = 1,
-        per_source: int = 128,
+        share: SourceShare | None = None,
         total: int = 1024,
         longest: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if threads < 1 or per_source < 0 or total < 1 or longest <= 0:
-            raise ValueError("threads, total and longest must be above 0, per_source at least 0")
+        if threads < 1 or total < 1 or longest <= 0:
+            raise ValueError("threads, total and longest must be above 0")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="auth", initializer=_give_way)
         self._threads = threads
-        self._per_source = per_source
+        self._share = SourceShare(Held.CHECKS) if share is None else share
         self._total = total
         self._longest = longest
         self._clock = clock
@@ -106,8 +107,9 @@ class CheckQueue:
     def _enter(self, wait: _Wait) -> None:
         source = wait.source
         line = self._clean.get(source) or self._suspect.get(source)
-        if self._per_source and line is not None and len(line) >= self._per_source:
-            raise self._busy("of a source that waits for many already")
+        if self._share.limit and line is not None and len(line) >= self._share.limit:
+            self.refused += 1
+            raise self._share.refusal()
         if self.waiting >= self._total:
             self._make_room(0 if line is None else len(line), suspect=self._is_suspect(source))
         line = self._clean.get(source) or self._suspect.get(source)

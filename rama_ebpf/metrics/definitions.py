@@ -19,6 +19,7 @@ __all__ = [
     "LOOKUP_SECONDS",
     "RECEIVED_BYTES",
     "SENT_BYTES",
+    "SOURCE_REFUSALS",
     "TUNNELS",
     "TUNNELS_CLOSED",
 ]
@@ -56,6 +57,9 @@ LOOKUP_SECONDS: Final = Histogram(
     "rama_lookup_duration_seconds",
     "Look-ups that were not answered from what was known, from the question to the end of the wait.",
     buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+SOURCE_REFUSALS: Final = Counter(
+    "rama_source_refusals", "What was refused because one source held as much of it as one may.", ("held",)
 )
 ACCEPT_PAUSES: Final = Counter(
     "rama_accept_pauses",

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.errors import RamaError
 from ..core.service import Service
+from ..core.shares import Held, SourceShare
 from ..core.stream import Stream
 from ..policy.egress import EgressPolicy
 from ..services.connect import Connector, Egress
@@ -39,7 +40,8 @@ class WorkerContext:
     process. The application is made before privileges are dropped, so that it may read keys, and before the event
     loop runs.
 
-    ``observe_lookups`` is for a resolver of the application's own: where metrics are kept, it counts there.
+    ``observe_lookups`` is for a resolver of the application's own: where metrics are kept, it counts there. So does
+    ``observe_refusal``, for a :class:`~rama_ebpf.core.shares.SourceShare`.
 
     ``policy`` judges and bans sources, ``egress`` says where targets may be, and :meth:`connector` dials them.
     ``secret`` is 32 random bytes that all workers of this server share, replacements too, and nobody else: for
@@ -57,6 +59,13 @@ class WorkerContext:
     egress: Egress = field(default_factory=EgressPolicy)
     resolver: DnsResolver = field(default_factory=DnsResolver)
     observe_lookups: Callable[[str, float], None] | None = None
+    observe_refusal: Callable[[str], None] | None = None
+
+    def share(self, held: Held, limit: int | None = None) -> SourceShare:
+        """Return a new count of what each source holds, ``limit`` at most (None: as is usual, 0: any number), for all
+        workers."""
+        shared = None if held is Held.CHECKS else self.shared
+        return SourceShare(held, limit, shared=shared, observe=self.observe_refusal)
 
     @property
     def policy(self) -> ServerPolicy:

@@ -95,6 +95,7 @@ class _Worker:
             channel=self._channel,
             resolver=DnsResolver(observe=observe),
             observe_lookups=observe,
+            observe_refusal=_refusal_observer(),
         )
         self._application: Application | None = None
 
@@ -234,6 +235,18 @@ def _lookup_observer() -> Callable[[str, float], None] | None:
         LOOKUPS.labels(outcome).inc()
         if outcome != "cached":
             LOOKUP_SECONDS.observe(seconds)
+
+    return observe
+
+
+def _refusal_observer() -> Callable[[str], None] | None:
+    if METRICS_ENVIRONMENT not in os.environ:
+        return None
+
+    def observe(held: str) -> None:
+        from ..metrics.definitions import SOURCE_REFUSALS  # see there why so late
+
+        SOURCE_REFUSALS.labels(held.removeprefix("source_")).inc()
 
     return observe
 

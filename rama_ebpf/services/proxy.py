@@ -7,11 +7,13 @@ from typing import Any
 from ..core.address import Authority
 from ..core.auth import Authenticator
 from ..core.service import Service, stack
+from ..core.shares import SourceShare
 from ..core.stream import Stream
 from ..relay import TunnelLimits
 from .http import HttpProxy, HttpTimeouts
 from .http.layers import ProxyAuthLayer
-from .router import PeekMatcher, PeekRouter, is_http, is_socks, is_tls
+from .protocols import PeekMatcher, is_http, is_socks, is_tls
+from .router import PeekRouter
 from .socks5 import Binder, Socks5Server, UdpAssociator
 from .tls import TlsPassthrough, TlsPeekLayer
 
@@ -27,6 +29,7 @@ def mixed_proxy(
     handshake_timeout: float = 10.0,
     tunnel_limits: TunnelLimits | None = None,
     http_timeouts: HttpTimeouts | None = None,
+    handshakes: SourceShare | None = None,
 ) -> Service[Stream, Any]:
     """Return a service that tells its clients' protocols apart by their first bytes.
 
@@ -36,6 +39,7 @@ def mixed_proxy(
     turned away.
     ``handshake_timeout`` (seconds) bounds each protocol's handshake, ``tunnel_limits`` every tunnel;
     ``http_timeouts`` are those of HTTP, by default with ``handshake_timeout`` for a request's header section.
+    ``handshakes`` bounds how many clients of one source may leave open what they speak, or be within a ClientHello.
     """
     socks = Socks5Server(
         connector, auth=auth, socks4=auth is None, udp=udp, binder=binder, handshake_timeout=handshake_timeout
@@ -48,9 +52,9 @@ def mixed_proxy(
     )
     routes: list[tuple[PeekMatcher, Service[Stream, Any]]] = [(is_socks, socks), (is_http, http)]
     if auth is None:
-        tls = stack(TlsPeekLayer(timeout=handshake_timeout), TlsPassthrough(connector, port=443))
+        tls = stack(TlsPeekLayer(timeout=handshake_timeout, handshakes=handshakes), TlsPassthrough(connector, port=443))
         routes.append((is_tls, tls))
-    router = PeekRouter(*routes, timeout=handshake_timeout)
+    router = PeekRouter(*routes, timeout=handshake_timeout, undecided=handshakes)
 
     async def mixed(stream: Stream) -> Any:
         if tunnel_limits is not None:

@@ -1,48 +1,24 @@
 """One port for several protocols: looking at a client's first bytes and handing the stream, still unread, on.
 
-A matcher is asked about the bytes that have come so far and answers True (it is this protocol), False (it is not) or
-None (more bytes are needed). The routes are asked in order and a later one is not heard while an earlier one still
+The routes' matchers (:mod:`.protocols`) are asked in order and a later one is not heard while an earlier one still
 cannot tell, so that the outcome depends on the bytes alone and not on how they were cut into segments.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from ..core.blame import speaks_another_protocol
+from ..core.client import client_address
 from ..core.errors import HandshakeTimeout, PeerClosed, ProtocolError
 from ..core.service import Service
+from ..core.shares import Held, ShareExceeded, SourceShare
 from ..core.stream import MAX_UNREAD, Stream
+from .protocols import PeekMatcher, is_http, is_socks, is_tls
+from .refusal import TurnAway
 
 __all__ = ["PeekMatcher", "PeekRouter", "is_http", "is_socks", "is_tls"]
-
-PeekMatcher = Callable[[bytes], bool | None]
-
-_METHOD: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,24} ")
-_METHOD_START: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{0,24}")
-
-
-def is_socks(data: bytes) -> bool | None:
-    """SOCKS4, SOCKS4a or SOCKS5: the first byte is the version."""
-    return data[0] in (4, 5) if data else None
-
-
-def is_tls(data: bytes) -> bool | None:
-    """A TLS record of a handshake (RFC 8446 section 5.1): type 22 and a legacy version of major number 3."""
-    if not b"\x16\x03".startswith(data[:2]):
-        return False
-    return True if len(data) >= 2 else None
-
-
-def is_http(data: bytes) -> bool | None:
-    """A method and a space (RFC 9112 section 3), empty lines before it ignored (section 2.2); HTTP/2's preface too."""
-    data = data.lstrip(b"\r\n")
-    if _METHOD.match(data):
-        return True
-    return None if _METHOD_START.fullmatch(data) else False
 
 
 class PeekRouter:
@@ -53,7 +29,8 @@ class PeekRouter:
     What no matcher takes goes to ``fallback``, and so does, with ``fail_open``, what could not be told: a client that
     is silent for ``timeout`` seconds or ends its stream before (as one does that waits for the server to speak
     first), or ``limit`` bytes on which a matcher still has not decided. Otherwise these raise
-    :class:`HandshakeTimeout`, :class:`PeerClosed` and :class:`ProtocolError`.
+    :class:`HandshakeTimeout`, :class:`PeerClosed` and :class:`ProtocolError`. ``undecided`` bounds how many clients of
+    one source may leave it open at a time; what is above that is turned away (:class:`ShareExceeded`).
     """
 
     accepts = Stream
@@ -65,6 +42,7 @@ class PeekRouter:
         fail_open: bool = False,
         timeout: float = 10.0,
         limit: int = 1024,
+        undecided: SourceShare | None = None,
     ) -> None:
         if not routes:
             raise ValueError("a router needs at least one route")
@@ -79,6 +57,8 @@ class PeekRouter:
         self._fail_open = fail_open
         self._timeout = timeout
         self._limit = limit
+        self._undecided = SourceShare(Held.HANDSHAKES, 0) if undecided is None else undecided
+        self._turn_away = TurnAway()
 
     async def __call__(self, stream: Stream, /) -> Any:
         try:
@@ -90,18 +70,28 @@ class PeekRouter:
         return await service(stream)
 
     async def _choose(self, stream: Stream) -> Service[Stream, Any]:
+        if stream.buffered and (verdict := self._ask(stream.buffered)) is not None:
+            return verdict
+        client = client_address(stream)
         try:
-            async with asyncio.timeout(self._timeout):
-                while True:
-                    verdict = self._ask(stream.buffered)
-                    if verdict is not None:
-                        return verdict
-                    if len(stream.buffered) >= self._limit:
-                        raise ProtocolError(f"protocol not clear from {self._limit} bytes")
-                    if not await stream.fill(self._limit):
-                        raise PeerClosed(f"client closed after {len(stream.buffered)} bytes, its protocol not clear")
+            with self._undecided.hold(None if client is None else client.ip):
+                async with asyncio.timeout(self._timeout):
+                    return await self._read_on(stream)
         except TimeoutError as error:
             raise HandshakeTimeout(f"protocol not clear within {self._timeout} s") from error
+        except ShareExceeded as error:
+            await self._turn_away(stream, error.retry_after)
+            raise
+
+    async def _read_on(self, stream: Stream) -> Service[Stream, Any]:
+        while True:
+            if len(stream.buffered) >= self._limit:
+                raise ProtocolError(f"protocol not clear from {self._limit} bytes")
+            if not await stream.fill(self._limit):
+                raise PeerClosed(f"client closed after {len(stream.buffered)} bytes, its protocol not clear")
+            verdict = self._ask(stream.buffered)
+            if verdict is not None:
+                return verdict
 
     def _ask(self, data: bytes) -> Service[Stream, Any] | None:
         """Return where the stream goes, None if more bytes are needed."""

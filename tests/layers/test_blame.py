@@ -11,6 +11,7 @@ import pytest
 import rama_ebpf
 from rama_ebpf.core.blame import BLAME, Blame, judge, markdown, speaks_another_protocol
 from rama_ebpf.core.errors import AuthFailed, Busy, HandshakeTimeout, PeerClosed, ProtocolError, RamaError
+from rama_ebpf.core.shares import Held, SourceShare
 from rama_ebpf.services.http.errors import AmbiguousMessage, MalformedMessage
 from rama_ebpf.services.http.heads import parse_request
 from rama_ebpf.services.http.limits import HttpLimits
@@ -29,10 +30,12 @@ SERVER_SIDE = {
     "password_file",
     "plan",
     "policy",
+    "queue_full",
     "request_failed",
     "seccomp",
     "stack",
     "target",
+    "too_many_bans",
     "user",
     "workers_failed",
 }
@@ -59,10 +62,18 @@ def test_each_kind_of_error_has_its_row() -> None:
     assert not SERVER_SIDE & BLAME.keys()
 
 
+def test_each_refusal_of_a_share_has_its_row_and_is_no_strike() -> None:
+    for held in Held:
+        found = judge(SourceShare(held, 1).refusal())
+        assert found is BLAME[held.value]
+        assert not found.strikes
+
+
 def test_each_row_is_of_a_kind_that_is_raised() -> None:
     kinds = {error.kind for error in _errors()}
     sources = "\n".join(path.read_text() for path in (ROOT / "rama_ebpf/services").rglob("*.py"))
     sources += (ROOT / "rama_ebpf/layers/auth.py").read_text()
+    sources += (ROOT / "rama_ebpf/core/shares.py").read_text()
     assert [kind for kind in BLAME if kind not in kinds and f'"{kind}"' not in sources] == []
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rama_ebpf.core import AuthFailed, Busy, Credentials, Lifecycle, Stream, User, stack
+from rama_ebpf.core import AuthFailed, Busy, Credentials, Lifecycle, Stream, User, shares, stack
+from rama_ebpf.core.shares import SourceShare
 from rama_ebpf.layers.auth import PasswordFile, PasswordFileError
 from rama_ebpf.layers.check_queue import CheckQueue
 from rama_ebpf.layers.hashes import choose_cost, hash_password, parse_hash
@@ -82,7 +83,7 @@ async def test_who_failed_lately_comes_after_those_who_did_not(held: Held) -> No
 
 
 async def test_a_full_queue_is_busy_and_the_greediest_gives_way(held: Held) -> None:
-    queue = CheckQueue(total=3, per_source=10)
+    queue = CheckQueue(total=3, share=SourceShare(shares.Held.CHECKS, 10))
     first = asyncio.create_task(queue.run("first", held.check("first")))
     await begun(held)
     greedy = [asyncio.create_task(queue.run("greedy", held.check("greedy"))) for _ in range(3)]
@@ -98,7 +99,7 @@ async def test_a_full_queue_is_busy_and_the_greediest_gives_way(held: Held) -> N
 
 
 async def test_one_source_has_a_bound(held: Held) -> None:
-    queue = CheckQueue(per_source=1)
+    queue = CheckQueue(share=SourceShare(shares.Held.CHECKS, 1))
     first = asyncio.create_task(queue.run("a", held.check("a")))
     await begun(held)
     second = asyncio.create_task(queue.run("a", held.check("a")))

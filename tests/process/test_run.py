@@ -223,3 +223,35 @@ def test_passwords_are_demanded_by_the_proxy_that_needs_no_configuration(
     refused = rama_ebpf("run", "--users", str(users), check=False)
     assert refused.returncode == 2
     assert f"{users}:1: write name:hash" in refused.stderr
+
+
+def test_one_source_has_its_share_without_a_configuration_file_as_well(host: Host, start_proxy: StartProxy) -> None:
+    proxy = start_proxy(host, "--connections-per-source", "2", "--workers", "2", "--metrics", "127.0.0.1:9464")
+    greeting = b"\x05\x01\x00"
+
+    def hold(source: str) -> socket.socket:
+        client = host.connect("127.0.0.1", 1080, source=source)
+        client.sendall(greeting)
+        assert client.recv(2) == b"\x05\x00"
+        return client
+
+    with hold("127.0.0.2"), hold("127.0.0.2"), hold("127.0.0.3"):
+        with host.connect("127.0.0.1", 1080, source="127.0.0.2") as refused:
+            refused.sendall(b"GET http://a.test/ HTTP/1.1\r\nHost: a.test\r\n\r\n")
+            assert refused.recv(1000).startswith(b"HTTP/1.1 503 ")
+
+        def scrape() -> str:
+            with urllib.request.urlopen("http://127.0.0.1:9464/metrics", timeout=10) as response:
+                return str(response.read().decode())
+
+        wait_for(lambda: 'rama_source_refusals_total{held="connections"} 1.0' in host.call(scrape), what="the count")
+    assert proxy.logged("reason=source_connections")
+
+
+def test_a_dear_hash_is_warned_of_without_a_configuration_file_as_well(
+    host: Host, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    users = tmp_path / "users"
+    users.write_text("dear:$2b$16$" + "A" * 53 + "\n")
+    proxy = start_proxy(host, "--users", str(users))
+    assert proxy.logged("a check of dear's password costs")

@@ -11,6 +11,7 @@ from rama_ebpf.config.layers import LAYERS, ProxyProtocolSettings, StrikesSettin
 from rama_ebpf.config.model import StackConfig
 from rama_ebpf.config.services import EchoSettings
 from rama_ebpf.core import IPAddress, ProtocolError, Stream, stack
+from rama_ebpf.core.shares import ShareExceeded, SourceLimits
 from rama_ebpf.layers.strikes import LocalStrikes, StrikeLayer, StrikeLimit
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.policy.local import LocalStore
@@ -113,15 +114,15 @@ async def test_one_source_meets_its_limit_and_a_balancer_does_not(run: Run) -> N
         EgressPolicy(),
         "",
         lambda factory: factory,
-        connections_per_source=1,
+        limits=SourceLimits(connections=1),
     )
     header = ProxyProtocolSettings(trusted=tuple(map(parse_network, TRUSTED)))
     server = run(build_stack(StackConfig(EchoSettings(), layers=(header,)), environment))
     reader, writer = await server.open()
     writer.write(V1 + b"held")
     assert await reader.readexactly(4) == b"held"
-    with pytest.raises(ConnectionResetError):
-        await server.exchange(V1 + b"hello", eof=True)
+    assert await server.exchange(V1 + b"hello", eof=True) == b""
+    assert isinstance(server.errors[-1], ShareExceeded)
     assert await server.exchange(OTHER + b"hello", eof=True) == b"hello"
     writer.close()
     await server.idle()

@@ -12,7 +12,7 @@ from ...core.errors import HandshakeTimeout
 from ...core.service import Layer, stack
 from ...core.stream import Stream
 from ...relay import CloseReason, TunnelReport
-from ..router import is_http
+from ..protocols import is_http
 from ..tls.mitm import Intercepted
 from .duties import DEFAULT_UPGRADES, forwardable, returned
 from .errors import ConnectionDropped

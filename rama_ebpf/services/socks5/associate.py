@@ -15,6 +15,7 @@ from typing import Final
 from ...core.address import Authority, IPAddress, SocketAddress, unmap
 from ...core.client import source_prefix
 from ...core.errors import LimitExceeded, PolicyDenied, RamaError
+from ...core.shares import Held, SourceShare
 from ...core.stream import Stream
 from ...relay import CloseReason, TunnelLimits, TunnelReport
 from ..connect import Egress, Resolver
@@ -74,7 +75,7 @@ class UdpAssociator:
     An association whose client has sent no datagram for ``idle_timeout`` seconds is closed, unless the stream's
     :class:`~rama_ebpf.relay.TunnelLimits` say otherwise; datagrams from targets do not count, or they could keep the
     association of a client that has gone alive for ever (RFC 4787 section 4.3). At most ``max_associations`` live at
-    once.
+    once, and of one source as many as ``share`` lets in.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class UdpAssociator:
         idle_timeout: float = 120.0,
         max_associations: int = 4096,
         max_targets: int = 256,
+        share: SourceShare | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.resolver = resolver
@@ -98,6 +100,7 @@ class UdpAssociator:
         self._advertise = tuple(advertise)
         self._ports = ports
         self._max_associations = max_associations
+        self._share = SourceShare(Held.ASSOCIATIONS, 0) if share is None else share
 
     def open(self, client: IPAddress, local: SocketAddress, announced: Authority) -> Association:
         """Open an association for the client at ``client``, on our address ``local``.
@@ -106,21 +109,34 @@ class UdpAssociator:
         """
         if self.live >= self._max_associations:
             raise LimitExceeded(f"{self.live} UDP associations are open, the limit")
-        sock = bound_socket(socket.SOCK_DGRAM, local, self._ports)
+        place = contextlib.ExitStack()
+        place.enter_context(self._share.hold(client))
+        try:
+            sock = bound_socket(socket.SOCK_DGRAM, local, self._ports)
+        except BaseException:
+            place.close()
+            raise
         # An announced address that is not the client's was rewritten on the way (NAT), and with it the port.
         credible = announced.ip is not None and (unmap(announced.ip) == client or int(announced.ip) == 0)
         port = announced.port if credible else 0
         self.live += 1
-        return Association(self, client, port, sock, advertised(sock, self._advertise))
+        return Association(self, client, port, sock, advertised(sock, self._advertise), place)
 
 
 class Association:
     """One client's association; ``bound`` is where it has to send to."""
 
     def __init__(
-        self, settings: UdpAssociator, client: IPAddress, port: int, front: socket.socket, bound: SocketAddress
+        self,
+        settings: UdpAssociator,
+        client: IPAddress,
+        port: int,
+        front: socket.socket,
+        bound: SocketAddress,
+        place: contextlib.ExitStack,
     ) -> None:
         self.bound = bound
+        self._place = place
         self._settings = settings
         self._client_ip = client
         self._client_port = port
@@ -168,6 +184,7 @@ class Association:
             return
         self._closed = True
         self._settings.live -= 1
+        self._place.close()
         for sock in (self._front, *self._backs.values()):
             self._loop.remove_reader(sock.fileno())
             sock.close()

@@ -11,6 +11,7 @@ from typing import Final, Self
 
 from ...core.address import Authority, IPAddress, SocketAddress, unmap
 from ...core.errors import PolicyDenied
+from ...core.shares import Held, SourceShare
 from ...core.socket_stream import SocketStream
 from ..connect import Egress, ResolveError, Resolver
 from ..resolver import resolve_for, source_of
@@ -29,7 +30,8 @@ class Binder:
     Only a peer whose address is the request's target may connect, and only if ``egress`` allows that address; others
     are reset and the wait goes on. The port is not compared: RFC 1928's example, FTP, connects from another one.
     With ``any_peer`` a request for the unspecified address admits every peer that ``egress`` allows; else it is denied
-    like any address that is not allowed. The server waits ``timeout`` seconds at most. ``advertise`` holds the
+    like any address that is not allowed. The server waits ``timeout`` seconds at most, for as many peers of one client
+    as ``share`` lets in. ``advertise`` holds the
     addresses (one a family) that clients are told instead of our own, for hosts behind NAT; ``ports`` confines the
     listening ports for a firewall's sake.
     """
@@ -43,7 +45,10 @@ class Binder:
         any_peer: bool = False,
         advertise: Sequence[IPAddress] = (),
         ports: range | None = None,
+        share: SourceShare | None = None,
     ) -> None:
+        self.share = SourceShare(Held.BINDS, 0) if share is None else share
+        """What each source may have listening at once; who asks :meth:`listen` for a client holds it."""
         self._resolver = resolver
         self._egress = egress
         self.timeout = timeout

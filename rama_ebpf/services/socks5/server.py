@@ -221,7 +221,11 @@ class Socks5Server:
 
     async def _bind(self, request: Request, stream: Stream, machine: ServerMachine) -> TunnelReport:
         assert self._binder is not None
-        with await self._binder.listen(request.target, stream.local) as listening:
+        client = client_address(stream)
+        with (
+            self._binder.share.hold(None if client is None else client.ip),
+            await self._binder.listen(request.target, stream.local) as listening,
+        ):
             machine.reply(Reply.SUCCEEDED, listening.address, listening=True)
             await stream.write(machine.data_to_send())
             upstream = await self._await_peer(stream, listening)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ...core.client import client_address
 from ...core.names import NameSet
+from ...core.shares import SourceShare
 from ...core.stream import Stream
 from ...relay import Move, TunnelReport
 from .alert import Alert
@@ -93,7 +94,8 @@ class TlsInterceptor:
 
     Names in ``bypass`` are passed through unopened, and so are those that the client has refused our certificate for
     (``rejections``); the connection in which it does so is lost, its next one is not. ``handshake_timeout`` (seconds)
-    bounds each of the two handshakes; ``max_handshakes`` how many are under way at once.
+    bounds each of the two handshakes; ``max_handshakes`` and ``handshakes`` how many are under way at once, altogether
+    and of one source.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class TlsInterceptor:
         rejections: Rejections | None = None,
         handshake_timeout: float = 10.0,
         max_handshakes: int = 1000,
+        handshakes: SourceShare | None = None,
         ragged_eof: bool = False,
     ) -> None:
         self._issuer = issuer
@@ -114,7 +117,7 @@ class TlsInterceptor:
         self._inspect = inspect
         self._rejections = rejections if rejections is not None else Rejections()
         self._timeout = handshake_timeout
-        self._handshakes = HandshakeLimit(max_handshakes)
+        self._handshakes = HandshakeLimit(max_handshakes, handshakes)
         self._ragged_eof = ragged_eof
         self._contexts: dict[tuple[str, ...], ssl.SSLContext] = {}
         self._context(self._upstream.alpn)  # what is wrong with the settings shows now
@@ -129,7 +132,7 @@ class TlsInterceptor:
         source = None if address is None else address.ip
         if name in self._bypass or self._rejections.remembers(source, name):
             return await move(client, upstream)
-        with self._handshakes:
+        async with self._handshakes.hold(client):
             server_side = await self._originate(client, upstream, hello, name)
             certificate = server_side.parameters.peer_certificate
             assert certificate is not None  # a server without one fails the handshake

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from ...core.client import client_address
 from ...core.errors import HandshakeTimeout, PeerClosed
 from ...core.notes import Note
 from ...core.service import Service
+from ...core.shares import Held, ShareExceeded, SourceShare
 from ...core.stream import MAX_UNREAD, Stream
+from .alert import Alert
 from .client_hello import DEFAULT_LIMIT, ClientHello, ClientHelloParser
 from .errors import AlertError, NotTls
 from .fingerprint import Ja3, Ja4
@@ -60,7 +63,9 @@ class TlsPeekLayer:
     A stream whose first bytes are not TLS goes to ``fallback``; without one the client is sent an alert and
     :class:`NotTls` is raised. A ClientHello that is malformed, above ``limit`` bytes, cut short or not complete
     within ``timeout`` seconds proves nothing: it is refused, with an alert where there is a protocol error, unless
-    ``fail_open`` sends it to ``fallback`` as well. The fallback finds every byte still unread.
+    ``fail_open`` sends it to ``fallback`` as well. The fallback finds every byte still unread. Of one source as many
+    are waited for as ``handshakes`` lets in; the others are sent an alert
+    (:class:`~rama_ebpf.core.shares.ShareExceeded`).
     """
 
     accepts = Stream
@@ -72,6 +77,7 @@ class TlsPeekLayer:
         fail_open: bool = False,
         timeout: float = 10.0,
         limit: int = DEFAULT_LIMIT,
+        handshakes: SourceShare | None = None,
     ) -> None:
         if fail_open and fallback is None:
             raise ValueError("fail_open needs a fallback")
@@ -83,11 +89,17 @@ class TlsPeekLayer:
         self._fail_open = fail_open
         self._timeout = timeout
         self._limit = limit
+        self._handshakes = SourceShare(Held.HANDSHAKES, 0) if handshakes is None else handshakes
 
     def __call__(self, inner: Service[Stream, Any], /) -> Service[Stream, Any]:
         async def peek(stream: Stream, /) -> Any:
+            client = client_address(stream)
             try:
-                hello = await peek_client_hello(stream, timeout=self._timeout, limit=self._limit)
+                with self._handshakes.hold(None if client is None else client.ip):
+                    hello = await peek_client_hello(stream, timeout=self._timeout, limit=self._limit)
+            except ShareExceeded:
+                await stream.close_after(Alert.INTERNAL_ERROR.record)
+                raise
             except (AlertError, HandshakeTimeout, PeerClosed) as error:
                 if self._fallback is not None and (self._fail_open or isinstance(error, NotTls)):
                     return await self._fallback(stream)

@@ -7,7 +7,9 @@ from typing import Any
 
 from ...core.errors import HandshakeTimeout
 from ...core.service import Service
+from ...core.shares import ShareExceeded, SourceShare
 from ...core.stream import Stream
+from .alert import Alert
 from .certs import SelectContext
 from .errors import AlertError, NotTls
 from .limit import HandshakeLimit
@@ -24,9 +26,10 @@ class TlsTerminateLayer:
     A client that does not speak TLS goes to ``fallback``, its bytes unread, or without one is sent an alert.
     ``policy`` may refuse a client for what its ClientHello shows. ``certificates`` chooses the context from the whole
     ClientHello before anything is answered, and may wait while it does. ``handshake_timeout`` (seconds) covers
-    everything from the first byte due to the end of the handshake. At most ``max_handshakes`` are under way at once;
-    what comes above that is cut (:class:`~rama_ebpf.core.errors.LimitExceeded`). ``ragged_eof``: see
-    :class:`TlsStream`.
+    everything from the first byte due to the end of the handshake. At most ``max_handshakes`` are under way at once,
+    and of one source as many as ``handshakes`` lets in (see :class:`~.limit.HandshakeLimit`). What comes above the
+    first is cut (:class:`~rama_ebpf.core.errors.LimitExceeded`), above the second sent the alert internal_error
+    (:class:`~rama_ebpf.core.shares.ShareExceeded`). ``ragged_eof``: see :class:`TlsStream`.
 
     The ClientHello with its fingerprints and the negotiated :class:`~.stream.TlsParameters` are added to the
     extensions. When the service returns the stream is closed with close_notify, when it raises it is cut. Raises
@@ -44,6 +47,7 @@ class TlsTerminateLayer:
         policy: TlsPolicyLayer | None = None,
         handshake_timeout: float = 10.0,
         max_handshakes: int = 1000,
+        handshakes: SourceShare | None = None,
         ragged_eof: bool = False,
     ) -> None:
         if handshake_timeout <= 0:
@@ -52,7 +56,7 @@ class TlsTerminateLayer:
         self._fallback = fallback
         self._policy = policy
         self._timeout = handshake_timeout
-        self._limit = HandshakeLimit(max_handshakes)
+        self._limit = HandshakeLimit(max_handshakes, handshakes)
         self._ragged_eof = ragged_eof
 
     @property
@@ -69,6 +73,9 @@ class TlsTerminateLayer:
                     return await self._fallback(stream)
                 await stream.close_after(error.wire)
                 raise
+            except ShareExceeded:
+                await stream.close_after(Alert.INTERNAL_ERROR.record)
+                raise
             try:
                 result = await inner(tls)
             except BaseException:
@@ -81,7 +88,7 @@ class TlsTerminateLayer:
 
     async def _accept(self, stream: Stream) -> TlsStream:
         try:
-            with self._limit:
+            async with self._limit.hold(stream):
                 async with asyncio.timeout(self._timeout):
                     hello = await peek_client_hello(stream, timeout=self._timeout)
                     add_client_hello(stream, hello)

@@ -1,0 +1,117 @@
+"""What one source may hold at once, so that it cannot take it from the others.
+
+A source is what a ban is for: an IPv4 address or an IPv6 /64. The defaults are generous, for many users can stand
+behind one address (NAT). What is above a share is refused at once, counted, and never a strike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from .address import IPAddress
+from .client import source_prefix
+from .counts import Counts, LocalCounts, SharesCounts
+from .errors import Busy
+
+__all__ = ["Held", "ShareExceeded", "SourceLimits", "SourceShare"]
+
+
+class Held(enum.Enum):
+    """What is counted for each source. The value is the ``kind`` of the refusal, and a label in metrics."""
+
+    CONNECTIONS = "source_connections"
+    HANDSHAKES = "source_handshakes"
+    """TLS handshakes, and first bytes of TLS or of an unknown protocol, that are not complete."""
+    ASSOCIATIONS = "source_associations"
+    """UDP associations of SOCKS5."""
+    BINDS = "source_binds"
+    """Sockets that listen for BIND of SOCKS5."""
+    CHECKS = "source_checks"
+    """Passwords that wait to be checked."""
+
+
+class ShareExceeded(Busy):
+    """One source holds as much as it may, and may try again when it holds less."""
+
+    kind = "source_share"
+
+    def __init__(self, held: Held, limit: int) -> None:
+        super().__init__(f"this source has {limit} {_NAMES[held]}, the limit")
+        self.kind = held.value
+
+
+_NAMES: Final = {
+    Held.CONNECTIONS: "connections",
+    Held.HANDSHAKES: "unfinished handshakes",
+    Held.ASSOCIATIONS: "UDP associations",
+    Held.BINDS: "listening sockets",
+    Held.CHECKS: "passwords that wait to be checked",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLimits:
+    """How much one source may hold at once; 0: any number."""
+
+    connections: int = 400
+    handshakes: int = 200
+    associations: int = 128
+    binds: int = 64
+    checks: int = 128
+
+    def of(self, held: Held) -> int:
+        """Return the limit for one of these."""
+        return int(getattr(self, held.name.lower()))
+
+
+class SourceShare:
+    """Counts what each source holds of ``held``, ``limit`` at most (0: any number).
+
+    With ``shared`` the limit is one for all processes that share it. ``observe`` is called with the value of ``held``
+    for each refusal.
+    """
+
+    def __init__(
+        self,
+        held: Held,
+        limit: int | None = None,
+        *,
+        shared: SharesCounts | None = None,
+        observe: Callable[[str], None] | None = None,
+    ) -> None:
+        self.held = held
+        self.limit = SourceLimits().of(held) if limit is None else limit
+        if self.limit < 0:
+            raise ValueError(f"a limit must be at least 0, not {limit}")
+        self.refused = 0
+        """How many were refused."""
+        self._observe = observe
+        self._counts: Counts = LocalCounts() if shared is None else shared.counts()
+
+    @contextlib.contextmanager
+    def hold(self, ip: IPAddress | None) -> Iterator[None]:
+        """Count one for the source of ``ip``. Raises :class:`ShareExceeded` at once where it has too many.
+
+        Clients without an address (of a Unix socket) are not counted.
+        """
+        if ip is None or not self.limit:
+            yield
+            return
+        source: Hashable = source_prefix(ip)
+        if not self._counts.enter(source, self.limit):
+            raise self.refusal()
+        try:
+            yield
+        finally:
+            self._counts.leave(source)
+
+    def refusal(self) -> ShareExceeded:
+        """Count a refusal, and return the error to raise."""
+        self.refused += 1
+        if self._observe is not None:
+            self._observe(self.held.value)
+        return ShareExceeded(self.held, self.limit)

@@ -1,0 +1,138 @@
+"""Turning a client away in the protocol that it speaks, without serving it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from typing import Any, Final
+
+from ..core.auth import Credentials
+from ..core.client import client_address
+from ..core.errors import RamaError
+from ..core.service import Service
+from ..core.shares import Held, ShareExceeded, SourceShare
+from ..core.stream import Stream
+from .protocols import is_http, is_socks, is_tls
+from .socks5.machine import MAX_MESSAGE, Request, ServerMachine
+from .socks5.wire import Method, Reply
+from .tls.alert import Alert
+
+__all__ = ["Refusal", "SourceShareLayer", "TurnAway"]
+
+_H2_PREFACE: Final = b"PRI * HTTP/2.0\r\n"
+# SETTINGS without any, and GOAWAY with ENHANCE_YOUR_CALM (RFC 9113 sections 6.5, 6.8 and 7).
+_H2_CALM: Final = bytes.fromhex("000000 04 00 00000000000008 07 00 00000000 00000000 0000000b")
+
+
+class Refusal:
+    """Sans-I/O: what a client is to be told who is not served now, by the protocol that its first bytes show.
+
+    HTTP gets 503 with Retry-After, HTTP/2 GOAWAY with ENHANCE_YOUR_CALM, TLS the alert internal_error (RFC 8446
+    section 6.2: such as a failure to allocate), SOCKS its general failure; a password is not looked at. Other bytes
+    get nothing.
+    """
+
+    def __init__(self, retry_after: float = 1.0) -> None:
+        self._retry_after = max(1, math.ceil(retry_after))
+        self._socks: ServerMachine | None = None
+
+    def receive(self, data: bytes) -> tuple[bytes, int, bool]:
+        """Take all bytes that are there: return what to send, how many were used up, and whether that was all."""
+        if self._socks is None:
+            if not data:
+                return b"", 0, False
+            if is_socks(data):
+                self._socks = ServerMachine((Method.NONE, Method.PASSWORD))
+            elif (tls := is_tls(data)) or tls is None:
+                return (Alert.INTERNAL_ERROR.record, len(data), True) if tls else (b"", 0, False)
+            elif (http := is_http(data)) or http is None:
+                return (self._http(data), len(data), True) if http else (b"", 0, False)
+            else:
+                return b"", len(data), True
+        return self._over_socks(self._socks, data)
+
+    def _http(self, data: bytes) -> bytes:
+        if data.startswith(_H2_PREFACE):
+            return _H2_CALM
+        fields = f"Retry-After: {self._retry_after}\r\nContent-Length: 0\r\nConnection: close\r\n"
+        return f"HTTP/1.1 503 Service Unavailable\r\n{fields}\r\n".encode("ascii")
+
+    @staticmethod
+    def _over_socks(machine: ServerMachine, data: bytes) -> tuple[bytes, int, bool]:
+        out, used, ended = b"", 0, False
+        while not ended and used < len(data):
+            try:
+                event, count = machine.receive(data[used:])
+            except RamaError:
+                return out + machine.data_to_send(), used, True
+            if event is None:
+                break
+            used += count
+            if isinstance(event, Credentials):
+                machine.refuse()
+                ended = True
+            elif isinstance(event, Request):
+                machine.reply(Reply.GENERAL_FAILURE)
+                ended = True
+            out += machine.data_to_send()
+        return out, used, ended
+
+
+class TurnAway:
+    """Refuses clients as :class:`Refusal` says, within ``timeout`` seconds each, and at most ``most`` at once: to be
+    refused politely must not be worth anything. The others are only closed."""
+
+    def __init__(self, *, timeout: float = 1.0, most: int = 256) -> None:
+        self._timeout = timeout
+        self._most = most
+        self._live = 0
+
+    async def __call__(self, stream: Stream, retry_after: float = 1.0) -> None:
+        """Tell the client, and close ``stream``. Never raises for a client that has gone."""
+        if self._live >= self._most:
+            await stream.close()
+            return
+        self._live += 1
+        try:
+            refusal, out, ended = Refusal(retry_after), b"", False
+            with contextlib.suppress(OSError, RamaError):  # TimeoutError, too: it has had its time
+                async with asyncio.timeout(self._timeout):
+                    while not ended:
+                        out, used, ended = refusal.receive(stream.buffered)
+                        stream.consume(used)
+                        if not ended:
+                            await stream.write(out)
+                            if not await stream.fill(MAX_MESSAGE):
+                                break
+            await stream.close_after(out if ended else b"", timeout=self._timeout)
+        finally:
+            self._live -= 1
+
+
+class SourceShareLayer:
+    """Bounds how many connections one source has at once: what is above ``share`` is told so in its protocol, and
+    closed. A place is held until the service returns. Raises :class:`~rama_ebpf.core.shares.ShareExceeded` then.
+    """
+
+    accepts = Stream
+
+    def __init__(self, share: SourceShare | None = None) -> None:
+        self.share = SourceShare(Held.CONNECTIONS) if share is None else share
+        self._turn_away = TurnAway()
+
+    def __call__(self, inner: Service[Stream, Any], /) -> Service[Stream, Any]:
+        async def serve(stream: Stream) -> Any:
+            client = client_address(stream)
+            place = self.share.hold(None if client is None else client.ip)
+            try:
+                place.__enter__()
+            except ShareExceeded as error:
+                await self._turn_away(stream, error.retry_after)
+                raise
+            try:
+                return await inner(stream)
+            finally:
+                place.__exit__(None, None, None)
+
+        return serve
