@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from rama_ebpf.core import HandshakeTimeout, LimitExceeded, PeerClosed, SocketStream, Stream
+from rama_ebpf.services.tcp import TcpServer, bind_tcp
 from rama_ebpf.services.tls import (
     CertificateRejected,
     HandshakeFailed,
@@ -191,6 +192,69 @@ async def test_a_changed_byte_breaks_the_stream_for_good(pair: Pair, version: ss
     await server.close()
     with pytest.raises(OSError, match=r"broken|reset|close_notify"):
         await read_all(client)
+
+
+FORGED = b"\x17\x03\x03\x00\x20" + b"\x55" * 32
+OVERSIZED = b"\x17\x03\x03\x4e\x20" + b"x" * 20_000
+PLAINTEXT = b"GET / HTTP/1.1\r\n\r\n"
+ENDLESS = FORGED + b"\x17\x03\x03\x40\x00" * 400_000  # more than the kernel's buffers: unread, it would mean RST
+
+
+@Versions
+@pytest.mark.parametrize(
+    ("sent", "alert"),
+    [
+        (FORGED, "bad record mac"),
+        (OVERSIZED, "record overflow"),
+        (PLAINTEXT, "unexpected message|protocol version"),
+        (ENDLESS, "bad record mac"),
+    ],
+    ids=["forged", "oversized", "plaintext", "endless"],
+)
+async def test_bad_record_is_answered_with_its_alert_and_an_orderly_end(
+    server_context: ssl.SSLContext, authority: Authority, version: ssl.TLSVersion, sent: bytes, alert: str
+) -> None:
+    context = ssl.create_default_context(cafile=str(authority.certificate))
+    context.maximum_version = version
+    ended = asyncio.Event()
+
+    async def serve(stream: Stream) -> None:
+        server = await TlsStream.accept(stream, server_context)
+        try:
+            with pytest.raises(TlsError, match="broken"):
+                await server.read()
+            with pytest.raises(ConnectionAbortedError):
+                await server.write(b"more")
+        finally:
+            server.abort()  # as whoever serves a stream does when it has failed
+            ended.set()
+
+    with bind_tcp("127.0.0.1", 0) as listener:
+        tcp = TcpServer(listener, serve)
+        tcp.start()
+        client = socket.create_connection(listener.getsockname())
+
+        def exchange() -> None:
+            with client:
+                client.settimeout(20)
+                incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+                tls = context.wrap_bio(incoming, outgoing, server_hostname="a.test")
+                while True:
+                    try:
+                        tls.do_handshake()
+                        break
+                    except ssl.SSLWantReadError:
+                        client.sendall(outgoing.read())
+                        incoming.write(client.recv(65536))
+                client.sendall(outgoing.read() + sent)
+                while data := client.recv(65536):  # and no reset
+                    incoming.write(data)
+                with pytest.raises(ssl.SSLError, match=alert.replace(" ", "_").upper()):
+                    tls.read(1)
+
+        await asyncio.to_thread(exchange)
+        await ended.wait()
+        await tcp.drain(0)
 
 
 async def test_what_came_before_the_break_is_delivered_first(pair: Pair) -> None:

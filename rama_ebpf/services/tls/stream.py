@@ -25,6 +25,8 @@ _CIPHERTEXT_READ: Final = 256 * 1024
 _WRITE: Final = 128 * 1024
 _MAX_REPLY: Final = 16 * 1024
 _CLOSE_SECONDS: Final = 5.0
+_ALERT_SECONDS: Final = 1.0
+_MAX_DISCARD: Final = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class TlsStream(Stream):
 
     It shares the transport's extensions and counts plaintext bytes. :meth:`write_eof` sends close_notify and
     reading goes on, in TLS 1.2 too. An EOF of the transport without the peer's close_notify raises
-    :class:`TlsTruncated`, unless ``ragged_eof`` says that peers may end like that.
+    :class:`TlsTruncated`, unless ``ragged_eof`` says that peers may end like that. What breaks the protocol is answered
+    with an alert, and raises :class:`TlsError`; the transport has been closed then.
     """
 
     def __init__(self, transport: Stream, context: ssl.SSLContext, *, server_name: str | None, server: bool) -> None:
@@ -177,7 +180,11 @@ class TlsStream(Stream):
 
     async def _receive(self, max_bytes: int) -> bytes:
         while not self._eof_received:
-            data = self._decrypt(max_bytes)
+            try:
+                data = self._decrypt(max_bytes)
+            except TlsError:
+                await self._end_broken()
+                raise
             if self._outgoing.pending:
                 self._reply_soon()
             if data:
@@ -210,6 +217,15 @@ class TlsStream(Stream):
                 self._broken = True
                 raise TlsError(f"TLS stream broken: {_reason(error)}") from error
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _end_broken(self) -> None:
+        """Tell the peer what was wrong with what it sent, as OpenSSL says it, and close so that it learns it: a reset
+        could overtake the alert (RFC 8446 section 6.2; RFC 1122 section 4.2.2.13)."""
+        self._broken = True
+        with contextlib.suppress(OSError):  # TimeoutError, too: the peer takes nothing, or has gone
+            async with asyncio.timeout(_ALERT_SECONDS):
+                await self._flush()
+        await self._transport.close_after(timeout=_ALERT_SECONDS, max_discard=_MAX_DISCARD)
 
     async def _fetch(self) -> bool:
         """Give OpenSSL the next bytes of the transport; return False at its EOF."""
@@ -247,7 +263,7 @@ class TlsStream(Stream):
                     # A memory BIO takes whatever it is given: the portion is what bounds the memory.
                     taken = self._tls.write(view[:_WRITE])
                 except ssl.SSLError as error:
-                    self._broken = True
+                    await self._end_broken()
                     raise TlsError(f"TLS stream broken: {_reason(error)}") from error
                 self.bytes_sent += taken
                 view = view[taken:]
