@@ -16,6 +16,7 @@ listeners that no longer exist), and TC or netfilter hooks (they see other servi
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import logging
 import mmap
@@ -49,22 +50,45 @@ _LEAVE_SECONDS: Final = 2.0
 _XDP, _CGROUP_SKB, _CGROUP_SOCK, _SOCK_OPS = 6, 8, 9, 13  # enum bpf_prog_type
 _SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = 18, 25, 30
 
-_PROGRAMS: Final = [
-    Program("gate_cgroup", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
-    Program("gate_lookup", _SK_LOOKUP, AttachType.SK_LOOKUP),
-    Program("count_established", _SOCK_OPS, AttachType.CGROUP_SOCK_OPS),
-    Program("egress_connect4", _SOCK_ADDR, AttachType.CGROUP_INET4_CONNECT),
-    Program("egress_connect6", _SOCK_ADDR, AttachType.CGROUP_INET6_CONNECT),
-    Program("egress_sendmsg4", _SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG),
-    Program("egress_sendmsg6", _SOCK_ADDR, AttachType.CGROUP_UDP6_SENDMSG),
-    Program("egress_note_peer", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
-    Program("egress_socket", _CGROUP_SOCK, AttachType.CGROUP_INET_SOCK_CREATE),
-    Program("egress_setsockopt", _SOCKOPT, AttachType.CGROUP_SETSOCKOPT),
-]
 
-_ATTACH: Final = {program.name: AttachType(program.attach_type or 0) for program in _PROGRAMS}
+class _Target(enum.Enum):
+    """What a hook is attached to."""
 
-_XDP_PROGRAM: Final = Program("gate_xdp", _XDP, AttachType.XDP)
+    CGROUP = "the proxy's cgroup"
+    EGRESS = "the proxy's cgroup, if it is the proxy's alone"
+    WORKERS = "the workers' cgroup"
+    NAMESPACE = "the network namespace"
+    INTERFACE = "an interface"
+
+
+@dataclass(frozen=True, slots=True)
+class _Hook:
+    """A program and where it is attached: this table is the one place that says it."""
+
+    name: str
+    prog_type: int
+    attach_type: AttachType
+    target: _Target
+
+    @property
+    def program(self) -> Program:
+        return Program(self.name, self.prog_type, self.attach_type)
+
+
+_HOOKS: Final = (
+    _Hook("gate_cgroup", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS, _Target.CGROUP),
+    _Hook("count_established", _SOCK_OPS, AttachType.CGROUP_SOCK_OPS, _Target.CGROUP),
+    _Hook("egress_connect4", _SOCK_ADDR, AttachType.CGROUP_INET4_CONNECT, _Target.EGRESS),
+    _Hook("egress_connect6", _SOCK_ADDR, AttachType.CGROUP_INET6_CONNECT, _Target.EGRESS),
+    _Hook("egress_sendmsg4", _SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, _Target.EGRESS),
+    _Hook("egress_sendmsg6", _SOCK_ADDR, AttachType.CGROUP_UDP6_SENDMSG, _Target.EGRESS),
+    _Hook("egress_note_peer", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS, _Target.WORKERS),
+    _Hook("egress_socket", _CGROUP_SOCK, AttachType.CGROUP_INET_SOCK_CREATE, _Target.WORKERS),
+    _Hook("egress_setsockopt", _SOCKOPT, AttachType.CGROUP_SETSOCKOPT, _Target.WORKERS),
+    _Hook("gate_lookup", _SK_LOOKUP, AttachType.SK_LOOKUP, _Target.NAMESPACE),
+    _Hook("gate_xdp", _XDP, AttachType.XDP, _Target.INTERFACE),
+)
+_BY_INTERFACE: Final = next(hook for hook in _HOOKS if hook.target is _Target.INTERFACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +129,10 @@ class Gate:
             self._cgroup = cgroup.enter_child(self.instance.cgroup_name)
             if self._cgroup.name != self.instance.cgroup_name:
                 log.info("cgroups may not be changed here: the gate is attached to %s as a whole", self._cgroup)
-            self._link_cgroup(
-                self._cgroup,
-                "gate_cgroup",
-                "count_established",
-            )
+            self._link_to(_Target.CGROUP, self._cgroup)
             if self._cgroup.name == self.instance.cgroup_name:
                 self._guard_workers()
-            netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                self._link("gate_lookup", netns)
-            finally:
-                os.close(netns)
+            self._link_to(_Target.NAMESPACE, Path("/proc/self/ns/net"))
         except BaseException:
             self.detach()
             raise
@@ -130,19 +146,8 @@ class Gate:
         self._workers = cgroup.make_child(self._cgroup, "workers")
         identity = self._cgroup.stat().st_ino.to_bytes(8, sys.byteorder)
         bpf.map_update(self.maps["server_cgroup"], bytes(4), identity)
-        self._link_cgroup(
-            self._cgroup,
-            "egress_connect4",
-            "egress_connect6",
-            "egress_sendmsg4",
-            "egress_sendmsg6",
-        )
-        self._link_cgroup(
-            self._workers,
-            "egress_note_peer",
-            "egress_socket",
-            "egress_setsockopt",
-        )
+        self._link_to(_Target.EGRESS, self._cgroup)
+        self._link_to(_Target.WORKERS, self._workers)
 
     @property
     def own_cgroups(self) -> tuple[Path, ...]:
@@ -163,7 +168,7 @@ class Gate:
     def attach_xdp(self, interface: str) -> xdp.XdpAttachment:
         """Attach the XDP program, which must have been loaded, to an interface. Raises
         :class:`~rama_ebpf.kernel.xdp.XdpError`; what was attached before stays."""
-        attachment = xdp.attach(self.programs[_XDP_PROGRAM.name], interface)
+        attachment = xdp.attach(self.programs[_BY_INTERFACE.name], interface)
         self._links.append(attachment.link)
         self._xdp.append(attachment)
         key = attachment.index.to_bytes(4, sys.byteorder)
@@ -181,16 +186,15 @@ class Gate:
         """Where XDP is attached."""
         return tuple(self._xdp)
 
-    def _link_cgroup(self, directory: Path, *programs: str) -> None:
-        target = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def _link_to(self, target: _Target, path: Path) -> None:
+        """Attach all hooks of one target."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            for program in programs:
-                self._link(program, target)
+            for hook in _HOOKS:
+                if hook.target is target:
+                    self._links.append(bpf.link_create(self.programs[hook.name], fd, hook.attach_type))
         finally:
-            os.close(target)
-
-    def _link(self, program: str, target: int) -> None:
-        self._links.append(bpf.link_create(self.programs[program], target, _ATTACH[program]))
+            os.close(fd)
 
     @property
     def cgroup(self) -> Path | None:
@@ -360,7 +364,8 @@ def load(
         maps, fresh = _open_or_create_maps(instance, sizes or MapSizes(), migrate)
     try:
         source = amalgamate(abi.source_dir() / "sockops_filter.c")
-        wanted = [*_PROGRAMS, WITNESS_PROGRAM, *([_XDP_PROGRAM] if xdp else [])]
+        wanted = [hook.program for hook in _HOOKS if xdp or hook.target is not _Target.INTERFACE]
+        wanted.append(WITNESS_PROGRAM)
         defines = [*([] if xdp else ["-DWITHOUT_XDP"]), *(["-DSYN_COOKIES"] if syn_cookies else [])]
         unit = Unit(source, tuple(wanted), tuple(defines), kernel_headers)
         programs = load_programs(unit, maps, pins=instance.pin_dir)

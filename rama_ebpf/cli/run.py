@@ -19,7 +19,7 @@ from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
 from ..kernel.privileges import UserIds, can_change_user
 from ..policy.egress import EgressPolicy
-from ..policy.rule import Action, PolicyError, parse_network
+from ..policy.rule import DEFAULT_ACTIONS, Action, PolicyError, parse_network
 from ..process.sandbox import Sandbox
 from .output import OK
 
@@ -51,7 +51,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     add("--users", type=Path, metavar="FILE", help="demand a password of SOCKS5 and HTTP clients; see passwd")
     add(
         "--default",
-        choices=("allow", "drop", "reject"),
+        choices=DEFAULT_ACTIONS,
         help="for clients that no rule names (default: as pinned, or allow)",
     )
     add("--failsafe", action="append", metavar="CIDR", help="clients that nothing can shut out; repeatable")

@@ -9,7 +9,18 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
 from ..kernel.gate_maps import MAX_FAILSAFE
-from ..policy.rule import Action, Feed, PolicyError, Rule, RuleSet, Settings, SynLimit, boottime_ns
+from ..policy.rule import (
+    DEFAULT_ACTIONS,
+    RULE_ACTIONS,
+    Action,
+    Feed,
+    PolicyError,
+    Rule,
+    RuleSet,
+    Settings,
+    SynLimit,
+    boottime_ns,
+)
 from .decode import ListOf, Table, setting
 from .kinds import BOOLEAN, DURATION, NETWORK, PORT, RATE, SIZE, TEXT, Rate, any_path, choice, integer, number
 from .toml import ConfigError, read_toml
@@ -58,7 +69,7 @@ class RuleConfig:
     """A rule for sources, before accept."""
 
     name: str = setting(TEXT, "appears in counters and log lines")
-    action: str = setting(choice("allow", "drop", "reject", "limit"), "what happens to their connections")
+    action: str = setting(choice(*RULE_ACTIONS), "what happens to their connections")
     sources: tuple[IPv4Network | IPv6Network, ...] = setting(_NETWORKS, "whom it is for", default=())
     feed: FeedConfig | None = setting(Table(FeedConfig), "where to read whom it is for", default=None)
     port: int | None = setting(PORT, "only on this port of ours (any by default)", default=None)
@@ -113,7 +124,7 @@ class PolicyConfig:
     """Who may connect, decided in the kernel."""
 
     default: str | None = setting(
-        choice("allow", "drop", "reject"), "for clients that no rule names (as pinned, or allow)", default=None
+        choice(*DEFAULT_ACTIONS), "for clients that no rule names (as pinned, or allow)", default=None
     )
     per_source: RateConfig | None = setting(Table(RateConfig), "for each source that the default lets in", default=None)
     overall: RateConfig | None = setting(Table(RateConfig), "for all that the default lets in together", default=None)

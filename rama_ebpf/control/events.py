@@ -20,6 +20,7 @@ from ..core.address import IPAddress, unmap
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from ..kernel.ringbuf import RingBuffer
+from ..policy.counters import HOOKS
 from ..policy.rule import Action, PolicyError, Stage, SynLimit, boottime_ns
 from ..policy.store import PolicyStore
 from .api import Json
@@ -29,7 +30,6 @@ __all__ = ["Event", "EventHub", "GateEvents", "rule_names"]
 MAX_WATCHERS: Final = 16
 BACKLOG: Final = 4096
 _RATE: Final = SynLimit(1000, 256)  # on each CPU
-_HOOKS: Final = ("cgroup", "lookup", "xdp")
 _LOST_SECONDS: Final = 1.0
 
 
@@ -182,7 +182,7 @@ class GateEvents:
             self._name(rule) if rule else Stage(stage).name.lower(),
             Action(action),
             Stage(stage),
-            _HOOKS[hook],
+            HOOKS[hook],
             self._name(dry_rule) if dry_rule else "",
             Action(dry_action),
         )

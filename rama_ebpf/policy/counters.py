@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from typing import Final
 
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
+from .rule import Action, Stage
 
-__all__ = ["GateCounters", "number"]
+__all__ = ["HOOKS", "GateCounters", "number"]
+
+HOOKS: Final = tuple(
+    name.removeprefix("HOOK_").lower()
+    for name, _ in sorted(abi.constants().items(), key=lambda item: item[1])
+    if name.startswith("HOOK_") and name != "HOOK_COUNT"
+)
+"""Where a verdict can take effect, in the order of ``enum hook``."""
 
 
 def number(value: int) -> bytes:
@@ -24,14 +34,11 @@ class GateCounters:
         """Return how many verdicts took effect by (hook, stage, action), in lower case; zero counts are left out."""
         constant = abi.constants()
         totals: dict[tuple[str, str, str], int] = {}
-        for hook in ("CGROUP", "LOOKUP", "XDP"):
-            for stage in ("FAILSAFE", "BAN", "RULE", "LIMIT", "DEFAULT", "PARSE"):
-                for action in ("ALLOW", "DROP", "REJECT"):
-                    index = constant[f"HOOK_{hook}"] * constant["STAGE_COUNT"] + constant[f"STAGE_{stage}"]
-                    index = index * constant["ACTION_COUNT"] + constant[f"ACTION_{action}"]
-                    value = self._total("gate_stats", index)
-                    if value:
-                        totals[hook.lower(), stage.lower(), action.lower()] = value
+        for (hook, name), stage, action in itertools.product(enumerate(HOOKS), Stage, Action):
+            index = (hook * constant["STAGE_COUNT"] + stage) * constant["ACTION_COUNT"] + action
+            value = self._total("gate_stats", index)
+            if value:
+                totals[name, stage.name.lower(), action.name.lower()] = value
         return totals
 
     def silent_rejects(self) -> int:

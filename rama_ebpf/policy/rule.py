@@ -19,6 +19,8 @@ from ..core.errors import RamaError
 from .prefixes import IPNetwork, Prefixes, unmap_network
 
 __all__ = [
+    "DEFAULT_ACTIONS",
+    "RULE_ACTIONS",
     "RUNTIME",
     "Action",
     "Ban",
@@ -71,6 +73,12 @@ class Stage(enum.IntEnum):
 
 PRECEDENCE: Final = {Action.DROP: 3, Action.REJECT: 2, Action.LIMIT: 1, Action.ALLOW: 0}
 """Among rules of one prefix and port the highest decides: deny, then limit, then allow."""
+
+RULE_ACTIONS: Final = tuple(action.name.lower() for action in Action if action is not Action.NONE)
+"""What a rule can say."""
+
+DEFAULT_ACTIONS: Final = tuple(name for name in RULE_ACTIONS if name != "limit")
+"""What a policy can say of clients that no rule names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +163,7 @@ class Rule:
         if not re.fullmatch(r"[A-Za-z0-9._:/@+-]{1,63}", self.name):
             raise PolicyError(f"rule name {self.name!r}: use 1 to 63 characters of A-Z a-z 0-9 . _ : / @ + -")
         if self.action is Action.NONE:
-            raise PolicyError(f"rule {self.name}: an action is needed (allow, drop, reject, limit)")
+            raise PolicyError(f"rule {self.name}: an action is needed ({', '.join(RULE_ACTIONS)})")
         if (self.action is Action.LIMIT) != (self.limit is not None):
             raise PolicyError(f"rule {self.name}: action limit and a rate belong together")
         if self.port is not None and not 1 <= self.port <= 65535:
@@ -178,7 +186,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a policy says besides its rules: the action for whom no rule names (allow, drop or reject), and limits on
+    """What a policy says besides its rules: the action for whom no rule names (any but limit), and limits on
     the connections that it lets in, per source (/32 or /64) and overall. Raises :class:`PolicyError`."""
 
     default: Action = Action.ALLOW
@@ -186,7 +194,7 @@ class Settings:
     overall: SynLimit | None = None
 
     def __post_init__(self) -> None:
-        if self.default not in (Action.ALLOW, Action.DROP, Action.REJECT):
+        if self.default.name.lower() not in DEFAULT_ACTIONS:
             raise PolicyError(f"default {self.default.name.lower()}: use allow, drop or reject")
 
 
