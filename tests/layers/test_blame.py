@@ -39,7 +39,7 @@ SERVER_SIDE = {
     "user",
     "workers_failed",
 }
-"""Kinds that concern operators: no client can cause one."""
+"""Kinds that concern operators: none ends a client's connection."""
 
 
 def _errors() -> set[type[RamaError]]:

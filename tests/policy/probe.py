@@ -131,7 +131,7 @@ def listen(
     mapped = [IPv6Address(f"::ffff:{address}") if address.version == 4 else address for address in addresses]
     keys = [abi.LISTENER_KEY.pack(address.packed, port, 0) for address in mapped]
     for key in keys:
-        bpf.map_update(probe.maps["listeners"], key, abi.LISTENER.pack(0, sockets, 0))
+        bpf.map_update(probe.maps["listeners"], key, abi.LISTENER.pack(0, sockets, abi.constants()["LISTENER_OPEN"]))
     try:
         yield
     finally:
