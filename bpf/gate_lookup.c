@@ -31,8 +31,6 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 	if (!listener)
 		return SK_PASS;
 
-	if (!listener->sockets)
-		return SK_DROP; /* ours, but nobody serves it: it must not leak to another socket */
 	if (listener->state == LISTENER_OPEN) { /* else gate_cgroup drops the SYN, and judges an ACK */
 		v = verdict(s, CHARGE_NONE);
 		if (v.action == ACTION_REJECT && may_reset()) {
@@ -40,6 +38,8 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 			return SK_DROP; /* no socket: the stack answers RST */
 		}
 	}
+	if (!listener->sockets)
+		return SK_DROP; /* ours, but nobody serves it: it must not leak to another socket */
 
 	slot = socket_slot(listener, p);
 	{
