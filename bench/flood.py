@@ -410,7 +410,7 @@ def _with_cookies(gate: Gate, client: str, found: dict[str, list[float]]) -> Non
         method = Method("let in, the stack's cookie", _cookies_sent)
         found.setdefault(method.name, []).append(flood(client, method))
         gate.attach_xdp("fs0")
-        method = Method("let in, XDP's cookie", lambda: store.totals().get(("xdp", "default", "allow"), 0))
+        method = Method("let in, XDP's cookie", lambda: store.counters.totals().get(("xdp", "default", "allow"), 0))
         found.setdefault(method.name, []).append(flood(client, method))
         gate.remove_listener(address)
     gate.detach()
@@ -420,7 +420,7 @@ def _with_gate(gate: Gate, client: str, networks: list[IPv4Network], found: dict
     store = KernelStore(gate.instance, gate.maps)
 
     def handled(hook: str, action: str) -> Callable[[], int]:
-        return lambda: store.totals().get((hook, "rule", action), 0)
+        return lambda: store.counters.totals().get((hook, "rule", action), 0)
 
     gate.attach()
     with _listener() as listener:

@@ -7,6 +7,7 @@ turns.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -108,10 +109,9 @@ def main() -> None:
         loading = time.perf_counter() - started[0], time.process_time() - started[1]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         slots = 4 * abi.constants()["MAX_SLOTS"] * abi.SLOT.size // 2
-        gate = probe.store._gate()
-        fd = probe.store._open_set(gate.active)
-        pages = bpf.map_info(fd).max_entries * abi.constants()["PAGE_BYTES"]
-        os.close(fd)
+        gate = probe.store.tables.gate()
+        with contextlib.closing(probe.store.tables.sets.open(gate.active)) as opened:
+            pages = opened.pages * abi.constants()["PAGE_BYTES"]
         print(f"{PREFIXES:,} prefixes from the text of a feed: {parsing[0]:.2f} s ({parsing[1]:.2f} s of CPU)")
         print(f"compiled and in force: {loading[0]:.2f} s ({loading[1]:.2f} s of CPU)")
         kernel = (pages + slots) / 2**20

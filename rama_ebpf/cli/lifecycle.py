@@ -69,9 +69,9 @@ def status(instance: Instance) -> Json:
         result["listeners"] = [_counted(store, row) for row in _rows(state, "listeners")]
         result["verdicts"] = [
             {"hook": hook, "stage": stage, "action": action, "count": count}
-            for (hook, stage, action), count in sorted(store.totals().items())
+            for (hook, stage, action), count in sorted(store.counters.totals().items())
         ]
-        result["silent_rejects"] = store.silent_rejects()
+        result["silent_rejects"] = store.counters.silent_rejects()
         result["revision"] = store.revision
     return result
 
@@ -80,7 +80,7 @@ def _counted(store: KernelStore, row: Json) -> Json:
     counted: Json = {"name": row["name"], "address": row["address"]}
     if "id" in row:  # a Unix socket is not under the gate
         index = cast("int", row["id"])
-        counted |= {"established": store.established(index), "accepted": store.accepted(index)}
+        counted |= {"established": store.counters.established(index), "accepted": store.counters.accepted(index)}
     return counted
 
 

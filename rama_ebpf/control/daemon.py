@@ -326,7 +326,7 @@ class _Daemon(WorkerObserver):
         store = self._host.store
         if isinstance(store, KernelStore):
             collectors.append(verdict_collector(Verdicts(store)))
-            collectors.append(silent_rejects_collector(store.silent_rejects))
+            collectors.append(silent_rejects_collector(store.counters.silent_rejects))
         return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors)
 
 

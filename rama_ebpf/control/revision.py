@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..kernel.gate_maps import MAX_FAILSAFE
 from ..policy.compiler import CompiledSet
+from ..policy.failsafe import check_failsafe
 from ..policy.feed_store import FeedStore
 from ..policy.refresh import FeedReport, with_feeds
 from ..policy.rule import PolicyError, RuleSet
@@ -131,8 +131,7 @@ class Policy:
     @classmethod
     def of(cls, options: DaemonOptions, store: PolicyStore, feeds: FeedStore) -> Policy:
         """Find out what cannot be carried out, while everything is as it was. Raises PolicyError or OSError."""
-        if options.failsafe is not None and len(options.failsafe) > MAX_FAILSAFE:
-            raise PolicyError(f"{len(options.failsafe)} failsafe networks: use at most {MAX_FAILSAFE}")
+        check_failsafe(options.failsafe or ())
         if options.rules is None:
             return cls(options, None, None, ())
         settings = store.settings() if options.default is None else replace(store.settings(), default=options.default)

@@ -29,7 +29,7 @@ class Verdicts:
         """Return the counts by (stage, rule, action)."""
         counts: Counter[tuple[str, str, str]] = Counter()
         by_action: Counter[str] = Counter()
-        for (_, stage, action), count in self._store.totals().items():
+        for (_, stage, action), count in self._store.counters.totals().items():
             if stage == "rule":
                 by_action[action] += count
             else:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
 import os
 import re
-import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from . import abi
 from .bpffs import BPFFS
+from .policy_lock import PolicyBusy, PolicyLock
 
 __all__ = ["Instance", "InstanceBusy", "PolicyBusy", "ServerLock", "state_root"]
 
 _PATIENCE: Final = 30.0
-_FIRST_PAUSE: Final = 0.001
-_LAST_PAUSE: Final = 0.05
 
 
 def _run_root() -> Path:
@@ -54,10 +49,6 @@ class InstanceBusy(RuntimeError):
     def __init__(self, name: str, pid: int) -> None:
         super().__init__(f"instance {name!r} is already served by process {pid or 'unknown'}")
         self.pid = pid
-
-
-class PolicyBusy(TimeoutError):
-    """Somebody else has been changing the policy for longer than we wait. The text names the holder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,42 +129,9 @@ class Instance:
         temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
         temporary.replace(self.run_dir / "state.json")
 
-    @contextlib.contextmanager
-    def policy_lock(self, patience: float = _PATIENCE) -> Iterator[None]:
-        """Hold the lock of those who change the policy maps. Released by the kernel if the holder dies.
-
-        Never taken on an event loop. Raises :class:`PolicyBusy`, which names the holder, after ``patience`` seconds.
-        """
-        self.make_run_dir()
-        fd = os.open(self.run_dir / "policy.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            self._wait_for(fd, patience)
-            holder = {"pid": os.getpid(), "command": " ".join(sys.argv)[:200], "since": time.time()}
-            os.pwrite(fd, json.dumps(holder).encode().ljust(512), 0)
-            yield
-        finally:
-            os.close(fd)
-
-    def _wait_for(self, fd: int, patience: float) -> None:
-        deadline, pause = time.monotonic() + patience, _FIRST_PAUSE
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise PolicyBusy(errno.ETIMEDOUT, self._held_by(fd)) from None
-            time.sleep(pause)
-            pause = min(2 * pause, _LAST_PAUSE)
-
-    def _held_by(self, fd: int) -> str:
-        try:
-            holder = json.loads(os.pread(fd, 512, 0))
-            since = max(0.0, time.time() - float(holder["since"]))
-            who = f"process {int(holder['pid'])} ({holder['command']}) has held it for {since:.0f} s"
-        except (OSError, ValueError, KeyError, TypeError):
-            who = "who holds it cannot be told"
-        return f"the policy of instance {self.name!r} is being changed by somebody else: {who}"
+    def policy_lock(self, patience: float = _PATIENCE) -> PolicyLock:
+        """Return the lock of those who change the policy, to be waited for so many seconds."""
+        return PolicyLock(self.name, self.run_dir / "policy.lock", self.make_run_dir, patience)
 
     def serving_pid(self) -> int | None:
         """Return the pid of the live server, 0 if there is one but its pid is unknown, None if there is none."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import sys
-from typing import Final
+from typing import Final, Protocol
 
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from .rule import Action, Stage
 
-__all__ = ["HOOKS", "GateCounters", "number"]
+__all__ = ["HOOKS", "GateCounters", "HasMaps", "number"]
 
 HOOKS: Final = tuple(
     name.removeprefix("HOOK_").lower()
@@ -25,10 +25,18 @@ def number(value: int) -> bytes:
     return value.to_bytes(4, sys.byteorder)
 
 
-class GateCounters:
-    """Reads the counters of a gate's maps."""
+class HasMaps(Protocol):
+    """Whoever has a gate's maps open, and may open others in their place."""
 
-    _maps: GateMaps
+    @property
+    def maps(self) -> GateMaps: ...
+
+
+class GateCounters:
+    """Reads the counters of the maps that ``source`` has open."""
+
+    def __init__(self, source: HasMaps) -> None:
+        self._source = source
 
     def totals(self) -> dict[tuple[str, str, str], int]:
         """Return how many verdicts took effect by (hook, stage, action), in lower case; zero counts are left out."""
@@ -54,12 +62,12 @@ class GateCounters:
         per_listener = abi.constants()["SOCKETS_PER_LISTENER"]
         total = 0
         for index in range(listener * per_listener, (listener + 1) * per_listener):
-            raw = bpf.map_lookup(self._maps["accepted"], number(index), 8)
+            raw = bpf.map_lookup(self._source.maps["accepted"], number(index), 8)
             assert raw is not None
             total += int.from_bytes(raw, sys.byteorder)
         return total
 
     def _total(self, name: str, index: int) -> int:
-        raw = bpf.map_lookup(self._maps[name], number(index), 8 * abi.possible_cpus())
+        raw = bpf.map_lookup(self._source.maps[name], number(index), 8 * abi.possible_cpus())
         assert raw is not None
         return sum(int.from_bytes(raw[i : i + 8], sys.byteorder) for i in range(0, len(raw), 8))

@@ -1,155 +1,202 @@
-"""The tables that a policy is kept in, as operations: what a place for a policy has to offer.
+"""Where a policy is kept: what a place has to offer, in the kernel's maps or in this process.
 
-A policy has two layers. The *set* was loaded as a whole and is replaced as a whole; the *runtime layer* on top of it
-holds the rules that are put into force one by one. Beside them stand bans and the failsafe.
+A place has one record, :class:`~rama_ebpf.kernel.gate_state.GateState`, and *entries*: rules by id, the runtime layer
+(which rule stands at a prefix and port), bans, the failsafe, and two sets of which one is in force. The parts of a
+policy (:mod:`.loaded_set`, :mod:`.runtime_rules`, :mod:`.rule_ids`, :mod:`.bans`, :mod:`.failsafe`, :mod:`.derived`)
+are written once, over these protocols. All operations may raise OSError where the kernel refuses.
 """
 
 from __future__ import annotations
 
-import abc
-import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
 
 from ..core.address import IPAddress
+from ..kernel.gate_state import GateState, SetHead
 from .compiler import CompiledSet
 from .prefixes import IPNetwork
-from .rule import Ban, Rule, RuleSet, Settings
+from .rule import Ban, PolicyError, Rule, RuleSet
 from .stored import StoredRule
 
-__all__ = ["PolicyTables"]
+__all__ = [
+    "BanTable",
+    "Exclusive",
+    "FailsafeTable",
+    "OpenSet",
+    "Place",
+    "RuleTable",
+    "RuntimeTable",
+    "SetTable",
+    "Table",
+    "TableFull",
+    "Tables",
+]
+
+K = TypeVar("K", contravariant=True)
+V = TypeVar("V")
+
+Place = tuple[IPNetwork, int]
+"""Where a rule of the runtime layer stands: a prefix, and a listener's port or 0 for any."""
 
 
-class PolicyTables(abc.ABC):
-    """Operations on the tables of one policy. All may raise OSError where the kernel refuses."""
+class TableFull(Exception):
+    """A table has no room for one entry more. Nothing was changed."""
 
-    kind: str
-    """``kernel`` or ``local``."""
 
-    # -- table operations, one process or many -----------------------------------------------------------------
+class Table(Protocol[K, V]):
+    """Entries by key. One is replaced as a whole: who reads sees the old one or the new one."""
 
-    @abc.abstractmethod
-    def _locked(self) -> contextlib.AbstractContextManager[None]:
-        """Keep all other writers out; the same thread may do so again meanwhile."""
+    def get(self, key: K) -> V | None:
+        """Return an entry, None if there is none."""
 
-    @abc.abstractmethod
-    def _runtime(self, network: IPNetwork, port: int) -> int | None:
-        """Return the id of the runtime rule of exactly this prefix and port (0: any)."""
+    def put(self, key: K, value: V) -> None:
+        """Set an entry. Raises :class:`TableFull`."""
 
-    @abc.abstractmethod
-    def _set_runtime(self, network: IPNetwork, port: int, rule_id: int) -> None:
-        """Set it. Raises :class:`PolicyError` when the table is full."""
+    def drop(self, key: K) -> bool:
+        """Take an entry away; return whether there was one."""
 
-    @abc.abstractmethod
-    def _drop_runtime(self, network: IPNetwork, port: int) -> None: ...
+    def is_empty(self) -> bool:
+        """Whether there is no entry."""
 
-    @abc.abstractmethod
-    def _runtime_lengths(self, version: int) -> Sequence[int]:
-        """Return the prefix lengths that the runtime layer has, the longest first."""
 
-    @abc.abstractmethod
-    def _runtime_entries(self) -> list[tuple[IPNetwork, int, int]]:
-        """Return every (prefix, port, rule id)."""
+class RuntimeTable(Table[Place, int], Protocol):
+    """The runtime layer: rule ids by place."""
 
-    @abc.abstractmethod
-    def _chain(self, source: IPAddress) -> list[tuple[int, int]]:
-        """Return (prefix length, rule id) of the rules of the set that may decide, in their order."""
+    def items(self) -> list[tuple[Place, int]]:
+        """Return all entries."""
 
-    @abc.abstractmethod
-    def _new_rule(self, rule: Rule, created: int, keep: Collection[int] = (), *, replaces: bool = False) -> int:
-        """Store a rule with its counters at zero and return its id; room may be made as by :meth:`_reclaim`.
 
-        ``replaces``: another rule goes for it, so that it is not one more. Raises :class:`PolicyError` when full."""
+class BanTable(Table[IPAddress, Ban], Protocol):
+    """Bans by address."""
 
-    @abc.abstractmethod
-    def _rule(self, rule_id: int) -> StoredRule | None: ...
+    def values(self) -> list[Ban]:
+        """Return all bans."""
 
-    @abc.abstractmethod
-    def _loaded_ids(self) -> Sequence[int]:
-        """Return the id of each rule of the set in force, in the order of :meth:`ruleset`."""
+    def drop_ended(self, now: int) -> int:
+        """Take away those that have ended at ``now``; return how many."""
 
-    @abc.abstractmethod
-    def _free_rules(self, keep: Collection[int] = ()) -> int:
-        """Forget the rules that nothing refers to, but for the ids of ``keep``; return how many."""
 
-    @abc.abstractmethod
-    def _check_size(self, rules: int) -> None:
-        """Raise :class:`PolicyError` if a set of so many rules does not fit beside the runtime layer."""
+class FailsafeTable(Protocol):
+    """The networks that nothing can shut out."""
 
-    @abc.abstractmethod
-    def _hits(self, rule_id: int) -> tuple[int, int]:
-        """Return (decided, dry)."""
+    def put(self, network: IPNetwork) -> None: ...
 
-    @abc.abstractmethod
-    def _changed(self) -> int:
-        """Bump and return the revision."""
+    def drop(self, network: IPNetwork) -> None: ...
 
-    @abc.abstractmethod
-    def _install(self, compiled: CompiledSet, ids: Sequence[int], deadline: int | None) -> int:
-        """Put a set into force at once; fall back to the present one at ``deadline``. Return the new revision."""
+    def networks(self) -> list[IPNetwork]:
+        """Return all of them."""
 
-    @abc.abstractmethod
-    def _settle(self) -> None:
-        """If a deadline has passed unconfirmed, make the fall-back final."""
+    def covers(self, source: IPAddress) -> bool:
+        """Whether a source is in one of them."""
 
-    @abc.abstractmethod
-    def _confirm(self) -> None: ...
 
-    @abc.abstractmethod
-    def _roll_back(self) -> None: ...
-
-    @abc.abstractmethod
-    def _ban(self, address: IPAddress) -> Ban | None: ...
-
-    @abc.abstractmethod
-    def _set_ban(self, ban: Ban) -> None:
-        """Set it; bans that have ended make room. Raises :class:`PolicyError` when full."""
-
-    @abc.abstractmethod
-    def _drop_ban(self, address: IPAddress) -> bool: ...
-
-    @abc.abstractmethod
-    def _drop_expired_bans(self, now: int) -> int: ...
-
-    @abc.abstractmethod
-    def _rebuild(self) -> None:
-        """Derive from the entries what the programs are told of them (which lengths and kinds there are)."""
-
-    @abc.abstractmethod
-    def _in_failsafe(self, source: IPAddress, port: int) -> bool: ...
-
-    # -- the whole policy --------------------------------------------------------------------------------------
+class RuleTable(Protocol):
+    """Rules by id, from 1; each with its counters."""
 
     @property
-    @abc.abstractmethod
-    def revision(self) -> int:
-        """Grows with every change."""
+    def ids(self) -> int:
+        """All ids are below this."""
+
+    def add(self, rule_id: int, rule: Rule, created: int) -> bool:
+        """Store a rule, with its counters at zero, under an id; False if that is taken. Raises :class:`TableFull`."""
+
+    def get(self, rule_id: int) -> StoredRule | None:
+        """Return a rule, None if there is none of this id."""
+
+    def drop(self, rule_id: int) -> None:
+        """Forget a rule."""
+
+    def known(self) -> set[int]:
+        """Return the ids that are taken."""
+
+    def is_overfull(self, tries: int) -> bool:
+        """Whether there are more rules than there may be, now that one was added at the end of ``tries`` attempts."""
+
+    def hits(self, rule_id: int) -> tuple[int, int]:
+        """Return how often a rule decided, and would have as a dry run."""
+
+
+class OpenSet(Protocol):
+    """One of the two sets, as it was when it was opened. Its head is the one in the record."""
 
     @property
-    @abc.abstractmethod
-    def pending(self) -> int | None:
-        """When the set that was loaded last will be undone unless it is confirmed, None if it need not be."""
+    def token(self) -> int:
+        """A number that no other set ever has."""
 
-    @abc.abstractmethod
-    def set_token(self) -> int:
-        """Return a number that names the set in force: it differs after every :meth:`replace` and roll-back."""
+    def chain(self, head: SetHead, source: IPAddress) -> list[tuple[int, int]]:
+        """Return (prefix length, rule id) of the rules that may decide, in their order."""
 
-    @abc.abstractmethod
-    def ruleset(self) -> RuleSet:
-        """Return the set in force, with the settings in force."""
+    def ruleset(self, head: SetHead) -> RuleSet:
+        """Return the set as it was compiled; its settings are those of then."""
 
-    @abc.abstractmethod
-    def settings(self) -> Settings: ...
+    def ids(self, head: SetHead) -> Sequence[int]:
+        """Return the id of each of its rules, in their order."""
 
-    @abc.abstractmethod
-    def _set_settings(self, settings: Settings) -> int:
-        """Change the settings of the set in force; return the new revision."""
+    def close(self) -> None:
+        """Let go of it."""
 
-    @abc.abstractmethod
-    def bans(self) -> list[Ban]: ...
 
-    @abc.abstractmethod
-    def failsafe(self) -> list[IPNetwork]: ...
+class SetTable(Protocol):
+    """The two sets, 0 and 1."""
 
-    @abc.abstractmethod
-    def _set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int]) -> int:
-        """Replace the failsafe; return the new revision."""
+    def fill(self, which: int, compiled: CompiledSet, ids: Sequence[int]) -> SetHead:
+        """Put a set where nobody reads; return its head."""
+
+    def empty(self, which: int) -> None:
+        """Free a set that nobody reads any more."""
+
+    def open(self, which: int) -> OpenSet:
+        """Open a set, to be closed."""
+
+    def wait_for_readers(self) -> None:
+        """Return when whoever judges by what was in force before has ended."""
+
+
+class Tables(Protocol):
+    """A place for a policy."""
+
+    @property
+    def kind(self) -> str:
+        """``kernel`` or ``local``."""
+
+    @property
+    def most_lengths(self) -> int:
+        """How many prefix lengths of one family the runtime layer may have."""
+
+    @property
+    def rules(self) -> RuleTable: ...
+
+    @property
+    def runtime(self) -> RuntimeTable: ...
+
+    @property
+    def bans(self) -> BanTable: ...
+
+    @property
+    def failsafe(self) -> FailsafeTable: ...
+
+    @property
+    def sets(self) -> SetTable: ...
+
+    def gate(self) -> GateState:
+        """Return the record."""
+
+    def put_gate(self, gate: GateState) -> None:
+        """Replace the record. It is copied word by word: who reads meanwhile may see some words of both."""
+
+    # What is said where there is no room: each place has its own remedy.
+
+    def too_many_rules(self, what: str) -> PolicyError:
+        """``what`` finds no room."""
+
+    def check_size(self, rules: int, runtime: int) -> None:
+        """Raise :class:`PolicyError` if a set of so many rules does not fit beside so many at run time."""
+
+    def too_many_bans(self, address: IPAddress) -> PolicyError:
+        """A ban of this address finds no room."""
+
+
+Exclusive = Callable[[], AbstractContextManager[object]]
+"""Keeps all other writers out while what it returns is entered; the same thread may do so again meanwhile. It waits, so
+never on an event loop."""

@@ -106,7 +106,7 @@ class Probe:
 
     def _name(self, rule_id: int) -> str:
         if rule_id not in self._names:
-            rule = self.store._rule(rule_id)
+            rule = self.store.tables.rules.get(rule_id)
             assert rule is not None, f"the verdict names rule {rule_id}, which is not there"
             self._names[rule_id] = rule.name
         return self._names[rule_id]

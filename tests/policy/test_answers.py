@@ -178,9 +178,9 @@ def test_rst_acknowledges_all_that_the_syn_took_of_the_sequence_space(probe: Pro
 
 
 def test_rst_is_never_answered(probe: Probe) -> None:
-    before = probe.store.silent_rejects()
+    before = probe.store.counters.silent_rejects()
     assert run(probe, ethernet(ipv4(A4, B4, syn(SYN | RST))))[0] == XDP_DROP
-    assert probe.store.silent_rejects() == before + 1
+    assert probe.store.counters.silent_rejects() == before + 1
 
 
 @pytest.mark.parametrize("action", [Action.REJECT, Action.ALLOW])
@@ -202,10 +202,10 @@ def test_nothing_is_answered_where_it_would_not_arrive(loaded: Probe, server: Ho
 @pytest.mark.parametrize("name", ["IPv4", "IPv6"])
 def test_beyond_their_rate_rejects_are_silent_and_counted(probe: Probe, name: str) -> None:
     limit_rejects(probe, 3_600_000_000_000, 2 * 3_600_000_000_000)
-    silent, rejected = probe.store.silent_rejects(), probe.store.totals()["xdp", "rule", "reject"]
+    silent, rejected = probe.store.counters.silent_rejects(), probe.store.counters.totals()["xdp", "rule", "reject"]
     assert [run(probe, FRAMES[name][0])[0] for _ in range(8)] == [XDP_TX] * 3 + [XDP_DROP] * 5
-    assert probe.store.silent_rejects() == silent + 5
-    assert probe.store.totals()["xdp", "rule", "reject"] == rejected + 8
+    assert probe.store.counters.silent_rejects() == silent + 5
+    assert probe.store.counters.totals()["xdp", "rule", "reject"] == rejected + 8
 
 
 @pytest.mark.parametrize(("action", "code"), [(Action.DROP, XDP_DROP), (Action.REJECT, XDP_TX)])
@@ -280,11 +280,11 @@ def test_where_the_stack_would_send_no_cookie_the_frame_passes_as_it_came_and_un
     probe: Probe, server: Host, name: str, setting: int
 ) -> None:
     put(probe, Action.ALLOW, settings=Settings(per_source=SynLimit(0.001, 2)))
-    before = probe.store.totals()
+    before = probe.store.counters.totals()
     with served(probe, server, setting):
         for _ in range(4):
             assert run(probe, FRAMES[name][0]) == (XDP_PASS, FRAMES[name][0])
-    assert probe.store.totals() == before
+    assert probe.store.counters.totals() == before
 
 
 def test_listener_without_a_socket_gives_no_cookie(probe: Probe) -> None:
@@ -325,8 +325,8 @@ def test_cookie_is_charged_to_each_limit_once(
     probe.store.replace(ruleset)
     for key in [key for key, _ in bpf.map_lookup_batch(probe.maps["buckets"], abi.BUCKET_KEY.size, 8)]:
         bpf.map_delete(probe.maps["buckets"], key)
-    before = Counter(probe.store.totals())
+    before = Counter(probe.store.counters.totals())
     with served(probe, server, 2):
         codes = [run(probe, FRAMES[name][0])[0] for _ in range(8)]
     assert codes == [XDP_TX] * 3 + [XDP_DROP] * 5
-    assert Counter(probe.store.totals()) - before == {("xdp", stage, "allow"): 3, ("xdp", "limit", "drop"): 5}
+    assert Counter(probe.store.counters.totals()) - before == {("xdp", stage, "allow"): 3, ("xdp", "limit", "drop"): 5}

@@ -48,10 +48,10 @@ def block(source: str, **more: object) -> Rule:
 
 def told(store: KernelStore) -> bool:
     """Whether the programs were told of every entry there is."""
-    gate = store._gate()
+    gate = store.tables.gate()
     before = gate
     store.rebuild()
-    counted = store._gate()
+    counted = store.tables.gate()
     lengths = all(counted.runtime[n] & ~before.runtime[n] == 0 for n in (0, 1))
     return lengths and counted.flags & ~before.flags == 0
 

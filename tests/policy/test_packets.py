@@ -198,6 +198,6 @@ def test_sk_lookup_rejects_and_leaves_other_ports_alone(denied: Probe, source: I
     load(denied, Action.REJECT)
     assert sk_lookup(denied, source, target, PORT) == SK_DROP
     assert sk_lookup(denied, source, target, PORT + 1) == SK_PASS
-    before = denied.store.totals().get(("lookup", "rule", "reject"), 0)
+    before = denied.store.counters.totals().get(("lookup", "rule", "reject"), 0)
     sk_lookup(denied, source, target, PORT)
-    assert denied.store.totals()["lookup", "rule", "reject"] == before + 1
+    assert denied.store.counters.totals()["lookup", "rule", "reject"] == before + 1

@@ -274,7 +274,7 @@ def test_bans_outlive_everything_but_their_end(make_store: MakeStore) -> None:
     store.unban(ip_address("198.18.1.3"))
     if isinstance(store, KernelStore):  # as after a reboot: the maps are empty
         for ban in store.bans():
-            store._drop_ban(ban.address)
+            store.tables.bans.drop(ban.address)
     time.sleep(0.02)
     again = make_store()
     assert again.restore_bans() == 2
@@ -296,8 +296,9 @@ def test_a_torn_log_of_bans_costs_no_whole_line(make_store: MakeStore, tmp_path:
     log = tmp_path / "bans"
     log.write_bytes(log.read_bytes()[:-20])
     store.ban(ip_address("198.18.1.9"))
-    for ban in store.bans():
-        store._drop_ban(ban.address)
+    if isinstance(store, KernelStore):
+        for ban in store.bans():
+            store.tables.bans.drop(ban.address)
     again = make_store()
     assert again.restore_bans() == 3
     assert {str(ban.address) for ban in again.bans()} == {"198.18.1.0", "198.18.1.1", "198.18.1.9"}
@@ -398,11 +399,9 @@ def test_a_journal_is_bounded_and_a_torn_line_is_skipped(tmp_path: Path) -> None
 def test_nothing_of_a_set_that_was_replaced_is_kept_in_the_kernel(kernel_store: KernelStore) -> None:
     for n in range(5):
         kernel_store.replace(RuleSet((loaded(f"n{n}", Action.DROP, f"198.18.{n}.0/24"),)))
-    infos = bpf.map_lookup_batch(kernel_store._maps["rule_info"], 4, abi.RULE_INFO.size)
+    infos = bpf.map_lookup_batch(kernel_store.tables.maps["rule_info"], 4, abi.RULE_INFO.size)
     assert len(infos) == 1
-    sizes = []
-    for slot in (0, 1):
-        fd = kernel_store._open_set(slot)
-        sizes.append(bpf.map_info(fd).max_entries)
-        bpf.close(fd)
-    assert min(sizes) == 1
+    sets = [kernel_store.tables.sets.open(which) for which in (0, 1)]
+    assert min(opened.pages for opened in sets) == 1
+    for opened in sets:
+        opened.close()

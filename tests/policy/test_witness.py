@@ -80,7 +80,7 @@ def test_asking_counts_charges_and_tells_nothing(probe: Probe) -> None:
         meter = bpf.map_lookup(probe.maps["event_meter"], bytes(4), abi.EVENT_METER.size * abi.possible_cpus())
         rejects = bpf.map_lookup(probe.maps["reject_meter"], bytes(4), abi.REJECT_METER.size)
         hits = [(record.hits, record.dry_hits) for record in probe.store.records()]
-        return [rows, buckets, meter, rejects, probe.store.totals(), hits, probe.store.bans()]
+        return [rows, buckets, meter, rejects, probe.store.counters.totals(), hits, probe.store.bans()]
 
     before = state()
     for _ in range(20):

@@ -1,0 +1,91 @@
+"""The lock of those who change an instance's policy: one file, whoever they are."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+__all__ = ["PolicyBusy", "PolicyLock"]
+
+_FIRST_PAUSE: Final = 0.001
+_LAST_PAUSE: Final = 0.05
+
+
+class PolicyBusy(TimeoutError):
+    """Somebody else has been changing the policy for longer than we wait. The text names the holder."""
+
+
+class PolicyLock:
+    """A context manager, which the thread that has it may enter again. The kernel releases it if the holder dies.
+
+    It waits: never on an event loop, where entering raises RuntimeError. ``patience`` is for how many seconds; then
+    entering raises :class:`PolicyBusy`, which names the holder.
+    """
+
+    def __init__(self, name: str, path: Path, prepare: Callable[[], None], patience: float) -> None:
+        """``name`` is the instance's, ``path`` the file, and ``prepare`` makes its directory."""
+        self.patience = patience
+        self._name = name
+        self._path = path
+        self._prepare = prepare
+        self._fd = -1
+        self._holder: int | None = None  # a thread of ours
+        self._entered = 0
+
+    def __enter__(self) -> PolicyLock:
+        if self._holder == threading.get_ident():
+            self._entered += 1
+            return self
+        _refuse_event_loop()
+        self._prepare()
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._wait(fd)
+            holder = {"pid": os.getpid(), "command": " ".join(sys.argv)[:200], "since": time.time()}
+            os.pwrite(fd, json.dumps(holder).encode().ljust(512), 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd, self._holder, self._entered = fd, threading.get_ident(), 1
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._entered -= 1
+        if not self._entered:
+            self._holder = None
+            os.close(self._fd)
+
+    def _wait(self, fd: int) -> None:
+        deadline, pause = time.monotonic() + self.patience, _FIRST_PAUSE
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise PolicyBusy(errno.ETIMEDOUT, self._held_by(fd)) from None
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE)
+
+    def _held_by(self, fd: int) -> str:
+        try:
+            holder = json.loads(os.pread(fd, 512, 0))
+            since = max(0.0, time.time() - float(holder["since"]))
+            who = f"process {int(holder['pid'])} ({holder['command']}) has held it for {since:.0f} s"
+        except (OSError, ValueError, KeyError, TypeError):
+            who = "who holds it cannot be told"
+        return f"the policy of instance {self._name!r} is being changed by somebody else: {who}"
+
+
+def _refuse_event_loop() -> None:
+    events = sys.modules.get("asyncio")  # most commands never import it, and then there is no loop
+    if events is not None and events._get_running_loop() is not None:
+        raise RuntimeError("the policy's lock waits: take it in a thread, not on an event loop")

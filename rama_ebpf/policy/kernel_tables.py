@@ -1,0 +1,263 @@
+"""The BPF maps that the kernel programs read, as tables: keys and values packed as ``bpf/policy.h`` says."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from ipaddress import IPv6Network, ip_address
+from typing import Final
+
+from ..core.address import IPAddress, mapped, unmap
+from ..kernel import abi, bpf
+from ..kernel.gate_maps import GateMaps
+from ..kernel.gate_state import GateState
+from .compiler import MAPPED
+from .counters import number
+from .kernel_sets import KernelSets
+from .loaded_set import packed_limit, unpacked_limit
+from .prefixes import IPNetwork, unmap_network
+from .rule import Action, Ban, PolicyError, Rule
+from .stored import StoredRule
+from .tables import Place, TableFull
+
+__all__ = ["KernelTables"]
+
+_FULL: Final = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
+_CROWDED: Final = 64
+"""Where so many ids in a row are taken, or there are few, the rules are counted; else there is room."""
+_FEW: Final = 4096
+
+
+class KernelTables:
+    """The tables in a gate's maps. Sets are in :mod:`.kernel_sets`."""
+
+    kind = "kernel"
+
+    def __init__(self, maps: GateMaps) -> None:
+        self.most_lengths = abi.constants()["MAX_RUNTIME_LENGTHS"]
+        self.use(maps)
+
+    def use(self, maps: GateMaps) -> None:
+        """Work on these maps from now on."""
+        self.maps = maps
+        self.rules = _Rules(maps)
+        self.runtime = _Runtime(maps["runtime"])
+        self.bans = _Bans(maps["bans"])
+        self.failsafe = _Failsafe(maps["failsafe"])
+        self.sets = KernelSets(maps)
+
+    def gate(self) -> GateState:
+        raw = bpf.map_lookup(self.maps["gate"], number(0), abi.GATE.size)
+        assert raw is not None  # an array has all its elements
+        return GateState.unpack(raw)
+
+    def put_gate(self, gate: GateState) -> None:
+        bpf.map_update(self.maps["gate"], number(0), gate.pack())
+
+    def too_many_rules(self, what: str) -> PolicyError:
+        size = self.rules.most
+        return PolicyError(
+            f"cannot add {what}: the policy holds its {size - 1} rules already; remove some, load many sources as one "
+            f"rule (policy load), or restart with --max-rules above {size}"
+        )
+
+    def check_size(self, rules: int, runtime: int) -> None:
+        if runtime + rules >= self.rules.most:
+            beside = f" beside the {runtime} at run time" if runtime else ""
+            raise PolicyError(
+                f"a set of {rules} rules{beside} does not fit: the policy holds {self.rules.most - 1} rules; restart "
+                f"with --max-rules above {self.rules.most}"
+            )
+
+    def too_many_bans(self, address: IPAddress) -> PolicyError:
+        size = self.maps.capacity("bans")
+        return PolicyError(
+            f"cannot ban {address}: {size} addresses are banned already; lift some, or restart with --max-bans "
+            f"above {size}"
+        )
+
+
+def _put(fd: int, key: bytes, value: bytes) -> None:
+    try:
+        bpf.map_update(fd, key, value)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise TableFull from error
+
+
+class _Rules:
+    """The maps ``rule_info`` (which also says what ids are taken), ``rules`` and ``rule_hits``."""
+
+    def __init__(self, maps: GateMaps) -> None:
+        self.most = maps.sizes.rules
+        self.ids = maps.capacity("rules")
+        self._info, self._rules, self._hits = maps["rule_info"], maps["rules"], maps["rule_hits"]
+        self._dry_run, self._certain = abi.constants()["RULE_DRY_RUN"], abi.constants()["RULE_CERTAIN"]
+
+    def add(self, rule_id: int, rule: Rule, created: int) -> bool:
+        info = abi.RULE_INFO.pack(created, rule.name.encode(), rule.origin.encode(), rule.reason.encode())
+        try:
+            bpf.map_update(self._info, number(rule_id), info, bpf.BPF_NOEXIST)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise TableFull from error
+        hits = bytes(abi.RULE_HITS.size * abi.possible_cpus())
+        bpf.map_update(self._hits, number(rule_id), hits)
+        certain = rule.port is None and rule.expires is None and not rule.dry_run
+        flags = self._dry_run * rule.dry_run | self._certain * certain
+        fields = (rule.action, flags, rule.expires or 0, *packed_limit(rule.limit), rule.port or 0, rule.order, 0)
+        bpf.map_update(self._rules, number(rule_id), abi.RULE.pack(*fields))
+        return True
+
+    def get(self, rule_id: int) -> StoredRule | None:
+        info = bpf.map_lookup(self._info, number(rule_id), abi.RULE_INFO.size)
+        raw = bpf.map_lookup(self._rules, number(rule_id), abi.RULE.size)
+        if info is None or raw is None:
+            return None
+        action, flags, expires, emission, tolerance, port, order, _ = abi.RULE.unpack(raw)
+        if action == Action.NONE:
+            return None
+        created, name, origin, reason = abi.RULE_INFO.unpack(info)
+        return StoredRule(
+            rule_id,
+            _text(name),
+            Action(action),
+            port or None,
+            expires or None,
+            bool(flags & self._dry_run),
+            unpacked_limit(emission, tolerance),
+            _text(reason),
+            _text(origin),
+            created,
+            order,
+        )
+
+    def drop(self, rule_id: int) -> None:
+        bpf.map_update(self._rules, number(rule_id), bytes(abi.RULE.size))
+        bpf.map_delete(self._info, number(rule_id))
+
+    def known(self) -> set[int]:
+        rows = bpf.map_lookup_batch(self._info, 4, abi.RULE_INFO.size)
+        return {int.from_bytes(key, sys.byteorder) for key, _ in rows}
+
+    def is_overfull(self, tries: int) -> bool:
+        return (tries >= _CROWDED or self.ids <= _FEW) and len(self.known()) >= self.most
+
+    def hits(self, rule_id: int) -> tuple[int, int]:
+        raw = bpf.map_lookup(self._hits, number(rule_id), abi.RULE_HITS.size * abi.possible_cpus())
+        assert raw is not None  # an array has all its elements
+        rows = list(abi.RULE_HITS.iter_unpack(raw))
+        return sum(row[0] for row in rows), sum(row[1] for row in rows)
+
+
+class _Runtime:
+    """The map ``runtime``."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def get(self, place: Place) -> int | None:
+        raw = bpf.map_lookup(self._fd, _runtime_key(place), 4)
+        return None if raw is None else int.from_bytes(raw, sys.byteorder)
+
+    def put(self, place: Place, rule_id: int) -> None:
+        _put(self._fd, _runtime_key(place), number(rule_id))
+
+    def drop(self, place: Place) -> bool:
+        return bpf.map_delete(self._fd, _runtime_key(place))
+
+    def is_empty(self) -> bool:
+        return bpf.map_next_key(self._fd, None, abi.RUNTIME_KEY.size) is None
+
+    def items(self) -> list[tuple[Place, int]]:
+        rows = []
+        for key, value in bpf.map_lookup_batch(self._fd, abi.RUNTIME_KEY.size, 4):
+            length, port, packed = abi.RUNTIME_KEY.unpack(key)
+            rows.append(((_network(packed, length), port), int.from_bytes(value, sys.byteorder)))
+        return rows
+
+
+class _Bans:
+    """The map ``bans``."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def get(self, address: IPAddress) -> Ban | None:
+        raw = bpf.map_lookup(self._fd, mapped(address), abi.BAN.size)
+        return None if raw is None else _ban(address, raw)
+
+    def put(self, address: IPAddress, ban: Ban) -> None:
+        text = ban.reason.encode()[:63]
+        raw = abi.BAN.pack(ban.expires or 0, ban.created, ban.hits, ban.action, ban.automatic, text)
+        _put(self._fd, mapped(address), raw)
+
+    def drop(self, address: IPAddress) -> bool:
+        return bpf.map_delete(self._fd, mapped(address))
+
+    def is_empty(self) -> bool:
+        return bpf.map_next_key(self._fd, None, 16) is None
+
+    def values(self) -> list[Ban]:
+        rows = bpf.map_lookup_batch(self._fd, 16, abi.BAN.size)
+        return [_ban(unmap(ip_address(key)), raw) for key, raw in rows]
+
+    def drop_ended(self, now: int) -> int:
+        ended = 0
+        for key, raw in bpf.map_lookup_batch(self._fd, 16, abi.BAN.size):
+            expires = int.from_bytes(raw[:8], sys.byteorder)
+            if expires and now >= expires:
+                ended += bpf.map_delete(self._fd, key)
+        return ended
+
+
+class _Failsafe:
+    """The map ``failsafe``, a trie."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def put(self, network: IPNetwork) -> None:
+        bpf.map_update(self._fd, _failsafe_key(network), number(1))
+
+    def drop(self, network: IPNetwork) -> None:
+        bpf.map_delete(self._fd, _failsafe_key(network))
+
+    def networks(self) -> list[IPNetwork]:
+        rows = bpf.map_lookup_batch(self._fd, abi.FAILSAFE_KEY.size, 4)
+        keys = [abi.FAILSAFE_KEY.unpack(key) for key, _ in rows]
+        return [_network(packed, length - 32) for length, _, packed in keys]
+
+    def covers(self, source: IPAddress) -> bool:
+        key = abi.FAILSAFE_KEY.pack(32 + 128, source.version == 4, mapped(source))
+        return bpf.map_lookup(self._fd, key, 4) is not None
+
+
+def _mapped_length(network: IPNetwork) -> int:
+    return network.prefixlen + MAPPED[network.version]
+
+
+def _runtime_key(place: Place) -> bytes:
+    network, port = place
+    return abi.RUNTIME_KEY.pack(_mapped_length(network), port, mapped(network.network_address))
+
+
+def _failsafe_key(network: IPNetwork) -> bytes:
+    return abi.FAILSAFE_KEY.pack(32 + _mapped_length(network), network.version == 4, mapped(network.network_address))
+
+
+def _network(packed: bytes, length: int) -> IPNetwork:
+    return unmap_network(IPv6Network((packed, length)))
+
+
+def _ban(address: IPAddress, raw: bytes) -> Ban:
+    expires, created, hits, action, automatic, reason = abi.BAN.unpack(raw)
+    return Ban(address, Action(action), expires or None, created, hits, _text(reason), bool(automatic))
+
+
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,241 @@
+"""A policy's tables in this process, with the same meaning as the kernel's maps."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from ..core.address import IPAddress
+from ..kernel import abi
+from ..kernel.gate_state import GateState, SetHead
+from .compiler import CompiledSet, compile_rules, read_chain
+from .intervals import find
+from .prefixes import IPNetwork
+from .rule import Ban, PolicyError, Rule, RuleSet
+from .stored import StoredRule
+from .tables import Place, TableFull
+
+__all__ = ["LocalTables"]
+
+_SPARE_RULES: Final = 8192
+"""How many rules there may be beyond the bound, for the moment in which a set replaces another."""
+
+
+class LocalTables:
+    """Dictionaries. ``most`` bounds rules and bans alike. Whoever reads needs no lock: entries, the record and the
+    sets are replaced as a whole."""
+
+    kind = "local"
+    most_lengths = 129
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._gate = GateState()
+        self.rules = LocalRules(most)
+        self.runtime = _Runtime()
+        self.bans = LocalBans(most)
+        self.failsafe = _Failsafe()
+        self.sets = _Sets()
+
+    def gate(self) -> GateState:
+        return self._gate
+
+    def put_gate(self, gate: GateState) -> None:
+        self._gate = gate
+
+    def too_many_rules(self, what: str) -> PolicyError:
+        return PolicyError(f"the policy holds {self._most} rules already: remove some")
+
+    def check_size(self, rules: int, runtime: int) -> None:
+        if runtime + rules > self._most:
+            raise PolicyError(f"a set of {rules} rules: the policy holds {self._most} with those at run time")
+
+    def too_many_bans(self, address: IPAddress) -> PolicyError:
+        return PolicyError(f"{self._most} addresses are banned already: lift some")
+
+
+class LocalRules:
+    """Rules by id, and what was counted by their names: verdicts know those."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.ids = most + 1 + min(most, _SPARE_RULES)
+        self._stored: dict[int, StoredRule] = {}
+        self._named: dict[str, int] = {}
+        self._counters: dict[str, list[int]] = {}
+
+    def add(self, rule_id: int, rule: Rule, created: int) -> bool:
+        if rule_id in self._stored:
+            return False
+        self._stored[rule_id] = StoredRule(
+            rule_id,
+            rule.name,
+            rule.action,
+            rule.port,
+            rule.expires,
+            rule.dry_run,
+            rule.limit,
+            rule.reason,
+            rule.origin,
+            created,
+            rule.order,
+        )
+        self._named[rule.name] = rule_id
+        self._counters.pop(rule.name, None)
+        return True
+
+    def get(self, rule_id: int) -> StoredRule | None:
+        return self._stored.get(rule_id)
+
+    def drop(self, rule_id: int) -> None:
+        rule = self._stored.pop(rule_id, None)
+        if rule is not None and self._named.get(rule.name) == rule_id:
+            del self._named[rule.name]
+            self._counters.pop(rule.name, None)
+
+    def known(self) -> set[int]:
+        return set(self._stored)
+
+    def is_overfull(self, tries: int) -> bool:
+        return len(self._stored) > self._most
+
+    def hits(self, rule_id: int) -> tuple[int, int]:
+        rule = self._stored.get(rule_id)
+        decided, dry = self._counters.get("" if rule is None else rule.name, (0, 0))
+        return decided, dry
+
+    def count(self, name: str, *, dry: bool) -> None:
+        """Count a verdict of a rule by its name."""
+        self._counters.setdefault(name, [0, 0])[dry] += 1
+
+
+class _Runtime:
+    def __init__(self) -> None:
+        self._rows: dict[Place, int] = {}
+
+    def get(self, place: Place) -> int | None:
+        return self._rows.get(place)
+
+    def put(self, place: Place, rule_id: int) -> None:
+        self._rows[place] = rule_id
+
+    def drop(self, place: Place) -> bool:
+        return self._rows.pop(place, None) is not None
+
+    def is_empty(self) -> bool:
+        return not self._rows
+
+    def items(self) -> list[tuple[Place, int]]:
+        return list(self._rows.items())
+
+
+class LocalBans:
+    """Bans by address."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._rows: dict[IPAddress, Ban] = {}
+
+    def get(self, address: IPAddress) -> Ban | None:
+        return self._rows.get(address)
+
+    def put(self, address: IPAddress, ban: Ban) -> None:
+        if address not in self._rows and len(self._rows) >= self._most:
+            raise TableFull
+        self._rows[address] = ban
+
+    def drop(self, address: IPAddress) -> bool:
+        return self._rows.pop(address, None) is not None
+
+    def is_empty(self) -> bool:
+        return not self._rows
+
+    def values(self) -> list[Ban]:
+        return list(self._rows.values())
+
+    def drop_ended(self, now: int) -> int:
+        ended = [ban.address for ban in self.values() if not ban.in_force(now)]
+        for address in ended:
+            self.drop(address)
+        return len(ended)
+
+    def count(self, address: IPAddress) -> None:
+        """Count a SYN that a ban turned away."""
+        ban = self._rows.get(address)
+        if ban is not None:
+            self._rows[address] = replace(ban, hits=ban.hits + 1)
+
+
+class _Failsafe:
+    def __init__(self) -> None:
+        self._rows: tuple[IPNetwork, ...] = ()
+
+    def put(self, network: IPNetwork) -> None:
+        if network not in self._rows:
+            self._rows = (*self._rows, network)
+
+    def drop(self, network: IPNetwork) -> None:
+        self._rows = tuple(one for one in self._rows if one != network)
+
+    def networks(self) -> list[IPNetwork]:
+        return list(self._rows)
+
+    def covers(self, source: IPAddress) -> bool:
+        return any(source in network for network in self._rows)
+
+
+class _LocalSet:
+    """A set: what the kernel has in its maps."""
+
+    def __init__(self, compiled: CompiledSet, ids: Sequence[int], token: int) -> None:
+        self.token = token
+        self._compiled = compiled
+        self._ids = ids
+        self._chains = compiled.chains(ids)
+
+    def chain(self, head: SetHead, source: IPAddress) -> list[tuple[int, int]]:
+        family = 0 if source.version == 4 else 1
+        slots, pages, size = self._compiled.slots[family], self._compiled.pages, abi.CHAIN_ITEM.size
+        value = find(
+            lambda index: (slots[2 * index], slots[2 * index + 1]),
+            lambda at, count: int.from_bytes(pages[at : at + count], sys.byteorder),
+            self._compiled.tables[family],
+            source.version,
+            int(source),
+        )
+        return read_chain(lambda index: self._chains[size * index : size * (index + 1)], value, source.version)
+
+    def ruleset(self, head: SetHead) -> RuleSet:
+        return self._compiled.ruleset
+
+    def ids(self, head: SetHead) -> Sequence[int]:
+        return self._ids
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _Sets:
+    def __init__(self) -> None:
+        self._tokens = itertools.count(1)
+        self._empty = compile_rules(RuleSet())
+        self._sets = [self._make(self._empty, ()), self._make(self._empty, ())]
+
+    def _make(self, compiled: CompiledSet, ids: Sequence[int]) -> _LocalSet:
+        return _LocalSet(compiled, ids, next(self._tokens))
+
+    def fill(self, which: int, compiled: CompiledSet, ids: Sequence[int]) -> SetHead:
+        self._sets[which] = self._make(compiled, ids)
+        return SetHead()
+
+    def empty(self, which: int) -> None:
+        self._sets[which] = self._make(self._empty, ())
+
+    def open(self, which: int) -> _LocalSet:
+        return self._sets[which]
+
+    def wait_for_readers(self) -> None:
+        """They hold the set that they opened."""

@@ -1,0 +1,48 @@
+"""The ids of rules: which are free, and which nobody needs any more."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Collection
+
+from .rule import Rule
+from .tables import TableFull, Tables
+
+__all__ = ["RuleIds"]
+
+
+class RuleIds:
+    """Gives rules their ids; id 0 is the default's. Calls are made under the policy's lock."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        # Where to look for a free id first: starting at 1, each process would walk past those of all the others.
+        self._hint = random.randrange(1, tables.rules.ids)
+
+    def claim(self, rule: Rule, created: int, *, replaces: bool = False) -> int:
+        """Store a rule, which nobody refers to yet, and return its id. ``created`` is wall-clock nanoseconds.
+
+        ``replaces``: another rule goes for it, so that it is not one more. Raises :class:`.tables.TableFull`.
+        """
+        rules = self._tables.rules
+        hint = self._hint if self._hint < rules.ids else 1
+        for tries, rule_id in enumerate(itertools.chain(range(hint, rules.ids), range(1, hint))):
+            if not rules.add(rule_id, rule, created):
+                continue
+            if not replaces and rules.is_overfull(tries):
+                rules.drop(rule_id)
+                raise TableFull
+            self._hint = rule_id + 1
+            return rule_id
+        raise TableFull
+
+    def free(self, used: Collection[int]) -> int:
+        """Forget the rules that nothing refers to, all but ``used``; return how many."""
+        unused = self._tables.rules.known() - set(used)
+        if unused:
+            self._tables.sets.wait_for_readers()  # one may have found a rule's id just before it was taken away
+            for rule_id in unused:
+                self._tables.rules.drop(rule_id)
+            self._hint = min(self._hint, *unused)
+        return len(unused)

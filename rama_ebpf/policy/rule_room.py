@@ -1,0 +1,77 @@
+"""Room for rules: a new one gets an id and a place, and what has ended makes room for it where there is none left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import TypeVar
+
+from .loaded_set import LoadedSet
+from .rule import Rule, RuleSet, boottime_ns
+from .rule_ids import RuleIds
+from .runtime_rules import RuntimeRules
+from .tables import TableFull, Tables
+
+__all__ = ["RuleRoom"]
+
+T = TypeVar("T")
+
+
+class RuleRoom:
+    """Calls are made under the policy's lock. Raises :class:`.rule.PolicyError` where there is no room, not even that
+    of what has ended; what is in force stays as it is then."""
+
+    def __init__(self, tables: Tables, loaded: LoadedSet, runtime: RuntimeRules) -> None:
+        self._tables = tables
+        self._loaded = loaded
+        self._runtime = runtime
+        self._ids = RuleIds(tables)
+
+    def check(self, rules: int) -> None:
+        """Find out whether a set of so many rules fits beside the runtime layer."""
+        now = boottime_ns()
+        runtime = sum(not self._runtime.has_ended(rule_id, now) for _, rule_id in self._runtime.items())
+        self._tables.check_size(rules, runtime)
+
+    def place(self, rule: Rule, created: int) -> int:
+        """Put a rule with one source into force in the runtime layer, and return its id."""
+        network, port = rule.sources[0], rule.port or 0
+        rule_id = self._claim(rule, created, replaces=self._runtime.get(network, port) is not None)
+        self._with_room(lambda: self._runtime.put(network, port, rule_id), str(network), (rule_id,))
+        return rule_id
+
+    def ids_for(self, ruleset: RuleSet) -> list[int]:
+        """Return an id for each rule of a set that is to be put into force: the present one where it is unchanged."""
+        loaded = zip(self._loaded.ruleset().rules, self._loaded.ids(), strict=True)
+        present = {replace(rule, sources=()): rule_id for rule, rule_id in loaded}
+        created = time.time_ns()
+        ids: list[int] = []
+        for rule in ruleset.rules:
+            rule_id = present.get(replace(rule, sources=()))
+            ids.append(self._claim(rule, created, ids, replaces=True) if rule_id is None else rule_id)
+        return ids
+
+    def free(self, keep: Collection[int] = ()) -> int:
+        """Forget the rules that nothing refers to, but for the ids of ``keep``; return how many."""
+        used = {rule_id for _, rule_id in self._runtime.items()}
+        used.update(keep)
+        used.update(self._loaded.ids_of_both())
+        return self._ids.free(used)
+
+    def _claim(self, rule: Rule, created: int, keep: Collection[int] = (), *, replaces: bool = False) -> int:
+        def claim() -> int:
+            return self._ids.claim(rule, created, replaces=replaces)
+
+        return self._with_room(claim, f"rule {rule.name}", keep)
+
+    def _with_room(self, attempt: Callable[[], T], what: str, keep: Collection[int]) -> T:
+        try:
+            return attempt()
+        except TableFull:
+            if not self._runtime.drop_ended(boottime_ns()) + self.free(keep):
+                raise self._tables.too_many_rules(what) from None
+        try:
+            return attempt()
+        except TableFull as error:
+            raise self._tables.too_many_rules(what) from error
