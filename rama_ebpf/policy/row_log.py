@@ -1,0 +1,104 @@
+"""A log on disk of what happened one by one: a JSON object a line, appended; now and then written anew as a whole.
+
+A crash tears the last line at most, which costs that row only. A disk that refuses leaves the log as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from .atomic import bring_to_disk, write_atomically
+
+__all__ = ["RowLog"]
+
+_SMALL_BYTES: Final = 16 * 1024 * 1024
+_LONGEST_LINE: Final = 64 * 1024
+_LARGEST: Final = 1 << 30
+
+
+class RowLog:
+    """The log in a file, mode 0600. Calls are made under the policy's lock. All raise OSError where the file system
+    refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rewritten = 0  # bytes
+
+    def append(self, row: Mapping[str, object]) -> int:
+        """Add a row; return what :meth:`cut` takes it back by. If it raises, the log is as it was."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+            try:
+                size = os.fstat(fd).st_size
+                torn = size and os.pread(fd, 1, size - 1) != b"\n"
+                line = (b"\n" if torn else b"") + json.dumps(row).encode() + b"\n"
+                try:
+                    if os.write(fd, line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    os.ftruncate(fd, size)
+                    raise
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+        return size
+
+    def cut(self, size: int) -> None:
+        """Take back all that was appended since the log had this size."""
+        os.truncate(self.path, size)
+
+    def rows(self) -> Iterator[dict[str, object] | None]:
+        """Yield each row, None for a line that is none; nothing if there is no log."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        with open(fd, "rb") as file:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, f"{self.path} is no regular file")
+            if found.st_size > _LARGEST:
+                raise OSError(errno.EFBIG, f"{self.path} is larger than {_LARGEST >> 20} MiB")
+            while line := file.readline(_LONGEST_LINE):
+                whole = line.endswith(b"\n")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(_LONGEST_LINE)  # too long, or torn
+                yield _parsed(line) if whole else None
+
+    def overgrown(self) -> bool:
+        """Whether so much was appended that it should be written anew: 16 MiB, and as much as there was before."""
+        try:
+            return self.path.stat().st_size > max(_SMALL_BYTES, 2 * self._rewritten)
+        except OSError:
+            return False
+
+    def rewrite(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Replace the log by these rows, at once; where there are none, and never were, no file is made."""
+        data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        if not data and not self.path.exists():
+            return
+        self._rewritten = len(data)
+        write_atomically(self.path, data)
+
+    def sync(self) -> None:
+        """Have what was appended outlive a power failure."""
+        try:
+            bring_to_disk(self.path)
+        except FileNotFoundError:
+            return  # nothing was ever noted
+
+
+def _parsed(line: bytes) -> dict[str, object] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
