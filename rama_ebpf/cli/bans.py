@@ -8,6 +8,7 @@ from typing import cast
 from ..control.api import Json
 from .output import OK, duration, print_json, table
 from .policy import call
+from .said import outcome
 
 __all__ = ["register"]
 
@@ -30,12 +31,13 @@ def _ban(args: argparse.Namespace) -> int:
     action = "reject" if args.reject else "drop"
     params = {"address": args.address, "ttl": args.ttl, "reason": args.reason, "action": action}
     result = call(args.instance, "ban", params)
+    until = "" if result["expires_in"] is None else f" for {duration(result['expires_in'])}"
+    words, code = outcome(f"banned {result['address']}{until}", result)
     if args.json:
         print_json(result)
     else:
-        until = "" if result["expires_in"] is None else f" for {duration(result['expires_in'])}"
-        print(f"banned {result['address']}{until}")
-    return OK
+        print(words)
+    return code
 
 
 def _bans(args: argparse.Namespace) -> int:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Final, cast
 
 from ..control import socket as control
 from ..control.api import ControlApi, Json
+from ..control.enforced import Judge, KernelJudge, StoreJudge
 from ..core.address import Authority
 from ..kernel.gate_maps import LayoutMismatch
 from ..kernel.instance import Instance
+from ..kernel.witness import Witness
 from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
 from ..policy.rule import PolicyError
 from .output import NO, OK, duration, print_json, table
+from .said import outcome, still_denied
 
 __all__ = ["call", "register", "show_verdict", "split_target"]
 
@@ -27,15 +33,21 @@ _START_SECONDS: Final = 10.0
 """How long a server that is starting may take to say where its policy lives."""
 
 
+class _Apart(Exception):
+    """The pins are not those that the running server uses."""
+
+
 def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
     """Run a control method where the instance's policy lives: on the pinned maps, or in its server.
 
     Raises :class:`PolicyError` if the instance is not loaded, or its pins cannot be used and no server holds them.
     """
     pid = instance.serving_pid()
-    if instance.pinned and _policy_of_server(instance, pid) != "local":
+    if instance.pinned and _told_by_server(instance, pid).get("policy") != "local":
         try:
             return _on_pins(instance, method, params)
+        except _Apart:
+            pass  # what the server uses is what counts, and it is asked
         except (FileNotFoundError, LayoutMismatch) as error:
             if pid is None:
                 raise PolicyError(
@@ -47,18 +59,18 @@ def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
     raise PolicyError(f"instance {instance.name!r} is not loaded: start it with rama-ebpf run")
 
 
-def _policy_of_server(instance: Instance, pid: int | None) -> object:
-    """Where the live server has its policy, ``kernel`` or ``local``; None if there is none, or it does not say."""
+def _told_by_server(instance: Instance, pid: int | None) -> Mapping[str, object]:
+    """What the live server says of itself: nothing if there is none, or it does not say."""
     deadline = time.monotonic() + _START_SECONDS
     while pid is not None:
         state = instance.read_state()
         if state.get("pid") == pid:
-            return state.get("policy")
+            return state
         if time.monotonic() >= deadline or not state:
             break
         time.sleep(0.05)  # it is starting: what is written there is of the server before it
         pid = instance.serving_pid()
-    return None
+    return {}
 
 
 def _on_pins(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
@@ -67,10 +79,28 @@ def _on_pins(instance: Instance, method: str, params: Mapping[str, object]) -> J
     done: list[Json] = []
     for _ in range(_ATTEMPTS):
         with KernelStore(instance) as store:
-            done.append(ControlApi(store, FeedStore(instance.feeds_dir)).call(method, params))
+            done.append(ControlApi(store, FeedStore(instance.feeds_dir), _judge(instance, store)).call(method, params))
             if method not in _CHANGING or store.is_current():
                 return next((one for one in done if one.get("removed") or one.get("ban_lifted")), done[-1])
     raise PolicyError(f"instance {instance.name!r} starts and stops all the time: nothing is known to be in force")
+
+
+def _judge(instance: Instance, store: KernelStore) -> Judge:
+    """Who is asked what is decided: the running server's programs. Raises :class:`_Apart` if those use other maps."""
+    pid = instance.serving_pid()
+    if pid is None:
+        return StoreJudge(store, serving=False)
+    told = _told_by_server(instance, pid)
+    maps, witness = told.get("maps"), told.get("witness")
+    if isinstance(maps, int) and maps != store.counters.identity:
+        raise _Apart
+
+    def opened() -> contextlib.AbstractContextManager[Witness]:
+        if not isinstance(witness, int):
+            raise OSError(errno.ENOENT, "the server does not say who could be asked")
+        return Witness.of_server(witness, store.counters.identity)
+
+    return KernelJudge(store, opened)
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -99,20 +129,20 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     command("list", "show everything in force, with counters", _list)
     test = command("test", "say what would be decided for a client", _test)
     test.add_argument(
-        "target", metavar="ADDR[:PORT]", help="the client's address, and the listener's port (default 1080)"
+        "target", metavar="ADDR[:PORT]", help="the client's address, and the listener's port (default: each listener's)"
     )
 
 
 def _show_change(args: argparse.Namespace, verb: str, result: Json) -> int:
+    until = "" if result["expires_in"] is None else f" for {duration(result['expires_in'])}"
+    sources = ", ".join(cast("list[str]", result["sources"]))
+    dry = " (dry run)" if result["dry_run"] else ""
+    words, code = outcome(f"{verb} {sources}{until}{dry}", result)
     if args.json:
         print_json(result)
     else:
-        until = "" if result["expires_in"] is None else f" for {duration(result['expires_in'])}"
-        sources = ", ".join(cast("list[str]", result["sources"]))
-        dry = " (dry run)" if result["dry_run"] else ""
-        killed = f", {result['killed']} live connections ended" if "killed" in result else ""
-        print(f"{verb} {sources}{until}{dry}{killed}")
-    return OK
+        print(words + (f", {result['killed']} live connections ended" if "killed" in result else ""))
+    return code
 
 
 def _block(args: argparse.Namespace) -> int:
@@ -146,13 +176,14 @@ def _allow(args: argparse.Namespace) -> int:
 def _unblock(args: argparse.Namespace) -> int:
     result = call(args.instance, "remove", {"source": args.source, "port": args.port})
     found = bool(result["removed"]) or bool(result["ban_lifted"])
+    words, code = still_denied(f"unblocked {args.source}", result)
     if args.json:
         print_json(result)
     elif found:
-        print(f"unblocked {args.source}")
+        print(words)
     else:
         print(f"nothing to take back for exactly {args.source} (rama-ebpf list shows what is in force)")
-    return OK if found else NO
+    return code if found else NO
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -193,25 +224,30 @@ def _test(args: argparse.Namespace) -> int:
 
 
 def show_verdict(args: argparse.Namespace, result: Json) -> int:
-    """Print a verdict; return the exit code."""
+    """Print what is decided for each listener that was asked about; return the exit code: whether all let in."""
+    rows = cast("list[Json]", result["decisions"])
     if args.json:
         print_json(result)
     else:
-        rule = f" by {result['rule']}" if result["rule"] else ""
-        print(f"{result['source']} to port {result['port']}: {result['action']} ({result['stage']}{rule})")
-        dry = result.get("dry_run")
-        if isinstance(dry, dict):
-            print(f"dry run: {dry['rule']} would {dry['action']}")
-    return OK if result["action"] == "allow" else NO
+        for row in rows:
+            rule = f" by {row['rule']}" if row["rule"] else ""
+            to = f"port {result['port']}" if len(rows) == 1 else row["listener"]
+            print(f"{result['source']} to {to}: {row['action']} ({row['stage']}{rule})")
+            dry = row.get("dry_run")
+            if isinstance(dry, dict):
+                print(f"dry run: {dry['rule']} would {dry['action']}")
+    for row in cast("list[Json]", result["disagreements"]):
+        print(f"the kernel and the list of rules disagree about {row['listener']}: doctor says more", file=sys.stderr)
+    return OK if all(row["action"] == "allow" for row in rows) else NO
 
 
-def split_target(text: str) -> tuple[str, int]:
-    """Split ``ADDR``, ``ADDR:PORT`` (IPv4) or ``[ADDR]:PORT``."""
+def split_target(text: str) -> tuple[str, int | None]:
+    """Split ``ADDR``, ``ADDR:PORT`` (IPv4) or ``[ADDR]:PORT``; None where no port is given."""
     if text.count(":") == 1 or text.startswith("["):
         host, _, port = text.rpartition(":")
         if host and port.isdigit() and not text.endswith("]"):
             return str(Authority.of(host, int(port)).host), int(port)
         if text.endswith("]"):
-            return text[1:-1], 1080
+            return text[1:-1], None
         raise PolicyError(f"{text!r}: write for example 192.0.2.7:1080 or [2001:db8::7]:1080")
-    return text, 1080
+    return text, None

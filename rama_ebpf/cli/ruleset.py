@@ -11,6 +11,7 @@ from ..control.api import Json
 from ..policy.rule import parse_ttl
 from .output import NO, OK, duration, print_json, table
 from .policy import call, show_verdict, split_target
+from .said import outcome_of_set
 
 __all__ = ["register"]
 
@@ -50,16 +51,18 @@ def _load(args: argparse.Namespace) -> int:
     within = None if args.confirm_timeout is None else parse_ttl(args.confirm_timeout) / 1e9
     params = {"path": os.path.abspath(args.file), "revision": args.revision, "confirm_within": within}
     result = call(args.instance, "load", params)
+    done = f"loaded {result['rules']} rules with {result['prefixes']} prefixes: revision {result['revision']}"
+    words, code = outcome_of_set(done, result)
     if args.json:
         print_json(result)
-        return OK
-    print(f"loaded {result['rules']} rules with {result['prefixes']} prefixes: revision {result['revision']}")
+        return code
+    print(words)
     _show_feeds(result)
     for row in cast("list[Json]", result["overlaps"]):
         print(f"{row['rule']}: {row['networks']} networks are in {row['inside']} too")
     if within is not None:
         print(f"ON TRIAL: undone in {duration(within)} unless confirmed (rama-ebpf policy confirm)")
-    return OK
+    return code
 
 
 def _show_feeds(result: Json) -> None:
@@ -125,11 +128,12 @@ def _rollback(args: argparse.Namespace) -> int:
 
 def _done(args: argparse.Namespace, method: str, said: str) -> int:
     result = call(args.instance, method, {})
+    words, code = outcome_of_set(f"{said}: revision {result['revision']}", result)
     if args.json:
         print_json(result)
     else:
-        print(f"{said}: revision {result['revision']}")
-    return OK
+        print(words)
+    return code
 
 
 def _refresh(args: argparse.Namespace) -> int:

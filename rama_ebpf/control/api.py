@@ -8,12 +8,13 @@ are the same.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Final, cast
 
-from ..core.address import IPAddress
+from ..core.address import IPAddress, unmap
 from ..policy.difference import difference
 from ..policy.feed import overlapping
 from ..policy.feed_store import FeedStore
@@ -26,18 +27,19 @@ from ..policy.rule import (
     PolicyError,
     Rule,
     RuleSet,
-    Verdict,
     boottime_ns,
     parse_network,
     parse_ttl,
 )
 from ..policy.store import PolicyStore
 from ..policy.stored import RuleRecord, StoredRule
+from .enforced import Decision, Judge, StoreJudge, carry_out, enforcement, targets, unheard
 
 __all__ = ["ControlApi", "Json"]
 
 Json = dict[str, object]
 
+_TEST_ATTEMPTS: Final = 3
 _SOURCES_SHOWN: Final = 1000
 """A listing names so many sources of a rule; ``policy export`` names all."""
 
@@ -45,10 +47,12 @@ _SOURCES_SHOWN: Final = 1000
 class ControlApi:
     """Methods by name over one store. Arguments and results are JSON values; mistakes raise :class:`PolicyError`."""
 
-    def __init__(self, store: PolicyStore, feeds: FeedStore | None = None) -> None:
-        """``feeds`` keeps the copies of feeds; without it, sets with feeds cannot be loaded."""
+    def __init__(self, store: PolicyStore, feeds: FeedStore | None = None, judge: Judge | None = None) -> None:
+        """``feeds`` keeps the copies of feeds; without it, sets with feeds cannot be loaded. ``judge`` is asked what is
+        decided, by default the policy itself."""
         self._store = store
         self._feeds = feeds
+        self._judge = judge or StoreJudge(store, serving=False)
 
     def call(self, method: str, params: Mapping[str, object]) -> Json:
         """Run one method. Raises :class:`PolicyError` for an unknown method, or whatever the method raises."""
@@ -87,7 +91,32 @@ class ControlApi:
             dry_run=bool(params.get("dry_run", False)),
             reason=_optional_text(params, "reason") or "",
         )
-        return self._rule(self._store.add(rule), (source,)) | {"revision": self._store.revision}
+        stored = carry_out(lambda: self._store.add(rule), lambda: self._is_there(rule))
+        result = self._rule(stored, (source,)) | {"revision": self._store.revision}
+        return result | self._enforced(source, rule.port, _wanted(rule), "" if rule.dry_run else rule.name)
+
+    def _is_there(self, rule: Rule) -> bool:
+        found = self._store.rule_at(rule.sources[0], rule.port)
+        if found is None:
+            return False
+        facts = (found.name, found.action, found.expires, found.dry_run, found.reason)
+        return facts == (rule.name, rule.action, rule.expires, rule.dry_run, rule.reason)
+
+    def _enforced(
+        self, network: IPNetwork, port: int | None, wanted: Callable[[Decision], bool], name: str = ""
+    ) -> Json:
+        """What is decided now, asked after the change."""
+        try:
+            return {"enforced": enforcement(self._judge, network, port, wanted, name)}
+        except OSError as error:
+            return {"enforced": {"state": None, "serving": self._judge.serving, "why": error.strerror or str(error)}}
+
+    def _unheard(self) -> Json:
+        """Rules of the set in force that are not found by who decides."""
+        try:
+            return {"unheard": unheard(self._judge, self._store.ruleset().rules)}
+        except OSError as error:
+            return {"unheard": None, "why": error.strerror or str(error)}
 
     def remove(self, params: Mapping[str, object]) -> Json:
         """Take the runtime rule of exactly ``source``, and its ban, out of force; with ``port`` the rule of that port
@@ -95,24 +124,41 @@ class ControlApi:
         source, port = parse_network(_text(params, "source")), cast("int | None", params.get("port"))
         # The ban first: where the disk refuses that, nothing is changed.
         is_address = source.prefixlen == source.max_prefixlen
-        lifted = port is None and is_address and self._store.unban(source.network_address)
-        removed = self._store.remove(source, port)
-        return {
+        address = source.network_address
+        lifted = port is None and is_address and self._unban(address)
+        removed = carry_out(lambda: self._store.remove(source, port), lambda: self._store.rule_at(source, port) is None)
+        result: Json = {
             "removed": [rule.name for rule in removed],
             "ban_lifted": lifted,
             "revision": self._store.revision,
         }
+        if not lifted and not any(rule.action is not Action.ALLOW and not rule.dry_run for rule in removed):
+            return result
+        return result | self._enforced(source, port, lambda decision: decision.verdict.allowed)
+
+    def _unban(self, address: IPAddress) -> bool:
+        return carry_out(lambda: self._store.unban(address), lambda: self._store.ban_of(address) is None)
 
     def ban(self, params: Mapping[str, object]) -> Json:
         """Shut out ``address`` before all rules, optionally for ``ttl``, with ``reason``, by ``action``."""
         ttl = _optional_text(params, "ttl")
-        ban = self._store.ban(
-            _address(_text(params, "address")),
-            ttl=None if ttl is None else parse_ttl(ttl) / 1e9,
-            reason=_optional_text(params, "reason") or "",
-            action=Action[(_optional_text(params, "action") or "drop").upper()],
+        address, begun = _address(_text(params, "address")), time.time_ns()
+
+        def is_banned() -> bool:
+            found = self._store.ban_of(address)
+            return found is not None and found.created >= begun
+
+        ban = carry_out(
+            lambda: self._store.ban(
+                address,
+                ttl=None if ttl is None else parse_ttl(ttl) / 1e9,
+                reason=_optional_text(params, "reason") or "",
+                action=Action[(_optional_text(params, "action") or "drop").upper()],
+            ),
+            is_banned,
         )
-        return self._ban(ban) | {"revision": self._store.revision}
+        result = self._ban(ban) | {"revision": self._store.revision}
+        return result | self._enforced(parse_network(str(ban.address)), None, _is_denied)
 
     # -- the set -------------------------------------------------------------------------------------------------
 
@@ -137,8 +183,10 @@ class ControlApi:
             raise PolicyError(f"revision must be a whole number, not {revision!r}")
         if within is not None and (not isinstance(within, int | float) or not 1 <= within <= 86400):
             raise PolicyError(f"confirm_within {within!r}: use 1 second to 1 day")
-        new = self._store.replace(
-            ruleset, expected_revision=revision, confirm_within=within, origin=_text(params, "path")
+        token, origin = self._store.set_token(), _text(params, "path")
+        new = carry_out(
+            lambda: self._store.replace(ruleset, expected_revision=revision, confirm_within=within, origin=origin),
+            lambda: self._store.set_token() != token,
         )
         overlaps = overlapping([(rule.name, Prefixes.of(rule.sources)) for rule in ruleset.rules if rule.feed])
         return {
@@ -148,7 +196,7 @@ class ControlApi:
             "confirm_within": within,
             "feeds": [_feed_report(report) for report in reports],
             "overlaps": [{"rule": one, "inside": other, "networks": count} for one, other, count in overlaps],
-        }
+        } | self._unheard()
 
     def diff(self, params: Mapping[str, object]) -> Json:
         """Say what loading the policy file ``path`` would change."""
@@ -164,13 +212,13 @@ class ControlApi:
 
     def confirm(self, _params: Mapping[str, object]) -> Json:
         """Keep the set that is on trial."""
-        self._store.confirm()
-        return {"revision": self._store.revision}
+        carry_out(self._store.confirm, lambda: self._store.pending is None)
+        return {"revision": self._store.revision} | self._unheard()
 
     def rollback(self, _params: Mapping[str, object]) -> Json:
         """Undo the set that is on trial."""
-        self._store.roll_back()
-        return {"revision": self._store.revision}
+        carry_out(self._store.roll_back, lambda: self._store.pending is None)
+        return {"revision": self._store.revision} | self._unheard()
 
     def refresh(self, _params: Mapping[str, object]) -> Json:
         """Read all feeds of the set in force again, now."""
@@ -208,22 +256,25 @@ class ControlApi:
         return {"bans": [self._ban(ban) for ban in self._store.bans() if ban.expires is None or now < ban.expires]}
 
     def test(self, params: Mapping[str, object]) -> Json:
-        """Say what would be decided for a connection from ``source`` to ``port``."""
+        """Say what is decided for a connection from ``source`` to ``port``, or without one to each listener."""
         source, port = _address(_text(params, "source")), params.get("port")
-        if not isinstance(port, int) or not 1 <= port <= 65535:
+        if port is not None and (not isinstance(port, int) or not 1 <= port <= 65535):
             raise PolicyError(f"port {port}: use 1 to 65535")
-        return {"source": str(source), "port": port} | self._verdict(self._store.verdict(source, port))
-
-    @staticmethod
-    def _verdict(verdict: Verdict) -> Json:
-        result: Json = {
-            "action": verdict.action.name.lower(),
-            "stage": verdict.stage.name.lower(),
-            "rule": verdict.rule,
+        source = unmap(source)
+        for attempt in range(_TEST_ATTEMPTS):
+            revision = self._store.revision
+            asked, _ = targets(self._judge, source.version, port)
+            decisions = self._judge.decide((source, at) for at in asked)
+            differing = [one for one in decisions if one.verdict != self._store.verdict(source, one.target.port)]
+            if not differing or (self._store.revision == revision and attempt):
+                break  # else it was changed meanwhile, or something ended
+        rows = [decision.json() for decision in decisions]
+        first = next((row for row in rows if row["action"] != Action.ALLOW.name.lower()), rows[0])
+        shown = next(decision for decision, row in zip(decisions, rows, strict=True) if row is first)
+        result = {"source": str(source), "port": shown.target.port} | {
+            name: first[name] for name in ("action", "stage", "rule", "dry_run") if name in first
         }
-        if verdict.dry_rule:
-            result["dry_run"] = {"rule": verdict.dry_rule, "action": verdict.dry_action.name.lower()}
-        return result
+        return result | {"decisions": rows, "disagreements": [one.json() for one in differing]}
 
     @staticmethod
     def _rule(rule: StoredRule, sources: Sequence[IPNetwork]) -> Json:
@@ -254,6 +305,19 @@ class ControlApi:
             "hits": ban.hits,
             "created": _wall(ban.created),
         }
+
+
+def _is_denied(decision: Decision) -> bool:
+    return not decision.verdict.allowed
+
+
+def _wanted(rule: Rule) -> Callable[[Decision], bool]:
+    """What a decision is when a rule at run time does what it is for."""
+    if rule.dry_run:
+        return lambda decision: decision.verdict.dry_rule == rule.name
+    if rule.action is Action.ALLOW:
+        return lambda decision: decision.verdict.allowed
+    return _is_denied
 
 
 def _address(text: str) -> IPAddress:

@@ -33,6 +33,7 @@ from . import upkeep
 from .api import ControlApi
 from .cookies import CookieWatch
 from .egress import EgressBackstop
+from .enforced import Judge, KernelJudge, StoreJudge
 from .events import EventHub, GateEvents, rule_names
 from .kernel_relay import KernelRelay
 from .kill import ConnectionKiller
@@ -210,9 +211,16 @@ class _Daemon(WorkerObserver):
         if method == "kill":
             return self._killer.call(params)
         try:
-            return ControlApi(self._host.store, self._feeds).call(method, params)
+            return ControlApi(self._host.store, self._feeds, self._judge()).call(method, params)
         finally:
             self._host.store.sync()  # this is a thread of its own; the answer says that it is kept
+
+    def _judge(self) -> Judge:
+        store, gate = self._host.store, self._host.gate
+        if gate is not None and isinstance(store, KernelStore):
+            witness = gate.witness
+            return KernelJudge(store, lambda: contextlib.nullcontext(witness))
+        return StoreJudge(store, self._listeners.addresses, serving=True)
 
     async def _enforce(self) -> None:
         """Where the operator wants it, end live connections that the policy has come to deny."""
@@ -298,6 +306,8 @@ class _Daemon(WorkerObserver):
             {
                 "pid": os.getpid(),
                 "policy": host.store.kind,
+                "maps": host.store.counters.identity if isinstance(host.store, KernelStore) else None,
+                "witness": None if host.gate is None else host.gate.witness.identity,
                 "why_local": host.why_local or None,
                 "cgroup": str(host.gate.cgroup) if host.gate is not None else None,
                 "egress": "services" if host.gate is None or not host.gate.guards_workers else "services and kernel",

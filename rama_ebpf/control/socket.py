@@ -19,11 +19,13 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+from ..core.errors import RamaError
 from ..policy.journal import acting_for
 from ..policy.rule import PolicyError
 from .api import Json
+from .enforced import InForce
 
-__all__ = ["ControlServer", "ControlUnavailable", "call", "follow"]
+__all__ = ["ControlServer", "ControlUnavailable", "RequestFailed", "call", "follow"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,12 @@ Stream = Callable[[Mapping[str, object]], AsyncGenerator[Json, None]]
 
 class ControlUnavailable(OSError):
     """No server answers on the control socket."""
+
+
+class RequestFailed(RamaError):
+    """The server could not do what it was asked, or not all of it; the text says what is in force."""
+
+    kind = "request_failed"
 
 
 class ControlServer:
@@ -123,9 +131,11 @@ class ControlServer:
             return {"result": self._handler(str(request.get("method")), request.get("params", {}))}
         except (PolicyError, json.JSONDecodeError, KeyError) as error:
             return {"error": str(error)}
+        except InForce as error:
+            return {"error": str(error), "failed": True}
         except OSError as error:
             log.exception("control request failed")
-            return {"error": f"{type(error).__name__}: {error}"}
+            return {"error": f"{type(error).__name__}: {error}", "failed": True}
 
 
 async def _pour(stream: AsyncGenerator[Json, None], writer: asyncio.StreamWriter) -> None:
@@ -155,7 +165,8 @@ def follow(path: Path, method: str, params: Mapping[str, object]) -> Iterator[Js
 def call(path: Path, method: str, params: Mapping[str, object], *, timeout: float = 10.0) -> Json:
     """Ask the server at ``path`` and return its result.
 
-    Raises :class:`ControlUnavailable` if none answers, :class:`PolicyError` with the server's text for a mistake.
+    Raises :class:`ControlUnavailable` if none answers, :class:`PolicyError` with the server's text for a mistake, and
+    :class:`RequestFailed` with it where the server could not do all of it.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -174,7 +185,7 @@ def call(path: Path, method: str, params: Mapping[str, object], *, timeout: floa
 def _result(line: bytes) -> Json:
     answer = json.loads(line)
     if "error" in answer:
-        raise PolicyError(answer["error"])
+        raise RequestFailed(answer["error"]) if answer.get("failed") else PolicyError(answer["error"])
     result = answer["result"]
     assert isinstance(result, dict)
     return result

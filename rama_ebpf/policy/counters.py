@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import sys
+from ipaddress import ip_address
 from typing import Final, Protocol
 
+from ..core.address import SocketAddress, unmap
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from .rule import Action, Stage
@@ -48,6 +50,17 @@ class GateCounters:
             if value:
                 totals[name, stage.name.lower(), action.name.lower()] = value
         return totals
+
+    def guarded(self) -> list[SocketAddress]:
+        """Return the addresses of the listeners that the gate knows."""
+        rows = bpf.map_lookup_batch(self._source.maps["listeners"], abi.LISTENER_KEY.size, abi.LISTENER.size)
+        keys = [abi.LISTENER_KEY.unpack(key) for key, _ in rows]
+        return [SocketAddress(unmap(ip_address(packed)), port) for packed, port, _ in keys]
+
+    @property
+    def identity(self) -> int:
+        """The id of the map ``gate``, by which it is known whether a server uses these maps."""
+        return bpf.map_info(self._source.maps["gate"]).id
 
     def silent_rejects(self) -> int:
         """How many SYNs were to be rejected and got no RST, because the rate of those was used up."""

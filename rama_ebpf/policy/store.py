@@ -144,6 +144,19 @@ class PolicyStore:
         """Judge a connection attempt as the kernel would; rates are reported as within their limit."""
         return self._judgement.verdict(source, port, now)
 
+    def rule_at(self, network: IPNetwork, port: int | None = None) -> StoredRule | None:
+        """Return the runtime rule of exactly this prefix and port, None if there is none."""
+        rule_id = self._runtime.get(network, port or 0)
+        return None if rule_id is None else self._tables.rules.get(rule_id)
+
+    def stored_rule(self, rule_id: int) -> StoredRule | None:
+        """Return a rule of either layer by its id, None if there is no such rule any more."""
+        return self._tables.rules.get(rule_id)
+
+    def ban_of(self, address: IPAddress) -> Ban | None:
+        """Return the ban of exactly this address, also one that has ended; None if there is none."""
+        return self._bans.get(unmap(address))
+
     def rule_name(self, rule_id: int) -> str:
         """Return a rule's name by its id, or the id if there is no such rule any more."""
         rule = self._tables.rules.get(rule_id)
@@ -184,6 +197,12 @@ class PolicyStore:
         if len(rule.sources) != 1:
             raise PolicyError(f"rule {rule.name}: a rule at run time has one source, not {len(rule.sources)}")
         with self._exclusive():
+            present = self.rule_at(rule.sources[0], rule.port)
+            if rule.dry_run and present is not None and present.decides(boottime_ns()):
+                raise PolicyError(
+                    f"{rule.sources[0]} has a rule already, {present.name} ({present.action.name.lower()}), and a dry "
+                    f"run would take its place: nothing is changed"
+                )
             stored = self._tables.rules.get(self._room.place(rule, time.time_ns()))
             assert stored is not None
             told = {"source": str(rule.sources[0]), "port": rule.port, "reason": rule.reason or None}

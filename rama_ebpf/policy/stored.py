@@ -46,6 +46,10 @@ class StoredRule:
     order: int
     """:attr:`.rule.Rule.order`"""
 
+    def decides(self, now: int) -> bool:
+        """Whether it is neither a dry run nor over at ``now``."""
+        return not self.dry_run and (self.expires is None or now < self.expires)
+
     def rule(self, source: IPNetwork) -> Rule:
         """Return it as a rule at run time for one source."""
         return Rule(

@@ -1,0 +1,80 @@
+"""The words of a change: what was asked for, and what is enforced, which is told by who decides."""
+
+from __future__ import annotations
+
+import sys
+from typing import cast
+
+from ..control.api import Json
+from .output import ENVIRONMENT, OK
+
+__all__ = ["outcome", "outcome_of_set", "still_denied"]
+
+_EXAMPLES = 3
+
+
+def _come_first(rows: list[Json]) -> str:
+    """Who decides otherwise, with an example each."""
+    parts = [f"{row['by']} comes first ({row['source']} to {row['listener']})" for row in rows[:_EXAMPLES]]
+    more = len(rows) - len(parts)
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+def _unasked(enforced: Json) -> str:
+    """Why nobody can say that it is in force; the empty text if somebody has."""
+    if enforced["state"] is None:
+        return f"the kernel could not be asked whether it is in force: {enforced['why']}"
+    return ""
+
+
+def note_where_nobody_serves(enforced: Json) -> None:
+    """Say on stderr that no server enforces anything now."""
+    if not enforced["serving"]:
+        print("no server runs: it will be in force when one starts", file=sys.stderr)
+
+
+def outcome(done: str, result: Json) -> tuple[str, int]:
+    """Return the words and the exit code of a change. ``done`` says that it is done, ``result`` is the server's."""
+    enforced = cast("Json | None", result.get("enforced"))
+    if enforced is None:
+        return done, OK
+    note_where_nobody_serves(enforced)
+    if why := _unasked(enforced):
+        return (f"{done}: recorded, but {why}", ENVIRONMENT) if enforced["serving"] else (done, OK)
+    otherwise, before = cast("list[Json]", enforced["otherwise"]), cast("list[Json]", enforced["before"])
+    if enforced["state"] == "none":
+        if result.get("dry_run"):
+            return f"{done}, but {_come_first(otherwise)}: it is never reached", OK
+        return f"recorded, not enforced: {_come_first(otherwise)}", ENVIRONMENT
+    if otherwise:
+        return f"{done}, but {_come_first(otherwise)}", OK
+    if before:
+        return f"{done} ({', '.join(str(row['by']) for row in before)} comes first, and does the same)", OK
+    if enforced["serving"] and not enforced["listening"] and result.get("port") is not None:
+        return f"{done} (no listener has port {result['port']})", OK
+    return done, OK
+
+
+def still_denied(done: str, result: Json) -> tuple[str, int]:
+    """The same for what takes a block or a ban back: others may turn the source away all the same."""
+    enforced = cast("Json | None", result.get("enforced"))
+    if enforced is None:
+        return done, OK
+    note_where_nobody_serves(enforced)
+    if why := _unasked(enforced):
+        return (f"{done}: recorded, but {why}", ENVIRONMENT) if enforced["serving"] else (done, OK)
+    otherwise = cast("list[Json]", enforced["otherwise"])
+    if not otherwise:
+        return done, OK
+    by = ", ".join(str(row["by"]) for row in otherwise[:_EXAMPLES])
+    return f"{done}, but it is still turned away: {by}", OK
+
+
+def outcome_of_set(done: str, result: Json) -> tuple[str, int]:
+    """The same for a whole set: rules of it that who decides does not find."""
+    if "why" in result:
+        return f"{done}: recorded, but the kernel could not be asked: {result['why']}", ENVIRONMENT
+    missing = cast("list[str]", result.get("unheard") or [])
+    if not missing:
+        return done, OK
+    return f"recorded, not enforced: {'; '.join(missing[:_EXAMPLES])}", ENVIRONMENT
