@@ -143,9 +143,23 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
 )
 
 
-def examine() -> list[Finding]:
+def examine(instance: Instance) -> list[Finding]:
     """Run all checks; they change nothing."""
-    return [check() for check in _CHECKS]
+    return [*(check() for check in _CHECKS), *_audited(instance)]
+
+
+def _audited(instance: Instance) -> list[Finding]:
+    """What the running server's audit has found."""
+    audit = instance.read_state().get("audit") if instance.serving_pid() is not None else None
+    if not isinstance(audit, dict):
+        return []
+    remedy = "rama-ebpf policy load the policy again, or restart; rama-ebpf status says more"
+    if audit["standing"]:
+        return [Finding("policy in force", False, "; ".join(audit["standing"]), remedy)]
+    if audit["disagreements"]:
+        found = f"{audit['disagreements']} disagreements of kernel and policy were put in order: {audit['last']}"
+        return [Finding("policy in force", None, found)]
+    return [Finding("policy in force", True, "kernel and policy agree")]
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -159,7 +173,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
 def _doctor(args: argparse.Namespace) -> int:
     if args.self_test:
         _try_sockmap()
-    findings = examine()
+    findings = examine(args.instance)
     missing = [finding for finding in findings if finding.ok is False]
     if args.json:
         rows = [{"subject": f.subject, "ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings]

@@ -49,6 +49,7 @@ def status(instance: Instance) -> Json:
         "cgroup": state.get("cgroup"),
         "egress": state.get("egress"),
         "xdp": [_xdp(row) for row in _rows(state, "xdp")],
+        "audit": state.get("audit"),
         "syn_cookies": state.get("syn_cookies"),
         "silent_rejects": 0,
         "sockmap": state.get("sockmap"),
@@ -118,6 +119,11 @@ def _status(args: argparse.Namespace) -> int:
     if isinstance(workers := result["workers"], dict) and workers["serving"] < workers["expected"]:
         since = f", since {time.time() - workers['since']:.0f} s" if workers["since"] is not None else ""
         print(f"{workers['serving']} of {workers['expected']} workers serve{since}")
+    if isinstance(audit := result["audit"], dict) and audit["disagreements"]:
+        found = audit["disagreements"]
+        print(f"{found} disagreement{'s' * (found > 1)} of kernel and policy, the last: {audit['last']}")
+        for what in audit["standing"]:
+            print(f"THE KERNEL DOES NOT HAVE WHAT WAS ASKED FOR: {what}")
     if isinstance(cookies := result["syn_cookies"], dict):
         print(f"SYN cookies by XDP: {cookies['why_never'] or 'on'}")
     if isinstance(sockmap := result["sockmap"], dict):

@@ -24,6 +24,7 @@ from ..kernel.instance import ServerLock
 from ..kernel.xdp import XdpAttachment
 from ..metrics.directory import MetricsDirectory
 from ..policy.feed_store import FeedStore
+from ..policy.integrity import Integrity
 from ..policy.kernel_store import KernelStore
 from ..policy.refresh import Refresher
 from ..policy.rule import PolicyError
@@ -31,6 +32,7 @@ from ..process import Nursery, Plan, Supervisor, WorkerObserver, WorkerProcess
 from ..services.tcp import bind_tcp
 from . import upkeep
 from .api import ControlApi
+from .audit import Audit
 from .cookies import CookieWatch
 from .egress import EgressBackstop
 from .enforced import Judge, KernelJudge, StoreJudge
@@ -111,6 +113,7 @@ class _Daemon(WorkerObserver):
         self._killer = ConnectionKiller(self._listeners.addresses, () if host.gate is None else host.gate.own_cgroups)
         self._events = EventHub() if host.gate is None else GateEvents(host.gate.maps, rule_names(host.store)).hub
         self._cleanup = cleanup
+        self._audit = self._make_audit()
         self._deployment = Deployment(
             host, self._listeners, self._egress, self._feeds, thread, lambda options: self._in_force(options)
         )
@@ -167,6 +170,8 @@ class _Daemon(WorkerObserver):
         nursery.keep("keeping bans on disk", lambda: upkeep.sync(store, thread))
         nursery.keep("refreshing feeds", lambda: upkeep.refresh(store, Refresher(store, self._feeds)))
         nursery.keep("ending denied connections", self._enforce)
+        if self._audit is not None:
+            nursery.keep("auditing the policy", self._audit.watch)
         nursery.keep("following the nameservers", self._egress.follow_nameservers)
         nursery.keep("watching SYN cookies", lambda: self._cookies.watch(self._write_state))
         try:
@@ -214,6 +219,16 @@ class _Daemon(WorkerObserver):
             return ControlApi(self._host.store, self._feeds, self._judge()).call(method, params)
         finally:
             self._host.store.sync()  # this is a thread of its own; the answer says that it is kept
+
+    def _make_audit(self) -> Audit | None:
+        store, gate = self._host.store, self._host.gate
+        if gate is None or not isinstance(store, KernelStore):
+            return None  # there is one copy of the policy
+        witness = gate.witness
+        judge = KernelJudge(store, lambda: contextlib.nullcontext(witness))
+        integrity = Integrity(store, witness)
+        self._cleanup.callback(integrity.close)
+        return Audit(store, judge, integrity, self._write_state)
 
     def _judge(self) -> Judge:
         store, gate = self._host.store, self._host.gate
@@ -312,6 +327,7 @@ class _Daemon(WorkerObserver):
                 "cgroup": str(host.gate.cgroup) if host.gate is not None else None,
                 "egress": "services" if host.gate is None or not host.gate.guards_workers else "services and kernel",
                 "xdp": [] if host.gate is None else [_described(attached) for attached in host.gate.xdp],
+                "audit": None if self._audit is None else self._audit.described(),
                 "syn_cookies": self._cookies.state,
                 "sockmap": asdict(self._relay.status),
                 "workers": {"expected": counts.expected, "serving": counts.serving, "since": since},
@@ -326,6 +342,7 @@ class _Daemon(WorkerObserver):
         # Imported only where it is wanted: it brings the HTTP services, a fifth of the time to start.
         from .exposition import (
             MetricsServer,
+            disagreements_collector,
             silent_rejects_collector,
             supervisor_collector,
             verdict_collector,
@@ -337,6 +354,8 @@ class _Daemon(WorkerObserver):
         if isinstance(store, KernelStore):
             collectors.append(verdict_collector(Verdicts(store)))
             collectors.append(silent_rejects_collector(store.counters.silent_rejects))
+        if (audit := self._audit) is not None:
+            collectors.append(disagreements_collector(lambda: audit.disagreements))
         return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors)
 
 

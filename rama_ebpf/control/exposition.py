@@ -20,7 +20,14 @@ from ..process import Supervisor, WorkerObserver, WorkerProcess
 from ..services.http import Body, Headers, HttpServer, Request, Response
 from ..services.tcp import TcpServer
 
-__all__ = ["MetricsFiles", "MetricsServer", "silent_rejects_collector", "supervisor_collector", "verdict_collector"]
+__all__ = [
+    "MetricsFiles",
+    "MetricsServer",
+    "disagreements_collector",
+    "silent_rejects_collector",
+    "supervisor_collector",
+    "verdict_collector",
+]
 
 Verdicts = Callable[[], Mapping[tuple[str, str, str], int]]
 
@@ -50,6 +57,16 @@ def silent_rejects_collector(total: Callable[[], int]) -> Collector:
 
     def collect() -> Iterable[Metric]:
         yield CounterMetricFamily("rama_silent_rejects", "Rejected connections that got no RST.", value=total())
+
+    return _Collector(collect)
+
+
+def disagreements_collector(total: Callable[[], int]) -> Collector:
+    """Collect ``rama_ebpf_gate_disagreements_total`` from a function that returns it."""
+
+    def collect() -> Iterable[Metric]:
+        text = "Times that the policy in the kernel was not what it was to be."
+        yield CounterMetricFamily("rama_ebpf_gate_disagreements", text, value=total())
 
     return _Collector(collect)
 

@@ -36,6 +36,7 @@ __all__ = [
     "map_info",
     "map_lookup",
     "map_lookup_batch",
+    "map_lookup_slice",
     "map_next_key",
     "map_update",
     "obj_get",
@@ -242,6 +243,36 @@ def map_lookup_batch(fd: int, key_size: int, value_size: int, chunk: int = 4096)
         if done:
             return entries
         in_token = ctypes.create_string_buffer(out_token.raw, token_size)
+
+
+def map_lookup_slice(
+    fd: int, key_size: int, value_size: int, token: bytes | None, count: int
+) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
+    """Return about ``count`` entries of a hash map, and the token by which the next call goes on; None: that was the
+    end."""
+    before = None if token is None else _buffer(token)
+    after = ctypes.create_string_buffer(max(4, key_size))
+    while True:
+        keys, values = ctypes.create_string_buffer(count * key_size), ctypes.create_string_buffer(count * value_size)
+        where = (0 if before is None else _address(before), _address(after), _address(keys), _address(values))
+        attr = ctypes.create_string_buffer(struct.pack("=QQQQIIQQ", *where, count, fd, 0, 0), _ATTR_SIZE)
+        done = False
+        try:
+            _bpf_inout(_LOOKUP_BATCH, attr)
+        except FileNotFoundError:
+            done = True
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # one hash bucket holds more
+                raise
+            count *= 2
+            continue
+        met = struct.unpack_from("=I", attr.raw, 32)[0]
+        raw_keys, raw_values = keys.raw, values.raw
+        entries = [
+            (raw_keys[i * key_size : (i + 1) * key_size], raw_values[i * value_size : (i + 1) * value_size])
+            for i in range(met)
+        ]
+        return entries, None if done else after.raw
 
 
 # -- pins ------------------------------------------------------------------------------------------------------------

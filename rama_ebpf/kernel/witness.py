@@ -22,12 +22,13 @@ from ..core.address import IPAddress, SocketAddress, mapped
 from . import abi, bpf
 from .bytecode import Program
 
-__all__ = ["WITNESS_PROGRAM", "Answer", "Question", "Witness"]
+__all__ = ["WITNESS_PROGRAM", "Answer", "Question", "SourceQuestion", "Witness"]
 
 _SCHED_CLS: Final = 3  # enum bpf_prog_type: its test runs take any bytes as a packet
 WITNESS_PROGRAM: Final = Program("witness", _SCHED_CLS)
 _BATCH: Final = abi.constants()["MAX_QUESTIONS"]
 _TRIES: Final = 16
+_NO_TARGET: Final = bytes(16)
 _LISTENER: Final = {
     abi.constants()["TESTIMONY_NO_LISTENER"]: None,
     abi.constants()["TESTIMONY_OPEN"]: True,
@@ -44,6 +45,17 @@ class Question:
 
     def pack(self, nonce: int) -> bytes:
         return abi.QUESTION.pack(mapped(self.source), mapped(self.target.ip), self.target.port, 0, nonce, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceQuestion:
+    """A SYN from a source, in the 16 bytes of its IPv4-mapped form, to a port, whoever listens there."""
+
+    source: bytes
+    port: int
+
+    def pack(self, nonce: int) -> bytes:
+        return abi.QUESTION.pack(self.source, _NO_TARGET, self.port, 0, nonce, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +106,13 @@ class Witness:
         finally:
             os.close(fd)
 
-    def ask(self, questions: Iterable[Question]) -> list[Answer]:
+    def ask(self, questions: Iterable[Question | SourceQuestion]) -> list[Answer]:
         """Return an answer to each question, in order. Raises OSError."""
         asked = list(questions)
         batches = (asked[at : at + _BATCH] for at in range(0, len(asked), _BATCH))
         return list(itertools.chain.from_iterable(map(self._batch, batches)))
 
-    def _batch(self, questions: Sequence[Question]) -> list[Answer]:
+    def _batch(self, questions: Sequence[Question | SourceQuestion]) -> list[Answer]:
         for _ in range(_TRIES):
             nonce = random.getrandbits(32)
             packet = bytes(abi.TESTIMONY_HEAD.size) + b"".join(question.pack(nonce) for question in questions)

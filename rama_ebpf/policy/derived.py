@@ -51,8 +51,8 @@ class DerivedState:
         gate = self._tables.gate()
         self._tell(gate.runtime, gate.flags | self._failsafe)
 
-    def rebuild(self) -> None:
-        """Derive everything anew from the entries."""
+    def rebuild(self) -> bool:
+        """Derive everything anew from the entries; return whether the programs have looked for too little."""
         runtime, flags = (0, 0), 0
         for (network, port), _ in self._tables.runtime.items():
             runtime = _with_length(runtime, network)
@@ -61,7 +61,9 @@ class DerivedState:
             flags |= self._bans
         if self._tables.gate().failsafe_ports or self._tables.failsafe.networks():
             flags |= self._failsafe
+        gate = self._tables.gate()
         self._tell(runtime, flags)
+        return bool(flags & ~gate.flags or runtime[0] & ~gate.runtime[0] or runtime[1] & ~gate.runtime[1])
 
     def lengths(self, version: int) -> Sequence[int]:
         """Return the prefix lengths that the runtime layer has, the longest first."""

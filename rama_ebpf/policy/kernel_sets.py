@@ -60,6 +60,10 @@ class KernelSets:
         finally:
             bpf.close(fd)
 
+    def put_back(self, which: int, opened: KernelSet) -> None:
+        """Put a set that is still open where it was: for one that somebody else has exchanged."""
+        bpf.map_update(self._maps["sets"], number(which), opened.fileno().to_bytes(4, sys.byteorder))
+
     def open(self, which: int) -> KernelSet:
         raw = bpf.map_lookup(self._maps["sets"], number(which), 4)
         assert raw is not None  # an array has all its elements
@@ -103,6 +107,10 @@ class KernelSet:
     @property
     def token(self) -> int:
         return bpf.map_info(self._fd).id
+
+    def fileno(self) -> int:
+        """The descriptor of its pages."""
+        return self._fd
 
     @property
     def pages(self) -> int:

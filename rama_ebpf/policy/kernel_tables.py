@@ -20,7 +20,7 @@ from .rule import Action, Ban, PolicyError, Rule
 from .stored import StoredRule
 from .tables import Place, TableFull
 
-__all__ = ["KernelTables"]
+__all__ = ["KernelTables", "packed_rule"]
 
 _FULL: Final = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
 _CROWDED: Final = 64
@@ -86,6 +86,15 @@ def _put(fd: int, key: bytes, value: bytes) -> None:
         raise TableFull from error
 
 
+def packed_rule(rule: Rule) -> bytes:
+    """Return a rule as the programs read it, ``struct rule``."""
+    constant = abi.constants()
+    certain = rule.port is None and rule.expires is None and not rule.dry_run
+    flags = constant["RULE_DRY_RUN"] * rule.dry_run | constant["RULE_CERTAIN"] * certain
+    fields = (rule.action, flags, rule.expires or 0, *packed_limit(rule.limit), rule.port or 0, rule.order, 0)
+    return abi.RULE.pack(*fields)
+
+
 class _Rules:
     """The maps ``rule_info`` (which also says what ids are taken), ``rules`` and ``rule_hits``."""
 
@@ -93,7 +102,7 @@ class _Rules:
         self.most = maps.sizes.rules
         self.ids = maps.capacity("rules")
         self._info, self._rules, self._hits = maps["rule_info"], maps["rules"], maps["rule_hits"]
-        self._dry_run, self._certain = abi.constants()["RULE_DRY_RUN"], abi.constants()["RULE_CERTAIN"]
+        self._dry_run = abi.constants()["RULE_DRY_RUN"]
 
     def add(self, rule_id: int, rule: Rule, created: int) -> bool:
         info = abi.RULE_INFO.pack(created, rule.name.encode(), rule.origin.encode(), rule.reason.encode())
@@ -107,10 +116,7 @@ class _Rules:
             raise TableFull from error
         hits = bytes(abi.RULE_HITS.size * abi.possible_cpus())
         bpf.map_update(self._hits, number(rule_id), hits)
-        certain = rule.port is None and rule.expires is None and not rule.dry_run
-        flags = self._dry_run * rule.dry_run | self._certain * certain
-        fields = (rule.action, flags, rule.expires or 0, *packed_limit(rule.limit), rule.port or 0, rule.order, 0)
-        bpf.map_update(self._rules, number(rule_id), abi.RULE.pack(*fields))
+        bpf.map_update(self._rules, number(rule_id), packed_rule(rule))
         return True
 
     def get(self, rule_id: int) -> StoredRule | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -56,6 +56,7 @@ class PolicyStore:
         self._judgement = Judgement(tables, self._loaded, self._runtime, self._bans, self._failsafe)
         self._journal: Journal | None = None
         self._unsynced = False
+        self._disagreed: Callable[[str], None] = log.error
 
     @property
     def kind(self) -> str:
@@ -355,8 +356,13 @@ class PolicyStore:
             expired = self._runtime.drop_ended(now, candidates)
             self._room.free()
             expired += self._bans.sweep(now)
-            self._derived.rebuild()
+            if self._derived.rebuild():
+                self._disagreed("the programs did not look for some rules, bans or the failsafe")
             return expired
+
+    def tell_of_disagreements(self, tell: Callable[[str], None]) -> None:
+        """Call ``tell`` with what a sweep has found not to be what it was to be, and has put in order."""
+        self._disagreed = tell
 
     def rebuild(self) -> None:
         """Derive anew, from the entries, what the programs are told of them: a writer may have been killed half way."""

@@ -1,0 +1,31 @@
+"""Reading a large hash map in slices: each goes on where the last one ended, and the first follows the last.
+
+Reference: ``generic_map_lookup_batch`` and ``__htab_map_lookup_and_delete_batch`` in ``kernel/bpf``.
+"""
+
+from __future__ import annotations
+
+from . import bpf
+
+__all__ = ["MapWalk"]
+
+
+class MapWalk:
+    """Walks round and round through a map. What is there all the time is met once a round; of what others write
+    meanwhile, some may be."""
+
+    def __init__(self, fd: int, key_size: int, value_size: int) -> None:
+        self._fd = fd
+        self._sizes = key_size, value_size
+        self._token: bytes | None = None
+        self._met = 0
+        self.known = 0
+        """How many entries the last whole round has met."""
+
+    def next(self, count: int) -> list[tuple[bytes, bytes]]:
+        """Return about ``count`` entries more; fewer, or none, at the end of a round."""
+        entries, self._token = bpf.map_lookup_slice(self._fd, *self._sizes, self._token, count)
+        self._met += len(entries)
+        if self._token is None:
+            self.known, self._met = self._met, 0
+        return entries

@@ -1,0 +1,279 @@
+"""The audit: what is planted in the kernel's tables behind the policy's back is found, put in order, and told."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+
+from rama_ebpf.control.audit import Audit
+from rama_ebpf.control.enforced import KernelJudge
+from rama_ebpf.core.address import SocketAddress
+from rama_ebpf.kernel import abi, bpf
+from rama_ebpf.kernel.gate_maps import set_pages
+from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.kernel.witness import WITNESS_PROGRAM, Witness
+from rama_ebpf.policy.integrity import Integrity
+from rama_ebpf.policy.kernel_store import KernelStore
+from rama_ebpf.policy.rule import Action, Rule, RuleSet, Settings, Stage, SynLimit, Verdict, parse_network
+
+from ..conftest import StartProxy
+from ..lab import Lab, wait_for
+from .probe import Probe
+from .test_server import answered, shut_out
+
+pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+
+SET = (
+    Rule("listed", (parse_network("198.18.3.0/24"), parse_network("2001:db8:3::/48")), Action.DROP, origin="file"),
+    Rule("office", (parse_network("198.18.4.0/24"),), Action.ALLOW, origin="file"),
+    Rule("slow", (parse_network("198.18.5.0/24"),), Action.LIMIT, limit=SynLimit(1, 5), port=443, origin="file"),
+)
+EXPECTED = {
+    ("198.18.1.1", 1080): (Action.DROP, Stage.RULE),
+    ("198.18.2.9", 443): (Action.DROP, Stage.RULE),
+    ("198.18.2.9", 1080): (Action.ALLOW, Stage.DEFAULT),
+    ("2001:db8:1::1", 1080): (Action.REJECT, Stage.RULE),
+    ("198.18.3.3", 1080): (Action.DROP, Stage.RULE),
+    ("2001:db8:3::3", 1080): (Action.DROP, Stage.RULE),
+    ("198.18.6.6", 1080): (Action.DROP, Stage.BAN),
+    ("198.18.99.1", 1080): (Action.ALLOW, Stage.FAILSAFE),
+    ("198.18.7.7", 1080): (Action.ALLOW, Stage.DEFAULT),
+}
+
+
+class Scene:
+    """A policy of all kinds in a kernel, and its audit."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.store, self.maps = probe.store, probe.maps
+        self.witness = Witness(probe.programs["witness"])
+        self.judge = KernelJudge(self.store, lambda: contextlib.nullcontext(self.witness))
+        self.store.set_failsafe([parse_network("198.18.99.0/24")], (9,))
+        self.store.replace(RuleSet(SET, Settings(Action.ALLOW, SynLimit(100, 100))))
+        self.store.add(block("198.18.1.0/24"))
+        self.store.add(block("198.18.2.9/32", port=443))
+        self.store.add(block("2001:db8:1::/48", Action.REJECT))
+        self.store.ban(ip_address("198.18.6.6"))
+        self.integrity = Integrity(self.store, self.witness)
+        self.audit = Audit(self.store, self.judge, self.integrity, lambda: None)
+        self.audit.look()  # it remembers the revision
+
+    def decided(self) -> dict[tuple[str, int], tuple[Action, Stage]]:
+        """What the programs decide."""
+        asked = [(ip_address(source), SocketAddress(ip_address("0.0.0.0"), port)) for source, port in EXPECTED]
+        verdicts: list[Verdict] = [decision.verdict for decision in self.judge.decide(asked)]
+        return {key: (verdict.action, verdict.stage) for key, verdict in zip(EXPECTED, verdicts, strict=True)}
+
+    def change_gate(self, **members: object) -> None:
+        self.store.tables.put_gate(replace(self.store.tables.gate(), **members))  # type: ignore[arg-type]
+
+    def id_of(self, name: str) -> bytes:
+        (found,) = (record.rule.id for record in self.store.records() if record.rule.name == name)
+        return found.to_bytes(4, sys.byteorder)
+
+    def change_row(self, name: str, **members: int) -> None:
+        names = ("action", "flags", "expires", "emission", "tolerance", "port", "order", "pad")
+        raw = bpf.map_lookup(self.maps["rules"], self.id_of(name), abi.RULE.size)
+        assert raw is not None
+        row = dict(zip(names, abi.RULE.unpack(raw), strict=True)) | members
+        bpf.map_update(self.maps["rules"], self.id_of(name), abi.RULE.pack(*row.values()))
+
+
+def block(source: str, action: Action = Action.DROP, port: int | None = None) -> Rule:
+    network = parse_network(source)
+    return Rule(f"{action.name.lower()}:{network}", (network,), action, port)
+
+
+@pytest.fixture
+def scene(instance: str) -> Iterator[Scene]:
+    with Probe(Instance(instance), None, WITNESS_PROGRAM) as probe:
+        made = Scene(probe)
+        yield made
+        made.integrity.close()
+
+
+def _without_length(scene: Scene) -> None:
+    ipv4, ipv6 = scene.store.tables.gate().runtime
+    scene.change_gate(runtime=(ipv4 & ~(1 << 96 + 24), ipv6))
+
+
+def _without_ports(scene: Scene) -> None:
+    scene.change_gate(flags=scene.store.tables.gate().flags & ~abi.constants()["GATE_RUNTIME_PORTS"])
+
+
+def _without_bans(scene: Scene) -> None:
+    scene.change_gate(flags=scene.store.tables.gate().flags & ~abi.constants()["GATE_BANS"])
+
+
+def _without_failsafe(scene: Scene) -> None:
+    scene.change_gate(flags=scene.store.tables.gate().flags & ~abi.constants()["GATE_FAILSAFE"])
+
+
+def _other_default(scene: Scene) -> None:
+    sets = scene.store.tables.gate().sets
+    active = scene.store.tables.gate().active
+    changed = [replace(head, default=int(Action.DROP)) if at == active else head for at, head in enumerate(sets)]
+    scene.change_gate(sets=tuple(changed))
+
+
+def _without_limits(scene: Scene) -> None:
+    active = scene.store.tables.gate().active
+    sets = scene.store.tables.gate().sets
+    scene.change_gate(sets=tuple(replace(h, per_source=(0, 0)) if at == active else h for at, h in enumerate(sets)))
+
+
+def _other_failsafe(scene: Scene) -> None:
+    for network in scene.store.failsafe():
+        scene.store.tables.failsafe.drop(network)
+    scene.store.tables.failsafe.put(parse_network("198.18.0.0/16"))
+
+
+def _row_of_runtime_gone(scene: Scene) -> None:
+    bpf.map_update(scene.maps["rules"], scene.id_of("drop:198.18.1.0/24"), bytes(abi.RULE.size))
+
+
+def _row_of_set_gone(scene: Scene) -> None:
+    bpf.map_update(scene.maps["rules"], scene.id_of("listed"), bytes(abi.RULE.size))
+
+
+def _action_of_set(scene: Scene) -> None:
+    scene.change_row("listed", action=int(Action.ALLOW))
+
+
+def _end_of_set(scene: Scene) -> None:
+    scene.change_row("listed", flags=0, expires=1)
+
+
+def _port_of_runtime(scene: Scene) -> None:
+    scene.change_row("drop:198.18.1.0/24", flags=0, port=9)
+
+
+def _described_no_more(scene: Scene) -> None:
+    bpf.map_delete(scene.maps["rule_info"], scene.id_of("reject:2001:db8:1::/48"))
+
+
+def _other_set(scene: Scene) -> None:
+    fd = set_pages(1).create("set")
+    active = scene.store.tables.gate().active
+    bpf.map_update(scene.maps["sets"], active.to_bytes(4, sys.byteorder), fd.to_bytes(4, sys.byteorder))
+    bpf.close(fd)
+
+
+def _without_chains(scene: Scene) -> None:
+    active, most = scene.store.tables.gate().active, abi.constants()["MAX_CHAIN_ITEMS"]
+    for index in range(16):
+        at = active * most + index
+        bpf.map_update(scene.maps["chains"], at.to_bytes(4, sys.byteorder), abi.CHAIN_ITEM.pack(0, 0, 1))
+
+
+PLANTED = [
+    _without_length,
+    _without_ports,
+    _without_bans,
+    _without_failsafe,
+    _other_default,
+    _without_limits,
+    _other_failsafe,
+    _row_of_runtime_gone,
+    _row_of_set_gone,
+    _action_of_set,
+    _end_of_set,
+    _port_of_runtime,
+    _described_no_more,
+    _other_set,
+    _without_chains,
+]
+
+
+def test_an_audit_of_what_is_in_order_finds_nothing(scene: Scene) -> None:
+    assert scene.decided() == EXPECTED
+    for _ in range(20):
+        scene.audit.look()
+    assert (scene.audit.disagreements, scene.audit.problems) == (0, {})
+
+
+def test_changes_by_commands_are_no_disagreements(scene: Scene) -> None:
+    for number in range(8):
+        scene.store.add(block(f"198.18.1.{number}/32"))
+        scene.store.ban(ip_address(f"198.18.8.{number}"), ttl=3600)
+        scene.audit.look()
+        scene.store.remove(parse_network(f"198.18.1.{number}/32"))
+        scene.store.set_settings(Settings(Action.REJECT if number % 2 else Action.ALLOW))
+        scene.audit.look()
+        scene.store.replace(RuleSet(SET[: number % 3], Settings()), confirm_within=3600)
+        scene.audit.look()
+        scene.store.roll_back()
+        scene.store.set_failsafe([parse_network("198.18.99.0/24")], (9,) * (number % 2))
+        scene.audit.look()
+    assert (scene.audit.disagreements, scene.audit.problems) == (0, {})
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__.strip("_"))
+def test_a_planted_difference_is_found_put_in_order_and_told(
+    scene: Scene, plant: Callable[[Scene], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = scene.store.settings()
+    plant(scene)
+    scene.audit.look()
+    assert scene.audit.disagreements >= 1
+    assert "the policy in the kernel was not what it is to be, and is again" in caplog.text
+    assert "policy" in scene.audit.problems
+    assert scene.decided() == EXPECTED
+    assert (scene.store.settings(), scene.store.failsafe()) == (settings, [parse_network("198.18.99.0/24")])
+    assert {str(record.sources[0]) for record in scene.store.records()} >= {"198.18.1.0/24", "2001:db8:1::/48"}
+    seen = scene.audit.disagreements
+    scene.audit.look()
+    assert scene.audit.disagreements == seen
+
+
+def test_a_lost_allow_ends_and_what_nothing_describes_is_turned_away(scene: Scene) -> None:
+    scene.store.add(block("198.18.7.7/32", Action.ALLOW))
+    scene.store.add(block("198.18.7.8/32", Action.ALLOW))
+    bpf.map_update(scene.maps["rules"], scene.id_of("allow:198.18.7.7/32"), bytes(abi.RULE.size))
+    scene.audit.look()
+    assert scene.store.rule_at(parse_network("198.18.7.7/32")) is None
+    key = scene.id_of("allow:198.18.7.8/32")
+    bpf.map_update(scene.maps["rules"], key, bytes(abi.RULE.size))
+    bpf.map_delete(scene.maps["rule_info"], key)
+    scene.audit.look()
+    stored = scene.store.rule_at(parse_network("198.18.7.8/32"))
+    assert stored is not None
+    assert (stored.action, stored.name) == (Action.DROP, "drop:198.18.7.8/32")
+
+
+def test_every_rule_is_looked_at_within_its_rounds(scene: Scene) -> None:
+    for number in range(3000):
+        scene.store.tables.runtime.put((parse_network(f"10.0.{number // 256}.{number % 256}"), 0), 1)
+    looked: set[bytes] = set()
+    rounds = 0
+    while len(looked) < 3003:
+        scene.integrity._runtime.known = 3003
+        looked.update(key for key, _ in scene.integrity._runtime.next(100))
+        rounds += 1
+        assert rounds < 60
+
+
+def test_a_server_finds_what_was_planted_and_says_so_everywhere(lab: Lab, start_proxy: StartProxy) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    proxy = start_proxy(server, "--listen", f"{server.ipv4}:1080", "--metrics", "127.0.0.1:9464", "--workers", "1")
+    proxy.command("block", client.ipv4)
+    assert shut_out(client, server.ipv4)
+    assert proxy.json("status")["audit"] == {"disagreements": 0, "last": None, "when": None, "standing": []}
+    with KernelStore(Instance(proxy.instance)) as store:
+        gate = store.tables.gate()
+        store.tables.put_gate(replace(gate, runtime=(0, 0)))
+    assert answered(client, server.ipv4)
+    wait_for(lambda: proxy.logged("was not what it is to be, and is again: the programs do not look for"), timeout=60)
+    assert shut_out(client, server.ipv4)
+    metrics = server.run("curl", "-sS", "--max-time", "30", "http://127.0.0.1:9464/metrics").stdout
+    assert re.search(r"^rama_ebpf_gate_disagreements_total 1\.0$", metrics, flags=re.M)
+    wait_for(lambda: proxy.json("status")["audit"]["disagreements"] == 1, what="the state")
+    assert "1 disagreement of kernel and policy" in proxy.command("status").stdout
+    doctor = proxy.command("doctor", check=False)
+    assert "the programs do not look for" in doctor.stdout
