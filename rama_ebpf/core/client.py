@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from .address import IPAddress, SocketAddress
 from .extensions import Extensions
 
 __all__ = [
+    "Carrier",
     "ClientAddress",
     "HasExtensions",
     "ListenerName",
@@ -25,6 +26,10 @@ class HasExtensions(Protocol):
 
     @property
     def extensions(self) -> Extensions: ...
+
+
+Carrier = TypeVar("Carrier", bound=HasExtensions)
+"""The input of a layer that reads or adds extensions: it hands on what it was given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import RamaError, StackError
 from .matchers import Matcher
-from .service import Service, accepts_of, name_of
+from .service import Service, accepts_of, check_fit, name_of, needs_of_all
 
 __all__ = ["Either", "NoRoute", "Router"]
 
@@ -29,7 +29,14 @@ class Router:
     def __init__(self, *routes: tuple[Matcher, Service[Any, Any]], fallback: Service[Any, Any] | None = None) -> None:
         self._routes = routes
         self._fallback = fallback
-        self.accepts = _common_input([service for _, service in routes] + ([] if fallback is None else [fallback]))
+        services = [service for _, service in routes] + ([] if fallback is None else [fallback])
+        for matcher, _ in routes:
+            if not callable(matcher):
+                raise StackError(f"a route of {name_of(self)} has {matcher!r} where it needs a matcher")
+        self.accepts = _common_input(services)
+        for service in services:
+            check_fit(self, self.accepts or object, service)
+        self.needs = needs_of_all(services)
 
     async def __call__(self, input: Any, /) -> Any:
         for matcher, service in self._routes:

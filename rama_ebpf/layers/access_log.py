@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ..core.address import Authority, SocketAddress
 from ..core.auth import User
@@ -16,7 +15,7 @@ from ..core.client import client_address
 from ..core.errors import RamaError
 from ..core.extensions import Extensions
 from ..core.notes import Note
-from ..core.service import Service
+from ..core.service import Output, Service
 from ..core.stream import Stream
 from ..relay.report import TunnelReport
 
@@ -98,8 +97,8 @@ class AccessLogLayer:
         self._sink = sink
         self._clock = clock
 
-    def __call__(self, inner: Service[Stream, Any]) -> Service[Stream, Any]:
-        async def serve(stream: Stream) -> Any:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def serve(stream: Stream, /) -> Output:
             started = self._clock()
             error: BaseException | None = None
             try:

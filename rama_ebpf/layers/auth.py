@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ..core.auth import Authenticator, Credentials, User
-from ..core.client import HasExtensions
+from ..core.client import Carrier
 from ..core.errors import AuthFailed, RamaError
 from ..core.proven import LocalProven, Proven
-from ..core.service import Service
+from ..core.service import Output, Service, check_fit
 from ..core.text_file import read_text_file
 from .check_queue import CheckQueue
 from .hashes import DEAR_SECONDS, PasswordHash, choose_cost, hash_password, parse_hash
@@ -49,10 +49,11 @@ class AuthLayer:
     """
 
     def __init__(self, authenticate: Authenticator) -> None:
+        check_fit(self, Credentials, authenticate)
         self._authenticate = authenticate
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
-        async def serve(input: HasExtensions) -> Any:
+    def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
+        async def serve(input: Carrier, /) -> Output:
             credentials = input.extensions.get(Credentials)
             if credentials is None:
                 raise AuthFailed("no credentials", kind="auth_absent")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from ..core.errors import RamaError
-from ..core.service import Service
+from ..core.service import Input, Output, Service, check_key
 
 __all__ = ["CircuitBreakerLayer", "CircuitOpen"]
 
@@ -56,13 +56,14 @@ class CircuitBreakerLayer:
         self._on = on
         self._failures = failures
         self._pause = pause
+        check_key(self, key)
         self._key = key
         self._max_keys = max_keys
         self._clock = clock
         self._circuits: OrderedDict[Hashable, _Circuit] = OrderedDict()
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
-        async def serve(input: Any) -> Any:
+    def __call__(self, inner: Service[Input, Output], /) -> Service[Input, Output]:
+        async def serve(input: Input, /) -> Output:
             key = self._key(input)
             circuit = self._circuits.get(key)
             probing = circuit is not None and self._admit(key, circuit)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Hashable
-from typing import Any, Final
+from typing import Final
 
-from ..core.client import HasExtensions
+from ..core.client import Carrier
 from ..core.counts import Counts, LocalCounts, SharesCounts
 from ..core.errors import LimitExceeded
-from ..core.service import Service
+from ..core.service import Output, Service, check_key
 from .source import Key
 
 __all__ = ["ConcurrencyExceeded", "ConcurrencyLimitLayer"]
@@ -49,6 +49,7 @@ class ConcurrencyLimitLayer:
         self.limit = limit
         self.live = 0
         """How many this layer is serving, over all keys."""
+        check_key(self, key)
         self._key = key
         self._wait = wait
         self._queue = (limit if queue is None else queue) if wait > 0 else 0
@@ -57,8 +58,8 @@ class ConcurrencyLimitLayer:
         self._poll = None if shared is None else _POLL_SECONDS
         self._waiting: dict[Hashable, deque[asyncio.Event]] = {}
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
-        async def serve(input: HasExtensions) -> Any:
+    def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
+        async def serve(input: Carrier, /) -> Output:
             key = None if self._key is None else self._key(input)
             # Who comes later does not overtake those who wait.
             if key in self._waiting or not self._counts.enter(key, self.limit):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..core.service import Service
+from ..core.service import Output, Service
 from ..core.stream import Stream
 
 __all__ = ["ByteCountLayer", "ByteCounter"]
@@ -47,8 +45,8 @@ class ByteCountLayer:
     def __init__(self, counter: ByteCounter) -> None:
         self._counter = counter
 
-    def __call__(self, inner: Service[Stream, Any]) -> Service[Stream, Any]:
-        async def serve(stream: Stream) -> Any:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def serve(stream: Stream, /) -> Output:
             self._counter.enter(stream)
             try:
                 return await inner(stream)

@@ -7,7 +7,7 @@ from typing import Any
 from ..core.errors import PolicyDenied
 from ..core.matchers import Matcher
 from ..core.routing import Either
-from ..core.service import Service
+from ..core.service import Input, Output, Service
 
 __all__ = ["FilterLayer", "HijackLayer"]
 
@@ -19,7 +19,7 @@ class HijackLayer:
         self._matcher = matcher
         self._service = service
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
+    def __call__(self, inner: Service[Input, Output], /) -> Service[Input, Output]:
         return Either(self._matcher, self._service, inner)
 
 
@@ -30,8 +30,8 @@ class FilterLayer:
         self._matcher = matcher
         self._rule = rule
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
-        async def serve(input: Any) -> Any:
+    def __call__(self, inner: Service[Input, Output], /) -> Service[Input, Output]:
+        async def serve(input: Input, /) -> Output:
             if not self._matcher(input):
                 raise PolicyDenied(f"refused by the filter {self._rule}", rule=self._rule)
             return await inner(input)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, TypeVar
 
-from ..core.client import HasExtensions
-from ..core.service import Service
+from ..core.client import Carrier
+from ..core.service import Input, Output, Service
 
 __all__ = ["AddExtensionLayer", "MapInputLayer", "MapOutputLayer"]
 
+Before = TypeVar("Before")
+After = TypeVar("After")
 
-class MapInputLayer:
+
+class MapInputLayer(Generic[Before, After]):
     """Gives ``function(input)`` to the service inside.
 
     ``accepts`` and ``provides`` (both or neither) declare to stack() what the function takes and returns.
     """
 
     def __init__(
-        self, function: Callable[[Any], Any], *, accepts: type | None = None, provides: type | None = None
+        self, function: Callable[[Before], After], *, accepts: type | None = None, provides: type | None = None
     ) -> None:
         if (accepts is None) != (provides is None):
             raise ValueError("declare both accepts and provides, or neither")
@@ -26,25 +29,25 @@ class MapInputLayer:
         self.accepts = accepts
         self.provides = provides
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
+    def __call__(self, inner: Service[After, Output], /) -> Service[Before, Output]:
         function = self._function
 
-        async def serve(input: Any) -> Any:
+        async def serve(input: Before, /) -> Output:
             return await inner(function(input))
 
         return serve
 
 
-class MapOutputLayer:
+class MapOutputLayer(Generic[Before, After]):
     """Returns ``function(output)`` of the output of the service inside."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self, function: Callable[[Before], After]) -> None:
         self._function = function
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
+    def __call__(self, inner: Service[Input, Before], /) -> Service[Input, After]:
         function = self._function
 
-        async def serve(input: Any) -> Any:
+        async def serve(input: Input, /) -> After:
             return function(await inner(input))
 
         return serve
@@ -56,8 +59,8 @@ class AddExtensionLayer:
     def __init__(self, *values: object) -> None:
         self._values = values
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
-        async def serve(input: HasExtensions) -> Any:
+    def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
+        async def serve(input: Carrier, /) -> Output:
             for value in self._values:
                 input.extensions.add(value)
             return await inner(input)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, Final
+from typing import Final
 
 from ..core.client import ListenerName
 from ..core.lifecycle import Lifecycle, Stage
-from ..core.service import Service
+from ..core.service import Output, Service
 from ..core.stream import Stream
 from ..relay.report import TunnelReport
 from .access_log import close_reason
@@ -27,10 +27,10 @@ class MetricsLayer:
 
     accepts = Stream
 
-    def __call__(self, inner: Service[Stream, Any]) -> Service[Stream, Any]:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         listeners: dict[str, _Listener] = {}
 
-        async def serve(stream: Stream) -> Any:
+        async def serve(stream: Stream, /) -> Output:
             told = stream.extensions.get(ListenerName)
             name = "default" if told is None else told.name
             listener = listeners.get(name)

@@ -7,12 +7,12 @@ the only place where they are applied.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..core.address import IPAddress
 from ..core.client import client_address
 from ..core.errors import PolicyDenied
-from ..core.service import Service
+from ..core.service import Output, Service
 from ..core.stream import Stream
 
 __all__ = ["PolicyLayer", "SourcePolicy", "SourceVerdict"]
@@ -48,8 +48,8 @@ class PolicyLayer:
     def __init__(self, policy: SourcePolicy) -> None:
         self._policy = policy
 
-    def __call__(self, inner: Service[Stream, Any]) -> Service[Stream, Any]:
-        async def serve(stream: Stream) -> Any:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def serve(stream: Stream, /) -> Output:
             client, local = client_address(stream), stream.local
             if client is not None:
                 verdict = await self._policy.verdict(client.ip, 0 if local is None else local.port)

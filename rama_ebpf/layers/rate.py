@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..core.bucket import TokenBucket
-from ..core.client import HasExtensions
+from ..core.client import Carrier
 from ..core.errors import RateExceeded
-from ..core.service import Service
+from ..core.service import Output, Service, check_key
 from .source import Key
 
 __all__ = ["Buckets", "RateExceeded", "RateLimitLayer", "SharesBuckets"]
@@ -82,14 +82,15 @@ class RateLimitLayer:
     ) -> None:
         TokenBucket(rate, burst)  # raises ValueError for bad numbers now and not when a client comes
         self._rate = rate
+        check_key(self, key)
         self._key = key
         self._wait = wait
         self._buckets: Buckets = (
             _LocalBuckets(rate, burst, max_keys, clock) if shared is None else shared.buckets(rate, burst)
         )
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
-        async def serve(input: HasExtensions) -> Any:
+    def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
+        async def serve(input: Carrier, /) -> Output:
             wait = self._buckets.take(None if self._key is None else self._key(input), self._wait)
             if wait > self._wait:
                 raise RateExceeded(f"more than {self._rate:g} a second", wait)

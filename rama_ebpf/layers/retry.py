@@ -10,7 +10,7 @@ from typing import Any
 
 from ..core.bucket import TokenBucket
 from ..core.errors import StackError
-from ..core.service import Service, accepts_of, name_of
+from ..core.service import Input, Output, Service, accepts_of, name_of
 from ..core.stream import Stream
 
 __all__ = ["RetryBudget", "RetryLayer"]
@@ -76,12 +76,12 @@ class RetryLayer:
         self._retryable = retryable
         self._rng = random.Random() if rng is None else rng
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
+    def __call__(self, inner: Service[Input, Output], /) -> Service[Input, Output]:
         takes = accepts_of(inner)
         if takes is not None and issubclass(takes, Stream):
             raise StackError(f"RetryLayer around {name_of(inner)}: a stream cannot be served a second time")
 
-        async def serve(input: Any) -> Any:
+        async def serve(input: Input, /) -> Output:
             self._budget.earn()
             for attempt in range(1, self._attempts + 1):
                 try:

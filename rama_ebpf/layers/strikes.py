@@ -8,14 +8,14 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..core.address import IPAddress
 from ..core.blame import judge
-from ..core.client import HasExtensions, TrustedPeer, client_address
+from ..core.client import Carrier, HasExtensions, TrustedPeer, client_address
 from ..core.errors import RamaError
 from ..core.offender import Offender, strike
-from ..core.service import Service
+from ..core.service import Output, Service
 from .source import source_prefix
 
 __all__ = ["Banner", "LocalStrikes", "StrikeBook", "StrikeKeeper", "StrikeLayer", "StrikeLimit", "strike"]
@@ -130,8 +130,8 @@ class StrikeLayer:
         self._on = on
         self._reports: set[asyncio.Task[None]] = set()
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
-        async def serve(input: HasExtensions) -> Any:
+    def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
+        async def serve(input: Carrier, /) -> Output:
             input.extensions.add(Offender(lambda reason: self._strike(input, reason)))
             try:
                 return await inner(input)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 from ..core.bucket import TokenBucket
-from ..core.service import Service
+from ..core.service import Output, Service
 from ..core.stream import Stream
 from ..core.wrapped import WrappedStream
 
@@ -50,8 +49,8 @@ class ThrottleLayer:
         self._up = _factory(up)
         self._down = _factory(down)
 
-    def __call__(self, inner: Service[Stream, Any]) -> Service[Stream, Any]:
-        async def serve(stream: Stream) -> Any:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def serve(stream: Stream, /) -> Output:
             return await inner(_ThrottledStream(stream, self._up(), self._down()))
 
         return serve

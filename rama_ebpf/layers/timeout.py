@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import Final
 
 from ..core.errors import HandshakeTimeout, IdleTimeout, TotalTimeout
 from ..core.lifecycle import Lifecycle, Stage
-from ..core.service import Service
+from ..core.service import Output, Service
 from ..core.stream import Stream
 from ..relay.options import TunnelLimits
 
@@ -40,8 +40,8 @@ class TimeoutLayer:
         self.idle = idle
         self.total = total
 
-    def __call__(self, inner: Service[Stream, Any]) -> Service[Stream, Any]:
-        async def serve(stream: Stream) -> Any:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def serve(stream: Stream, /) -> Output:
             watch = _Watch(self, stream)
             try:
                 async with watch.timeout:

@@ -6,9 +6,8 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
-from ..core.service import Service, name_of
+from ..core.service import Input, Output, Service, name_of
 
 __all__ = ["TraceLayer"]
 
@@ -32,18 +31,18 @@ class TraceLayer:
         self._clock = clock
         self._numbers = itertools.count(1)
 
-    def __call__(self, inner: Service[Any, Any]) -> Service[Any, Any]:
+    def __call__(self, inner: Service[Input, Output], /) -> Service[Input, Output]:
         name = self._name or name_of(inner)
         logger = self._logger
 
-        async def serve(input: Any) -> Any:
+        async def serve(input: Input, /) -> Output:
             if not logger.isEnabledFor(logging.DEBUG):
                 return await inner(input)
             return await self._traced(name, inner, input)
 
         return serve
 
-    async def _traced(self, name: str, inner: Service[Any, Any], input: Any) -> Any:
+    async def _traced(self, name: str, inner: Service[Input, Output], input: Input) -> Output:
         number = next(self._numbers)
         started = self._clock()
         self._logger.debug("%s #%d: called with %r", name, number, input)

@@ -12,6 +12,7 @@ from typing import Final
 
 from ..core.auth import Authenticator, Credentials, User
 from ..core.errors import AuthFailed
+from ..core.service import check_fit
 
 __all__ = ["DashedUsername", "UsernameOptionsLayer", "UsernameParser"]
 
@@ -66,7 +67,9 @@ class UsernameOptionsLayer:
     def __init__(self, parse: UsernameParser) -> None:
         self._parse = parse
 
-    def __call__(self, inner: Authenticator) -> Authenticator:
+    def __call__(self, inner: Authenticator, /) -> Authenticator:
+        check_fit(self, Credentials, inner)
+
         async def authenticate(credentials: Credentials, /) -> User:
             try:
                 name, options = self._parse(credentials.username)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..core.address import Authority
-from ..core.service import Service
+from ..core.service import Service, check_fit
 from ..core.stream import Stream
 from ..relay import TunnelReport, relay
 
@@ -19,6 +19,7 @@ class Forward:
     accepts = Stream
 
     def __init__(self, connector: Service[Authority, Stream], target: Authority) -> None:
+        check_fit(self, Authority, connector)
         self._connector = connector
         self._target = target
 

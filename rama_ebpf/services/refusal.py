@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from typing import Any, Final
+from typing import Final
 
 from ..core.auth import Credentials
 from ..core.client import client_address
 from ..core.errors import RamaError
-from ..core.service import Service
+from ..core.service import Output, Service
 from ..core.shares import Held, ShareExceeded, SourceShare
 from ..core.stream import Stream
 from .protocols import is_http, is_socks, is_tls
@@ -121,8 +121,8 @@ class SourceShareLayer:
         self.share = SourceShare(Held.CONNECTIONS) if share is None else share
         self._turn_away = TurnAway()
 
-    def __call__(self, inner: Service[Stream, Any], /) -> Service[Stream, Any]:
-        async def serve(stream: Stream) -> Any:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def serve(stream: Stream, /) -> Output:
             client = client_address(stream)
             place = self.share.hold(None if client is None else client.ip)
             try:

@@ -12,7 +12,7 @@ from typing import Any
 from ..core.blame import speaks_another_protocol
 from ..core.client import client_address
 from ..core.errors import HandshakeTimeout, PeerClosed, ProtocolError
-from ..core.service import Service
+from ..core.service import Service, check_fit, needs_of_all
 from ..core.shares import Held, ShareExceeded, SourceShare
 from ..core.stream import MAX_UNREAD, Stream
 from .protocols import PeekMatcher, is_http, is_socks, is_tls
@@ -52,6 +52,10 @@ class PeekRouter:
             raise ValueError(f"timeout must be positive, not {timeout}")
         if not 1 <= limit <= MAX_UNREAD:
             raise ValueError(f"limit must be 1-{MAX_UNREAD} bytes, not {limit}")
+        services = [service for _, service in routes] + ([] if fallback is None else [fallback])
+        for service in services:
+            check_fit(self, Stream, service)
+        self.needs = needs_of_all(services)
         self._routes = routes
         self._fallback = fallback
         self._fail_open = fail_open

@@ -15,7 +15,7 @@ from ..core.client import ClientAddress, ListenerName, LocalAddress
 from ..core.errors import RamaError
 from ..core.graceful import Drain
 from ..core.poller import Poller
-from ..core.service import Service
+from ..core.service import Service, check_complete, check_fit
 from ..core.socket_stream import SocketStream, reset_on_close, resets_on_close
 from ..core.stream import Stream
 
@@ -88,6 +88,8 @@ class TcpServer:
         self._complain_at = 0.0
         self._ends: dict[str, tuple[float, int]] = {}
         self._cut = 0
+        check_fit(self, Stream, service)
+        check_complete(self, service)
         self._service = service
         self._on_accept = on_accept
         self._on_pause = on_pause

@@ -9,11 +9,10 @@ import socket
 import stat
 import struct
 from dataclasses import dataclass
-from typing import Any
 
 from ..core.address import Authority
 from ..core.errors import StackError
-from ..core.service import Service
+from ..core.service import Output, Service
 from ..core.socket_stream import SocketStream
 from ..core.stream import Stream
 from .connect import ConnectError
@@ -119,8 +118,8 @@ class PeerCredentialsLayer:
 
     accepts = Stream
 
-    def __call__(self, inner: Service[Stream, Any]) -> Service[Stream, Any]:
-        async def serve(stream: Stream) -> Any:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def serve(stream: Stream, /) -> Output:
             if not isinstance(stream, SocketStream) or stream.socket.family != socket.AF_UNIX:
                 raise StackError("PeerCredentialsLayer needs a stream over a Unix socket")
             stream.extensions.add(PeerCredentials.of(stream.socket))

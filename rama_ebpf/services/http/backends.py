@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ...core.address import Authority
 from ...core.errors import RamaError
-from ...core.service import Service
+from ...core.service import Service, check_fit
 from ...core.stream import Stream
 from ..proxy_protocol import ProxyProtocolConnector
 from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, returned
@@ -73,6 +73,7 @@ class BackendPool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         health = PassiveHealth() if passive is None else passive
+        check_fit(self, Authority, connector)
         self._backends = [_Backend(target, BackendHealth(check, health, clock)) for target in backends]
         if not self._backends:
             raise ValueError("a pool needs at least one backend")

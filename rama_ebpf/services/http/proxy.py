@@ -6,7 +6,7 @@ from collections.abc import Collection, Hashable
 
 from ...core.address import Authority
 from ...core.lifecycle import Lifecycle
-from ...core.service import Layer, Service, stack
+from ...core.service import Layer, Service, check_fit, stack
 from ...core.stream import Stream
 from ...core.target import Target
 from ...relay import TunnelLimits
@@ -49,6 +49,7 @@ class ForwardProxy:
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
     ) -> None:
+        check_fit(self, Authority, connector)
         self._connector = connector
         self._share = isinstance(connector, Connector) if share_connections is None else share_connections
         self._via = via

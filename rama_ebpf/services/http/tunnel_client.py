@@ -11,7 +11,7 @@ from typing import Final
 from ...core.address import Authority
 from ...core.auth import Credentials
 from ...core.errors import PeerClosed
-from ...core.service import Service
+from ...core.service import Service, check_fit
 from ...core.stream import Stream
 from ..connect import ConnectError, ResolveError, reach_proxy, upstream_failure
 from .errors import MalformedMessage
@@ -57,6 +57,7 @@ class HttpTunnelClient:
     ) -> None:
         if credentials is not None and ":" in credentials.username:
             raise ValueError("a user name with a colon cannot be sent as Basic (RFC 7617 section 2)")
+        check_fit(self, Authority, connector)
         self._connector = connector
         self._proxy = proxy
         self._credentials = credentials

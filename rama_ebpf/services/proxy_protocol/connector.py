@@ -7,7 +7,7 @@ from typing import Literal
 
 from ...core.address import Authority
 from ...core.client import HasExtensions, client_address, local_address
-from ...core.service import Service
+from ...core.service import Service, check_fit
 from ...core.stream import Stream
 from .header import Command, Tlv, encode_v1, encode_v2
 
@@ -30,6 +30,7 @@ class ProxyProtocolConnector:
         checksum: bool = True,
         tlvs: Callable[[HasExtensions], tuple[Tlv, ...]] = lambda _: (),
     ) -> None:
+        check_fit(self, Authority, connector)
         self._connector = connector
         self._version = version
         self._checksum = checksum

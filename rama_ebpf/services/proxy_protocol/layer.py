@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import Any
 
 from ...core.client import ClientAddress, LocalAddress, TrustedPeer
 from ...core.errors import HandshakeTimeout, LimitExceeded, PeerClosed
-from ...core.service import Service
+from ...core.service import Output, Service
 from ...core.stream import Stream
 from .header import MAX_V2_LENGTH, ProxyHeader, ProxyProtocolError, UntrustedProxy, parse
 
@@ -38,8 +37,8 @@ class ProxyProtocolLayer:
         self._require = require
         self._timeout = timeout
 
-    def __call__(self, inner: Service[Stream, Any], /) -> Service[Stream, Any]:
-        async def serve(stream: Stream) -> object:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def serve(stream: Stream, /) -> Output:
             if self._trusts(stream):
                 if stream.peer is not None:
                     stream.extensions.add(TrustedPeer(stream.peer.ip))

@@ -12,7 +12,7 @@ from typing import Final
 from ...core.address import Authority, SocketAddress
 from ...core.auth import Credentials
 from ...core.errors import PeerClosed
-from ...core.service import Service
+from ...core.service import Service, check_fit
 from ...core.stream import Stream
 from ..connect import ConnectError, reach_proxy, upstream_failure
 from .client_machine import MAX_REPLY, ClientMachine, Refused
@@ -76,6 +76,7 @@ class Socks5Client:
         credentials: Credentials | None = None,
         timeout: float = 10.0,
     ) -> None:
+        check_fit(self, Authority, connector)
         self._connector = connector
         self._proxy = proxy
         self._credentials = credentials

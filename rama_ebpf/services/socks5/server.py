@@ -85,7 +85,7 @@ class Socks5Server:
 
     def __init__(
         self,
-        connector: Service[Authority, Stream],
+        connector: Service[Target, Stream],
         *,
         binder: Binder | None = None,
         udp: UdpAssociator | None = None,
@@ -102,6 +102,8 @@ class Socks5Server:
         if auth is None and (auth_optional or limits is not None):
             raise ValueError("auth_optional and limits need an authenticator")
         check_fit(self, Target, connector)
+        if auth is not None:
+            check_fit(self, Credentials, auth)
         self._connector = connector
         self._binder = binder
         self._udp = udp

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...core.errors import PolicyDenied, PolicyStrike
 from ...core.names import NameSet
-from ...core.service import Service
+from ...core.service import Output, Service, check_fit
 from ...core.stream import Stream
 from .alert import Alert
 from .client_hello import ClientHello
@@ -73,9 +73,14 @@ class TlsRouter:
     """
 
     accepts = Stream
+    needs = (ClientHello, Ja4)
 
     def __init__(self, routes: Iterable[TlsRoute], default: Service[Stream, Any] | None = None) -> None:
         self._routes = tuple(routes)
+        for route in self._routes:
+            check_fit(self, Stream, route.service)
+        if default is not None:
+            check_fit(self, Stream, default)
         self._default = default
 
     async def __call__(self, stream: Stream, /) -> Any:
@@ -130,6 +135,7 @@ class TlsPolicyLayer:
     """
 
     accepts = Stream
+    needs = (ClientHello, Ja4)
 
     def __init__(self, rules: Iterable[TlsRule], *, default: TlsAction = TlsAction.ALLOW) -> None:
         self._rules = tuple(rules)
@@ -142,8 +148,8 @@ class TlsPolicyLayer:
                 return rule.action, rule.name
         return self._default, "default"
 
-    def __call__(self, inner: Service[Stream, Any], /) -> Service[Stream, Any]:
-        async def serve(stream: Stream, /) -> Any:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def serve(stream: Stream, /) -> Output:
             await self.check(stream)
             return await inner(stream)
 

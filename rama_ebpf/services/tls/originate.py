@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from ...core.address import Authority
-from ...core.service import Service
+from ...core.service import Service, check_fit
 from ...core.stream import Stream
 from .certs import KeyPair, load_authorities
 from .errors import CertificateRejected
@@ -91,6 +91,7 @@ class TlsConnector:
         handshake_timeout: float = 10.0,
         ragged_eof: bool = False,
     ) -> None:
+        check_fit(self, Authority, connector)
         self._connector = connector
         self._settings = settings if settings is not None else ClientTls()
         self._context = self._settings.context()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...core.address import Authority
 from ...core.lifecycle import Lifecycle, Stage
 from ...core.names import NameMap
-from ...core.service import Service
+from ...core.service import Service, check_fit
 from ...core.stream import Stream
 from ...core.target import Target
 from ...relay import TunnelReport, relay
@@ -26,6 +26,7 @@ class TlsPassthrough:
     """
 
     accepts = Stream
+    needs = (ClientHello,)
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class TlsPassthrough:
         port: int | None = 443,
         no_sni: Authority | None = None,
     ) -> None:
+        check_fit(self, Authority, connector)
         self._connector = connector
         self._targets = targets if targets is not None else NameMap[Authority]()
         self._port = port

@@ -8,7 +8,7 @@ from typing import Any
 from ...core.client import client_address
 from ...core.errors import HandshakeTimeout, PeerClosed
 from ...core.notes import Note
-from ...core.service import Service
+from ...core.service import Output, Service, check_fit
 from ...core.shares import Held, ShareExceeded, SourceShare
 from ...core.stream import MAX_UNREAD, Stream
 from .alert import Alert
@@ -69,6 +69,7 @@ class TlsPeekLayer:
     """
 
     accepts = Stream
+    adds = (ClientHello, Ja4)
 
     def __init__(
         self,
@@ -85,14 +86,16 @@ class TlsPeekLayer:
             raise ValueError(f"timeout must be positive, not {timeout}")
         if not 512 <= limit <= MAX_UNREAD:
             raise ValueError(f"limit must be 512-{MAX_UNREAD} bytes, not {limit}")
+        if fallback is not None:
+            check_fit(self, Stream, fallback)
         self._fallback = fallback
         self._fail_open = fail_open
         self._timeout = timeout
         self._limit = limit
         self._handshakes = SourceShare(Held.HANDSHAKES, 0) if handshakes is None else handshakes
 
-    def __call__(self, inner: Service[Stream, Any], /) -> Service[Stream, Any]:
-        async def peek(stream: Stream, /) -> Any:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def peek(stream: Stream, /) -> Output:
             client = client_address(stream)
             try:
                 with self._handshakes.hold(None if client is None else client.ip):
@@ -102,7 +105,8 @@ class TlsPeekLayer:
                 raise
             except (AlertError, HandshakeTimeout, PeerClosed) as error:
                 if self._fallback is not None and (self._fail_open or isinstance(error, NotTls)):
-                    return await self._fallback(stream)
+                    answer: Output = await self._fallback(stream)
+                    return answer
                 if isinstance(error, AlertError):
                     await stream.close_after(error.wire)
                 raise

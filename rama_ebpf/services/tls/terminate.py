@@ -6,12 +6,14 @@ import asyncio
 from typing import Any
 
 from ...core.errors import HandshakeTimeout
-from ...core.service import Service
+from ...core.service import Output, Service, check_fit
 from ...core.shares import ShareExceeded, SourceShare
 from ...core.stream import Stream
 from .alert import Alert
 from .certs import SelectContext
+from .client_hello import ClientHello
 from .errors import AlertError, NotTls
+from .fingerprint import Ja4
 from .limit import HandshakeLimit
 from .match import TlsPolicyLayer
 from .peek import add_client_hello, peek_client_hello
@@ -38,6 +40,7 @@ class TlsTerminateLayer:
 
     accepts = Stream
     provides = TlsStream
+    adds = (ClientHello, Ja4)
 
     def __init__(
         self,
@@ -53,6 +56,8 @@ class TlsTerminateLayer:
         if handshake_timeout <= 0:
             raise ValueError(f"handshake_timeout must be positive, not {handshake_timeout}")
         self._certificates = certificates
+        if fallback is not None:
+            check_fit(self, Stream, fallback)
         self._fallback = fallback
         self._policy = policy
         self._timeout = handshake_timeout
@@ -64,13 +69,14 @@ class TlsTerminateLayer:
         """How many handshakes are under way."""
         return self._limit.live
 
-    def __call__(self, inner: Service[TlsStream, Any], /) -> Service[Stream, Any]:
-        async def terminate(stream: Stream, /) -> Any:
+    def __call__(self, inner: Service[TlsStream, Output], /) -> Service[Stream, Output]:
+        async def terminate(stream: Stream, /) -> Output:
             try:
                 tls = await self._accept(stream)
             except AlertError as error:
                 if self._fallback is not None and isinstance(error, NotTls):
-                    return await self._fallback(stream)
+                    answer: Output = await self._fallback(stream)
+                    return answer
                 await stream.close_after(error.wire)
                 raise
             except ShareExceeded:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from ...core.address import Authority
 from ...core.errors import HandshakeTimeout, PeerClosed
-from ...core.service import Service
+from ...core.service import Output, Service
 from ...core.stream import Stream
 from ...relay import Move, TunnelHandler, TunnelReport
 from .client_hello import DEFAULT_LIMIT, ClientHello
@@ -52,10 +51,10 @@ class TlsTunnelLayer:
         self._first_byte_timeout = first_byte_timeout
         self._limit = limit
 
-    def __call__(self, inner: Service[Stream, Any], /) -> Service[Stream, Any]:
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         handler = TunnelHandler(self._handle)
 
-        async def serve(stream: Stream, /) -> Any:
+        async def serve(stream: Stream, /) -> Output:
             stream.extensions.add(handler)
             return await inner(stream)
 

@@ -10,7 +10,7 @@ from ....core.blame import judge
 from ....core.client import client_address
 from ....core.errors import AuthFailed
 from ....core.offender import strike
-from ....core.service import Service
+from ....core.service import Service, check_fit
 from ..headers import Headers
 from ..model import Body, Request, Response
 
@@ -21,6 +21,7 @@ class _Basic:
     def __init__(self, authenticate: Authenticator, realm: str, *, proxy: bool) -> None:
         if '"' in realm or "\\" in realm or not realm.isascii() or not realm.isprintable():
             raise ValueError(f"the realm must be plain text, not {realm!r}")
+        check_fit(self, Credentials, authenticate)
         self._authenticate = authenticate
         self._status = 407 if proxy else 401
         self._field = "Proxy-Authorization" if proxy else "Authorization"
