@@ -292,7 +292,20 @@ def stack(
     given: tuple[type, ...] = (),
 ) -> Service[I7, O7]: ...
 @overload
-def stack(*parts: Any, given: tuple[type, ...] = ()) -> Service[Any, Any]: ...
+def stack(
+    part1: Any,
+    part2: Any,
+    part3: Any,
+    part4: Any,
+    part5: Any,
+    part6: Any,
+    part7: Any,
+    part8: Any,
+    part9: Any,
+    /,
+    *parts: Any,
+    given: tuple[type, ...] = (),
+) -> Service[Any, Any]: ...
 def stack(*parts: Any, given: tuple[type, ...] = ()) -> Service[Any, Any]:
     """Compose layers around a service, outermost first; the last part is the service.
 
