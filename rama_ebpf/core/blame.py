@@ -73,6 +73,8 @@ BLAME: Final[Mapping[str, Judgement]] = {
     "rate_limit": Judgement("limits", "too many a second", _O, _NAT),
     "table_full": Judgement("limits", "more sources than the table holds", _O, "the table is ours"),
     "busy": Judgement("limits", "we have no time for it now", _O, "the queue is ours; retry"),
+    "source_queue": Judgement("limits", "more connections of one source wait than all have room", _O, _NAT),
+    "client_reset": Judgement("any", "a reset before the first byte", _C, "leaving is no offence"),
     "source_share": Judgement("limits", "more of anything than one source may hold", _O, _NAT),
     "source_connections": Judgement("limits", "more connections than one source may have", _O, _NAT),
     "source_handshakes": Judgement("limits", "more unfinished handshakes of one source", _O, _NAT),
@@ -144,6 +146,9 @@ def judge(error: BaseException) -> Judgement | None:
 _STUN_COOKIE: Final = b"\x21\x12\xa4\x42"
 _HTTP_METHODS: Final = (b"GET", b"POST", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"CONNECT", b"PRI", b"TRACE")
 
+_FIRST_BYTES: Final = frozenset({method[0] for method in _HTTP_METHODS} | {0x16} | set(range(4)))
+"""Of HTTP, TLS, and STUN: most garbage begins with none of them."""
+
 
 def speaks_another_protocol(data: bytes) -> bool:
     """Whether first bytes can be those of HTTP, TLS or STUN, which a web page can make a browser send to any port.
@@ -151,6 +156,8 @@ def speaks_another_protocol(data: bytes) -> bool:
     Doubt counts for the client: bytes that may become one of these count as one.
     """
     start = bytes(data[:8])
+    if start and start[0] not in _FIRST_BYTES:
+        return False
     if any(start.startswith(method) or method.startswith(start) for method in _HTTP_METHODS):
         return True
     if b"\x16\x03".startswith(start[:2]):

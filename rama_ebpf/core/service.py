@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol, TypeVar, cast, overload, runtime_checkable
 
 from .errors import StackError
+from .first_bytes import FirstBytes
 
 __all__ = [
     "Input",
@@ -207,6 +208,15 @@ def _check_fit(outer: object, provided: type | None, inner: object, wanted: type
     )
 
 
+def _hand_outwards(look: FirstBytes | None, layer: object, composed: object) -> None:
+    """Give ``composed`` what its layer makes of the judge of first bytes inside it, see there."""
+    through: Callable[[FirstBytes | None], FirstBytes | None] | None = getattr(layer, "first_bytes", None)
+    found = None if through is None else through(look)
+    if found is not None:
+        with contextlib.suppress(AttributeError):  # an object with slots: then no bytes are judged beforehand
+            composed.first_bytes = found  # type: ignore[attr-defined]
+
+
 @overload
 def stack(
     service: Service[I0, O0],
@@ -340,9 +350,11 @@ def stack(*parts: Any, given: tuple[type, ...] = ()) -> Service[Any, Any]:
         provided = getattr(layer, "provides", None) or takes
         inner_accepts = accepts_of(composed)
         _check_fit(layer, provided if isinstance(provided, type) else None, inner, inner_accepts)
+        look = getattr(composed, "first_bytes", None)
         composed = layer(composed)
         if not callable(composed):
             raise StackError(f"{name_of(layer)} returned {composed!r}, which is not a service")
+        _hand_outwards(look, layer, composed)
         # A layer's result takes what the layer takes, or else what the wrapped service took.
         outer_accepts = takes if isinstance(takes, type) else inner_accepts
         if outer_accepts is not None and accepts_of(composed) is None:

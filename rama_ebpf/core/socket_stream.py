@@ -170,6 +170,18 @@ class SocketStream(Stream):
     def closed(self) -> bool:
         return self._closed
 
+    def already_received(self, data: bytes) -> None:
+        """Take over what somebody has read from the socket before there was this stream: it is read again from here."""
+        self._unread += data
+        self.bytes_received += len(data)
+
+    def take_watch(self, poller: Poller, *, ended: bool) -> None:
+        """Take over the watch of the socket from whoever had it added to ``poller``; ``ended`` if that one has been
+        told that the peer has ended or reset the connection, for it is told once."""
+        poller.replace(self._fd, self._told)
+        self._poller = poller
+        self._ended = ended
+
     async def _receive(self, max_bytes: int) -> bytes:
         data = await self._when_readable(self._sock.recv, max_bytes)
         self._count_received(len(data), max_bytes)

@@ -14,6 +14,7 @@ from ..core.auth import User
 from ..core.client import client_address
 from ..core.errors import RamaError
 from ..core.extensions import Extensions
+from ..core.first_bytes import FirstBytes
 from ..core.notes import Note
 from ..core.service import Output, Service
 from ..core.stream import Stream
@@ -96,6 +97,10 @@ class AccessLogLayer:
     ) -> None:
         self._sink = sink
         self._clock = clock
+
+    def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
+        """Those who are refused by their first bytes have no line: the server counts them in one a minute."""
+        return inner
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         async def serve(stream: Stream, /) -> Output:

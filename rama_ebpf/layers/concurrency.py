@@ -10,6 +10,7 @@ from typing import Final
 from ..core.client import Carrier
 from ..core.counts import Counts, LocalCounts, SharesCounts
 from ..core.errors import LimitExceeded
+from ..core.first_bytes import FirstBytes
 from ..core.service import Output, Service, check_key
 from .source import Key
 
@@ -57,6 +58,10 @@ class ConcurrencyLimitLayer:
         # Of a place that another process has left nobody tells us.
         self._poll = None if shared is None else _POLL_SECONDS
         self._waiting: dict[Hashable, deque[asyncio.Event]] = {}
+
+    def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
+        """First bytes are judged as inside: what is refused by them needs nothing of this layer."""
+        return inner
 
     def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
         async def serve(input: Carrier, /) -> Output:

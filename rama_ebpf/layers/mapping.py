@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ..core.first_bytes import FirstBytes
 from ..core.client import Carrier
 from ..core.service import Input, Output, Service
 
@@ -58,6 +59,10 @@ class AddExtensionLayer:
 
     def __init__(self, *values: object) -> None:
         self._values = values
+
+    def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
+        """First bytes are judged as inside: what is refused by them needs nothing of this layer."""
+        return inner
 
     def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
         async def serve(input: Carrier, /) -> Output:

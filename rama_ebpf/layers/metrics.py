@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from typing import Final
+from collections import Counter
+from typing import Any, Final
 
+from ..core.address import SocketAddress
 from ..core.client import ListenerName
+from ..core.first_bytes import FirstBytes, Refused
 from ..core.lifecycle import Lifecycle, Stage
 from ..core.service import Output, Service
 from ..core.stream import Stream
@@ -16,6 +20,7 @@ from .access_log import close_reason
 __all__ = ["MetricsLayer"]
 
 _FLUSH_SECONDS: Final = 5.0
+_REFUSED_SECONDS: Final = 0.5
 
 
 class MetricsLayer:
@@ -23,20 +28,35 @@ class MetricsLayer:
 
     The label ``listener`` is the :class:`~rama_ebpf.core.client.ListenerName` that the server gave, else "default".
     Bytes of live connections are added every 5 s; those that move inside the kernel when their tunnel has ended.
+    Connections that are refused by their first bytes have no duration.
     """
 
     accepts = Stream
+
+    def __init__(self) -> None:
+        self._listeners: dict[str, _Listener] = {}
+
+    def _listener(self, name: str | None) -> _Listener:
+        name = name or "default"
+        listener = self._listeners.get(name)
+        if listener is None:
+            listener = self._listeners[name] = _Listener(name)
+        return listener
+
+    def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
+        """Count those who are refused by their first bytes, too."""
+
+        def count(why: Refused, _peer: SocketAddress | None, name: str | None, received: int) -> None:
+            self._listener(name).count_refused(why.kind, received)
+
+        return None if inner is None else inner.watched(count)
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         listeners: dict[str, _Listener] = {}
 
         async def serve(stream: Stream, /) -> Output:
             told = stream.extensions.get(ListenerName)
-            name = "default" if told is None else told.name
-            listener = listeners.get(name)
-            if listener is None:
-                listener = listeners[name] = _Listener(name)
-            connection = _Connection(listener, stream)
+            connection = _Connection(self._listener(None if told is None else told.name), stream)
             error: BaseException | None = None
             try:
                 return await inner(stream)
@@ -67,12 +87,32 @@ class _Listener:
         self.tunnels = definitions.TUNNELS.labels(name)
         self.established = definitions.HANDSHAKES.labels(name, "established")
         self._live: set[_Connection] = set()
+        self._refused: Counter[str] = Counter()
+        self._refused_bytes = 0
+        self._refused_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, connection: _Connection) -> None:
         self._live.add(connection)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self._flush)
+
+    def count_refused(self, kind: str, received: int) -> None:
+        """Count a connection that was refused by its first bytes; soon, for a flood costs no more than its counting."""
+        self._refused[kind] += 1
+        self._refused_bytes += received
+        if self._refused_timer is None:
+            self._refused_timer = asyncio.get_running_loop().call_later(_REFUSED_SECONDS, self._flush_refused)
+
+    def _flush_refused(self) -> None:
+        self._refused_timer = None
+        for kind, count in self._refused.items():
+            self.accepted.inc(count)
+            self.definitions.ERRORS.labels(self.name, kind).inc(count)
+            self.definitions.HANDSHAKES.labels(self.name, kind).inc(count)
+        self.received.inc(self._refused_bytes)
+        self._refused.clear()
+        self._refused_bytes = 0
 
     def remove(self, connection: _Connection) -> None:
         self._live.discard(connection)

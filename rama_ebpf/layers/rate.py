@@ -11,6 +11,7 @@ from typing import Protocol
 from ..core.bucket import TokenBucket
 from ..core.client import Carrier
 from ..core.errors import RateExceeded
+from ..core.first_bytes import FirstBytes
 from ..core.service import Output, Service, check_key
 from .source import Key
 
@@ -88,6 +89,10 @@ class RateLimitLayer:
         self._buckets: Buckets = (
             _LocalBuckets(rate, burst, max_keys, clock) if shared is None else shared.buckets(rate, burst)
         )
+
+    def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
+        """First bytes are judged as inside: what is refused by them needs nothing of this layer."""
+        return inner
 
     def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
         async def serve(input: Carrier, /) -> Output:

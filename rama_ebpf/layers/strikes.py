@@ -13,7 +13,11 @@ from typing import Protocol
 from ..core.address import IPAddress
 from ..core.blame import judge
 from ..core.client import Carrier, HasExtensions, TrustedPeer, client_address
+from ..core.address import IPAddress, SocketAddress
+from ..core.blame import BLAME, judge
+from ..core.client import HasExtensions, TrustedPeer, client_address
 from ..core.errors import RamaError
+from ..core.first_bytes import FirstBytes, Refused
 from ..core.offender import Offender, strike
 from ..core.service import Output, Service
 from .source import source_prefix
@@ -145,6 +149,15 @@ class StrikeLayer:
 
         return serve
 
+    def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
+        """Strike those who are refused by their first bytes, too. With ``on`` it takes the error itself to tell."""
+
+        def struck(why: Refused, peer: SocketAddress | None, _name: str | None, _: int) -> asyncio.Future[None] | None:
+            row = BLAME.get(why.kind)
+            return self._start(peer.ip, why.kind) if peer is not None and row is not None and row.strikes else None
+
+        return None if inner is None or self._on is not None else inner.watched(struck)
+
     def _counts(self, error: Exception) -> bool:
         if self._on is not None:
             return isinstance(error, self._on)
@@ -158,7 +171,10 @@ class StrikeLayer:
         trusted = input.extensions.get(TrustedPeer)
         if trusted is not None and trusted.ip == address.ip:
             return None  # a balancer: to ban it would shut out everybody behind it
-        report = asyncio.create_task(self._report(address.ip, reason))
+        return self._start(address.ip, reason)
+
+    def _start(self, ip: IPAddress, reason: str) -> asyncio.Task[None]:
+        report = asyncio.create_task(self._report(ip, reason))
         self._reports.add(report)
         report.add_done_callback(self._reports.discard)
         return report

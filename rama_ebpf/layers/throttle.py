@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from ..core.bucket import TokenBucket
+from ..core.first_bytes import FirstBytes
 from ..core.service import Output, Service
 from ..core.stream import Stream
 from ..core.wrapped import WrappedStream
@@ -48,6 +49,10 @@ class ThrottleLayer:
     def __init__(self, *, up: float | Bandwidth | None = None, down: float | Bandwidth | None = None) -> None:
         self._up = _factory(up)
         self._down = _factory(down)
+
+    def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
+        """First bytes are judged as inside: what is refused by them needs nothing of this layer."""
+        return inner
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         async def serve(stream: Stream, /) -> Output:

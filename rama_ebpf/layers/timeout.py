@@ -6,6 +6,7 @@ import asyncio
 from typing import Final
 
 from ..core.errors import HandshakeTimeout, IdleTimeout, TotalTimeout
+from ..core.first_bytes import FirstBytes
 from ..core.lifecycle import Lifecycle, Stage
 from ..core.service import Output, Service
 from ..core.stream import Stream
@@ -39,6 +40,10 @@ class TimeoutLayer:
         self.handshake = handshake
         self.idle = idle
         self.total = total
+
+    def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
+        """First bytes are judged as inside: what is refused by them needs nothing of this layer."""
+        return inner
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         async def serve(stream: Stream, /) -> Output:

@@ -61,4 +61,5 @@ def mixed_proxy(
             stream.extensions.add(tunnel_limits)
         return await router(stream)
 
+    mixed.first_bytes = router.first_bytes  # type: ignore[attr-defined]  # functions take attributes; mypy knows none
     return mixed

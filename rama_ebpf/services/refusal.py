@@ -6,20 +6,26 @@ import asyncio
 import contextlib
 import math
 from typing import Final
+import socket
+from typing import Any, Final
 
 from ..core.auth import Credentials
 from ..core.client import client_address
 from ..core.errors import RamaError
+from ..core.first_bytes import FirstBytes
 from ..core.service import Output, Service
 from ..core.shares import Held, ShareExceeded, SourceShare
+from ..core.socket_stream import reset_on_close
 from ..core.stream import Stream
 from .protocols import is_http, is_socks, is_tls
 from .socks5.machine import MAX_MESSAGE, Request, ServerMachine
 from .socks5.wire import Method, Reply
 from .tls.alert import Alert
 
-__all__ = ["Refusal", "SourceShareLayer", "TurnAway"]
+__all__ = ["Refusal", "SourceShareLayer", "TurnAway", "refuse_now"]
 
+_SPOKEN: Final = 16 * 1024
+_NO_METHOD: Final = bytes((5, Method.NO_ACCEPTABLE))
 _H2_PREFACE: Final = b"PRI * HTTP/2.0\r\n"
 # SETTINGS without any, and GOAWAY with ENHANCE_YOUR_CALM (RFC 9113 sections 6.5, 6.8 and 7).
 _H2_CALM: Final = bytes.fromhex("000000 04 00 00000000000008 07 00 00000000 00000000 0000000b")
@@ -79,6 +85,19 @@ class Refusal:
         return out, used, ended
 
 
+def refuse_now(sock: socket.socket) -> None:
+    """Tell a client why it is not served, as far as what it has sent shows how, and close in order. Never waits."""
+    with contextlib.suppress(OSError):  # it has sent nothing yet, or has gone
+        data = sock.recv(_SPOKEN, socket.MSG_DONTWAIT)
+        out, _used, ended = Refusal().receive(data)
+        if out and not ended:
+            out = _NO_METHOD  # there is no time for another message of SOCKS
+        if out:
+            sock.send(out, socket.MSG_DONTWAIT)
+    reset_on_close(sock, False)  # nothing was lost, the client is only not served
+    sock.close()
+
+
 class TurnAway:
     """Refuses clients as :class:`Refusal` says, within ``timeout`` seconds each, and at most ``most`` at once: to be
     refused politely must not be worth anything. The others are only closed."""
@@ -120,6 +139,10 @@ class SourceShareLayer:
     def __init__(self, share: SourceShare | None = None) -> None:
         self.share = SourceShare(Held.CONNECTIONS) if share is None else share
         self._turn_away = TurnAway()
+
+    def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
+        """First bytes are judged as inside: what is refused by them needs nothing of this layer."""
+        return inner
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         async def serve(stream: Stream, /) -> Output:

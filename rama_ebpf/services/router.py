@@ -7,11 +7,12 @@ cannot tell, so that the outcome depends on the bytes alone and not on how they 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 from ..core.blame import speaks_another_protocol
 from ..core.client import client_address
 from ..core.errors import HandshakeTimeout, PeerClosed, ProtocolError
+from ..core.first_bytes import FirstBytes, Refused
 from ..core.service import Service, check_fit, needs_of_all
 from ..core.shares import Held, ShareExceeded, SourceShare
 from ..core.stream import MAX_UNREAD, Stream
@@ -19,6 +20,11 @@ from .protocols import PeekMatcher, is_http, is_socks, is_tls
 from .refusal import TurnAway
 
 __all__ = ["PeekMatcher", "PeekRouter", "is_http", "is_socks", "is_tls"]
+
+
+_LEFT: Final = Refused("peer_closed", reset=True)
+_STRAY: Final = Refused("wrong_protocol", reset=True)
+_NOISE: Final = Refused("protocol", reset=True)
 
 
 class PeekRouter:
@@ -63,6 +69,15 @@ class PeekRouter:
         self._limit = limit
         self._undecided = SourceShare(Held.HANDSHAKES, 0) if undecided is None else undecided
         self._turn_away = TurnAway()
+        self.first_bytes = FirstBytes(self._refuse_beforehand) if fallback is None else None
+
+    def _refuse_beforehand(self, data: bytes) -> Refused | None:
+        if not data:
+            return _LEFT
+        for matcher, _service in self._routes:
+            if matcher(data) is not False:
+                return None
+        return _STRAY if speaks_another_protocol(data) else _NOISE
 
     async def __call__(self, stream: Stream, /) -> Any:
         try:

@@ -8,16 +8,20 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from ..core.address import SocketAddress
 from ..core.client import ClientAddress, ListenerName, LocalAddress
 from ..core.errors import RamaError
+from ..core.first_bytes import Refused
 from ..core.graceful import Drain
 from ..core.poller import Poller
 from ..core.service import Service, check_complete, check_fit
 from ..core.socket_stream import SocketStream, reset_on_close, resets_on_close
 from ..core.stream import Stream
+from .arrivals import Arrivals
+from .refusal import refuse_now
 
 __all__ = ["BACKLOG", "TcpServer", "bind_tcp"]
 
@@ -25,7 +29,8 @@ log = logging.getLogger(__name__)
 
 BACKLOG: Final = 4096
 """How many connections a listening socket holds that nobody has accepted yet (as far as net.core.somaxconn lets)."""
-_ACCEPTS_PER_WAKE: Final = 64
+_ACCEPTS_PER_WAKE: Final = 256
+"""More than are begun a turn: what waits is to do so where sources have turns, not in the kernel's one queue."""
 _BACK_OFF_SECONDS: Final = 0.1
 _COMPLAIN_SECONDS: Final = 60.0
 _LINES_PER_MINUTE: Final = 100
@@ -60,14 +65,25 @@ def bind_tcp(host: str, port: int, *, backlog: int | None = BACKLOG, reuse_port:
     return sock
 
 
+@dataclass(slots=True)
+class _Refusals:
+    """How many connections were refused for one kind of first bytes since that was last said."""
+
+    count: int = 0
+    told_at: float = float("-inf")
+
+
 class TcpServer:
     """Accepts on a listening socket and runs ``service`` once per connection.
 
+    Of many connections that wait each source has its turn. Where the service judges first bytes
+    (:mod:`~rama_ebpf.core.first_bytes`), what it refuses never becomes a stream, and is logged once a minute.
+
     The server closes the stream when its service returns, and aborts it (RST) when the service raises. An error ends
     that connection only. ``on_accept`` is called once per accepted connection (for counters). When the process is
-    out of descriptors the server stops accepting for 100 ms instead of spinning, and if there is still none it closes
-    those who wait (``refused``), through a descriptor that is held for this. ``resource_errors`` counts both,
-    ``on_pause`` is told, and the log once a minute. ``name`` is what the listener is called in metrics.
+    out of descriptors the server stops accepting for 100 ms instead of spinning, and if there is still none it refuses
+    those who wait, each in its protocol (``refused``), through a descriptor that is held for this. ``resource_errors``
+    counts both, ``on_pause`` is told, and the log once a minute. ``name`` is what the listener is called in metrics.
     """
 
     def __init__(
@@ -83,7 +99,7 @@ class TcpServer:
         self.accepted = 0
         self.resource_errors = 0
         self.refused = 0
-        """Connections that were closed because there was no descriptor for them."""
+        """Connections that were refused because there was no descriptor for them."""
         self._spare: int | None = None
         self._complain_at = 0.0
         self._ends: dict[str, tuple[float, int]] = {}
@@ -101,18 +117,27 @@ class TcpServer:
         self._unix = listener.family == socket.AF_UNIX
         self._resets = resets_on_close(listener)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._arrivals: Arrivals | None = None
+        self._refusals: dict[str, _Refusals] = {}
         self._resume: asyncio.TimerHandle | None = None
 
     @property
     def live(self) -> int:
-        """How many connections are being served."""
-        return len(self._connections)
+        """How many connections are being served, or wait for their turn."""
+        return len(self._connections) + (0 if self._arrivals is None else self._arrivals.waiting)
 
     def start(self) -> None:
         """Start to accept, on the running event loop."""
         self._loop = asyncio.get_running_loop()
         Poller.current()  # made now, and so there when descriptors run out
         self._hold_spare()
+        self._arrivals = Arrivals(
+            self._begin,
+            self._note_refusal,
+            first_bytes=getattr(self._service, "first_bytes", None),
+            resets=self._resets,
+            name=self.name,
+        )
         self._accepting = True
         self._loop.add_reader(self.listener.fileno(), self._accept_ready)
 
@@ -123,7 +148,7 @@ class TcpServer:
                 before = self.accepted
                 self._accept_ready()
                 if self.accepted - before < _ACCEPTS_PER_WAKE:
-                    return
+                    break
 
     def stop_accepting(self) -> None:
         """Accept no more; live connections go on. The listening socket stays open and keeps its queue. Idempotent."""
@@ -136,6 +161,8 @@ class TcpServer:
             if self._resume is not None:
                 self._resume.cancel()
                 self._resume = None
+            if self._arrivals is not None:
+                self._arrivals.begin_all()
 
     def adopt(self, sock: socket.socket) -> None:
         """Serve a connected socket that was accepted elsewhere, for example by a process that handed it to us."""
@@ -166,6 +193,13 @@ class TcpServer:
             task.cancel(why)
 
     def _accept_ready(self, waited: bool = False) -> None:
+        assert self._arrivals is not None
+        try:
+            self._accept_waiting(self._arrivals, waited)
+        finally:
+            self._arrivals.take_turns()
+
+    def _accept_waiting(self, arrivals: Arrivals, waited: bool) -> None:
         for number in range(_ACCEPTS_PER_WAKE):
             try:
                 sock, peer = self.listener.accept()
@@ -180,13 +214,10 @@ class TcpServer:
                 # accept(2) hands on errors of the connection that was to be accepted (ECONNABORTED, EPROTO, …).
                 log.info("connection lost before accept: %s", error)
                 continue
-            self._accepted(sock, None if self._unix else SocketAddress.from_sockaddr(peer))
-
-    def _accepted(self, sock: socket.socket, peer: SocketAddress | None) -> None:
-        self.accepted += 1
-        if self._on_accept is not None:
-            self._on_accept()
-        self._begin(SocketStream(sock, peer=peer, reset=self._resets))
+            self.accepted += 1
+            if self._on_accept is not None:
+                self._on_accept()
+            arrivals.add(sock, None if self._unix else peer)
 
     def _refuse(self, error: OSError) -> bool:
         """Close the connections that a pause has brought no descriptors for, through the one that is held for this:
@@ -198,8 +229,7 @@ class TcpServer:
         try:
             for _ in range(_REFUSALS_PER_WAKE):
                 sock, _peer = self.listener.accept()
-                reset_on_close(sock, False)  # an orderly end: nothing was lost, the client is only not served
-                sock.close()
+                refuse_now(sock)
                 self.refused += 1
         except BlockingIOError:
             pass  # nobody waits any more
@@ -251,6 +281,19 @@ class TcpServer:
         self._ends[kind] = since, count + 1
         if count < _LINES_PER_MINUTE:
             log.info("%s: connection ended: %s", stream.peer, error)
+
+    def _note_refusal(self, why: Refused, peer: SocketAddress | None) -> None:
+        """One line a minute for each kind; a flood costs a number."""
+        refusals = self._refusals.get(why.kind)
+        if refusals is None:
+            refusals = self._refusals[why.kind] = _Refusals()
+        refusals.count += 1
+        now = asyncio.get_running_loop().time()
+        if now - refusals.told_at >= _COMPLAIN_SECONDS:
+            one = refusals.count == 1
+            count = "a connection" if one else f"{refusals.count} connections"
+            log.info("refused %s by the first bytes (%s)%s %s", count, why.kind, ":" if one else ", the latest:", peer)
+            refusals.count, refusals.told_at = 0, now
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         # Only a task that was cancelled before its first step leaves its stream open: none of its code ran.

@@ -8,10 +8,11 @@ import enum
 import errno
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from ...core.address import Authority
 from ...core.auth import Authenticator, Credentials, User
+from ...core.blame import speaks_another_protocol
 from ...core.client import client_address
 from ...core.counts import Counts, LocalCounts, SharesCounts
 from ...core.errors import (
@@ -24,6 +25,7 @@ from ...core.errors import (
     RamaError,
 )
 from ...core.extensions import Extensions
+from ...core.first_bytes import FirstBytes, Refused
 from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service, check_fit
 from ...core.stream import MAX_UNREAD, Stream
@@ -40,6 +42,10 @@ __all__ = ["ReplyTiming", "Socks5Server", "UserLimits"]
 
 
 T = TypeVar("T")
+
+_LEFT: Final = Refused("peer_closed")
+_STRAY: Final = Refused("wrong_protocol")
+_NOISE: Final = Refused("protocol")
 
 
 class ReplyTiming(enum.Enum):
@@ -119,6 +125,14 @@ class Socks5Server:
             self._methods = (Method.PASSWORD, Method.NONE) if auth_optional else (Method.PASSWORD,)
         served = {Command.CONNECT: connector, Command.BIND: binder, Command.UDP_ASSOCIATE: udp}
         self._commands = frozenset(command for command, by in served.items() if by is not None)
+        self.first_bytes = FirstBytes(self._refuse_beforehand)
+
+    def _refuse_beforehand(self, data: bytes) -> Refused | None:
+        if not data:
+            return _LEFT
+        if data[0] == 5 or (data[0] == 4 and self._socks4):
+            return None
+        return _STRAY if data[0] == 4 or speaks_another_protocol(data) else _NOISE
 
     async def __call__(self, stream: Stream, /) -> TunnelReport | AssociationReport:
         machine = ServerMachine(self._methods, commands=self._commands, socks4=self._socks4)

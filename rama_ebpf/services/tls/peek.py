@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 from ...core.client import client_address
 from ...core.errors import HandshakeTimeout, PeerClosed
+from ...core.first_bytes import FirstBytes, Refused
 from ...core.notes import Note
 from ...core.service import Output, Service, check_fit
 from ...core.shares import Held, ShareExceeded, SourceShare
 from ...core.stream import MAX_UNREAD, Stream
+from ..protocols import is_tls
 from .alert import Alert
 from .client_hello import DEFAULT_LIMIT, ClientHello, ClientHelloParser
 from .errors import AlertError, NotTls
@@ -57,6 +59,19 @@ def add_client_hello(stream: Stream, hello: ClientHello) -> None:
     extensions.add(Note("ja4", ja4.value))
 
 
+_LEFT: Final = Refused("peer_closed", reset=True)
+_NOT_TLS: Final = Refused("not_tls", Alert.UNEXPECTED_MESSAGE.record)
+
+
+def refuse_what_is_not_tls(data: bytes) -> Refused | None:
+    """Judge the first bytes of a client that is to speak TLS; see :mod:`rama_ebpf.core.first_bytes`."""
+    if not data:
+        return _LEFT
+    if data[0] & 0x80 and (len(data) < 3 or data[2] == 1):
+        return None  # may be a ClientHello of SSL 2.0, which has an answer of its own
+    return _NOT_TLS if is_tls(data) is False else None
+
+
 class TlsPeekLayer:
     """Adds :class:`ClientHello`, :class:`Ja3` and :class:`Ja4` to a stream's extensions, and consumes nothing.
 
@@ -93,6 +108,10 @@ class TlsPeekLayer:
         self._timeout = timeout
         self._limit = limit
         self._handshakes = SourceShare(Held.HANDSHAKES, 0) if handshakes is None else handshakes
+
+    def first_bytes(self, _inner: FirstBytes | None) -> FirstBytes | None:
+        """Refuse what is no TLS by its first bytes, unless there is somebody else for it."""
+        return FirstBytes(refuse_what_is_not_tls) if self._fallback is None else None
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         async def peek(stream: Stream, /) -> Output:

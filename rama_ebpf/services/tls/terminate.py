@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from ...core.errors import HandshakeTimeout
+from ...core.first_bytes import FirstBytes
 from ...core.service import Output, Service, check_fit
 from ...core.shares import ShareExceeded, SourceShare
 from ...core.stream import Stream
@@ -16,7 +17,7 @@ from .errors import AlertError, NotTls
 from .fingerprint import Ja4
 from .limit import HandshakeLimit
 from .match import TlsPolicyLayer
-from .peek import add_client_hello, peek_client_hello
+from .peek import add_client_hello, peek_client_hello, refuse_what_is_not_tls
 from .stream import TlsStream
 
 __all__ = ["TlsTerminateLayer"]
@@ -63,6 +64,10 @@ class TlsTerminateLayer:
         self._timeout = handshake_timeout
         self._limit = HandshakeLimit(max_handshakes, handshakes)
         self._ragged_eof = ragged_eof
+
+    def first_bytes(self, _inner: FirstBytes | None) -> FirstBytes | None:
+        """Refuse what is no TLS by its first bytes, unless there is somebody else for it."""
+        return FirstBytes(refuse_what_is_not_tls) if self._fallback is None else None
 
     @property
     def handshakes(self) -> int:

@@ -6,6 +6,7 @@ import asyncio
 
 from ...core.address import Authority
 from ...core.errors import HandshakeTimeout, PeerClosed
+from ...core.first_bytes import FirstBytes
 from ...core.service import Output, Service
 from ...core.stream import Stream
 from ...relay import Move, TunnelHandler, TunnelReport
@@ -50,6 +51,10 @@ class TlsTunnelLayer:
         self._timeout = timeout
         self._first_byte_timeout = first_byte_timeout
         self._limit = limit
+
+    def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
+        """First bytes are judged as inside: what is refused by them needs nothing of this layer."""
+        return inner
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         handler = TunnelHandler(self._handle)
