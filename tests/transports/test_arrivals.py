@@ -67,9 +67,9 @@ def dial(server: TcpServer, source: str = "127.0.0.1", data: bytes = b"") -> soc
 async def ended(client: socket.socket) -> bytes:
     """Return what comes until the server ends the connection in order; a reset raises."""
     got = b""
-    while data := await asyncio.get_running_loop().sock_recv(client, 1000):
-        got += data
-    client.close()
+    with client:
+        while data := await asyncio.get_running_loop().sock_recv(client, 1000):
+            got += data
     return got
 
 
@@ -153,10 +153,11 @@ async def test_bytes_and_end_told_together_are_both_seen(run: Run) -> None:
     client = dial(server)
     await eventually(lambda: server.live == 1)
     client.setblocking(True)
-    client.sendall(GREETING)
+    data = GREETING + bytes(3000)  # more than is judged by
+    client.sendall(data)
     client.shutdown(socket.SHUT_WR)
     client.setblocking(False)
-    assert await ended(client) == GREETING
+    assert await ended(client) == data
 
 
 async def test_silent_client_is_its_services_after_a_moment(run: Run) -> None:
@@ -217,6 +218,8 @@ async def test_garbage_is_struck_and_its_ban_is_in_force_before_it_is_closed(run
     client = dial(server, data=GARBAGE)
     waiting = asyncio.create_task(ended(client))
     await bans.asked.wait()
+    with dial(server, "127.0.0.2", GREETING) as other:  # meanwhile others are served
+        assert await asyncio.get_running_loop().sock_recv(other, 3) == GREETING
     assert not waiting.done()
     bans.may_ban.set()
     with pytest.raises(ConnectionResetError):
