@@ -19,10 +19,11 @@ __all__ = ["FirstBytes", "Refused", "Watcher"]
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Why a client is refused: the ``kind`` of the error that its service would have raised, what the client is to be
-    told (``wire``), and whether the connection ends by a reset or in order."""
+    """Why a client is refused: the ``kind`` of the error that its service would have raised, its ``text`` for people,
+    what the client is to be told (``wire``), and whether the connection ends by a reset or in order."""
 
     kind: str
+    text: str
     wire: bytes = b""
     reset: bool = False
 

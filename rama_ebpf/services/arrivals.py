@@ -30,8 +30,8 @@ _SILENT_SECONDS: Final = 0.25
 _TOLD: Final = 1024
 _TOLD_SECONDS: Final = 1.0
 _SOURCE_BITS: Final = 64
-_CROWDED: Final = Refused("source_queue", reset=True)
-_RESET: Final = Refused("client_reset", reset=True)
+_CROWDED: Final = Refused("source_queue", "too many of this source wait", reset=True)
+_RESET: Final = Refused("client_reset", "reset before its first byte", reset=True)
 
 
 class Arrivals:

@@ -22,9 +22,9 @@ from .refusal import TurnAway
 __all__ = ["PeekMatcher", "PeekRouter", "is_http", "is_socks", "is_tls"]
 
 
-_LEFT: Final = Refused("peer_closed", reset=True)
-_STRAY: Final = Refused("wrong_protocol", reset=True)
-_NOISE: Final = Refused("protocol", reset=True)
+_LEFT: Final = Refused("peer_closed", "closed without a word", reset=True)
+_STRAY: Final = Refused("wrong_protocol", "the first bytes are of no protocol that is served here", reset=True)
+_NOISE: Final = Refused("protocol", "the first bytes are of no protocol that is served here", reset=True)
 
 
 class PeekRouter:

@@ -290,9 +290,8 @@ class TcpServer:
         refusals.count += 1
         now = asyncio.get_running_loop().time()
         if now - refusals.told_at >= _COMPLAIN_SECONDS:
-            one = refusals.count == 1
-            count = "a connection" if one else f"{refusals.count} connections"
-            log.info("refused %s by the first bytes (%s)%s %s", count, why.kind, ":" if one else ", the latest:", peer)
+            more = "" if refusals.count == 1 else f" and {refusals.count - 1} others since the last line"
+            log.info("%s%s: connection refused: %s (%s)", peer, more, why.text, why.kind)
             refusals.count, refusals.told_at = 0, now
 
     def _ended(self, task: asyncio.Task[None]) -> None:

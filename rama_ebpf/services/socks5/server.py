@@ -43,9 +43,9 @@ __all__ = ["ReplyTiming", "Socks5Server", "UserLimits"]
 
 T = TypeVar("T")
 
-_LEFT: Final = Refused("peer_closed")
-_STRAY: Final = Refused("wrong_protocol")
-_NOISE: Final = Refused("protocol")
+_LEFT: Final = Refused("peer_closed", "closed without a word")
+_STRAY: Final = Refused("wrong_protocol", "the first byte is not a SOCKS version that is served here")
+_NOISE: Final = Refused("protocol", "the first byte is not a SOCKS version that is served here")
 
 
 class ReplyTiming(enum.Enum):

@@ -59,8 +59,8 @@ def add_client_hello(stream: Stream, hello: ClientHello) -> None:
     extensions.add(Note("ja4", ja4.value))
 
 
-_LEFT: Final = Refused("peer_closed", reset=True)
-_NOT_TLS: Final = Refused("not_tls", Alert.UNEXPECTED_MESSAGE.record)
+_LEFT: Final = Refused("peer_closed", "closed without a word", reset=True)
+_NOT_TLS: Final = Refused("not_tls", "not TLS", Alert.UNEXPECTED_MESSAGE.record)
 
 
 def refuse_what_is_not_tls(data: bytes) -> Refused | None:
