@@ -25,6 +25,7 @@ SERVER_SIDE = {
     "config",
     "feed",
     "gate",
+    "in_force",
     "kernel",
     "local",
     "password_file",
