@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from ..core.first_bytes import FirstBytes
 from ..core.client import Carrier
+from ..core.first_bytes import FirstBytes
 from ..core.service import Input, Output, Service
 
 __all__ = ["AddExtensionLayer", "MapInputLayer", "MapOutputLayer"]

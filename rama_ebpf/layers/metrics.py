@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
 from collections import Counter
-from typing import Any, Final
+from typing import Final
 
 from ..core.address import SocketAddress
 from ..core.client import ListenerName
@@ -52,7 +51,6 @@ class MetricsLayer:
         return None if inner is None else inner.watched(count)
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
-        listeners: dict[str, _Listener] = {}
 
         async def serve(stream: Stream, /) -> Output:
             told = stream.extensions.get(ListenerName)

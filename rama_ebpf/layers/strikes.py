@@ -10,12 +10,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..core.address import IPAddress
-from ..core.blame import judge
-from ..core.client import Carrier, HasExtensions, TrustedPeer, client_address
 from ..core.address import IPAddress, SocketAddress
 from ..core.blame import BLAME, judge
-from ..core.client import HasExtensions, TrustedPeer, client_address
+from ..core.client import Carrier, HasExtensions, TrustedPeer, client_address
 from ..core.errors import RamaError
 from ..core.first_bytes import FirstBytes, Refused
 from ..core.offender import Offender, strike

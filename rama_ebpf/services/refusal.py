@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from typing import Final
 import socket
-from typing import Any, Final
+from typing import Final
 
 from ..core.auth import Credentials
 from ..core.client import client_address
