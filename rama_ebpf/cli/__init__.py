@@ -1,7 +1,7 @@
 """The ``rama-ebpf`` command: one module a command group.
 
 Exit codes: 0 done, 1 the answer is no (not found, denied), 2 bad input (nothing was changed), 3 this host lacks
-something, or the kernel refused.
+something, or the kernel refused. As with other commands 130 is Ctrl-C, and 141 that whoever read the output left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NoReturn
 
 from .. import __version__
-from .output import ENVIRONMENT, USAGE
+from .output import ENVIRONMENT, USAGE, print_json
 
 __all__ = ["main"]
 
@@ -34,6 +34,10 @@ _GROUPS: Final = {
     "doctor": ("doctor",),
 }
 """The modules and their commands. Only the module of the given command is imported: some bring in half the package."""
+
+
+_NOBODY_READS: Final = 128 + 13
+"""As a shell shows the end by SIGPIPE."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,7 +87,16 @@ def _ended_by_interrupts() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        return _NOBODY_READS
+    return code
+
+
+def _run(argv: Sequence[str]) -> int:
     with _ended_by_interrupts():
         args = _parser(argv).parse_args(argv)
         from ..control.socket import ControlUnavailable
@@ -96,11 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.instance = Instance(args.instance)
         code = args.main(args)
         return int(code)
+    except BrokenPipeError:
+        raise
     except (PolicyError, ValueError, InstanceBusy) as error:
-        print(f"{prefix}: {error}", file=sys.stderr)
-        return USAGE
+        return _fail(prefix, error, USAGE, as_json=getattr(args, "json", False))
     except (ControlUnavailable, CompileError, RamaError, OSError) as error:
-        print(f"{prefix}: {error}", file=sys.stderr)
-        return ENVIRONMENT
+        return _fail(prefix, error, ENVIRONMENT, as_json=getattr(args, "json", False))
     except KeyboardInterrupt:
         return 130
+
+
+def _fail(prefix: str, error: Exception, code: int, *, as_json: bool) -> int:
+    print(f"{prefix}: {error}", file=sys.stderr)
+    if as_json:
+        print_json({"error": str(error), "exit": code})
+    return code
