@@ -38,7 +38,7 @@ from .egress import EgressBackstop
 from .enforced import Judge, KernelJudge, StoreJudge
 from .events import EventHub, GateEvents, rule_names
 from .kernel_relay import KernelRelay
-from .kill import ConnectionKiller
+from .kill import ConnectionKiller, Denials
 from .listeners import Listeners, SocketSet
 from .options import FIXED, DaemonOptions
 from .policy_host import PolicyHost, open_policy_host
@@ -239,19 +239,19 @@ class _Daemon(WorkerObserver):
 
     async def _enforce(self) -> None:
         """Where the operator wants it, end live connections that the policy has come to deny."""
-        store, seen = self._host.store, -1
+        store = self._host.store
+        denials = Denials(store, self._killer)
         while True:
             await asyncio.sleep(_ENFORCE_SECONDS)
-            if not self._options.kill or (revision := store.revision) == seen:
+            if not self._options.kill or not denials.due:
                 continue
             try:
-                killed = await asyncio.to_thread(self._killer.kill_denied, store)
+                killed = await asyncio.to_thread(denials.end)
             except PolicyError as error:
                 log.error("%s", error)
             else:
                 if killed:
-                    log.warning("revision %d of the policy ended %d live connections", revision, killed)
-            seen = revision
+                    log.warning("revision %d of the policy ended %d live connections", store.revision, killed)
 
     async def _flows(self, _params: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
         """Answer ``flows``: what each worker says of its tunnels."""

@@ -9,11 +9,35 @@ from pathlib import Path
 from ..core.address import IPAddress, SocketAddress, unmap
 from ..kernel import sock_diag
 from ..kernel.sock_diag import Connection
-from ..policy.rule import Action, IPNetwork, PolicyError, parse_network
+from ..policy.rule import Action, IPNetwork, PolicyError, boottime_ns, parse_network
 from ..policy.store import PolicyStore
 from .api import Json
 
-__all__ = ["ConnectionKiller"]
+__all__ = ["ConnectionKiller", "Denials"]
+
+
+class Denials:
+    """When live connections are to be judged again: the policy has changed, or something in it has ended by itself (a
+    rule, or a trial), which may deny whom it let in."""
+
+    def __init__(self, store: PolicyStore, killer: ConnectionKiller) -> None:
+        self._store = store
+        self._killer = killer
+        self._seen = -1
+        self._next: int | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time."""
+        return self._store.revision != self._seen or (self._next is not None and boottime_ns() >= self._next)
+
+    def end(self) -> int:
+        """End the connections that the policy denies now; return how many. Raises like :meth:`ConnectionKiller.kill`;
+        then it stays due."""
+        seen, next_end = self._store.revision, self._store.next_end(boottime_ns())
+        killed = self._killer.kill_denied(self._store)
+        self._seen, self._next = seen, next_end
+        return killed
 
 
 class ConnectionKiller:

@@ -247,9 +247,9 @@ def map_lookup_batch(fd: int, key_size: int, value_size: int, chunk: int = 4096)
 
 def map_lookup_slice(
     fd: int, key_size: int, value_size: int, token: bytes | None, count: int
-) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
-    """Return about ``count`` entries of a hash map, and the token by which the next call goes on; None: that was the
-    end."""
+) -> tuple[bytes, bytes, bytes | None]:
+    """Return about ``count`` keys of a map, one after the other, their values, and the token by which the next call
+    goes on; None: that was the end."""
     before = None if token is None else _buffer(token)
     after = ctypes.create_string_buffer(max(4, key_size))
     while True:
@@ -267,12 +267,7 @@ def map_lookup_slice(
             count *= 2
             continue
         met = struct.unpack_from("=I", attr.raw, 32)[0]
-        raw_keys, raw_values = keys.raw, values.raw
-        entries = [
-            (raw_keys[i * key_size : (i + 1) * key_size], raw_values[i * value_size : (i + 1) * value_size])
-            for i in range(met)
-        ]
-        return entries, None if done else after.raw
+        return keys.raw[: met * key_size], values.raw[: met * value_size], None if done else after.raw
 
 
 # -- pins ------------------------------------------------------------------------------------------------------------

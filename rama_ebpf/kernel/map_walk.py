@@ -24,7 +24,12 @@ class MapWalk:
 
     def next(self, count: int) -> list[tuple[bytes, bytes]]:
         """Return about ``count`` entries more; fewer, or none, at the end of a round."""
-        entries, self._token = bpf.map_lookup_slice(self._fd, *self._sizes, self._token, count)
+        key_size, value_size = self._sizes
+        keys, values, self._token = bpf.map_lookup_slice(self._fd, key_size, value_size, self._token, count)
+        entries = [
+            (keys[key_size * i : key_size * (i + 1)], values[value_size * i : value_size * (i + 1)])
+            for i in range(len(keys) // key_size)
+        ]
         self._met += len(entries)
         if self._token is None:
             self.known, self._met = self._met, 0

@@ -102,6 +102,10 @@ class LocalRules:
     def is_overfull(self, tries: int) -> bool:
         return len(self._stored) > self._most
 
+    def next_end(self, now: int) -> int | None:
+        ends = [rule.expires for rule in list(self._stored.values()) if rule.expires is not None and rule.expires > now]
+        return min(ends, default=None)
+
     def hits(self, rule_id: int) -> tuple[int, int]:
         rule = self._stored.get(rule_id)
         decided, dry = self._counters.get("" if rule is None else rule.name, (0, 0))

@@ -121,6 +121,11 @@ class PolicyStore:
         """When the set that was loaded last will be undone unless it is confirmed, None if it need not be."""
         return self._loaded.pending
 
+    def next_end(self, now: int) -> int | None:
+        """Return when after ``now`` (CLOCK_BOOTTIME nanoseconds) something ends by itself, a rule or a trial."""
+        ends = (self._tables.rules.next_end(now), self.pending)
+        return min((end for end in ends if end is not None and end > now), default=None)
+
     def set_token(self) -> int:
         """Return a number that names the set in force: it differs after every :meth:`replace` and roll-back."""
         return self._loaded.token()

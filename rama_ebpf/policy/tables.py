@@ -113,6 +113,9 @@ class RuleTable(Protocol):
     def is_overfull(self, tries: int) -> bool:
         """Whether there are more rules than there may be, now that one was added at the end of ``tries`` attempts."""
 
+    def next_end(self, now: int) -> int | None:
+        """Return when after ``now`` the next rule ends, None if none does."""
+
     def hits(self, rule_id: int) -> tuple[int, int]:
         """Return how often a rule decided, and would have as a dry run."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -89,4 +90,28 @@ def test_policy_that_kills_ends_what_it_has_come_to_deny_but_not_the_failsafe(
     wait_for(lambda: proxy.logged("ended 1 live connections"), what="the log line")
     assert is_alive(safe)
     for sock in (denied, safe):
+        sock.close()
+
+
+def test_policy_that_kills_sees_what_ends_by_itself(lab: Lab, start_proxy: StartProxy, tmp_path: Path) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    listen = ("--listen", f"{server.ipv4}:{PORT}", "--handshake-timeout", "600")
+    proxy = start_proxy(server, *listen, "--kill", "--default", "drop")
+    proxy.command("allow", client.ipv4, "--ttl", "3s")
+    until_the_allow_ends = connected(client, server)
+    assert is_reset(until_the_allow_ends)
+    assert proxy.json("list")["default"] == "drop"
+
+    (tmp_path / "open.toml").write_text('default = "allow"\n')
+    proxy.command("policy", "load", str(tmp_path / "open.toml"), "--confirm-timeout", "3s")
+    until_the_trial_ends = connected(client, server)
+    assert is_reset(until_the_trial_ends)
+
+    (tmp_path / "office.toml").write_text(
+        f'default = "drop"\n[[rules]]\nname = "a"\naction = "allow"\nsources = ["{client.ipv4}"]\nttl = "3s"\n'
+    )
+    proxy.command("policy", "load", str(tmp_path / "office.toml"))
+    until_the_rule_ends = connected(client, server)
+    assert is_reset(until_the_rule_ends)
+    for sock in (until_the_allow_ends, until_the_trial_ends, until_the_rule_ends):
         sock.close()
