@@ -1,4 +1,4 @@
-"""``flows``: the live tunnels, and which relay moves the bytes of each."""
+"""``flows``: the live tunnels, which relay moves the bytes of each, and the HTTP requests that are being served."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["live_flows", "register"]
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
     """Add the command."""
-    text = "show the live tunnels: source, target, relay and why, bytes each way, spills, age"
+    text = "show live tunnels and HTTP requests: source, user, target, relay and why, bytes each way, spills, age"
     parser = commands.add_parser("flows", parents=[shared], help=text, description=text)
     parser.set_defaults(main=_flows)
 
@@ -51,7 +51,7 @@ def _flows(args: argparse.Namespace) -> int:
 
 
 def _table(flows: Iterable[dict[str, Any]]) -> str:
-    header = ("SOURCE", "TARGET", "RELAY", "UP", "DOWN", "SPILLS", "AGE", "WHY")
-    columns = ("source", "target", "relay", "to_upstream", "to_client", "spills")
+    header = ("SOURCE", "USER", "TARGET", "RELAY", "UP", "DOWN", "SPILLS", "AGE", "WHY")
+    columns = ("source", "user", "target", "relay", "to_upstream", "to_client", "spills")
     rows = [[*(flow[column] for column in columns), f"{flow['age']:.0f}s", flow["why"]] for flow in flows]
     return table(header, rows)

@@ -19,6 +19,7 @@ from ..services.http import (
     HttpLimits,
     HttpServer,
     HttpTimeouts,
+    OriginOptions,
     PassiveHealth,
     Route,
     Routes,
@@ -99,6 +100,7 @@ class RouteSettings:
     proxy_protocol: str | None = setting(
         choice(*_PROXY_VERSIONS), "a PROXY header first, and a connection for each request", default=None
     )
+    keep: bool = setting(BOOLEAN, "use a connection to a backend for more than one request", default=True)
 
     def __post_init__(self) -> None:
         if not self.backends:
@@ -128,6 +130,7 @@ class RouteSettings:
             max_busy=self.max_busy,
             own_host=self.own_host,
             proxy_protocol=header,
+            origin=OriginOptions(keep=self.keep),
             timeouts=timeouts,
         )
         environment.on_start(pool.start)

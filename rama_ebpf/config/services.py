@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 
 from ..core.address import Authority
 from ..core.auth import Authenticator
+from ..core.names import NameSet
 from ..core.service import Service, stack
 from ..core.shares import Held
 from ..core.stream import Stream
@@ -19,7 +20,7 @@ from ..layers.check_queue import CheckQueue
 from ..layers.retry import RetryLayer
 from ..services.connect import ConnectError, Connector
 from ..services.forward import Forward
-from ..services.http import HttpProxy
+from ..services.http import HttpProxy, OriginOptions
 from ..services.http.layers import ProxyAuthLayer
 from ..services.proxy import mixed_proxy
 from ..services.socket_options import SocketOptions
@@ -27,7 +28,7 @@ from ..services.socks5 import Binder, ReplyTiming, Socks5Server, UdpAssociator, 
 from ..services.upstream import parse_chain
 from .decode import ListOf, Table, setting
 from .http import HttpTimeoutSettings
-from .kinds import AUTHORITY, BOOLEAN, DURATION, TARGET, TEXT, choice, file_path, integer, ip_literal
+from .kinds import AUTHORITY, BOOLEAN, DURATION, HOST_PATTERN, TARGET, TEXT, choice, file_path, integer, ip_literal
 from .layers import Environment, TargetsSettings
 from .reverse import HasLifecycle, ReverseSettings
 from .tls import TlsPassthroughSettings
@@ -181,6 +182,9 @@ class HttpSettings:
     connect_ports: tuple[int, ...] = setting(
         ListOf(integer(1, 65535)), "ports that CONNECT may name (all by default)", default=()
     )
+    unkept: tuple[str, ...] = setting(
+        ListOf(HOST_PATTERN), "upstreams with a new connection for each request", default=()
+    )
     timeouts: HttpTimeoutSettings = setting(
         Table(HttpTimeoutSettings), "how long to wait", default=HttpTimeoutSettings()
     )
@@ -188,8 +192,13 @@ class HttpSettings:
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         authenticate = _authenticator(environment, self.users)
         layers = [] if authenticate is None else [ProxyAuthLayer(authenticate)]
+        unkept = NameSet(self.unkept)
         return HttpProxy(
-            connector, layers=layers, connect_ports=self.connect_ports or None, timeouts=self.timeouts.timeouts()
+            connector,
+            layers=layers,
+            connect_ports=self.connect_ports or None,
+            origins=lambda target: OriginOptions(keep=str(target.host).lower() not in unkept),
+            timeouts=self.timeouts.timeouts(),
         )
 
 

@@ -11,6 +11,7 @@ from ..process.plan import Json
 from ..relay import tunnels
 from ..relay.engine import Engine
 from ..relay.sockmap import Sockmap
+from ..services.http.running import running
 
 __all__ = ["serve_relay"]
 
@@ -35,9 +36,9 @@ def serve_relay(channel: Channel, fds: Mapping[str, int], *, ask: bool) -> None:
             raise
 
     def flows(_body: Json) -> Json:
-        """What ``rama-ebpf flows`` shows of this worker."""
+        """What ``rama-ebpf flows`` shows of this worker: its tunnels, and the HTTP requests that it serves."""
         return {
-            "flows": [flow.as_json() for flow in tunnels],
+            "flows": [flow.as_json() for flow in (*tunnels, *running)],
             "refused": engine.refused(),
             "ended": [
                 {"relay": relay, "reason": reason.value, "count": count}

@@ -36,6 +36,7 @@ __all__ = [
     "check_complete",
     "check_fit",
     "check_key",
+    "innermost",
     "name_of",
     "needs_of_all",
     "service_fn",
@@ -368,4 +369,12 @@ def stack(*parts: Any, given: tuple[type, ...] = ()) -> Service[Any, Any]:
     missing = tuple(kind for kind in needed if kind not in given)
     if missing:
         raise _missing(stack, needed[missing[0]], missing)
+    if composed is not service:
+        with contextlib.suppress(AttributeError):
+            composed.innermost = innermost(service)  # type: ignore[attr-defined]
     return composed
+
+
+def innermost(service: object) -> object:
+    """Return the service that :func:`stack` composed ``service`` around; what it did not compose is its own."""
+    return getattr(service, "innermost", service)

@@ -1,9 +1,11 @@
-"""One line for each connection when it has ended: who, where to, why it ended, how many bytes, how long."""
+"""One line for each connection when it has ended: who, where to, why it ended, how many bytes, how long.
+
+A protocol that carries several requests, such as HTTP, has one line for each request instead
+(:mod:`~rama_ebpf.core.request_log`)."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -12,10 +14,11 @@ from dataclasses import dataclass
 from ..core.address import Authority, SocketAddress
 from ..core.auth import User
 from ..core.client import client_address
-from ..core.errors import RamaError
 from ..core.extensions import Extensions
 from ..core.first_bytes import FirstBytes
+from ..core.logfmt import logfmt
 from ..core.notes import Note
+from ..core.request_log import RequestLog, RequestRecord, error_reason
 from ..core.service import Output, Service
 from ..core.stream import Stream
 from ..relay.report import TunnelReport
@@ -57,45 +60,41 @@ class AccessRecord:
             *((note.key, note.value) for note in self.notes),
             ("error", self.error),
         ]
-        return " ".join(f"{key}={_quoted(str(value))}" for key, value in pairs if value not in ("", None))
-
-
-def _quoted(text: str) -> str:
-    plain = text.isascii() and text.isprintable() and not set(text) & {" ", '"', "=", "\\"}
-    return text if plain else json.dumps(text)
+        return logfmt(pairs)
 
 
 def close_reason(extensions: Extensions, error: BaseException | None) -> str:
     """Return in a word why a connection ended: an error's kind, a tunnel's close reason, ``done`` or ``cut``."""
-    if isinstance(error, RamaError):
-        return error.kind
-    if isinstance(error, asyncio.CancelledError):
-        return f"cut: {error.args[0]}" if error.args else "cut"
-    if isinstance(error, OSError):
-        return "client_reset" if isinstance(error, ConnectionError) else "io_error"
     if error is not None:
-        return f"failed: {type(error).__name__}"
+        return error_reason(error)
     report = extensions.get(TunnelReport)
     return "done" if report is None else report.reason.value
 
 
-def _log_line(record: AccessRecord) -> None:
+def _log_line(record: AccessRecord | RequestRecord) -> None:
     log.info("%s", record, extra={"access": record})
 
 
 class AccessLogLayer:
-    """Calls ``sink`` with an :class:`AccessRecord` when a connection has ended, in whatever way.
+    """Calls ``sink`` with an :class:`AccessRecord` when a connection has ended, in whatever way; of one whose protocol
+    tells its requests, ``request_sink`` with a :class:`~rama_ebpf.core.request_log.RequestRecord` for each instead, and
+    ``sink`` only where the connection failed outside of them.
 
-    The default sink writes one logfmt line at INFO to the logger ``rama_ebpf.access``; the record itself is its
+    The default sinks write one logfmt line at INFO to the logger ``rama_ebpf.access``; the record itself is its
     ``access`` attribute, for formatters of other shapes.
     """
 
     accepts = Stream
 
     def __init__(
-        self, sink: Callable[[AccessRecord], None] = _log_line, *, clock: Callable[[], float] = time.monotonic
+        self,
+        sink: Callable[[AccessRecord], None] = _log_line,
+        *,
+        request_sink: Callable[[RequestRecord], None] = _log_line,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sink = sink
+        self._request_sink = request_sink
         self._clock = clock
 
     def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
@@ -106,13 +105,16 @@ class AccessLogLayer:
         async def serve(stream: Stream, /) -> Output:
             started = self._clock()
             error: BaseException | None = None
+            requests = RequestLog(self._request_sink)
+            stream.extensions.add(requests)
             try:
                 return await inner(stream)
             except BaseException as raised:
                 error = raised
                 raise
             finally:
-                self._sink(_record(stream, error, self._clock() - started))
+                if not requests.lines or (error is not None and error is not requests.told):
+                    self._sink(_record(stream, error, self._clock() - started))
 
         return serve
 

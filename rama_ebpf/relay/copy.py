@@ -11,6 +11,7 @@ import logging
 import time
 from typing import Final
 
+from ..core.auth import User
 from ..core.client import client_address
 from ..core.stream import Stream
 from .options import TunnelLimits
@@ -53,13 +54,16 @@ class _Direction:
 class _Flow:
     def __init__(self, client: Stream, upstream: Stream, why: str) -> None:
         self.source, self.target, self.why = client_address(client) or client.peer, upstream.peer, why
+        user = client.extensions.get(User)
+        self.user = "" if user is None else user.name
         self.started = time.monotonic()
         self.up, self.down = _Direction(), _Direction()
         self.cut_requested: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def snapshot(self) -> FlowSnapshot:
         age = time.monotonic() - self.started
-        return FlowSnapshot(self.source, self.target, "copy", self.why, self.up.delivered, self.down.delivered, 0, age)
+        moved = self.up.delivered, self.down.delivered
+        return FlowSnapshot(self.source, self.target, "copy", self.why, *moved, 0, age, self.user)
 
     def report(self, reason: CloseReason) -> TunnelReport:
         return TunnelReport(

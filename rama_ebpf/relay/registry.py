@@ -15,7 +15,8 @@ __all__ = ["Flow", "FlowSnapshot", "TunnelRegistry", "tunnels"]
 
 @dataclass(frozen=True, slots=True)
 class FlowSnapshot:
-    """A live tunnel at one moment: addresses are None for Unix sockets, ``age`` is in seconds."""
+    """A live tunnel at one moment: addresses are None for Unix sockets, ``age`` is in seconds, ``user`` "" where nobody
+    had to prove one."""
 
     source: SocketAddress | None
     target: SocketAddress | None
@@ -25,6 +26,7 @@ class FlowSnapshot:
     to_client: int
     spills: int
     age: float
+    user: str = ""
 
     def as_json(self) -> dict[str, str | int | float | None]:
         """Return what ``rama-ebpf flows --json`` prints for this flow."""
@@ -36,6 +38,7 @@ class FlowSnapshot:
             "to_upstream": self.to_upstream,
             "to_client": self.to_client,
             "spills": self.spills,
+            "user": self.user,
             "age": round(self.age, 3),
         }
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ..core.address import SocketAddress
+from ..core.auth import User
 from ..core.client import client_address
 from ..core.socket_stream import SocketStream, reset_on_close
 from .direction import Direction, DirectionHost
@@ -55,6 +56,7 @@ class Tunnel:
         "up",
         "upstream",
         "upstream_socket",
+        "user",
         "why",
         "with_unix",
     )
@@ -78,6 +80,8 @@ class Tunnel:
         self.limits = limits
         self.source: SocketAddress | None = client_address(client) or client.peer
         self.target: SocketAddress | None = upstream.peer
+        user = client.extensions.get(User)
+        self.user = "" if user is None else user.name
         self.client = client.socket
         self.upstream = upstream.socket
         self.with_unix = client.is_unix or upstream.is_unix
@@ -137,6 +141,7 @@ class Tunnel:
             self.down.moved,
             self.up.spills + self.down.spills,
             self._loop.time() - self.started,
+            self.user,
         )
 
     def report(self) -> TunnelReport:

@@ -38,6 +38,8 @@ async def pool_of(connector: Connect) -> AsyncIterator[MakePool]:
 
 
 def asking(*fields: str, target: str = "/chat", host: str = "a.test", upgrade: str = "websocket") -> bytes:
+    if upgrade == "websocket" and not any(field.startswith("Sec-WebSocket-Version") for field in fields):
+        fields = (*fields, "Sec-WebSocket-Version: 13")
     lines = [f"GET {target} HTTP/1.1", f"Host: {host}", f"Upgrade: {upgrade}", "Connection: Upgrade", *fields]
     return "\r\n".join([*lines, "", ""]).encode()
 
@@ -187,6 +189,7 @@ async def test_wrong_accept_for_our_key_is_502(run: Run, pool_of: MakePool) -> N
                 (":scheme", "http"),
                 (":authority", "a.test"),
                 (":path", "/"),
+                ("sec-websocket-version", "13"),
             ],
             end=False,
         )

@@ -94,6 +94,13 @@ def test_a_leaf_is_made_once_for_a_certificate_and_a_protocol_and_the_oldest_is_
     assert issuer.mirroring(one, "a.test", ["http/1.1"]) is not second
 
 
+def test_a_leaf_that_is_kept_is_for_the_name_that_was_asked_for(authority: Authority) -> None:
+    issuer = LeafIssuer(CertificateAuthority.create())
+    one = der(authority.issue("a.test", stem="named").certificate)
+    assert issuer.mirroring(one, "a.test", ["h2"]) is not issuer.mirroring(one, "b.test", ["h2"])
+    assert issuer.for_name("a.test") is not issuer.mirroring(one, "a.test")
+
+
 @pytest.mark.parametrize(
     "name", ["made.up.test", "192.0.2.7", "a-name-of-more-than-64-characters." + "x" * 50 + ".test"]
 )

@@ -6,7 +6,7 @@ from .forwarded import ForwardedField, ForwardedLayer
 from .headers import Headers
 from .health import HealthCheck, PassiveHealth
 from .intercept import HttpInspector
-from .limits import HttpLimits, HttpTimeouts
+from .limits import HttpLimits, HttpTimeouts, OriginOptions
 from .model import Body, BodyTooLarge, Request, Response, Upgrade
 from .pool import ConnectionPool, PoolLimits
 from .proxy import ForwardProxy, HttpProxy
@@ -32,6 +32,7 @@ __all__ = [
     "HttpServer",
     "HttpTimeouts",
     "MalformedMessage",
+    "OriginOptions",
     "PassiveHealth",
     "PoolLimits",
     "Request",

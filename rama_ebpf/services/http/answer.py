@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 
 from ...core.address import SocketAddress
+from ...core.request_log import RequestLog, explained
 from ...core.service import Service
-from .errors import ConnectionDropped
+from .errors import ConnectionDropped, HttpError
 from .gateway import error_response, to_http_error
 from .model import Request, Response
+from .running import note_refusal
 
 __all__ = ["checked_response"]
 
@@ -16,14 +18,23 @@ log = logging.getLogger(__name__)
 
 
 async def checked_response(
-    service: Service[Request, Response], request: Request, name: str, peer: SocketAddress | None
+    service: Service[Request, Response],
+    request: Request,
+    name: str,
+    peer: SocketAddress | None,
+    *,
+    forward: bool = False,
 ) -> Response:
     """Return the service's response to ``request``, or the error response for what it raised.
+
+    Unless ``forward``, the target's scheme must be that of the connection (RFC 9110 section 7.4): else 421.
 
     A response that does not fit, such as 101 to a request that asked for no upgrade, is a bug of the service: 500.
     ``name`` stands in Proxy-Status, ``peer`` in the log. Raises :class:`ConnectionDropped` if the service did.
     """
     try:
+        if not forward and request.scheme != request.arrived_by:
+            raise HttpError(421, f"this connection is not for {request.scheme} targets")
         response = await service(request)
         await _check(request, response)
         return response
@@ -31,10 +42,11 @@ async def checked_response(
         raise
     except Exception as error:
         refusal = to_http_error(error)
+        note_refusal(request, error)
         if refusal.status == 500:
             log.exception("%s: service failed on %s", peer, request.method)
-        else:
-            log.info("%s: %s %s: %s", peer, request.method, refusal.status, error)
+        elif RequestLog not in request.extensions:
+            log.info("%s: %s %s: %s: %s", peer, request.method, request.authority, refusal.status, explained(error))
         return error_response(refusal, name)
 
 

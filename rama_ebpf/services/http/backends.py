@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from ...core.address import Authority
 from ...core.errors import RamaError
+from ...core.request_log import explained
 from ...core.service import Service, check_fit
 from ...core.stream import Stream
 from ..proxy_protocol import ProxyProtocolConnector
@@ -18,7 +19,7 @@ from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, returned
 from .errors import HttpError
 from .h1_client import H1ClientConnection
 from .health import BackendHealth, HealthCheck, PassiveHealth
-from .limits import HttpLimits, HttpTimeouts
+from .limits import HttpLimits, HttpTimeouts, OriginOptions
 from .model import Request, Response
 from .pool import ConnectionPool, PoolLimits, repeatable
 
@@ -43,8 +44,9 @@ class BackendPool:
     are tried again when there is no better one.
 
     ``via`` is our pseudonym in Via, ``upgrades`` are the protocols that may be switched to. The client's Host is
-    passed on unless ``own_host``. ``proxy_protocol`` sends a PROXY header first, on a
-    connection per request. ``upgrade_connector`` and ``h2_prior_knowledge``: see :class:`~.pool.ConnectionPool`.
+    passed on unless ``own_host``. ``proxy_protocol`` sends a PROXY header first, on a connection per request.
+    ``origin`` says how the backends are treated. ``upgrade_connector`` and ``h2_prior_knowledge``: see
+    :class:`~.pool.ConnectionPool`.
     Call :meth:`start` to run active checks, which speak HTTP/1.1 and use ``upgrade_connector`` if there is one, and
     :meth:`stop` at the end.
     """
@@ -67,6 +69,7 @@ class BackendPool:
         proxy_protocol: ProxyProtocolConnector | None = None,
         upgrade_connector: Service[Authority, Stream] | None = None,
         h2_prior_knowledge: bool = False,
+        origin: OriginOptions | None = None,
         pool_limits: PoolLimits | None = None,
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
@@ -88,10 +91,12 @@ class BackendPool:
         self._proxy_protocol = proxy_protocol
         self._limits = HttpLimits() if limits is None else limits
         self._timeouts = HttpTimeouts() if timeouts is None else timeouts
+        options = OriginOptions() if origin is None else origin
         self.connections = ConnectionPool(
             connector,
             upgrade_connector=upgrade_connector,
             h2_prior_knowledge=h2_prior_knowledge,
+            origins=lambda _backend: options,
             pool_limits=pool_limits,
             limits=limits,
             timeouts=timeouts,
@@ -115,7 +120,7 @@ class BackendPool:
             try:
                 response = await self._send(backend, onward)
             except (RamaError, OSError) as error:
-                log.info("backend %s: %s", backend.target, error)
+                log.info("backend %s: %s", backend.target, explained(error))
                 if last or not _may_move_on(request, error):
                     raise
                 continue

@@ -14,6 +14,7 @@ from typing import Final
 from .errors import HttpError
 from .headers import Headers
 from .model import Body, Request, Response
+from .websocket import check_opening
 
 __all__ = ["DEFAULT_UPGRADES", "MAX_HOPS", "answer_max_forwards", "forwardable", "returned"]
 
@@ -34,8 +35,14 @@ def forwardable(request: Request, via: str | None, upgrades: Collection[str]) ->
 
     ``via`` is our pseudonym (None: we do not show), ``upgrades`` the protocols that it may ask to switch to: a
     switch to another is not asked for, as if we did not know it (``h2c`` would take what follows out of our sight).
-    Raises :class:`HttpError` 508 in a loop.
+    Raises :class:`HttpError`: 508 in a loop, 501 for a ``:protocol`` (RFC 8441 section 4) that is not among them, and
+    what a bad opening handshake of WebSocket gets (RFC 6455 section 4.2.1).
     """
+    upgrade = request.upgrade if request.upgrade in upgrades else None
+    if request.upgrade is not None and request.version == "2" and upgrade is None:
+        raise HttpError(501, "the protocol of this CONNECT is not known here")
+    if upgrade == "websocket":
+        check_opening(request)
     headers = request.headers.copy()
     hops = len(headers.tokens("via"))
     if hops >= MAX_HOPS:
@@ -47,7 +54,7 @@ def forwardable(request: Request, via: str | None, upgrades: Collection[str]) ->
             headers.set("Max-Forwards", str(limit - 1))
     if via is not None:
         _append_via(headers, request.version, via)
-    return replace(request, headers=headers, upgrade=request.upgrade if request.upgrade in upgrades else None)
+    return replace(request, headers=headers, upgrade=upgrade)
 
 
 def returned(response: Response, via: str | None) -> Response:

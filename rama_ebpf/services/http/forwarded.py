@@ -20,7 +20,20 @@ from .model import Request, Response
 
 __all__ = ["ForwardedField", "ForwardedLayer"]
 
-_X_FIELDS: Final = ("x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port", "x-real-ip")
+_X_FIELDS: Final = (
+    "x-forwarded-for",
+    "x-forwarded-proto",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "x-real-ip",
+    # Other spellings of the scheme that servers believe.
+    "x-forwarded-protocol",
+    "x-forwarded-scheme",
+    "x-forwarded-ssl",
+    "x-scheme",
+    "x-url-scheme",
+    "front-end-https",
+)
 _PAIR: Final = re.compile(
     r"""[ \t]*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=([!#$%&'*+.^_`|~0-9A-Za-z-]+|"(?:[^"\\]|\\.)*")[ \t]*([;,]|$)"""
 )
@@ -77,11 +90,11 @@ class ForwardedLayer:
             self._believe(request, told)
         if self._field is ForwardedField.X_FORWARDED:
             headers.set("X-Forwarded-For", ", ".join([*headers.get_all("x-forwarded-for"), str(peer.ip)]))
-            for name, value in (("X-Forwarded-Proto", request.scheme), ("X-Forwarded-Host", request.authority)):
+            for name, value in (("X-Forwarded-Proto", request.arrived_by), ("X-Forwarded-Host", request.authority)):
                 if name not in headers:
                     headers.set(name, value)
         else:
-            element = f"for={_node(peer.ip)};proto={request.scheme}"
+            element = f"for={_node(peer.ip)};proto={request.arrived_by}"
             if request.authority:
                 element += f';host="{request.authority}"'
             headers.set("Forwarded", ", ".join([*headers.get_all("forwarded"), element]))

@@ -25,6 +25,7 @@ from .websocket import ACCEPT, KEY, accept_for, new_key
 __all__ = ["H1ClientConnection", "NoResponse"]
 
 _READ: Final = 64 * 1024
+_KEY_FIELD: Final = KEY.encode("ascii")
 _SAYS_LENGTH_ZERO: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -126,9 +127,10 @@ class H1ClientConnection:
         if request.upgrade is not None:
             options.append(b"Upgrade")
             fields.append((b"Upgrade", request.upgrade.encode("ascii")))
-            if request.upgrade == "websocket" and KEY not in request.headers:
+            if request.upgrade == "websocket" and request.version == "2":
                 self._key = new_key()  # the client's version of HTTP has none
-                fields.append((KEY.encode("ascii"), self._key.encode("ascii")))
+                fields = [field for field in fields if field[0].lower() != _KEY_FIELD.lower()]
+                fields.append((_KEY_FIELD, self._key.encode("ascii")))
         if options:
             fields.append((b"Connection", b", ".join(options)))
         length = request.body.length

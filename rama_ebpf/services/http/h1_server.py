@@ -24,6 +24,7 @@ from .heads import RequestHead
 from .limits import HttpLimits, HttpTimeouts
 from .model import Body, Request, Response
 from .pace import Pace
+from .running import RunningRequest
 from .strict import NEED_DATA, Closed, Content, End, Role, StrictConnection
 
 __all__ = ["H1ServerConnection"]
@@ -33,14 +34,15 @@ log = logging.getLogger(__name__)
 _READ: Final = 64 * 1024
 _DRAIN: Final = 64 * 1024
 """How many bytes of a body that the service did not want are read to keep the connection."""
-_LINGER_BYTES: Final = 4 * 1024 * 1024
+_LINGER_BYTES: Final = 64 * 1024 * 1024
 
 # Fields that are this connection's own: a service's values would contradict what is sent.
 _OWN_FIELDS: Final = ("connection", "content-length", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade")
 
 
 class H1ServerConnection:
-    """Serves the requests of one connection. ``name`` stands in Proxy-Status; ``date`` returns the Date field."""
+    """Serves the requests of one connection. ``scheme`` is the connection's, and that of its targets unless the
+    service is a ``forward`` proxy; ``name`` stands in Proxy-Status; ``date`` returns the Date field."""
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class H1ServerConnection:
         *,
         scheme: str,
         name: str,
+        forward: bool = False,
         limits: HttpLimits,
         timeouts: HttpTimeouts,
         date: Callable[[], str] = lambda: formatdate(usegmt=True),
@@ -56,6 +59,8 @@ class H1ServerConnection:
         self._stream = stream
         self._service = service
         self._scheme = scheme
+        self._forward = forward
+        self._received = self._sent = 0
         self._name = name
         self._timeouts = timeouts
         self._date = date
@@ -96,22 +101,42 @@ class H1ServerConnection:
         if head.length == 0:
             self._strict.next_event()  # its end
         request = self._request(head, body)
+        running = RunningRequest(request, self._stream, self._counted)
+        try:
+            keep, upgraded = await self._exchange(head, body, request, running)
+        except BaseException as error:
+            running.ended(error)
+            raise
+        running.ended()
+        self._received, self._sent = self._stream.bytes_received, self._stream.bytes_sent
+        if keep and await body.drained(self._timeouts.linger) and self._strict.reusable:
+            return True
+        if not upgraded:
+            await self._linger()
+        return False
+
+    def _counted(self) -> tuple[int, int]:
+        """Bytes from and to the client since the request before."""
+        return self._stream.bytes_received - self._received, self._stream.bytes_sent - self._sent
+
+    async def _exchange(
+        self, head: RequestHead, body: _RequestBody, request: Request, running: RunningRequest
+    ) -> tuple[bool, bool]:
+        """Return whether the connection may be kept, and whether it was switched to another protocol, which is over."""
         async with self._watch:
-            response = await checked_response(self._service, request, self._name, self._stream.peer)
+            response = await checked_response(
+                self._service, request, self._name, self._stream.peer, forward=self._forward
+            )
             try:
+                running.responded(response.status)
                 if response.upgrade is None:
-                    keep = await self._respond(head, body, response)
-                else:
-                    keep = await self._switch(head, request, response)
+                    return await self._respond(head, body, response), False
+                running.became_tunnel()
+                return await self._switch(head, request, response), True
             finally:
                 await response.body.close()
                 if response.upgrade is not None:
                     response.upgrade.abandon()
-        if keep and await body.drained(self._timeouts.linger) and self._strict.reusable:
-            return True
-        if response.upgrade is None:
-            await self._linger()
-        return False
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -157,6 +182,7 @@ class H1ServerConnection:
             headers=head.headers,
             body=body,
             scheme=head.target.scheme or self._scheme,
+            connection_scheme=self._scheme,
             version=head.version,
             absolute=bool(head.target.scheme),
             upgrade=head.upgrade,
@@ -213,8 +239,12 @@ class H1ServerConnection:
         if length is not None and response.status != 204:
             fields.append((b"Content-Length", str(length).encode()))
         close = response.close or self._draining or "close" in response.headers.tokens("connection")
-        if close or not body.worth_draining:
+        # RFC 9110 section 15.5.14: who is told that its content is too large is to stop sending it.
+        close = close or not body.worth_draining or (response.status == 413 and not body.over)
+        if close:
             fields.append((b"Connection", b"close"))
+        elif response.status == 426 and (offered := response.headers.get("upgrade")):
+            fields += [(b"Connection", b"Upgrade"), (b"Upgrade", offered.encode("latin-1"))]
         out = self._strict.send(
             h11.Response(status_code=response.status, headers=fields, reason=_reason(response.status, response.reason))
         )
@@ -338,13 +368,19 @@ class _RequestBody(Body):
         return b""
 
     @property
+    def over(self) -> bool:
+        """Whether all of it was read."""
+        return self._done
+
+    @property
     def worth_draining(self) -> bool:
-        """Whether the connection may live on though the service has not read all of the body."""
+        """Whether the connection may live on though the service has not read all of the body: the rest is short. Of
+        a chunked one nobody knows."""
         if self._done:
             return True
-        if self._error is not None or self._unasked:
+        if self._error is not None or self._unasked or self.length is None:
             return False
-        return self.length is None or self.length - self._pace.received <= _DRAIN
+        return self.length - self._pace.received <= _DRAIN
 
     @property
     def _unasked(self) -> bool:

@@ -15,6 +15,7 @@ import h2.exceptions
 from ...core.errors import PeerClosed, RamaError
 from ...core.extensions import Extensions
 from ...core.stream import Stream
+from ..tls.stream import TlsParameters
 from .errors import HttpError, MalformedMessage
 from .h1_client import NoResponse
 from .h2_connection import Channel, H2Connection
@@ -167,9 +168,9 @@ class H2ClientConnection(H2Connection):
         if request.upgrade is not None and not await self.extended_connect():
             raise HttpError(502, "the upstream has no WebSocket over HTTP/2", proxy_error="http_upgrade_failed")
 
-    @staticmethod
-    def _fields(request: Request) -> Fields:
-        fields = request_fields(request)
+    def _fields(self, request: Request) -> Fields:
+        # Of the target URI as the upstream knows it, which is by our connection (RFC 9110 section 7.4).
+        fields = request_fields(request, "https" if TlsParameters in self.stream.extensions else "http")
         if request.upgrade is None:
             return fields
         return [(name, value) for name, value in fields if name != KEY.lower().encode("ascii")]
@@ -198,7 +199,13 @@ class H2ClientConnection(H2Connection):
                 await request.inform(head.status, head.headers)
 
     def _response(self, request: Request, head: H2ResponseHead, channel: Channel, upload: Upload) -> Response:
-        if 200 <= head.status < 300 and (request.method == "CONNECT" or request.upgrade is not None):
+        tunnels = request.method == "CONNECT" and 200 <= head.status < 300
+        if request.upgrade is not None and 200 <= head.status < 300:
+            if head.status != 200 or head.length is not None or channel.received_end:
+                # RFC 8441 section 5: 200 opens the tunnel, which has no length and does not end with its header.
+                raise HttpError(502, "the upstream did not switch protocols", proxy_error="http_upgrade_failed")
+            tunnels = True
+        if tunnels:
             stream = H2Stream(self, channel, Extensions(), over=lambda: self._forget(channel))
             status = 200 if request.upgrade is None else 101
             key = request.headers.get(KEY)

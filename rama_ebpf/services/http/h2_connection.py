@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import hyperframe.frame
 from ...core.errors import PeerClosed, ProtocolError
 from ...core.stream import Stream
 from .errors import HttpError, MalformedMessage
+from .h2_engine import EngineConnection, StreamMalformed
 from .h2_fields import Fields, read_trailers
 from .h2_guard import FloodDetected, FrameGuard
 from .headers import Headers
@@ -33,6 +35,8 @@ from .limits import HttpLimits, HttpTimeouts
 from .pace import Pace
 
 __all__ = ["Channel", "H2Connection", "H2Error", "StreamWasReset"]
+
+log = logging.getLogger(__name__)
 
 _READ: Final = 64 * 1024
 _QUEUE_HIGH: Final = 256 * 1024
@@ -68,6 +72,9 @@ class Channel:
         self.sent_end = False
         self.received_end = False
         self.error: Exception | None = None
+        self.bytes_received = 0
+        self.bytes_sent = 0
+        """Bytes of DATA so far."""
         self._connection = connection
         self._received: deque[tuple[bytes, int]] = deque()
         self._changed = asyncio.Event()
@@ -82,6 +89,7 @@ class Channel:
 
     def on_data(self, data: bytes, flow: int) -> None:
         self._received.append((data, flow))
+        self.bytes_received += len(data)
         self._changed.set()
 
     def on_end(self) -> None:
@@ -159,6 +167,7 @@ class Channel:
                 continue
             self._connection.h2.send_data(self.id, bytes(view[:room]))
             self._connection.guard.data_sent += 1
+            self.bytes_sent += min(room, len(view))
             view = view[room:]
             self._connection.flush()
             await self._connection.drained()
@@ -204,7 +213,8 @@ class H2Connection(abc.ABC):
         self.channels: dict[int, Channel] = {}
         self.closing = False
         """No new streams: we or the peer said GOAWAY."""
-        self.h2 = h2.connection.H2Connection(
+        self._client = client
+        self.h2 = EngineConnection(
             h2.config.H2Configuration(client_side=client, header_encoding=None, validate_outbound_headers=False)
         )
         self.h2.local_settings = h2.settings.Settings(
@@ -233,6 +243,8 @@ class H2Connection(abc.ABC):
     def open(self) -> None:
         """Queue the preface and our settings; comes before :meth:`run`."""
         self.h2.initiate_connection()
+        if not self._client:
+            self.h2.accept_any_number_of_streams()
         # The limit on what a header block may unpack to is ours to answer with 431; h2's ends the connection.
         self.h2.decoder.max_header_list_size = 4 * self.limits.head
         self.h2.increment_flow_control_window(_CONNECTION_WINDOW - 65535)
@@ -333,6 +345,8 @@ class H2Connection(abc.ABC):
 
     def _dispatch(self, event: h2.events.Event) -> None:
         match event:
+            case StreamMalformed(stream_id=stream_id):
+                self._malformed(stream_id, event)
             case h2.events.DataReceived(stream_id=stream_id, data=data, flow_controlled_length=flow):
                 assert stream_id is not None
                 assert flow is not None
@@ -361,6 +375,13 @@ class H2Connection(abc.ABC):
             case _:
                 self.on_event(event)
 
+    def _malformed(self, stream_id: int, event: StreamMalformed) -> None:
+        self.acknowledge(stream_id, event.flow)
+        log.info("%s: stream %d is malformed: %s", self.stream.peer, stream_id, event.why)
+        if channel := self.channels.get(stream_id):
+            self.on_reset(channel, MalformedMessage("what came on the stream is not a message of HTTP/2"))
+        self.guard.reset()
+
     def _trailers(self, stream_id: int, fields: object) -> None:
         channel = self.channels.get(stream_id)
         if channel is None:
@@ -378,8 +399,8 @@ class H2Connection(abc.ABC):
     def on_go_away(self, last_stream: int) -> None:
         """The peer will process no stream above ``last_stream``; may be called again."""
 
-    def on_reset(self, channel: Channel, error: StreamWasReset) -> None:
-        """The peer reset a stream."""
+    def on_reset(self, channel: Channel, error: StreamWasReset | MalformedMessage) -> None:
+        """The peer reset a stream, or made us reset it."""
         channel.on_error(error)
 
     def refuse(self, channel: Channel, error: HttpError) -> None:

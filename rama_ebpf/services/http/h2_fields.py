@@ -32,7 +32,8 @@ __all__ = [
 Fields = list[tuple[bytes, bytes]]
 
 _METHOD: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
-_STATUS: Final = re.compile(rb"[1-5][0-9]{2}")
+_STATUS: Final = re.compile(rb"[1-9][0-9]{2}")
+_LAST_STATUS: Final = 599
 _PSEUDO_REQUEST: Final = frozenset({b":method", b":scheme", b":authority", b":path", b":protocol"})
 _CONNECTION_SPECIFIC: Final = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade", b"http2-settings"}
@@ -86,7 +87,7 @@ def read_request(fields: Fields, limits: HttpLimits) -> H2RequestHead:
         if b":path" in pseudo or b":scheme" in pseudo:
             raise MalformedMessage("CONNECT with a :path or :scheme")
         scheme, path = "", ""
-        _port_required(authority)
+        _port_required(pseudo.get(b":authority", b"").decode("latin-1"))
     else:
         scheme = pseudo.get(b":scheme", b"").decode("latin-1")
         if scheme not in ("http", "https"):
@@ -121,6 +122,8 @@ def read_response(fields: Fields, limits: HttpLimits) -> H2ResponseHead:
     if _STATUS.fullmatch(raw_status) is None or raw_status == b"101":
         raise MalformedMessage("bad :status")
     status = int(raw_status)
+    if status > _LAST_STATUS:
+        status = 502  # as in HTTP/1.1: RFC 9110 section 15
     length = content_length([value for key, _, value in regular if key == b"content-length"])
     if (status < 200 or status == 204) and length:
         raise MalformedMessage(f"a body in a {status} response")
@@ -170,7 +173,7 @@ def _authority(pseudo: dict[bytes, bytes], regular: list[tuple[bytes, bytes, byt
         parse_authority(text, 0)
     except ValueError as error:
         raise MalformedMessage("bad :authority") from error
-    return text
+    return text.removesuffix(":")
 
 
 def _port_required(authority: str) -> None:
@@ -197,8 +200,9 @@ def _end_to_end(regular: list[tuple[bytes, bytes, bytes]]) -> Headers:
 # -- out -------------------------------------------------------------------------------------------------------
 
 
-def request_fields(request: Request) -> Fields:
-    """Return the header block of a request: of CONNECT, or of RFC 8441 for one that asks for an upgrade."""
+def request_fields(request: Request, scheme: str) -> Fields:
+    """Return the header block of a request: of CONNECT, or of RFC 8441 for one that asks for an upgrade. ``scheme`` is
+    that of the connection on which it goes."""
     authority = request.authority.encode("ascii")
     if request.method == "CONNECT":
         fields: Fields = [(b":method", b"CONNECT"), (b":authority", authority)]
@@ -206,7 +210,7 @@ def request_fields(request: Request) -> Fields:
         method = request.method if request.upgrade is None else "CONNECT"
         fields = [
             (b":method", method.encode("ascii")),
-            (b":scheme", request.scheme.encode("ascii")),
+            (b":scheme", scheme.encode("ascii")),
             (b":authority", authority),
             (b":path", request.path.encode("ascii")),
         ]

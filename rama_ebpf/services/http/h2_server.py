@@ -26,6 +26,7 @@ from .headers import Headers
 from .limits import HttpLimits, HttpTimeouts
 from .model import Body, Request, Response
 from .pace import Pace
+from .running import RunningRequest, note_refusal
 
 __all__ = ["H2_PREFACE", "H2ServerConnection"]
 
@@ -33,19 +34,24 @@ log = logging.getLogger(__name__)
 
 H2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _STREAMS: Final = 100
+_SURPLUS: Final = 4096
+"""How many streams above the limit are refused, before the limit is known, without being held against the client."""
 _LINGER_BYTES: Final = 4 * 1024 * 1024
 _Codes = h2.errors.ErrorCodes
 
 
 class H2ServerConnection(H2Connection):
-    """Serves the streams of one connection. ``name`` stands in Proxy-Status; ``date`` returns the Date field."""
+    """Serves the streams of one connection. ``scheme`` is the connection's, and that of its targets unless the service
+    is a ``forward`` proxy; ``name`` stands in Proxy-Status; ``date`` returns the Date field."""
 
     def __init__(
         self,
         stream: Stream,
         service: Service[Request, Response],
         *,
+        scheme: str,
         name: str,
+        forward: bool = False,
         limits: HttpLimits,
         timeouts: HttpTimeouts,
         extended_connect: bool = True,
@@ -60,8 +66,12 @@ class H2ServerConnection(H2Connection):
             extended_connect=extended_connect,
         )
         self._service = service
+        self._scheme = scheme
+        self._forward = forward
         self._name = name
         self._date = date
+        self._settled = False
+        self._refusals = 0
         self._tasks: dict[asyncio.Task[None], Channel] = {}
 
     def drain(self) -> None:
@@ -96,17 +106,29 @@ class H2ServerConnection(H2Connection):
         if isinstance(event, h2.events.RequestReceived):
             assert event.stream_id is not None
             self._begin(event.stream_id, list(event.headers or []))
+        elif isinstance(event, h2.events.SettingsAcknowledged):
+            self._settled = True
 
     def _begin(self, stream_id: int, fields: Fields) -> None:
         # Tasks outlive a reset by a moment: they count, or reset streams would make room for more work (rapid reset).
         if self.closing or len(self._tasks) >= 2 * _STREAMS:
             self.reset_stream(stream_id, _Codes.REFUSED_STREAM)
             return
+        if len(self.channels) >= _STREAMS <= sum(channel.error is None for channel in self.channels.values()):
+            self._refuse_surplus(stream_id)
+            return
         channel = self.channels[stream_id] = Channel(self, stream_id)
         Lifecycle.of(self.stream.extensions).reached(Stage.ESTABLISHED)
         task = asyncio.get_running_loop().create_task(self._serve(channel, fields))
         self._tasks[task] = channel
         task.add_done_callback(self._ended)
+
+    def _refuse_surplus(self, stream_id: int) -> None:
+        """RFC 9113 section 5.1.2: a client that does not know our limit yet loses nothing by having passed it."""
+        self._refusals += 1
+        if self._settled or self._refusals > _SURPLUS:
+            self.guard.reset()
+        self.reset_stream(stream_id, _Codes.REFUSED_STREAM)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.forget(self._tasks.pop(task))
@@ -116,7 +138,7 @@ class H2ServerConnection(H2Connection):
     def on_go_away(self, last_stream: int) -> None:
         pass  # it names streams that we would open, and a server opens none
 
-    def on_reset(self, channel: Channel, error: StreamWasReset) -> None:
+    def on_reset(self, channel: Channel, error: StreamWasReset | MalformedMessage) -> None:
         super().on_reset(channel, error)
         for task, served in self._tasks.items():
             if served is channel:
@@ -166,9 +188,26 @@ class H2ServerConnection(H2Connection):
     async def _exchange(self, channel: Channel, head: H2RequestHead) -> None:
         tunnel = head.method == "CONNECT"
         request = self._request(channel, head, Body.empty() if tunnel else _RequestBody(self, channel, head))
-        response = await checked_response(self._service, request, self._name, self.stream.peer)
+        running = RunningRequest(request, self.stream, lambda: (channel.bytes_received, channel.bytes_sent))
         try:
+            await self._answer(channel, head, request, running)
+        except BaseException as error:
+            running.ended(error)
+            raise
+        running.ended()
+
+    async def _answer(self, channel: Channel, head: H2RequestHead, request: Request, running: RunningRequest) -> None:
+        response = await checked_response(self._service, request, self._name, self.stream.peer, forward=self._forward)
+        try:
+            if head.protocol is not None and response.upgrade is None and response.status < 300:
+                # RFC 8441 section 5: to the client any success would say that the tunnel is open.
+                await response.body.close()
+                error = HttpError(502, "the server did not switch protocols", proxy_error="http_upgrade_failed")
+                note_refusal(request, error)
+                response = error_response(error, self._name)
+            running.responded(response.status)
             if response.upgrade is not None:
+                running.became_tunnel()
                 await self._switch(channel, request, response)
             else:
                 await self._respond(channel, response, bodiless=head.method == "HEAD")
@@ -188,7 +227,8 @@ class H2ServerConnection(H2Connection):
             path=head.path,
             headers=head.headers,
             body=body,
-            scheme=head.scheme,
+            scheme=head.scheme or self._scheme,
+            connection_scheme=self._scheme,
             version="2",
             absolute=True,
             upgrade=head.protocol,

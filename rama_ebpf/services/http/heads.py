@@ -34,11 +34,12 @@ _TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 _METHOD_LIKE: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,24} ")
 _OTHER_VERSION: Final = re.compile(rb"[^ ]+ [\x21-\x7e]+ HTTP/[0-9.]+")  # a browser writes 1.1
 _REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])")
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _FIELDS: Final = re.compile(rb"(?:" + _TOKEN + rb"+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
 _NEVER: Final = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
+_LENGTH: Final = re.compile(rb"0{0,64}[0-9]{1,18}")
+_LAST_STATUS: Final = 599
 _TOKENS: Final = re.compile(_TOKEN + rb"+")
 
 _METHODS: Final = frozenset(
@@ -219,10 +220,13 @@ def parse_response(data: bytes, limits: HttpLimits, *, method: str) -> ResponseH
         raise MalformedMessage("not a status line of HTTP/1.0 or HTTP/1.1")
     minor, raw_status, reason = match.groups()
     status = int(raw_status)
+    if status > _LAST_STATUS:
+        # RFC 9110 section 15: whatever it was to say, it is a server's failure. What we send on is a status.
+        status, reason = 502, b""
     version = "1.1" if minor == b"1" else "1.0"
     length = _length(fields, version, default=None)
     coded = _has(fields, b"transfer-encoding")
-    if (status < 200 or status == 204) and (coded or length):
+    if (status < 200 and coded) or ((status < 200 or status == 204) and length):
         raise MalformedMessage(f"a body in a {status} response")
     nominated = _nominated(fields)
     headers = _end_to_end(fields, nominated)
@@ -233,7 +237,8 @@ def parse_response(data: bytes, limits: HttpLimits, *, method: str) -> ResponseH
         if method == "HEAD" or status == 304:
             declared = length
         length, until_close = 0, False
-    persistent = version == "1.1" and b"close" not in nominated and not until_close
+    # RFC 9112 section 6.3: a 204 ends with its header section, chunked or not. What such a server sends next is unsure.
+    persistent = version == "1.1" and b"close" not in nominated and not until_close and not (status == 204 and coded)
     return ResponseHead(
         status, (reason or b"").decode("latin-1"), version, headers, length, until_close, declared, upgrade, persistent
     )
@@ -322,7 +327,7 @@ def _length(fields: list[_Field], version: str, default: int | None = 0) -> int 
 
 def content_length(values: list[bytes]) -> int | None:
     """Return what the Content-Length fields of a message say, None if there is none. Raises
-    :class:`MalformedMessage` if it is not exactly one plain number."""
+    :class:`MalformedMessage` if it is not exactly one plain number; zeros in front of one are legal."""
     if not values:
         return None
     if len(values) > 1:
@@ -359,7 +364,7 @@ def _authority(fields: list[_Field], version: str, target: Target) -> str:
     except ValueError as error:
         raise MalformedMessage("bad Host") from error
     # RFC 9112 section 3.2.2: the target's authority counts, and the Host field is ignored.
-    return target.authority or hosts[0].decode("ascii")
+    return target.authority or hosts[0].decode("ascii").removesuffix(":")
 
 
 def _check_content(method: str, length: int | None) -> None:

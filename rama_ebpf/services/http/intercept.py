@@ -79,6 +79,7 @@ class HttpInspector:
             server = HttpServer(
                 stack(*self._layers, origin),
                 scheme="https",
+                forward=True,  # what a target means is for the server that the client has connected to
                 extended_connect=extended_connect,
                 name=self._via or "proxy",
                 limits=self._limits,

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["HttpLimits", "HttpTimeouts"]
+__all__ = ["HttpLimits", "HttpTimeouts", "OriginOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class OriginOptions:
+    """How one upstream is treated.
+
+    With ``keep`` off each request has a connection of its own: a server that sends a second response where none is due
+    then answers nobody else with it.
+    """
+
+    keep: bool = True
 
 
 @dataclass(frozen=True, slots=True)

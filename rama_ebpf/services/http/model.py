@@ -164,9 +164,10 @@ class Request:
     ``authority`` is the host (and port, unless it is the scheme's default) as the client named it, "" if an HTTP/1.0
     client named none. ``path`` begins with ``/`` and includes the query; it is ``*`` for OPTIONS of a whole server
     and "" for CONNECT. ``absolute`` tells that the client named scheme and host in the target, as one does to a
-    proxy (absolute-form; in HTTP/2 always). ``upgrade`` is the protocol that the client asks to switch to, in lower
-    case, also for RFC 8441 over h2. ``accepts_trailers`` is ``TE: trailers``. ``extensions`` is a fork of the
-    connection's.
+    proxy (absolute-form; in HTTP/2 always). ``scheme`` is that of the target; ``connection_scheme`` is "https" if the
+    client's connection is TLS: they differ only in what is asked of a forward proxy. ``upgrade`` is the protocol that
+    the client asks to switch to, in lower case, also for RFC 8441 over h2. ``accepts_trailers`` is ``TE: trailers``.
+    ``extensions`` is a fork of the connection's.
     """
 
     method: str
@@ -177,11 +178,17 @@ class Request:
     scheme: str = "http"
     version: str = "1.1"
     absolute: bool = False
+    connection_scheme: str = ""
     upgrade: str | None = None
     accepts_trailers: bool = False
     extensions: Extensions = field(default_factory=Extensions)
     inform: Inform | None = None
     """Sends an interim (1xx) response to the client; None where the client's version has none (HTTP/1.0)."""
+
+    @property
+    def arrived_by(self) -> str:
+        """The scheme of the client's connection: what servers behind are told of it (RFC 7239 section 5.4)."""
+        return self.connection_scheme or self.scheme
 
     @property
     def target(self) -> Authority:

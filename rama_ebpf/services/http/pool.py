@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ...core.address import Authority
+from ...core.request_log import Upstream
 from ...core.service import Service
 from ...core.stream import Stream
 from ...core.target import Target
 from ..tls.stream import TlsParameters
 from .h1_client import H1ClientConnection, NoResponse
 from .h2_client import H2ClientConnection
-from .limits import HttpLimits, HttpTimeouts
+from .limits import HttpLimits, HttpTimeouts, OriginOptions
 from .model import Request, Response
 
-__all__ = ["IDEMPOTENT", "ConnectionPool", "PoolLimits", "repeatable"]
+__all__ = ["IDEMPOTENT", "ConnectionPool", "Origins", "PoolLimits", "repeatable"]
+
+_SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+
+Origins = Callable[[Authority], OriginOptions]
+"""Says how a target is to be treated."""
 
 IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 """Methods that may be repeated (RFC 9110 section 9.2.2)."""
@@ -51,10 +57,12 @@ class ConnectionPool:
     """Sends requests over connections that ``connector`` makes: HTTP/2 where TLS agreed on it (ALPN ``h2``), or by
     ``h2_prior_knowledge``, else HTTP/1.1.
 
-    A kept connection may have been closed by the upstream a moment ago, so only requests that are safe to repeat are
-    sent on one of HTTP/1.1, and repeated, once, on a new one. Others get a new connection. Upgrades are made on
-    connections of ``upgrade_connector``, if there is one: few upstreams know WebSocket over HTTP/2, and a connection
-    that has agreed on ``h2`` knows no other.
+    A kept connection may have been closed by the upstream a moment ago, so only requests that may be sent twice without
+    a word, safe ones (RFC 9110 section 9.2.1) without a body, go out on one of HTTP/1.1, and once more on a new one.
+    Others get a new connection, and are sent once. ``origins`` says which targets' connections are kept.
+
+    Upgrades are made on connections of ``upgrade_connector``, if there is one: few upstreams know WebSocket over
+    HTTP/2, and a connection that has agreed on ``h2`` knows no other.
 
     Requests share connections only within the same ``partition``: where the connector chooses its way by the client,
     what was opened for one client must not carry another's requests.
@@ -66,6 +74,7 @@ class ConnectionPool:
         *,
         upgrade_connector: Service[Authority, Stream] | None = None,
         h2_prior_knowledge: bool = False,
+        origins: Origins = lambda _target: OriginOptions(),
         pool_limits: PoolLimits | None = None,
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
@@ -73,6 +82,7 @@ class ConnectionPool:
         self._connector = connector
         self._upgrade_connector = upgrade_connector
         self._h2_prior_knowledge = h2_prior_knowledge
+        self._origins = origins
         self._pool_limits = PoolLimits() if pool_limits is None else pool_limits
         self._limits = HttpLimits() if limits is None else limits
         self._timeouts = HttpTimeouts() if timeouts is None else timeouts
@@ -107,7 +117,8 @@ class ConnectionPool:
         ``connector``, if given, connects for this request alone, and its connection is not kept.
         """
         key = (Authority(target.host, target.port), partition)
-        if connector is None and (response := await self._send_on_kept(request, key)) is not None:
+        keep = connector is None and self._origins(key[0]).keep
+        if keep and (response := await self._send_on_kept(request, key)) is not None:
             return response
         if connector is None and request.upgrade is not None:
             connector = self._upgrade_connector
@@ -117,28 +128,31 @@ class ConnectionPool:
         except BaseException:
             self._unbusy(target)
             raise
+        request.extensions.add(Upstream(stream.peer, kept=False))
         tls = stream.extensions.get(TlsParameters)
         if tls.alpn == "h2" if tls is not None else (self._h2_prior_knowledge and connector is None):
             self._unbusy(target)
-            return await self._add_h2(key, stream, keep=connector is None).send(request)
+            return await self._add_h2(key, stream, keep=keep).send(request)
         connection = H1ClientConnection(
             stream,
             limits=self._limits,
             timeouts=self._timeouts,
-            released=lambda connection: self._released(key, connection, keep=connector is None),
+            released=lambda connection: self._released(key, connection, keep=keep),
         )
         return await connection.send(request)
 
     async def _send_on_kept(self, request: Request, key: _Key) -> Response | None:
         """Send on a connection that is there already; return None if there is none that will do."""
-        may_repeat = repeatable(request)
+        may_repeat = request.method in _SAFE and repeatable(request)
         try:
             if request.upgrade is None or self._upgrade_connector is None:
                 for connection in self._h2.get(key, ()):
                     if connection.available:
+                        request.extensions.add(Upstream(connection.stream.peer, kept=True))
                         return await connection.send(request)
             if may_repeat and (kept := self._take(key)) is not None:
                 self._busy[key[0]] += 1
+                request.extensions.add(Upstream(kept.stream.peer, kept=True))
                 return await kept.send(request)
         except NoResponse:
             if not may_repeat:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Hashable
 
 from ...core.address import Authority
 from ...core.lifecycle import Lifecycle
+from ...core.request_log import Upstream
 from ...core.service import Layer, Service, check_fit, stack
 from ...core.stream import Stream
 from ...core.target import Target
@@ -13,9 +14,9 @@ from ...relay import TunnelLimits
 from ..connect import Connector
 from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, returned
 from .errors import HttpError
-from .limits import HttpLimits, HttpTimeouts
+from .limits import HttpLimits, HttpTimeouts, OriginOptions
 from .model import Request, Response
-from .pool import ConnectionPool, PoolLimits
+from .pool import ConnectionPool, Origins, PoolLimits
 from .server import HttpServer
 from .tunnel import Tunnel
 
@@ -31,10 +32,12 @@ class ForwardProxy:
     403). ``via`` is our pseudonym in Via, ``upgrades`` are the protocols that may be switched to.
 
     Kept connections to a target are shared between clients if ``share_connections``; by default if the connector is
-    a plain :class:`~..connect.Connector`, which does not choose its way by the client as others may.
+    a plain :class:`~..connect.Connector`, which does not choose its way by the client as others may. ``origins`` says
+    how each target is treated.
     """
 
     accepts = Request
+    forwards = True
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class ForwardProxy:
         connect_ports: Collection[int] | None = None,
         tunnel_limits: TunnelLimits | None = None,
         share_connections: bool | None = None,
+        origins: Origins = lambda _target: OriginOptions(),
         pool_limits: PoolLimits | None = None,
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
@@ -56,7 +60,9 @@ class ForwardProxy:
         self._upgrades = upgrades
         self._connect_ports = connect_ports
         self._tunnel_limits = tunnel_limits
-        self.pool = ConnectionPool(connector, pool_limits=pool_limits, limits=limits, timeouts=timeouts)
+        self.pool = ConnectionPool(
+            connector, origins=origins, pool_limits=pool_limits, limits=limits, timeouts=timeouts
+        )
 
     async def __call__(self, request: Request, /) -> Response:
         if request.method == "CONNECT":
@@ -81,6 +87,7 @@ class ForwardProxy:
             raise HttpError(403, "CONNECT to this port is not allowed")
         request.extensions.add(target)
         upstream = await self._connector(Target(target.host, target.port, request.extensions))
+        request.extensions.add(Upstream(upstream.peer, kept=False))
         return Response(200, upgrade=Tunnel(upstream, self._tunnel_limits))
 
 
@@ -107,6 +114,7 @@ class HttpProxy:
         connect_ports: Collection[int] | None = None,
         tunnel_limits: TunnelLimits | None = None,
         share_connections: bool | None = None,
+        origins: Origins = lambda _target: OriginOptions(),
         pool_limits: PoolLimits | None = None,
         limits: HttpLimits | None = None,
         timeouts: HttpTimeouts | None = None,
@@ -118,11 +126,12 @@ class HttpProxy:
             connect_ports=connect_ports,
             tunnel_limits=tunnel_limits,
             share_connections=share_connections,
+            origins=origins,
             pool_limits=pool_limits,
             limits=limits,
             timeouts=timeouts,
         )
-        self.server = HttpServer(stack(*layers, self.proxy), name=via, limits=limits, timeouts=timeouts)
+        self.server = HttpServer(stack(*layers, self.proxy), forward=True, name=via, limits=limits, timeouts=timeouts)
 
     async def __call__(self, stream: Stream, /) -> None:
         await self.server(stream)

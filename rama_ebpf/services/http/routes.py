@@ -62,7 +62,7 @@ class Routes:
     No route for the host: 421; for the path: 404; for the method: 405. A path that the server behind might read
     differently (``/a/../b``, ``//``, ``%2f``, ``;``) is refused with 400 unless ``ambiguous_paths`` lets it pass: a
     rule on ``/admin`` would not see ``/x/%2e%2e/admin``. ``/%61dmin`` is ``/admin`` here as it is there (RFC 3986
-    section 6.2.2.2); what is forwarded stays as it was sent.
+    section 6.2.2.2); what is forwarded stays as it was sent. ``OPTIONS *`` goes where ``OPTIONS /`` would.
     """
 
     accepts = Request
@@ -83,7 +83,8 @@ class Routes:
         hosted = [route for route in self._routes if route.takes_host(host)]
         if not hosted:
             raise HttpError(421, "this server does not answer for the host")
-        found = [route for route in hosted if path == "*" or route.takes_path(path)]
+        # OPTIONS * is about the server as a whole (RFC 9110 section 9.3.7): it goes where all paths do.
+        found = [route for route in hosted if route.takes_path("/" if path == "*" else path)]
         if not found:
             raise HttpError(404, "there is nothing at this path")
         for route in found:

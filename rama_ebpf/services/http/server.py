@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from ...core.graceful import Drain
-from ...core.service import Service, check_fit
+from ...core.service import Service, check_fit, innermost
 from ...core.stream import Stream
 from ..tls.stream import TlsParameters
 from .h1_server import H1ServerConnection
@@ -25,8 +25,10 @@ class HttpServer:
 
     A TLS stream whose ALPN is ``h2`` gets HTTP/2; with ``h2c`` so does a plain one that begins with the preface
     ("prior knowledge"). ``extended_connect`` tells HTTP/2 clients that they may open WebSockets (RFC 8441); without
-    it browsers do so over HTTP/1.1. ``scheme`` is that of HTTP/1.1 requests, by default "https" on TLS streams, else
-    "http".
+    it browsers do so over HTTP/1.1. ``scheme`` is that of the connection, by default "https" on TLS streams, else
+    "http"; who names another one in a target gets 421 (RFC 9110 section 7.4), unless the service is a ``forward``
+    proxy, whose targets are elsewhere (by default: if it is, or was stacked around, a
+    :class:`~.proxy.ForwardProxy`).
     """
 
     accepts = Stream
@@ -36,6 +38,7 @@ class HttpServer:
         service: Service[Request, Response],
         *,
         scheme: str | None = None,
+        forward: bool | None = None,
         h2c: bool = False,
         extended_connect: bool = True,
         name: str = "rama-ebpf",
@@ -45,6 +48,7 @@ class HttpServer:
         check_fit(self, Request, service)
         self._service = service
         self._scheme = scheme
+        self._forward = getattr(innermost(service), "forwards", False) if forward is None else forward
         self._h2c = h2c
         self._extended_connect = extended_connect
         self._name = name
@@ -82,16 +86,26 @@ class HttpServer:
             return False
         return stream.buffered.startswith(H2_PREFACE)
 
+    def _scheme_of(self, stream: Stream) -> str:
+        return self._scheme or ("http" if TlsParameters not in stream.extensions else "https")
+
     def _h1(self, stream: Stream) -> H1ServerConnection:
-        scheme = self._scheme or ("http" if TlsParameters not in stream.extensions else "https")
         return H1ServerConnection(
-            stream, self._service, scheme=scheme, name=self._name, limits=self._limits, timeouts=self._timeouts
+            stream,
+            self._service,
+            scheme=self._scheme_of(stream),
+            forward=self._forward,
+            name=self._name,
+            limits=self._limits,
+            timeouts=self._timeouts,
         )
 
     def _h2(self, stream: Stream) -> H2ServerConnection:
         return H2ServerConnection(
             stream,
             self._service,
+            scheme=self._scheme_of(stream),
+            forward=self._forward,
             name=self._name,
             limits=self._limits,
             timeouts=self._timeouts,

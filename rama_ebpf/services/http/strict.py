@@ -106,6 +106,7 @@ class StrictConnection:
         self._content = 0
         self._chunks: ChunkGuard | None = None
         self._until_close = False
+        self._last = False
         self._bypassed = False
 
     # -- input -------------------------------------------------------------------------------------------------
@@ -135,9 +136,7 @@ class StrictConnection:
     @property
     def reusable(self) -> bool:
         """Both messages are complete and both sides let the connection live."""
-        return (
-            self._h11.our_state is h11.DONE and self._phase is _Phase.OVER and not self._eof and not self._until_close
-        )
+        return self._h11.our_state is h11.DONE and self._phase is _Phase.OVER and not self._eof and not self._last
 
     @property
     def movable(self) -> int:
@@ -213,7 +212,10 @@ class StrictConnection:
         head = parse_response(data, self._limits, method=self._method)
         self._h11.receive_data(data)
         event = self._h11.next_event()
-        if not isinstance(event, h11.Response | h11.InformationalResponse) or event.status_code != head.status:
+        if not isinstance(event, h11.Response | h11.InformationalResponse) or head.status not in (
+            event.status_code,
+            502,
+        ):
             raise MalformedMessage("the response can be read in two ways")
         if head.status < 200:
             self._interims += 1
@@ -224,6 +226,7 @@ class StrictConnection:
         elif self._h11.their_state is h11.SWITCHED_PROTOCOL:
             self._phase = _Phase.OVER
         else:
+            self._last = not head.persistent
             self._expect_body(head.length, until_close=head.until_close)
         return head
 

@@ -2,7 +2,7 @@
 
 What two readers could take for different hosts is refused: user information, percent-encoding or odd characters in a
 host, empty labels, numbers that only ``inet_aton`` takes for an address (``127.1``, ``0x7f.1``, ``010.0.0.1``), zone
-identifiers, empty or zero-padded ports, fragments, backslashes.
+identifiers (RFC 9844: of no use but to the host that wrote them), zero-padded ports, fragments, backslashes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["DEFAULT_PORTS", "Target", "TargetForm", "parse_authority", "parse_ta
 
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
-_AUTHORITY: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([1-9][0-9]{0,4}))?")
+_AUTHORITY: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([1-9][0-9]{0,4})?)?")
 _LABEL: Final = re.compile(r"[0-9A-Za-z_]([0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?")
 _NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 _TARGET: Final = re.compile(r"[!-~]+")
@@ -49,7 +49,8 @@ class Target:
 
 @functools.lru_cache(maxsize=1024)  # most clients ask the same few hosts again and again
 def parse_authority(text: str, default_port: int | None = None) -> Authority:
-    """Return the host and port that ``text`` (``host``, ``host:port``, ``[v6]:port``) names.
+    """Return the host and port that ``text`` (``host``, ``host:port``, ``[v6]:port``) names. An empty port, ``host:``,
+    is none (RFC 3986 section 3.2.3).
 
     Raises ValueError if it is not exactly one host, or if it has no port and ``default_port`` is None.
     """
@@ -114,6 +115,7 @@ def _parse_absolute(method: str, target: str) -> Target:
         path = "*" if method == "OPTIONS" else "/"
     elif path.startswith("?"):
         path = "/" + path
+    authority = authority.removesuffix(":")
     return Target(TargetForm.ABSOLUTE, scheme, authority, path if path == "*" else _checked_path(path))
 
 

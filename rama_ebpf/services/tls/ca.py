@@ -214,29 +214,29 @@ class LeafIssuer:
         self.authority = authority
         self._settings = settings if settings is not None else ServerTls()
         self._cache_size = cache_size
-        self._cache: OrderedDict[tuple[bytes, tuple[str, ...]], ssl.SSLContext] = OrderedDict()
+        self._cache: OrderedDict[tuple[bytes, str, tuple[str, ...]], ssl.SSLContext] = OrderedDict()
         self._key = _LeafKey(authority)
 
     def mirroring(self, certificate: bytes, name: str, alpn: Iterable[str] = ()) -> ssl.SSLContext:
         """Return a context that stands in for the server with ``certificate`` (DER), asked for by ``name``."""
-        cached = (hashlib.sha256(certificate).digest(), tuple(alpn))
+        cached = (hashlib.sha256(certificate).digest(), name, tuple(alpn))
         context = self._cache.get(cached)
         if context is None:
             leaf = Leaf.mirroring(x509.load_der_x509_certificate(certificate), name)
-            context = self._remember(cached, self._context(leaf, cached[1]))
+            context = self._remember(cached, self._context(leaf, cached[2]))
         self._cache.move_to_end(cached)
         return context
 
     def for_name(self, name: str, alpn: Iterable[str] = ()) -> ssl.SSLContext:
         """Return a context for a host name or address of which no server is known."""
-        cached = (b"name:" + name.encode(), tuple(alpn))
+        cached = (b"", name, tuple(alpn))
         context = self._cache.get(cached)
         if context is None:
-            context = self._remember(cached, self._context(Leaf.of_name(name), cached[1]))
+            context = self._remember(cached, self._context(Leaf.of_name(name), cached[2]))
         self._cache.move_to_end(cached)
         return context
 
-    def _remember(self, key: tuple[bytes, tuple[str, ...]], context: ssl.SSLContext) -> ssl.SSLContext:
+    def _remember(self, key: tuple[bytes, str, tuple[str, ...]], context: ssl.SSLContext) -> ssl.SSLContext:
         self._cache[key] = context
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)

@@ -18,6 +18,7 @@ import hpack
 import hyperframe.frame
 
 from rama_ebpf.services.http.errors import MalformedMessage
+from rama_ebpf.services.http.h2_engine import EngineConnection, StreamMalformed
 from rama_ebpf.services.http.h2_fields import Fields, read_request, read_response, read_trailers
 from rama_ebpf.services.http.h2_guard import FloodDetected, FrameGuard
 from rama_ebpf.services.http.headers import Headers
@@ -256,7 +257,7 @@ def _h2_input(data: bytes, *, client: bool) -> bytes:
 
 
 def _h2_connection(*, client_side: bool) -> h2.connection.H2Connection:
-    connection = h2.connection.H2Connection(
+    connection = EngineConnection(
         h2.config.H2Configuration(client_side=client_side, header_encoding=None, validate_outbound_headers=False)
     )
     connection.initiate_connection()
@@ -287,7 +288,7 @@ def h2_requests(data: bytes) -> None:
         return
     sent = _h2_input(data, client=True)
     for event in _h2_events(sent, 7 if data[0] & 32 else len(sent), client=True):
-        if isinstance(event, h2.events.RequestReceived):
+        if isinstance(event, h2.events.RequestReceived) and not isinstance(event, StreamMalformed):
             _check_h2_request(list(event.headers or []))
         elif isinstance(event, h2.events.TrailersReceived):
             _check_trailers(list(event.headers or []))

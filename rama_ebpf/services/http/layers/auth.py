@@ -10,6 +10,7 @@ from ....core.blame import judge
 from ....core.client import client_address
 from ....core.errors import AuthFailed
 from ....core.offender import strike
+from ....core.request_log import Refusal
 from ....core.service import Service, check_fit
 from ..headers import Headers
 from ..model import Body, Request, Response
@@ -33,15 +34,18 @@ class _Basic:
     async def refusal(self, request: Request) -> Response | None:
         """Authenticate ``request`` and add its user to the extensions, or return the response that asks for it."""
         fields = request.headers.get_all(self._field)
+        kind = "auth_absent"
         if fields:
             try:
                 request.extensions.add(await self._authenticate(_credentials(request, fields)))
             except AuthFailed as error:
+                kind = error.kind
                 judgement = judge(error)
                 if judgement is not None and judgement.strikes:
                     strike(request.extensions, error.kind)
             else:
                 return None
+        request.extensions.add(Refusal(kind))
         headers = Headers([("Content-Type", "text/plain; charset=utf-8"), self._challenge])
         return Response(self._status, headers, Body.of(b"authentication required\n"))
 

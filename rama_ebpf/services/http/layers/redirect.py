@@ -19,7 +19,7 @@ _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
 def to_https(request: Request) -> str | None:
     """A rule for :class:`RedirectLayer`: every ``http`` URL is its ``https`` one, on the default port."""
-    if request.scheme == "https" or not request.authority:
+    if request.arrived_by == "https" or not request.authority:
         return None
     host = re.sub(r":[0-9]+$", "", request.authority)
     return f"https://{host}{request.path}"
