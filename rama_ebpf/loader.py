@@ -25,10 +25,10 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from .core.address import SocketAddress, mapped
 from .kernel import abi, bpf, bpffs, cgroup, xdp
@@ -40,7 +40,7 @@ from .kernel.instance import Instance, InstanceBusy, PolicyBusy
 from .kernel.programs import code_cache, load_programs
 from .kernel.witness import WITNESS_PROGRAM, Witness
 
-__all__ = ["AcceptCounter", "Gate", "forget_compiled", "load", "unload"]
+__all__ = ["AcceptCounter", "Gate", "PolicyKeeper", "forget_compiled", "load", "unload"]
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,17 @@ _HOOKS: Final = (
     _Hook("gate_xdp", _XDP, AttachType.XDP, _Target.INTERFACE),
 )
 _BY_INTERFACE: Final = next(hook for hook in _HOOKS if hook.target is _Target.INTERFACE)
+
+
+class PolicyKeeper(Protocol):
+    """Who knows what policy belongs into maps that are made anew. Called under the policy's lock."""
+
+    def supersedes(self, pinned: GateMaps) -> bool:
+        """Whether the policy in pinned maps is not to be taken over as it is: another one is younger."""
+
+    def fill(self, new: GateMaps, pinned: GateMaps | None, why: str) -> None:
+        """Put the policy into new maps. ``pinned`` are those that they replace, if they can be used; if not, ``why``
+        says so, and is empty where there were none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,16 +355,16 @@ def load(
     kernel_headers: Path | None = None,
     xdp: bool = False,
     syn_cookies: bool = False,
-    migrate: Callable[[GateMaps, GateMaps], None] | None = None,
+    keeper: PolicyKeeper | None = None,
 ) -> Gate:
     """Load the programs of an instance over its maps, which are taken over from pins if there are any.
 
     They are compiled if no earlier start has left them (see :mod:`.kernel.programs`).
 
     ``xdp`` loads the XDP program too (compiler and verifier take their time, so only where it is wanted), with
-    ``syn_cookies`` one that answers with the stack's SYN cookies. Pinned maps of other sizes than ``sizes`` are
-    replaced by new ones, into which ``migrate(old, new)`` copies the policy; what it raises leaves the old ones as they
-    are.
+    ``syn_cookies`` one that answers with the stack's SYN cookies. Where there are no pins, or some that cannot be used,
+    are of other sizes than ``sizes``, or hold a policy that ``keeper`` knows to be old, new maps are made, which it
+    fills before anybody sees them; what it raises leaves the pins as they are.
 
     The caller holds the instance's :class:`~rama_ebpf.kernel.instance.ServerLock`. Nothing is attached yet. Raises
     :class:`~rama_ebpf.kernel.compile.CompileError` or OSError; new pins are removed then.
@@ -361,7 +372,7 @@ def load(
     bpffs.ensure_mounted()
     _remove_stale_cgroup(instance)
     with instance.policy_lock():
-        maps, fresh = _open_or_create_maps(instance, sizes or MapSizes(), migrate)
+        maps, fresh = _open_or_create_maps(instance, sizes or MapSizes(), keeper)
     try:
         source = amalgamate(abi.source_dir() / "sockops_filter.c")
         wanted = [hook.program for hook in _HOOKS if xdp or hook.target is not _Target.INTERFACE]
@@ -388,77 +399,72 @@ def _locked_if_possible(instance: Instance) -> Iterator[None]:
         yield
 
 
-def _resized(
-    instance: Instance, maps: GateMaps, sizes: MapSizes, migrate: Callable[[GateMaps, GateMaps], None]
-) -> GateMaps:
-    """Return new maps with the policy of the pinned ones, pinned in their place."""
-    log.info("the policy pinned at %s is copied: %s, and %s is wanted", instance.pin_dir, maps.sizes, sizes)
-    aside = Path(tempfile.mkdtemp(prefix="new-", dir=instance.pin_root))
-    old = aside.with_name(aside.name.replace("new-", "old-", 1))
-    try:
-        new = GateMaps.create(aside, sizes)
+def _open_or_create_maps(instance: Instance, sizes: MapSizes, keeper: PolicyKeeper | None) -> tuple[GateMaps, bool]:
+    """Return the maps, and whether there were no pins that could be used."""
+    _refuse_foreign(instance)
+    pinned, why = None, ""
+    if instance.pin_dir.is_dir():
         try:
-            migrate(maps, new)
-            instance.pin_dir.rename(old)
+            pinned = GateMaps.open(instance.pin_dir)
+        except (FileNotFoundError, LayoutMismatch) as error:
+            why = str(error)
+    elif instance.pin_root.is_dir() and any(instance.pin_root.iterdir()):
+        why = "they are of another version"
+    if pinned is not None and (keeper is None or (pinned.sizes == sizes and not keeper.supersedes(pinned))):
+        log.info("took over the policy pinned at %s", instance.pin_dir)
+        # Listeners and their sockets died with the last server, and so did its links.
+        for name in ("listeners", "interfaces"):
+            spec = pinned.specs[name]
+            for key, _ in bpf.map_lookup_batch(pinned[name], spec.key_size, spec.value_size):
+                bpf.map_delete(pinned[name], key)
+        return pinned, False
+    try:
+        return _created(instance, sizes, pinned, why, keeper), pinned is None
+    finally:
+        if pinned is not None:
+            pinned.close()
+
+
+def _created(
+    instance: Instance, sizes: MapSizes, pinned: GateMaps | None, why: str, keeper: PolicyKeeper | None
+) -> GateMaps:
+    """Make maps aside, have them filled, and put them in place of what is pinned: others see all of them or none."""
+    if pinned is not None and pinned.sizes != sizes:
+        log.info("the policy pinned at %s is copied: %s, and %s is wanted", instance.pin_dir, pinned.sizes, sizes)
+    instance.pin_root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        _refuse_foreign(instance)
+        aside = Path(tempfile.mkdtemp(prefix="new-", dir=instance.pin_root))
+    except BaseException:
+        _remove_empty(instance)
+        raise
+    try:
+        maps = GateMaps.create(aside, sizes)
+        try:
+            if keeper is not None:
+                keeper.fill(maps, pinned, why)
+            elif why:
+                log.warning("pins of instance %r cannot be taken over and are removed: %s", instance.name, why)
+            old = [entry for entry in instance.pin_root.iterdir() if entry != aside]
+            if instance.pin_dir.is_dir():
+                old[old.index(instance.pin_dir)] = instance.pin_dir.rename(aside.with_name(f"old-{aside.name}"))
             aside.rename(instance.pin_dir)
         except BaseException:
-            new.close()
+            maps.close()
             raise
     except BaseException:
         bpffs.remove_tree(aside)
+        _remove_empty(instance)
         raise
-    bpffs.remove_tree(old)
-    maps.close()
-    return new
-
-
-def _open_or_create_maps(
-    instance: Instance, sizes: MapSizes, migrate: Callable[[GateMaps, GateMaps], None] | None
-) -> tuple[GateMaps, bool]:
-    _refuse_foreign(instance)
-    if instance.pin_dir.is_dir():
-        try:
-            maps = GateMaps.open(instance.pin_dir)
-        except (FileNotFoundError, LayoutMismatch) as error:
-            log.warning("pins of instance %r cannot be taken over and are removed: %s", instance.name, error)
-        else:
-            if migrate is not None and maps.sizes != sizes:
-                try:
-                    maps = _resized(instance, maps, sizes, migrate)
-                except BaseException:
-                    maps.close()
-                    raise
-            log.info("took over the policy pinned at %s", instance.pin_dir)
-            # Listeners and their sockets died with the last server, and so did its links.
-            for name in ("listeners", "interfaces"):
-                spec = maps.specs[name]
-                for key, _ in bpf.map_lookup_batch(maps[name], spec.key_size, spec.value_size):
-                    bpf.map_delete(maps[name], key)
-            return maps, False
-    _remove_pins(instance)  # of another layout, or torn
-    # Made aside and renamed: other processes see all of the maps or none.
-    parent = instance.pin_root
-    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        maps = _create_maps(instance, sizes)
-    except BaseException:
-        for directory in (parent, parent.parent):
-            with contextlib.suppress(OSError):  # other instances, or another user, have things in there
-                directory.rmdir()
-        raise
-    return maps, True
-
-
-def _create_maps(instance: Instance, sizes: MapSizes) -> GateMaps:
-    _refuse_foreign(instance)
-    aside = Path(tempfile.mkdtemp(prefix="new-", dir=instance.pin_root))
-    try:
-        maps = GateMaps.create(aside, sizes)
-        aside.rename(instance.pin_dir)
-    except BaseException:
-        bpffs.remove_tree(aside)
-        raise
+    for entry in old:  # of another layout or size, torn, or left by a start that was killed
+        bpffs.remove_tree(entry)
     return maps
+
+
+def _remove_empty(instance: Instance) -> None:
+    for directory in (instance.pin_root, instance.pin_root.parent):
+        with contextlib.suppress(OSError):  # other instances, or another user, have things in there
+            directory.rmdir()
 
 
 def _refuse_foreign(instance: Instance) -> None:

@@ -15,6 +15,7 @@ from ..control.api import Json
 from ..kernel import xdp
 from ..kernel.gate_maps import LayoutMismatch
 from ..kernel.instance import Instance, InstanceBusy
+from ..policy.kept import KeptPolicy
 from ..policy.kernel_store import KernelStore
 from .output import NO, OK, print_json, table
 
@@ -149,6 +150,7 @@ def _unload(args: argparse.Namespace) -> int:
         loader.unload(instance)
     except InstanceBusy as busy:
         raise ValueError(f"{busy}: stop it first, or add --stop") from None
+    KeptPolicy(instance.state_dir).forget()
     if args.purge:
         if instance.state_dir.is_dir():
             shutil.rmtree(instance.state_dir)

@@ -51,8 +51,8 @@ def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
         except (FileNotFoundError, LayoutMismatch) as error:
             if pid is None:
                 raise PolicyError(
-                    f"the pins of instance {instance.name!r} cannot be used: {error} (a start says what is lost; "
-                    "rama-ebpf unload removes them)"
+                    f"the pins of instance {instance.name!r} cannot be used: {error} (the next start rebuilds them "
+                    "from disk; rama-ebpf unload forgets the policy)"
                 ) from error
     if instance.control_socket.exists():
         return control.call(instance.control_socket, method, params, timeout=_SLOW.get(method, 10.0))

@@ -52,7 +52,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     add(
         "--default",
         choices=DEFAULT_ACTIONS,
-        help="for clients that no rule names (default: as pinned, or allow)",
+        help="for clients that no rule names (default: as kept, or allow)",
     )
     add("--failsafe", action="append", metavar="CIDR", help="clients that nothing can shut out; repeatable")
     add("--xdp", action="append", default=[], metavar="INTERFACE", help="drop there, before the stack; repeatable")
@@ -68,7 +68,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     )
     add("--require-kernel", action="store_true", help="exit instead of serving with the policy in userspace")
     add("--kill", action="store_true", help="end live connections of sources that the policy comes to deny")
-    add("--persist", action="store_true", help="leave the policy pinned when the server stops")
+    add("--persist", action="store_true", help="leave the policy's maps pinned when the server stops")
     add("--kernel-headers", type=Path, metavar="DIR", help="compile against a kernel build tree instead of our stubs")
     add("--handshake-timeout", type=_positive, default=10.0, metavar="S", help="default: %(default)s")
     add("--connect-timeout", type=_positive, default=10.0, metavar="S", help="default: %(default)s")

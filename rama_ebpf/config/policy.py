@@ -124,12 +124,12 @@ class PolicyConfig:
     """Who may connect, decided in the kernel."""
 
     default: str | None = setting(
-        choice(*DEFAULT_ACTIONS), "for clients that no rule names (as pinned, or allow)", default=None
+        choice(*DEFAULT_ACTIONS), "for clients that no rule names (as kept, or allow)", default=None
     )
     per_source: RateConfig | None = setting(Table(RateConfig), "for each source that the default lets in", default=None)
     overall: RateConfig | None = setting(Table(RateConfig), "for all that the default lets in together", default=None)
     failsafe: tuple[IPv4Network | IPv6Network, ...] | None = setting(
-        _NETWORKS, "clients that nothing can shut out (as pinned)", default=None
+        _NETWORKS, "clients that nothing can shut out (as kept)", default=None
     )
     require_kernel: bool = setting(BOOLEAN, "exit instead of serving with the policy in userspace", default=False)
     xdp: tuple[str, ...] = setting(ListOf(TEXT), "interfaces where XDP drops before the stack", default=())
@@ -138,7 +138,7 @@ class PolicyConfig:
         Table(RateConfig), "RST that answer reject, to all together; silence beyond (1000/s, burst 50)", default=None
     )
     kill: bool = setting(BOOLEAN, "end live connections of sources that come to be denied", default=False)
-    persist: bool = setting(BOOLEAN, "leave the policy in the kernel when the server stops", default=False)
+    persist: bool = setting(BOOLEAN, "leave the policy pinned in the kernel when the server stops", default=False)
     rules: tuple[RuleConfig, ...] = setting(ListOf(Table(RuleConfig)), "rules", default=())
 
     def __post_init__(self) -> None:

@@ -8,23 +8,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .. import loader
-from ..core.errors import RamaError
 from ..kernel.compile import CompileError
 from ..kernel.xdp import XdpError
 from ..policy.kernel_store import KernelStore
 from ..policy.local import LocalStore
 from ..policy.store import PolicyStore
+from .host_policy import GateUnavailable, HostPolicy
 from .options import DaemonOptions
 
 __all__ = ["GateUnavailable", "PolicyHost", "open_policy_host"]
 
 log = logging.getLogger("rama_ebpf")
-
-
-class GateUnavailable(RamaError):
-    """The gate cannot run in the kernel, and the operator demanded it."""
-
-    kind = "gate"
 
 
 @dataclass
@@ -51,7 +45,7 @@ def open_policy_host(options: DaemonOptions) -> Iterator[PolicyHost]:
             kernel_headers=options.kernel_headers,
             xdp=bool(options.xdp),
             syn_cookies=options.syn_cookies,
-            migrate=lambda old, new: KernelStore(options.instance, new).take_over(KernelStore(options.instance, old)),
+            keeper=HostPolicy(options.instance),
         )
         gate.attach()
         if not gate.guards_workers:
@@ -67,6 +61,7 @@ def open_policy_host(options: DaemonOptions) -> Iterator[PolicyHost]:
             _attach_xdp(gate, options.xdp)
             store = KernelStore(options.instance, gate.maps)
             store.rebuild()
+            store.keep()
             host = PolicyHost(store, gate)
             try:
                 yield host
@@ -92,6 +87,8 @@ def open_policy_host(options: DaemonOptions) -> Iterator[PolicyHost]:
     )
     local = LocalStore()
     local.remember_in(options.instance.state_dir)
+    HostPolicy(options.instance).restore(local)
+    local.keep()
     yield PolicyHost(local, None, why)
 
 

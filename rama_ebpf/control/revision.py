@@ -154,7 +154,7 @@ class Policy:
             if options.failsafe is not None:
                 store.set_failsafe(failsafe)
             if self.ruleset is not None:
-                store.replace(before, origin="the configuration before")
+                store.replace(before, origin="the configuration before", must_be_kept=False)
             elif store.settings() != settings:
                 store.set_settings(settings)
 
@@ -162,7 +162,7 @@ class Policy:
             if options.failsafe is not None:
                 store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
             if self.ruleset is not None:
-                store.replace(self.ruleset, compiled=self.compiled, origin="configuration")
+                store.replace(self.ruleset, compiled=self.compiled, origin="configuration", must_be_kept=False)
             elif options.default is not None and options.default != settings.default:
                 store.set_settings(replace(settings, default=options.default))
         except (PolicyError, OSError):

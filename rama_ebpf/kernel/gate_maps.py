@@ -129,6 +129,13 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
     }
 
 
+def _pinned(path: Path) -> int:
+    try:
+        return bpf.obj_get(str(path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, "there is no pin", str(path)) from error
+
+
 class GateMaps(Mapping[str, int]):
     """The open maps of a gate: descriptors by map name. Close it, or use it as a context manager."""
 
@@ -160,7 +167,7 @@ class GateMaps(Mapping[str, int]):
         maps = cls({}, specs)
         try:
             for name, spec in specs.items():
-                maps._fds[name] = fd = bpf.obj_get(str(directory / name))
+                maps._fds[name] = fd = _pinned(directory / name)
                 spec.check(name, fd)
         except BaseException:
             maps.close()

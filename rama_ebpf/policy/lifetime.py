@@ -39,14 +39,15 @@ def lifetime_of(row: Mapping[str, object]) -> int | None:
     if until is None:
         return None
     if row.get("boot") == boot_id() and row.get("boot_until") is not None:
-        left = (int(str(row["boot_until"])) - boottime_ns()) / 1e9
+        expires = int(str(row["boot_until"]))
     else:
         left, written = float(str(until)) - time.time(), row.get("left")
         if written is not None:
             left = min(left, float(str(written)))
-    if left <= 0:
+        expires = boottime_ns() + round(left * 1e9)
+    if expires <= boottime_ns():
         raise HasEnded
-    return boottime_ns() + round(left * 1e9)
+    return expires
 
 
 @functools.cache

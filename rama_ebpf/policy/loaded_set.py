@@ -8,7 +8,7 @@ themselves keep: no process has to be there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ..core.address import IPAddress
@@ -18,6 +18,10 @@ from .rule import Action, RuleSet, Settings, SynLimit, boottime_ns
 from .tables import OpenSet, Tables
 
 __all__ = ["LoadedSet", "packed_limit", "unpacked_limit"]
+
+
+def _nowhere() -> None:
+    """It is kept nowhere."""
 
 
 class LoadedSet:
@@ -50,6 +54,13 @@ class LoadedSet:
         """Return the set in force, with the settings in force."""
         with self._in_force() as (head, opened):
             return replace(opened.ruleset(head), settings=_settings(head))
+
+    def lasting(self) -> RuleSet:
+        """Return the set that will be in force if nobody does anything: while one is on trial, the one before it."""
+        gate = self._tables.gate()
+        which = gate.fallback if gate.deadline else gate.active
+        with contextlib.closing(self._tables.sets.open(which)) as opened:
+            return replace(opened.ruleset(gate.sets[which]), settings=_settings(gate.sets[which]))
 
     def ids(self) -> Sequence[int]:
         """Return the id of each rule of the set in force, in the order of :meth:`ruleset`."""
@@ -104,9 +115,16 @@ class LoadedSet:
         )
         return self._put(_with_head(gate, gate.active, head))
 
-    def install(self, compiled: CompiledSet, ids: Sequence[int], deadline: int | None) -> int:
-        """Put a set into force at once; fall back to the present one at ``deadline``."""
-        gate = self._tables.gate()
+    def install(
+        self,
+        compiled: CompiledSet,
+        ids: Sequence[int],
+        deadline: int | None = None,
+        keep: Callable[[], None] = _nowhere,
+    ) -> int:
+        """Put a set into force at once; fall back to the present one at ``deadline``, or have ``keep`` write down that
+        it is for good. What that raises undoes it."""
+        before = gate = self._tables.gate()
         which, settings = 1 - gate.active, compiled.ruleset.settings
         head = replace(
             self._tables.sets.fill(which, compiled, ids),
@@ -118,16 +136,27 @@ class LoadedSet:
         self._tables.put_gate(gate)
         revision = self._put(replace(gate, active=which))
         if deadline is None:
+            try:
+                keep()
+            except OSError:
+                self._put(replace(self._tables.gate(), active=before.active))
+                self._retire(which)
+                raise
             self._retire(1 - which)
         return revision
 
     # A trial: `fallback` and `active` are made equal before the deadline is taken away, and programs read the deadline
     # first, so none of these steps shows a packet anything but the set that is meant.
 
-    def confirm(self) -> int:
-        """Keep the set that is on trial."""
+    def confirm(self, keep: Callable[[], None] = _nowhere) -> int:
+        """Keep the set that is on trial, and have ``keep`` write that down; what that raises undoes it."""
         gate = self._tables.gate()
         revision = self._put(replace(gate, fallback=gate.active))
+        try:
+            keep()
+        except OSError:
+            self._put(replace(self._tables.gate(), fallback=gate.fallback))
+            raise
         self._tables.put_gate(replace(self._tables.gate(), deadline=0))
         self._retire(1 - gate.active)
         return revision

@@ -131,7 +131,8 @@ class Refresher:
         new = replace(ruleset, rules=tuple(_fresh(rule, reports.get(rule.name)) for rule in ruleset.rules))
         if new != ruleset:
             try:
-                self._store.replace(new, expected_set=token, keep_settings=True, origin=f"feeds: {', '.join(reports)}")
+                origin = f"feeds: {', '.join(reports)}"
+                self._store.replace(new, expected_set=token, keep_settings=True, origin=origin, must_be_kept=False)
             except StaleSet:
                 self._due.clear()
                 raise

@@ -42,8 +42,11 @@ class RowLog:
                 try:
                     if os.write(fd, line) != len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
-                    os.ftruncate(fd, size)
+                except OSError as error:
+                    try:
+                        os.ftruncate(fd, size)
+                    except OSError as again:
+                        raise error from again
                     raise
             finally:
                 os.close(fd)

@@ -35,6 +35,13 @@ class RuntimeRules:
         then one look-up more finds nothing."""
         self._tables.runtime.drop((network, port))
 
+    def put_back(self, network: IPNetwork, port: int, rule_id: int | None) -> None:
+        """Undo a change: have the rule in force that was before it, or none."""
+        if rule_id is None:
+            self.drop(network, port)
+        else:
+            self._tables.runtime.put((network, port), rule_id)
+
     def items(self) -> list[tuple[Place, int]]:
         """Return every (prefix, port) and rule id."""
         return self._tables.runtime.items()

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -22,8 +23,10 @@ from .bans import Bans
 from .compiler import CompiledSet, compile_rules
 from .derived import DerivedState
 from .failsafe import Failsafe
+from .image import PolicyImage, RuntimeRule
 from .journal import Journal
 from .judgement import Judgement
+from .keeping import Keeping
 from .loaded_set import LoadedSet
 from .prefixes import IPNetwork
 from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns
@@ -37,7 +40,7 @@ __all__ = ["PolicyStore"]
 log = logging.getLogger(__name__)
 
 _OF_SINGLE_RULES: Final = {"add", "remove"}
-"""What the journal says of them is not synced: there may be thousands in a second, and they end with the machine."""
+"""What the journal says of them is not synced: there may be thousands in a second."""
 
 
 class PolicyStore:
@@ -53,6 +56,7 @@ class PolicyStore:
         self._room = RuleRoom(tables, self._loaded, self._runtime)
         self._bans = Bans(tables, self._derived)
         self._failsafe = Failsafe(tables, self._derived)
+        self._keeping = Keeping(tables, self._loaded, self._runtime, self._failsafe)
         self._judgement = Judgement(tables, self._loaded, self._runtime, self._bans, self._failsafe)
         self._journal: Journal | None = None
         self._unsynced = False
@@ -64,7 +68,8 @@ class PolicyStore:
         return self._tables.kind
 
     def remember_in(self, directory: Path) -> None:
-        """Keep the journal and the bans in this directory from now on."""
+        """Keep the policy, the journal and the bans in this directory from now on."""
+        self._keeping.keep_in(directory)
         self._journal = Journal(directory / "journal")
         self._bans.keep_in(BanLog(directory / "bans"))
 
@@ -73,16 +78,23 @@ class PolicyStore:
         return [] if self._journal is None else self._journal.read(count)
 
     def sync(self) -> None:
-        """Have bans, and the journal's entries of all but single rules, outlive a power failure.
+        """Have everything reach the disk that did not have to at once: what the server does by itself, bans, and the
+        journal's entries of all but single rules; it outlives a power failure then.
 
         Waits for the disk, so not on an event loop. Does nothing if there is nothing new.
         """
+        self._keeping.catch_up(self._exclusive)
         if not self._unsynced:
             return
         self._unsynced = False
         self._bans.sync()
         if self._journal is not None:
             self._journal.sync()
+
+    def keep(self) -> None:
+        """Have the whole policy written to disk anew by the next :meth:`sync`."""
+        if self.revision:
+            self._keeping.fall_behind(rules=True)
 
     def _note(self, what: str, revision: int, **details: object) -> None:
         self._unsynced |= what not in _OF_SINGLE_RULES
@@ -101,11 +113,13 @@ class PolicyStore:
         """Change the default and the SYN limits, until the next set is loaded."""
         with self._exclusive():
             self._settle()
+            self._keeping.fall_behind()
             self._note("settings", self._loaded.set_settings(settings), default=settings.default.name.lower())
 
     def set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int] = ()) -> None:
         """Replace the networks, and the listeners' ports (at most 8), that no rule, ban or default can shut."""
         with self._exclusive():
+            self._keeping.fall_behind()
             revision = self._failsafe.replace(networks, ports)
             self._note("failsafe", revision, networks=[str(network) for network in networks], ports=list(ports))
 
@@ -193,12 +207,13 @@ class PolicyStore:
 
     # -- changing ----------------------------------------------------------------------------------------------
 
-    def add(self, rule: Rule) -> StoredRule:
-        """Put a runtime rule into force; when this returns, the next packet is judged by it.
+    def add(self, rule: Rule, *, ttl: int | None = None) -> StoredRule:
+        """Put a runtime rule into force, for ``ttl`` nanoseconds from now on if that is given; when this returns, the
+        next packet is judged by it, and it is on disk.
 
         It has one source, and replaces the runtime rule of exactly the same prefix and port at once, also in a full
-        table. Raises :class:`PolicyError` when there is no room, not even that of rules that have ended; nothing is
-        changed then.
+        table. Raises :class:`PolicyError` when there is no room, not even that of rules that have ended, and OSError
+        where the disk refuses; nothing is changed then.
         """
         if len(rule.sources) != 1:
             raise PolicyError(f"rule {rule.name}: a rule at run time has one source, not {len(rule.sources)}")
@@ -209,16 +224,27 @@ class PolicyStore:
                     f"{rule.sources[0]} has a rule already, {present.name} ({present.action.name.lower()}), and a dry "
                     f"run would take its place: nothing is changed"
                 )
-            stored = self._tables.rules.get(self._room.place(rule, time.time_ns()))
+            if ttl is not None:
+                rule = replace(rule, expires=boottime_ns() + ttl)
+            created, network, port = time.time_ns(), rule.sources[0], rule.port or 0
+            before = self._runtime.get(network, port)
+            rule_id = self._room.place(rule, created)
+            try:
+                revision = self._changed(lambda revision: self._keeping.added(RuntimeRule(rule, created), revision))
+            except OSError:
+                self._runtime.put_back(network, port, before)
+                raise
+            stored = self._tables.rules.get(rule_id)
             assert stored is not None
-            told = {"source": str(rule.sources[0]), "port": rule.port, "reason": rule.reason or None}
-            self._note("add", self._changed(), rule=rule.name, action=rule.action.name.lower(), **told)
+            told = {"source": str(network), "port": rule.port, "reason": rule.reason or None}
+            self._note("add", revision, rule=rule.name, action=rule.action.name.lower(), **told)
             return stored
 
     def remove(self, network: IPNetwork, port: int | None = None) -> list[StoredRule]:
-        """Take the runtime rule of exactly this prefix and port out of force.
+        """Take the runtime rule of exactly this prefix and port out of force, and off the disk.
 
-        Returns the removed rules (empty if there was none).
+        Returns the removed rules (empty if there was none). Raises OSError where the disk refuses; nothing is changed
+        then.
         """
         with self._exclusive():
             rule_id = self._runtime.get(network, port or 0)
@@ -226,7 +252,12 @@ class PolicyStore:
                 return []
             rule = self._tables.rules.get(rule_id)
             self._runtime.drop(network, port or 0)
-            self._note("remove", self._changed(), source=str(network), port=port)
+            try:
+                revision = self._changed(lambda revision: self._keeping.removed(network, port or 0, revision))
+            except OSError:
+                self._runtime.put_back(network, port or 0, rule_id)
+                raise
+            self._note("remove", revision, source=str(network), port=port)
             return [] if rule is None else [rule]
 
     def replace(
@@ -239,6 +270,7 @@ class PolicyStore:
         origin: str = "",
         compiled: CompiledSet | None = None,
         keep_settings: bool = False,
+        must_be_kept: bool = True,
     ) -> int:
         """Put a whole set into force at once, in place of the present one; return the new revision.
 
@@ -246,7 +278,10 @@ class PolicyStore:
         attributes (all but the sources) are unchanged keeps its counters. With ``confirm_within`` (seconds) the
         present set comes back by itself unless :meth:`confirm` is called in time; the kernel sees to it, whatever
         becomes of this process. ``origin`` is for the journal, ``compiled`` what :meth:`compile` made of the set.
-        With ``keep_settings`` the settings stay as they are: whoever reads feeds knows only those of before.
+        With ``keep_settings`` the settings stay as they are: whoever reads feeds knows only those of before. Where the
+        disk refuses, OSError is raised and nothing is changed, unless it need not ``must_be_kept``: then :meth:`sync`
+        tries again.
+
         Raises :class:`StaleRevision` if ``expected_revision`` is not the one in force, :class:`StaleSet` if
         ``expected_set`` (see :meth:`set_token`) is not, :class:`PolicyError` for what does not fit; the present set
         stays in force then.
@@ -267,7 +302,8 @@ class PolicyStore:
             self._room.check(len(ruleset.rules))
             deadline = None if confirm_within is None else boottime_ns() + round(confirm_within * 1e9)
             try:
-                revision = self._loaded.install(compiled, self._room.ids_for(ruleset), deadline)
+                keep = partial(self._keeping.loaded, compiled.ruleset, at_once=must_be_kept)
+                revision = self._loaded.install(compiled, self._room.ids_for(ruleset), deadline, keep)
             except (PolicyError, OSError):
                 self._room.free()
                 raise
@@ -292,7 +328,8 @@ class PolicyStore:
                 raise PolicyError(
                     "nothing waits to be confirmed: it was confirmed, or its time is over and it is undone"
                 )
-            self._loaded.confirm()
+            ruleset = self.ruleset()
+            self._loaded.confirm(partial(self._keeping.loaded, ruleset, at_once=True))
             self._tidy()
             self._note("confirm", self.revision)
 
@@ -302,8 +339,7 @@ class PolicyStore:
             self._settle()
             if self.pending is None:
                 raise PolicyError("nothing to roll back: no change waits to be confirmed")
-            self._loaded.roll_back()
-            self._tidy()
+            self._undo_trial()
             self._note("rollback", self.revision)
 
     def ban(
@@ -361,6 +397,7 @@ class PolicyStore:
             expired = self._runtime.drop_ended(now, candidates)
             self._room.free()
             expired += self._bans.sweep(now)
+            self._keeping.sweep()
             if self._derived.rebuild():
                 self._disagreed("the programs did not look for some rules, bans or the failsafe")
             return expired
@@ -374,34 +411,37 @@ class PolicyStore:
         with self._exclusive():
             self._derived.rebuild()
 
-    def take_over(self, other: PolicyStore) -> None:
-        """Copy another store's whole policy, for a place of another size; its counters are not copied.
+    # -- carrying it -------------------------------------------------------------------------------------------
 
-        Nobody else knows our place yet, and the caller holds the lock. Raises :class:`PolicyError` for what does not
-        fit, or while a set is on trial.
+    def image(self) -> PolicyImage:
+        """Return the whole policy that lasts, but bans."""
+        return self._keeping.image()
+
+    def put_image(self, image: PolicyImage, bans: Iterable[Ban] = ()) -> None:
+        """Put a whole policy into an empty place that nobody else knows yet: no lock is taken, nothing is noted.
+
+        Raises :class:`PolicyError` for what does not fit.
         """
-        if other.pending is not None:
-            raise PolicyError("a set is on trial: confirm it, roll it back, or wait until it is undone")
-        ruleset = other.ruleset()
-        now, runtime = boottime_ns(), []
-        for (network, _), rule_id in other._runtime.items():
-            stored = other._tables.rules.get(rule_id)
-            if stored is not None and (stored.expires is None or now < stored.expires):
-                runtime.append((stored, network))
-        self._tables.check_size(len(ruleset.rules), len(runtime))
-        self._failsafe.replace(other.failsafe(), other._failsafe.ports())
-        self._loaded.install(compile_rules(ruleset), self._room.ids_for(ruleset), None)
-        for stored, network in runtime:
-            self._room.place(stored.rule(network), stored.created)
-        for ban in other.bans():
+        now = boottime_ns()
+        runtime = [one for one in image.runtime if one.rule.expires is None or now < one.rule.expires]
+        self._tables.check_size(len(image.ruleset.rules), len(runtime))
+        self._failsafe.replace(image.failsafe, image.failsafe_ports)
+        self._loaded.install(compile_rules(image.ruleset), self._room.ids_for(image.ruleset))
+        for one in runtime:
+            self._room.place(one.rule, one.created)
+        for ban in bans:
             self._bans.put(ban)
-        self._tables.put_gate(replace(self._tables.gate(), revision=other.revision + 1))
+        self._tables.put_gate(replace(self._tables.gate(), revision=image.revision))
+
+    def _undo_trial(self) -> None:
+        self._loaded.roll_back()
+        self._keeping.fall_behind()  # by a revision
+        self._tidy()
 
     def _settle(self) -> None:
         """If a trial has ended unconfirmed, make what the programs do by themselves final."""
         if self._loaded.trial_is_over:
-            self._loaded.roll_back()
-            self._tidy()
+            self._undo_trial()
             self._note("rollback", self.revision, reason="not confirmed in time")
 
     def _tidy(self) -> None:
@@ -412,8 +452,14 @@ class PolicyStore:
         except OSError as error:
             log.warning("rules that are no longer in force are not forgotten yet: %s", error)
 
-    def _changed(self) -> int:
-        """Raise and return the revision."""
+    def _changed(self, keep: Callable[[int], int | None] | None = None) -> int:
+        """Have a change written down, raise the revision and return it. Raises OSError where either cannot be done;
+        then neither is."""
         gate = self._tables.gate()
-        self._tables.put_gate(replace(gate, revision=gate.revision + 1))
+        mark = None if keep is None else keep(gate.revision + 1)
+        try:
+            self._tables.put_gate(replace(gate, revision=gate.revision + 1))
+        except OSError:
+            self._keeping.take_back(mark)
+            raise
         return gate.revision + 1

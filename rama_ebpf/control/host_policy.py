@@ -1,0 +1,98 @@
+"""Which policy belongs to this host when a server starts: that of the pins, or the one kept on disk."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from ..core.errors import RamaError
+from ..kernel.gate_maps import GateMaps
+from ..kernel.instance import Instance
+from ..policy.journal import Journal
+from ..policy.kept import KeptPolicy
+from ..policy.kernel_store import KernelStore
+from ..policy.rule import PolicyError
+from ..policy.store import PolicyStore
+
+__all__ = ["GateUnavailable", "HostPolicy"]
+
+log = logging.getLogger("rama_ebpf")
+
+
+class GateUnavailable(RamaError):
+    """The gate cannot run in the kernel, and the operator demanded it; or not with the policy that belongs to it."""
+
+    kind = "gate"
+
+
+class HostPolicy:
+    """Fills maps that a start makes (:class:`~rama_ebpf.loader.PolicyKeeper`). Of pins and disk the younger has the
+    policy; where the pins are lost or cannot be used, the disk has. Nothing starts without a policy that there was."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        self._kept = KeptPolicy(instance.state_dir)
+
+    def supersedes(self, pinned: GateMaps) -> bool:
+        """Whether the policy on disk is younger than that of pinned maps."""
+        try:
+            kept = self._kept.read()
+        except OSError as error:
+            log.error("the policy on disk cannot be read, the pinned one stays in force: %s", error)
+            return False
+        revision = KernelStore(self._instance, pinned).revision
+        if kept is None or kept.revision == revision:
+            return False
+        where, directory = self._instance.pin_dir, self._kept.directory
+        if kept.revision > revision:
+            text = (
+                "the policy in %s (revision %d) is younger than the one pinned at %s (revision %d): it comes into force"
+            )
+            log.warning(text, directory, kept.revision, where, revision)
+            return True
+        text = "the policy pinned at %s (revision %d) is younger than the one in %s (revision %d): it stays in force"
+        log.info(text, where, revision, directory, kept.revision)
+        return False
+
+    def fill(self, new: GateMaps, pinned: GateMaps | None, why: str) -> None:
+        """Put the policy that belongs to this host into new maps. Raises :class:`GateUnavailable` or PolicyError if
+        that cannot be; pins stay as they are then."""
+        store = KernelStore(self._instance, new)
+        if pinned is None:
+            self.restore(store, why)
+            return
+        before = KernelStore(self._instance, pinned)
+        if before.pending is not None:
+            raise PolicyError("a set is on trial: confirm it, roll it back, or wait until it is undone")
+        image = before.image()
+        try:
+            kept = self._kept.read()
+        except OSError:
+            kept = None  # supersedes() has said it
+        store.put_image(kept if kept is not None and kept.revision > image.revision else image, before.bans())
+
+    def restore(self, store: PolicyStore, why: str = "") -> None:
+        """Put the policy that is kept on disk into an empty store; ``why`` is what is wrong with the pins, if anything.
+        Raises :class:`GateUnavailable`."""
+        directory = self._kept.directory
+        try:
+            kept = self._kept.read()
+            if kept is not None:
+                kept = replace(kept, revision=max(kept.revision, self._last_revision()))
+                store.put_image(kept)
+        except (OSError, PolicyError) as error:
+            raise GateUnavailable(
+                f"the policy kept in {directory} cannot be put into force: {error} (rama-ebpf unload forgets it)"
+            ) from error
+        if why:
+            log.warning("pins of instance %r cannot be used and are replaced: %s", self._instance.name, why)
+        if kept is not None:
+            log.warning("the policy is in force again as it is kept in %s, %s", directory, kept.described())
+
+    def _last_revision(self) -> int:
+        """The revision of the last change that the journal knows: they never begin anew."""
+        for entry in Journal(self._kept.directory / "journal").read(1):
+            revision = entry.get("revision")
+            if isinstance(revision, int) and 0 <= revision < 1 << 62:
+                return revision
+        return 0

@@ -1,0 +1,99 @@
+"""Keeping a policy on disk as it changes: at once where somebody waits for it, soon where the server acts by itself."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from .failsafe import Failsafe
+from .image import PolicyImage, RuntimeRule
+from .kept import KeptPolicy
+from .loaded_set import LoadedSet
+from .prefixes import IPNetwork
+from .rule import PolicyError, RuleSet, boottime_ns
+from .runtime_rules import RuntimeRules
+from .tables import Exclusive, Tables
+
+__all__ = ["Keeping"]
+
+log = logging.getLogger(__name__)
+
+
+class Keeping:
+    """Writes what is in force to a directory, if it was given one. Calls are made under the policy's lock, but for
+    :meth:`catch_up`."""
+
+    def __init__(self, tables: Tables, loaded: LoadedSet, runtime: RuntimeRules, failsafe: Failsafe) -> None:
+        self._tables = tables
+        self._loaded = loaded
+        self._runtime = runtime
+        self._failsafe = failsafe
+        self._kept: KeptPolicy | None = None
+        self._behind_set = self._behind_rules = False
+        self._said = ""
+
+    def keep_in(self, directory: Path) -> None:
+        """Keep the policy there from now on."""
+        self._kept = KeptPolicy(directory)
+
+    def image(self) -> PolicyImage:
+        """Return the whole policy that lasts, but bans: rules that have ended are left out."""
+        now, runtime = boottime_ns(), []
+        for (network, _), rule_id in self._runtime.items():
+            stored = self._tables.rules.get(rule_id)
+            if stored is not None and (stored.expires is None or now < stored.expires):
+                runtime.append(RuntimeRule(stored.rule(network), stored.created))
+        return replace(self._image_of(self._loaded.lasting()), runtime=tuple(runtime))
+
+    def added(self, added: RuntimeRule, revision: int) -> int | None:
+        """Write down a rule at run time; return what :meth:`take_back` needs. Raises OSError."""
+        return None if self._kept is None else self._kept.added(added, revision)
+
+    def removed(self, network: IPNetwork, port: int, revision: int) -> int | None:
+        """Write down that a rule was taken back; return what :meth:`take_back` needs. Raises OSError."""
+        return None if self._kept is None else self._kept.removed(network, port, revision)
+
+    def take_back(self, mark: int | None) -> None:
+        """Forget what was written about a rule since."""
+        if self._kept is not None and mark is not None:
+            self._kept.take_back(mark)
+
+    def loaded(self, ruleset: RuleSet, *, at_once: bool) -> None:
+        """Write down the set that is for good from now on. Raises OSError if it is to be done ``at_once``."""
+        self._behind_set = True
+        if at_once and self._kept is not None:
+            self._kept.write_set(self._image_of(ruleset))
+            self._behind_set = False
+
+    def fall_behind(self, *, rules: bool = False) -> None:
+        """Set, settings or failsafe have changed, and with ``rules`` perhaps all: :meth:`catch_up` writes that."""
+        self._behind_set = True
+        self._behind_rules |= rules
+
+    def sweep(self) -> None:
+        """Keep the rows of rules from growing for ever."""
+        if self._kept is not None and self._kept.is_overgrown:
+            self.fall_behind(rules=True)
+
+    def catch_up(self, exclusive: Exclusive) -> None:
+        """Write what the disk does not have yet, with the lock. A disk that refuses is logged as an error, once; the
+        next call tries again."""
+        if self._kept is None or not (self._behind_set or self._behind_rules):
+            return
+        try:
+            with exclusive():
+                if self._behind_rules:
+                    self._kept.write(self.image())
+                elif self._behind_set:
+                    self._kept.write_set(self._image_of(self._loaded.lasting()))
+                self._behind_set = self._behind_rules = False
+                self._said = ""
+        except (PolicyError, OSError) as error:
+            if str(error) != self._said:
+                self._said = str(error)
+                log.error("the policy cannot be kept on disk, trying again: %s", error)
+
+    def _image_of(self, ruleset: RuleSet) -> PolicyImage:
+        revision = self._tables.gate().revision
+        return PolicyImage(revision, ruleset, tuple(self._failsafe.networks()), self._failsafe.ports())

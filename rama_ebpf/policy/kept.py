@@ -1,0 +1,244 @@
+"""The policy on disk, so that it belongs to the host: it outlives the server, the pins, and the machine's uptime.
+
+Two files in the instance's state directory, beside the bans: ``policy`` has the loaded set, settings and failsafe, and
+is replaced as a whole; ``rules`` has the rules at run time, a row for each that is made or taken back. Each carries
+the revision that it belongs to. The kernel's maps come first: a change is in force when it is written here, and is
+undone where the disk refuses. So pins are never older than the disk, unless older ones were put in their place.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Final
+
+from . import document
+from .atomic import write_atomically
+from .image import PolicyImage, RuntimeRule
+from .lifetime import HasEnded, boot_id, lifetime_of, lifetime_row
+from .prefixes import IPNetwork
+from .row_log import RowLog
+from .rule import Action, PolicyError, Rule, RuleSet, SynLimit, boottime_ns
+
+__all__ = ["KeptPolicy", "PolicyDamaged"]
+
+log = logging.getLogger(__name__)
+
+_FORMAT: Final = 1
+_LARGEST: Final = 1 << 30
+_LONGEST_HEADER: Final = 1 << 20
+_LAST_REVISION: Final = 1 << 62
+_ENDED: Final = 1
+"""An end in the past of every boot."""
+
+
+class PolicyDamaged(OSError):
+    """What is on disk is not what was written there. The text names the file."""
+
+
+class KeptPolicy:
+    """The files in a directory. Calls are made under the policy's lock. All raise OSError where the file system
+    refuses."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._set = directory / "policy"
+        self._rules = RowLog(directory / "rules")
+
+    def read(self) -> PolicyImage | None:
+        """Return what is kept, None if nothing ever was. Raises :class:`PolicyDamaged` for a set that was damaged; a
+        row of a rule that was is left out, and the log says so."""
+        image = self._read_set()
+        revision, runtime = self._read_rules()
+        if image is None and revision is None:
+            return None
+        image = image or PolicyImage(0, RuleSet())
+        return replace(image, revision=max(image.revision, revision or 0), runtime=runtime)
+
+    def write(self, image: PolicyImage) -> None:
+        """Replace everything."""
+        self.write_set(image)
+        self._rules.rewrite([{"revision": image.revision}, *(_row(one, image.revision) for one in image.runtime)])
+
+    def write_set(self, image: PolicyImage) -> None:
+        """Replace all but the rules at run time."""
+        body = document.encode(image.ruleset)
+        header: dict[str, object] = {
+            "format": _FORMAT,
+            "revision": image.revision,
+            "failsafe": [str(network) for network in image.failsafe],
+            "failsafe_ports": list(image.failsafe_ports),
+            "boot": boot_id(),
+            "boottime": boottime_ns(),
+            "time": time.time(),
+            "size": len(body),
+        }
+        header["sha256"] = _checksum(header, body)
+        try:
+            write_atomically(self._set, json.dumps(header).encode() + b"\n" + body)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {self._set}: {error.strerror}") from error
+
+    def added(self, added: RuntimeRule, revision: int) -> int:
+        """Note a rule at run time; return what :meth:`take_back` needs."""
+        return self._append(_row(added, revision))
+
+    def removed(self, network: IPNetwork, port: int, revision: int) -> int:
+        """Note that the rule of a prefix and port (0: any) was taken back; return what :meth:`take_back` needs."""
+        return self._append({"revision": revision, "source": str(network), "port": port, "removed": True})
+
+    def take_back(self, mark: int) -> None:
+        """Forget what was noted since."""
+        self._rules.cut(mark)
+
+    def forget(self) -> None:
+        """Remove the files."""
+        for path in (self._set, self._rules.path):
+            path.unlink(missing_ok=True)
+
+    @property
+    def is_overgrown(self) -> bool:
+        """Whether the rows are many more than the rules that there were: time to :meth:`write` all anew."""
+        return self._rules.overgrown()
+
+    def _append(self, row: Mapping[str, object]) -> int:
+        mark = self._rules.append(row)
+        try:
+            self._rules.sync()
+        except OSError as error:
+            self._rules.cut(mark)
+            raise OSError(error.errno, f"cannot write {self._rules.path}: {error.strerror}") from error
+        return mark
+
+    def _read_set(self) -> PolicyImage | None:
+        try:
+            fd = os.open(self._set, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        with open(fd, "rb") as file:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+                raise PolicyDamaged(errno.EINVAL, f"{self._set} is no file of ours")
+            line, body = file.readline(_LONGEST_HEADER), file.read(_LARGEST)
+        try:
+            return _image(line, body)
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+            raise PolicyDamaged(errno.EINVAL, f"{self._set} is damaged: {error}") from error
+
+    def _read_rules(self) -> tuple[int | None, tuple[RuntimeRule, ...]]:
+        kept: dict[tuple[IPNetwork, int], RuntimeRule] = {}
+        revision: int | None = None
+        damaged = 0
+        for row in self._rules.rows():
+            try:
+                if row is None:
+                    raise ValueError("no row")
+                of_row = _revision(row)
+                if "source" in row:
+                    place = ip_network(str(row["source"])), _whole(row["port"], 65535)
+                    added = _runtime_rule(place, row)
+                    if added is None:
+                        kept.pop(place, None)
+                    else:
+                        kept[place] = added
+            except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+                damaged += 1
+                continue
+            revision = max(revision or 0, of_row)
+        if damaged:
+            log.warning("%d lines of %s are damaged and left out", damaged, self._rules.path)
+        return revision, tuple(kept.values())
+
+
+def _checksum(header: Mapping[str, object], body: bytes) -> str:
+    told = json.dumps({name: value for name, value in header.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(told.encode() + b"\n" + body).hexdigest()
+
+
+def _image(line: bytes, body: bytes) -> PolicyImage:
+    header = json.loads(line)
+    if header["format"] != _FORMAT:
+        raise ValueError(f"format {header['format']}, this version knows {_FORMAT}")
+    if len(body) != header["size"] or header["sha256"] != _checksum(header, body):
+        raise ValueError("its checksum is another one")
+    written, at = float(header["time"]), int(header["boottime"])
+
+    def in_this_boot(rule: Rule) -> Rule:
+        if rule.expires is None:
+            return rule
+        left = (rule.expires - at) / 1e9
+        row = {"until": written + left, "left": left, "boot": header["boot"], "boot_until": rule.expires}
+        try:
+            return replace(rule, expires=lifetime_of(row))
+        except HasEnded:
+            return replace(rule, expires=_ENDED)
+
+    ruleset = document.decode(body)
+    return PolicyImage(
+        _revision(header),
+        replace(ruleset, rules=tuple(map(in_this_boot, ruleset.rules))),
+        tuple(map(ip_network, header["failsafe"])),
+        tuple(_whole(port, 65535) for port in header["failsafe_ports"]),
+    )
+
+
+def _revision(row: Mapping[str, object]) -> int:
+    return _whole(row["revision"], _LAST_REVISION)
+
+
+def _whole(value: object, most: int) -> int:
+    if not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{value!r}: not 0 to {most}")
+    return value
+
+
+def _row(one: RuntimeRule, revision: int) -> dict[str, object]:
+    rule, (network, port) = one.rule, one.place
+    return {
+        "revision": revision,
+        "source": str(network),
+        "port": port,
+        "name": rule.name,
+        "action": rule.action.name.lower(),
+        "dry_run": rule.dry_run,
+        "limit": None if rule.limit is None else [rule.limit.rate, rule.limit.burst],
+        "reason": rule.reason,
+        "origin": rule.origin,
+        "created": one.created,
+        **lifetime_row(rule.expires),
+    }
+
+
+def _runtime_rule(place: tuple[IPNetwork, int], row: Mapping[str, object]) -> RuntimeRule | None:
+    """Return the rule of a row, None if it was taken back or has ended."""
+    if row.get("removed"):
+        return None
+    limit = row["limit"]
+    if limit is not None and not isinstance(limit, list):
+        raise PolicyError("a limit is a rate and a burst")
+    try:
+        expires = lifetime_of(row)
+    except HasEnded:
+        return None
+    network, port = place
+    rule = Rule(
+        str(row["name"]),
+        (network,),
+        Action[str(row["action"]).upper()],
+        port or None,
+        expires,
+        row["dry_run"] is True,
+        None if limit is None else SynLimit(float(limit[0]), int(limit[1])),
+        str(row["reason"]),
+        str(row["origin"]),
+    )
+    return RuntimeRule(rule, _whole(row["created"], (1 << 63) - 1))

@@ -1,0 +1,302 @@
+"""The policy on disk: it is what was in force, whoever tampered with it, and a disk that refuses changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+
+from rama_ebpf.control.host_policy import GateUnavailable, HostPolicy
+from rama_ebpf.kernel import bpffs
+from rama_ebpf.kernel.gate_maps import GateMaps, MapSizes
+from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.policy.kept import KeptPolicy, PolicyDamaged
+from rama_ebpf.policy.kernel_store import KernelStore
+from rama_ebpf.policy.lifetime import lifetime_row
+from rama_ebpf.policy.local import LocalStore
+from rama_ebpf.policy.rule import Action, Rule, RuleSet, Settings, SynLimit, boottime_ns
+from rama_ebpf.policy.store import PolicyStore
+
+HOUR = 3600 * 10**9
+
+
+@pytest.fixture(params=["kernel", "local"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[PolicyStore]:
+    if request.param == "local":
+        local = LocalStore(max_entries=4095)
+        local.remember_in(tmp_path)
+        yield local
+        return
+    with KernelStore(request.getfixturevalue("pinned")) as kernel:
+        kernel.remember_in(tmp_path)
+        yield kernel
+
+
+def block(source: str, **more: object) -> Rule:
+    return Rule(f"block:{source}", (ip_network(source),), Action.DROP, **more)  # type: ignore[arg-type]
+
+
+def loaded(name: str, *sources: str, **more: object) -> Rule:
+    return Rule(name, tuple(map(ip_network, sources)), Action.REJECT, origin="file", **more)  # type: ignore[arg-type]
+
+
+def fill(store: PolicyStore) -> None:
+    """A policy that has everything."""
+    slow = Rule("slow", (ip_network("198.18.8.0/24"),), Action.LIMIT, limit=SynLimit(0.5, 3), reason="häufig")
+    store.set_failsafe([ip_network("198.18.9.0/24"), ip_network("2001:db8:9::/48")], [2222])
+    store.replace(
+        RuleSet(
+            (
+                loaded("listed", "198.18.1.0/24", "2001:db8::/48"),
+                loaded("soon", "198.18.2.0/24", expires=boottime_ns() + HOUR),
+            ),
+            Settings(Action.DROP, SynLimit(10, 5), SynLimit(1000, 100)),
+        )
+    )
+    store.add(block("198.18.5.0/24"))
+    store.add(Rule("allow:198.18.5.1", (ip_network("198.18.5.1"),), Action.ALLOW, port=443), ttl=HOUR)
+    store.add(slow)
+    store.add(block("2001:db8:5::/64", dry_run=True))
+    store.add(block("198.18.6.0/24"))
+    store.remove(ip_network("198.18.6.0/24"))
+    store.sync()
+
+
+def test_what_is_read_back_is_what_was_in_force(store: PolicyStore, tmp_path: Path) -> None:
+    fill(store)
+    image = KeptPolicy(tmp_path).read()
+    assert image is not None
+    by_place = lambda one: str(one.place)  # noqa: E731
+    assert replace(image, runtime=()) == replace(store.image(), runtime=())
+    assert sorted(image.runtime, key=by_place) == sorted(store.image().runtime, key=by_place)
+    again = LocalStore()
+    again.put_image(image)
+    assert again.revision == store.revision
+    for source in (
+        "198.18.1.1",
+        "198.18.5.1",
+        "198.18.5.2",
+        "198.18.9.9",
+        "198.18.7.7",
+        "2001:db8::1",
+        "2001:db8:5::1",
+    ):
+        for port in (1080, 443, 2222):
+            assert again.verdict(ip_address(source), port) == store.verdict(ip_address(source), port), source
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_a_set_on_trial_is_not_what_lasts_until_it_is_confirmed(store: PolicyStore, tmp_path: Path) -> None:
+    fill(store)
+    store.replace(RuleSet((loaded("trial", "0.0.0.0/0"),)), confirm_within=600)
+    store.keep()
+    store.sync()
+    kept = KeptPolicy(tmp_path)
+
+    def names() -> list[str]:
+        image = kept.read()
+        assert image is not None
+        return [rule.name for rule in image.ruleset.rules]
+
+    assert names() == ["listed", "soon"]
+    store.confirm()
+    assert names() == ["trial"]
+    store.replace(RuleSet(), confirm_within=600)
+    store.roll_back()
+    store.sync()
+    assert names() == ["trial"]
+
+
+CHANGES: dict[str, Callable[[PolicyStore], object]] = {
+    "block": lambda store: store.add(block("198.18.77.0/24")),
+    "another rule in its place": lambda store: store.add(Rule("other", (ip_network("198.18.5.0/24"),), Action.ALLOW)),
+    "unblock": lambda store: store.remove(ip_network("198.18.5.0/24")),
+    "load": lambda store: store.replace(RuleSet((loaded("new", "198.18.44.0/24"),))),
+    "ban": lambda store: store.ban(ip_address("198.18.66.1")),
+    "unban": lambda store: store.unban(ip_address("198.18.67.1")),
+}
+ASKED = ("198.18.77.1", "198.18.5.2", "198.18.1.1", "198.18.44.4", "198.18.66.1", "198.18.67.1", "198.18.2.1")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_where_the_disk_refuses_a_command_fails_and_nothing_is_changed(
+    store: PolicyStore, tmp_path: Path, change: str
+) -> None:
+    fill(store)
+    store.ban(ip_address("198.18.67.1"))
+    verdicts = [store.verdict(ip_address(source), 1080) for source in ASKED]
+    records = [(record.rule.name, record.sources) for record in store.records()]
+    (tmp_path / "taken").write_text("no directory")
+    store.remember_in(tmp_path / "taken")
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/taken/"):
+        CHANGES[change](store)
+    assert [store.verdict(ip_address(source), 1080) for source in ASKED] == verdicts
+    assert [(record.rule.name, record.sources) for record in store.records()] == records
+    store.remember_in(tmp_path)
+    CHANGES[change](store)
+    assert [store.verdict(ip_address(source), 1080) for source in ASKED] != verdicts
+
+
+def test_a_trial_that_cannot_be_written_down_is_not_confirmed(store: PolicyStore, tmp_path: Path) -> None:
+    fill(store)
+    store.replace(RuleSet((loaded("trial", "0.0.0.0/0"),)), confirm_within=600)
+    (tmp_path / "taken").write_text("no directory")
+    store.remember_in(tmp_path / "taken")
+    with pytest.raises(OSError, match="cannot write"):
+        store.confirm()
+    assert store.pending is not None
+    store.roll_back()
+    assert store.verdict(ip_address("198.18.1.1"), 1080).rule == "listed"
+
+
+def test_the_server_serves_on_a_disk_that_refuses_and_catches_up(
+    store: PolicyStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "taken").write_text("no directory")
+    store.remember_in(tmp_path / "taken")
+    store.replace(RuleSet((loaded("configured", "198.18.1.0/24"),)), must_be_kept=False)
+    for _ in range(3):
+        store.sync()
+    assert caplog.text.count("the policy cannot be kept on disk, trying again") == 1
+    assert store.verdict(ip_address("198.18.1.1"), 1080).rule == "configured"
+    (tmp_path / "taken").unlink()
+    store.sync()
+    image = KeptPolicy(tmp_path / "taken").read()
+    assert image is not None
+    assert [rule.name for rule in image.ruleset.rules] == ["configured"]
+
+
+def test_hostile_rows_of_rules_cost_only_themselves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = LocalStore()
+    store.remember_in(tmp_path)
+    store.add(block("198.18.5.0/24"))
+    good = (tmp_path / "rules").read_text().strip()
+    hostile = [
+        good.replace("198.18.5.0/24", "198.18.7.0/23"),
+        good.replace("drop", "dance"),
+        good.replace('"revision": 1', '"revision": 1e999'),
+        good.replace('"revision": 1', f'"revision": {1 << 63}'),
+        good.replace('"port": 0', '"port": 65536'),
+        good.replace('"limit": null', '"limit": [1]'),
+        good.replace('"until": null', '"until": 1e999'),
+        good.replace('"block:198.18.5.0/24"', '"two words"'),
+        good.replace("false", "[" * 50_000),
+        "[" * 100_000,
+        "\0" * 200_000,
+        '{"revision": 1, "source": 7}',
+        "[]",
+        "7",
+        good[:-9],
+    ]
+    (tmp_path / "rules").write_text("\n".join([*hostile, good, *hostile]) + "\n")
+    image = KeptPolicy(tmp_path).read()
+    assert image is not None
+    assert [one.rule.name for one in image.runtime] == ["block:198.18.5.0/24"]
+    assert f"{2 * len(hostile)} lines of {tmp_path}/rules are damaged and left out" in caplog.text
+    assert image.revision == 1
+
+
+@pytest.mark.parametrize("how", ["a byte", "cut", "longer", "empty", "no JSON", "deep", "another format", "fifo"])
+def test_a_damaged_set_lets_nothing_start_and_is_named(tmp_path: Path, instance: str, how: str) -> None:
+    store = LocalStore()
+    directory = Instance(instance).state_dir
+    store.remember_in(directory)
+    store.replace(RuleSet((loaded("listed", "198.18.1.0/24"),), Settings(Action.DROP)))
+    path = directory / "policy"
+    whole = path.read_bytes()
+    spoilt = {
+        "a byte": whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:],
+        "cut": whole[:-1],
+        "longer": whole + b"\0",
+        "empty": b"",
+        "no JSON": b"\xff" * 4096,
+        "deep": b"[" * 100_000 + b"\n",
+        "another format": whole.replace(b'"format": 1', b'"format": 2'),
+    }
+    path.unlink()
+    if how == "fifo":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(spoilt[how])
+    with pytest.raises(PolicyDamaged, match=str(path)):
+        KeptPolicy(directory).read()
+    with pytest.raises(GateUnavailable, match=f"{path}.*rama-ebpf unload forgets it"):
+        HostPolicy(Instance(instance)).restore(LocalStore())
+
+
+def test_rows_that_were_written_by_another_boot_hold_no_longer_than_was_left(tmp_path: Path) -> None:
+    store = LocalStore()
+    store.remember_in(tmp_path)
+    store.add(block("198.18.5.0/24"), ttl=HOUR)
+    row = json.loads((tmp_path / "rules").read_text())
+    given = lifetime_row(boottime_ns() + HOUR)
+    assert row["left"] == pytest.approx(given["left"], abs=60)
+    (tmp_path / "rules").write_text(json.dumps({**row, "boot": "another", "until": row["until"] + 10**9}) + "\n")
+    image = KeptPolicy(tmp_path).read()
+    assert image is not None
+    (kept,) = image.runtime
+    assert kept.rule.expires is not None
+    assert kept.rule.expires <= boottime_ns() + HOUR
+
+
+# -- pins and disk ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(pinned: Instance) -> Instance:
+    """An instance with pins, and with the policy of :func:`fill` on disk and in the pins."""
+    with KernelStore(pinned) as store:
+        fill(store)
+    return pinned
+
+
+def new_maps(place: Instance) -> GateMaps:
+    aside = place.pin_root / "new-test"
+    aside.mkdir()
+    return GateMaps.create(aside, MapSizes(rules=8192, bans=64, buckets=4096))
+
+
+def test_of_pins_and_disk_the_younger_wins(place: Instance, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    host = HostPolicy(place)
+    with GateMaps.open(place.pin_dir) as pins:
+        assert not host.supersedes(pins)
+        assert caplog.text == ""
+        with KernelStore(place) as store:
+            store.ban(ip_address("198.18.66.1"))  # raises the pins' revision alone
+            assert not host.supersedes(pins)
+            assert f"the policy pinned at {place.pin_dir}" in caplog.text
+            younger = replace(store.image(), revision=store.revision + 7, ruleset=RuleSet((loaded("younger", "::/0"),)))
+        KeptPolicy(place.state_dir).write(younger)
+        assert host.supersedes(pins)
+        assert f"the policy in {place.state_dir} (revision {younger.revision}) is younger" in caplog.text
+        with new_maps(place) as maps:
+            host.fill(maps, pins, "")
+            again = KernelStore(place, maps)
+            assert [rule.name for rule in again.ruleset().rules] == ["younger"]
+            assert [str(ban.address) for ban in again.bans()] == ["198.18.66.1"]
+            assert again.revision == younger.revision
+    bpffs.remove_tree(place.pin_root / "new-test")
+
+
+def test_lost_pins_are_filled_from_disk_and_revisions_go_on(place: Instance, caplog: pytest.LogCaptureFixture) -> None:
+    with KernelStore(place) as store:
+        store.ban(ip_address("198.18.66.1"))
+        before, revision = store.image(), store.revision
+    with new_maps(place) as maps:
+        HostPolicy(place).fill(maps, None, "no pin slots")
+        again = KernelStore(place, maps)
+        assert again.revision == revision
+        assert replace(again.image(), runtime=()) == replace(before, runtime=())
+        assert {one.rule.name for one in again.image().runtime} == {one.rule.name for one in before.runtime}
+    assert "cannot be used and are replaced: no pin slots" in caplog.text
+    assert (
+        f"as it is kept in {place.state_dir}, revision {revision}: default drop, a set of 2 rules, 4 rules"
+        in caplog.text
+    )
+    bpffs.remove_tree(place.pin_root / "new-test")
