@@ -167,10 +167,10 @@ def test_what_the_programs_do_not_find_is_never_called_blocked(scene: Scene, mon
 
 
 def test_a_failure_after_the_change_is_in_force_says_so(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_store: KernelStore) -> int:
+    def full(*_args: object, **_told: object) -> None:
         raise OSError(errno.ENOMEM, "no memory")
 
-    monkeypatch.setattr(KernelStore, "_changed", full)
+    monkeypatch.setattr(KernelStore, "_note", full)
     code, out, err = in_this_process(scene, "block", scene.client.ipv4)
     assert (code, out) == (3, "")
     assert "in force, but" in err
