@@ -9,19 +9,23 @@ from typing import Any
 from ..core.errors import RamaError
 from .build import check_stack
 from .decode import Decoder
+from .limits import beyond_limits, does_not_compile
 from .model import Config
 from .toml import ConfigError, read_toml
 
 __all__ = ["ConfigError", "config_of", "load_config"]
 
 
-def load_config(path: str | os.PathLike[str]) -> Config:
-    """Read and check a file. Relative paths in it are seen from its directory. Raises :class:`ConfigError`."""
+def load_config(path: str | os.PathLike[str], *, compile_rules: bool = False) -> Config:
+    """Read and check a file; with ``compile_rules`` find out, too, what a start finds when it puts them into force.
+    Relative paths in it are seen from its directory. Raises :class:`ConfigError`."""
     file = os.fspath(path)
     values, decoder = read_toml(file)
     config: Config | None = decoder.table(Config, values)
     if config is not None:
         _check_whole(config, decoder, os.path.dirname(os.path.abspath(file)))
+        for where, text in does_not_compile(config) if compile_rules else ():
+            decoder.complain(where, text)
     if config is None or decoder.mistakes:
         raise ConfigError(file, decoder.mistakes)
     return config
@@ -40,6 +44,8 @@ def _check_whole(config: Config, decoder: Decoder, directory: str) -> None:
     """What no single setting shows: references, doubles, and stacks that do not compose."""
     if not config.listeners:
         decoder.complain(("listeners",), "there is no listener: write [listeners.NAME]")
+    for where, text in beyond_limits(config):
+        decoder.complain(where, text)
     seen: dict[str, str] = {}
     for name, listener in config.listeners.items():
         if listener.stack not in config.stacks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,16 @@ from . import abi, bpf
 from .bpf import MapFlags, MapType
 from .gate_state import GateState
 
-__all__ = ["MAX_FAILSAFE", "USUAL_REJECTS", "GateMaps", "LayoutMismatch", "MapSizes", "MapSpec", "set_pages"]
+__all__ = [
+    "MAX_EGRESS",
+    "MAX_FAILSAFE",
+    "USUAL_REJECTS",
+    "GateMaps",
+    "LayoutMismatch",
+    "MapSizes",
+    "MapSpec",
+    "set_pages",
+]
 
 
 class LayoutMismatch(RuntimeError):
@@ -75,6 +85,8 @@ _HASH: Final = (MapType.HASH, MapFlags.NO_PREALLOC)
 MAX_FAILSAFE: Final = 1024
 """How many networks the failsafe has at most. Its map has room for two such lists: the new one is added before the old
 one goes, so that nobody is locked out between them."""
+MAX_EGRESS: Final = 65_536
+"""How many networks and name servers the egress policy has at most."""
 _SPARE_RULES: Final = 8192
 """How many rules the tables hold beyond ``MapSizes.rules``, for the moment in which a set replaces another."""
 
@@ -110,7 +122,7 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "accepted": MapSpec(MapType.ARRAY, 4, 8, listeners * constant["SOCKETS_PER_LISTENER"], MapFlags.MMAPABLE),
         "bans": MapSpec(_HASH[0], 16, abi.BAN.size, sizes.bans, _HASH[1]),
         "failsafe": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 2 * MAX_FAILSAFE, _LPM[1]),
-        "egress": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 65_536, _LPM[1]),
+        "egress": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, MAX_EGRESS, _LPM[1]),
         "server_cgroup": MapSpec(MapType.ARRAY, 4, 8, 1),
         "datagram_peers": MapSpec(MapType.LRU_HASH, abi.PEER_KEY.size, 4, constant["MAX_DATAGRAM_PEERS"]),
         "buckets": MapSpec(MapType.LRU_HASH, abi.BUCKET_KEY.size, 8, sizes.buckets),
@@ -153,8 +165,7 @@ class GateMaps(Mapping[str, int]):
                 maps._fds[name] = spec.create(name)
             bpf.map_update(maps["gate"], bytes(4), GateState().pack())
             bpf.map_update(maps["reject_meter"], bytes(4), abi.REJECT_METER.pack(*USUAL_REJECTS, 0))
-            for name, fd in maps.items():
-                bpf.obj_pin(fd, str(directory / name))
+            maps.pin(directory)
         except BaseException:
             maps.close()
             raise
@@ -173,6 +184,29 @@ class GateMaps(Mapping[str, int]):
             maps.close()
             raise
         return maps
+
+    def pin(self, directory: Path) -> None:
+        """Pin all maps in a directory on a bpffs. Raises OSError."""
+        for name, fd in self.items():
+            bpf.obj_pin(fd, str(directory / name))
+
+    def are_pinned(self, directory: Path) -> bool:
+        """Whether these very maps, all of them, are pinned there. Raises OSError if we are out of descriptors."""
+        for name, fd in self.items():
+            try:
+                pinned = bpf.obj_get(str(directory / name))
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                    raise
+                return False
+            try:
+                if bpf.map_info(pinned).id != bpf.map_info(fd).id:
+                    return False
+            except OSError:
+                return False  # a program or a link
+            finally:
+                os.close(pinned)
+        return True
 
     def capacity(self, name: str) -> int:
         """How many entries a map holds at most."""

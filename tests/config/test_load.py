@@ -161,6 +161,9 @@ def test_every_mistake_is_told_with_its_line_and_what_is_allowed(write: Write) -
 LISTENER_B = '[listeners.b]\naddress = "127.0.0.1:{port}"\nstack = "{stack}"'
 
 
+RULE = '[[policy.rules]]\nname = "r{n}"\naction = "drop"\nsources = ["198.18.0.{n}"]\n'
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -194,6 +197,15 @@ LISTENER_B = '[listeners.b]\naddress = "127.0.0.1:{port}"\nstack = "{stack}"'
         (minimal("[policy.rejects]\nburst = 5"), "7: policy.rejects.rate: this setting is needed"),
         (minimal("server = 5"), "7: stacks.s.server: there is no such setting"),
         ("server = 5\n" + minimal(), "1: server: write a table"),
+        (
+            minimal("".join(f'[listeners.l{n}]\naddress = "127.0.0.1:{n}"\nstack = "s"\n' for n in range(2000, 2064))),
+            "1: listeners: 65 TCP listeners: a gate has at most 64",
+        ),
+        (minimal(f"[policy]\nxdp = {[f'eth{n}' for n in range(65)]}"), "8: policy.xdp: 65 interfaces: use at most 64"),
+        (
+            minimal("[limits]\nmax_rules = 16\n" + "".join(RULE.format(n=n) for n in range(16))),
+            "9: policy.rules: 16 rules: there is room for 15 (limits.max_rules above 16 makes more)",
+        ),
     ],
 )
 def test_one_mistake(write: Write, text: str, expected: str) -> None:
