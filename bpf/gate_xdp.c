@@ -104,7 +104,9 @@ int gate_xdp(struct xdp_md *ctx)
 #endif
 	index = ctx->ingress_ifindex;
 	interface = interfaces.lookup(&index);
-	own = interface && is_for_interface(ctx, interface);
+	if (!interface)
+		return XDP_PASS; /* it went to another network namespace, and its listeners are not ours */
+	own = is_for_interface(ctx, interface);
 	if (s->wildcard && (!own || is_transit(ctx, &s->packet, is_mapped(&s->packet.target))))
 		return XDP_PASS;
 	if (v.action == ACTION_DROP) {

@@ -338,10 +338,13 @@ def test_without_privileges_policy_is_local_and_says_so(lab: Lab, unprivileged_h
     refused = server.run(*nobody("run", "--require-kernel"), check=False)
     assert refused.returncode == 3
     assert len(refused.stderr.strip().splitlines()) == 1
+    unasked = server.run(*nobody("run", "--listen", f"{server.ipv4}:{PORT}"), check=False)
+    assert unasked.returncode == 3
+    assert f"Listeners that need it: main ({server.ipv4}:{PORT})" in unasked.stderr
 
     log = tmp_path / "log"
     with log.open("w", encoding="utf-8") as stderr:
-        process = server.popen(*nobody("run", "--listen", f"{server.ipv4}:{PORT}"), stderr=stderr)
+        process = server.popen(*nobody("run", "--gate", "optional", "--listen", f"{server.ipv4}:{PORT}"), stderr=stderr)
     try:
         wait_for(lambda: "ready after" in log.read_text(encoding="utf-8"), timeout=60, what="readiness")
     except AssertionError:
@@ -365,6 +368,7 @@ def test_without_privileges_policy_is_local_and_says_so(lab: Lab, unprivileged_h
     assert '"store": "local"' in listed
     status = _command_as_nobody(unprivileged_home, "status", "--json")
     assert '"policy": "local"' in status
+    assert "NOT GUARDED: there is no gate in the kernel" in status
     _command_as_nobody(unprivileged_home, "unblock", client.ipv4)
     assert greet() == b"\x05\x00"
     process.terminate()

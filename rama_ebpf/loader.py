@@ -16,7 +16,6 @@ listeners that no longer exist), and TC or netfilter hooks (they see other servi
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import logging
 import mmap
@@ -25,70 +24,28 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
 from .core.address import SocketAddress, mapped
-from .kernel import abi, bpf, bpffs, cgroup, xdp
-from .kernel.bpf import AttachType
-from .kernel.bytecode import Program
+from .kernel import abi, bpf, bpffs, cgroup, sock_diag
+from .kernel.attachments import HOOKS, Attachments, Mending, Target
 from .kernel.compile import Unit, amalgamate
 from .kernel.gate_maps import USUAL_REJECTS, GateMaps, LayoutMismatch, MapSizes
 from .kernel.instance import Instance, InstanceBusy, PolicyBusy
 from .kernel.programs import code_cache, load_programs
+from .kernel.sock_diag import ListeningSocket
 from .kernel.witness import WITNESS_PROGRAM, Witness
+from .kernel.xdp import XdpAttachment
 
-__all__ = ["AcceptCounter", "Gate", "PolicyKeeper", "forget_compiled", "load", "unload"]
+__all__ = ["AcceptCounter", "Cover", "Gate", "PolicyKeeper", "forget_compiled", "load", "unload"]
 
 log = logging.getLogger(__name__)
 
 _LEAVE_SECONDS: Final = 2.0
 """How long the end of a gate waits for somebody who is changing its policy."""
-
-_XDP, _CGROUP_SKB, _CGROUP_SOCK, _SOCK_OPS = 6, 8, 9, 13  # enum bpf_prog_type
-_SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = 18, 25, 30
-
-
-class _Target(enum.Enum):
-    """What a hook is attached to."""
-
-    CGROUP = "the proxy's cgroup"
-    EGRESS = "the proxy's cgroup, if it is the proxy's alone"
-    WORKERS = "the workers' cgroup"
-    NAMESPACE = "the network namespace"
-    INTERFACE = "an interface"
-
-
-@dataclass(frozen=True, slots=True)
-class _Hook:
-    """A program and where it is attached: this table is the one place that says it."""
-
-    name: str
-    prog_type: int
-    attach_type: AttachType
-    target: _Target
-
-    @property
-    def program(self) -> Program:
-        return Program(self.name, self.prog_type, self.attach_type)
-
-
-_HOOKS: Final = (
-    _Hook("gate_cgroup", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS, _Target.CGROUP),
-    _Hook("count_established", _SOCK_OPS, AttachType.CGROUP_SOCK_OPS, _Target.CGROUP),
-    _Hook("egress_connect4", _SOCK_ADDR, AttachType.CGROUP_INET4_CONNECT, _Target.EGRESS),
-    _Hook("egress_connect6", _SOCK_ADDR, AttachType.CGROUP_INET6_CONNECT, _Target.EGRESS),
-    _Hook("egress_sendmsg4", _SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, _Target.EGRESS),
-    _Hook("egress_sendmsg6", _SOCK_ADDR, AttachType.CGROUP_UDP6_SENDMSG, _Target.EGRESS),
-    _Hook("egress_note_peer", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS, _Target.WORKERS),
-    _Hook("egress_socket", _CGROUP_SOCK, AttachType.CGROUP_INET_SOCK_CREATE, _Target.WORKERS),
-    _Hook("egress_setsockopt", _SOCKOPT, AttachType.CGROUP_SETSOCKOPT, _Target.WORKERS),
-    _Hook("gate_lookup", _SK_LOOKUP, AttachType.SK_LOOKUP, _Target.NAMESPACE),
-    _Hook("gate_xdp", _XDP, AttachType.XDP, _Target.INTERFACE),
-)
-_BY_INTERFACE: Final = next(hook for hook in _HOOKS if hook.target is _Target.INTERFACE)
 
 
 class PolicyKeeper(Protocol):
@@ -110,6 +67,26 @@ class _Listener:
     is_open: bool = False
 
 
+def _entry(listener: _Listener) -> bytes:
+    state = abi.constants()["LISTENER_OPEN" if listener.is_open else "LISTENER_CLOSED"]
+    return abi.LISTENER.pack(listener.id, listener.sockets, state)
+
+
+@dataclass(frozen=True, slots=True)
+class Cover:
+    """Whether a listener is guarded, and by which hooks; ``why`` says why it is not."""
+
+    hooks: tuple[str, ...] = ()
+    why: str = ""
+
+    @property
+    def guarded(self) -> bool:
+        return not self.why
+
+    def __str__(self) -> str:
+        return f"guarded by {', '.join(self.hooks)}" if self.guarded else f"NOT GUARDED: {self.why}"
+
+
 class Gate:
     """The loaded gate of one instance. Everything it attached is detached by :meth:`close`, or when the process ends.
 
@@ -122,12 +99,9 @@ class Gate:
         self.fresh = fresh
         """Whether the maps were made for this gate: no policy was pinned before."""
         self.programs = programs
-        self._links: list[int] = []
-        self._xdp: list[xdp.XdpAttachment] = []
+        self.attachments = Attachments(instance.cgroup_name, maps, programs)
         self._listeners: dict[SocketAddress, _Listener] = {}
         self._steered: dict[bytes, socket.socket] = {}
-        self._cgroup: Path | None = None
-        self._workers: Path | None = None
 
     # -- attach --------------------------------------------------------------------------------------------------
 
@@ -136,56 +110,24 @@ class Gate:
 
         Raises OSError; then nothing stays attached.
         """
-        try:
-            self._cgroup = cgroup.enter_child(self.instance.cgroup_name)
-            if self._cgroup.name != self.instance.cgroup_name:
-                log.info("cgroups may not be changed here: the gate is attached to %s as a whole", self._cgroup)
-            self._link_to(_Target.CGROUP, self._cgroup)
-            if self._cgroup.name == self.instance.cgroup_name:
-                self._guard_workers()
-            self._link_to(_Target.NAMESPACE, Path("/proc/self/ns/net"))
-        except BaseException:
-            self.detach()
-            raise
+        self.attachments.attach()
 
-    def _guard_workers(self) -> None:
-        """Put all under the egress policy but what stays in our own cgroup, and make one below it for the workers.
-
-        The programs that judge are attached to ours: a worker's listeners, and what it accepted, belong to it.
-        """
-        assert self._cgroup is not None
-        self._workers = cgroup.make_child(self._cgroup, "workers")
-        identity = self._cgroup.stat().st_ino.to_bytes(8, sys.byteorder)
-        bpf.map_update(self.maps["server_cgroup"], bytes(4), identity)
-        self._link_to(_Target.EGRESS, self._cgroup)
-        self._link_to(_Target.WORKERS, self._workers)
-
-    @property
-    def own_cgroups(self) -> tuple[Path, ...]:
-        """The cgroups that hold this proxy and nothing else: none where cgroups may not be changed."""
-        return () if self._cgroup is None or self._workers is None else (self._cgroup, self._workers)
+    def attach_xdp(self, interface: str) -> XdpAttachment:
+        """Attach the XDP program, which must have been loaded, to an interface. Raises
+        :class:`~rama_ebpf.kernel.xdp.XdpError`; what was attached before stays."""
+        return self.attachments.attach_xdp(interface)
 
     @property
     def guards_workers(self) -> bool:
         """Whether the kernel enforces the egress policy on workers: not where cgroups may not be changed."""
-        return self._workers is not None
+        return self.attachments.workers is not None
 
     def adopt_worker(self, pid: int) -> None:
         """Put a worker that has just been started under the egress policy, before it makes any socket."""
-        if self._workers is not None:
+        workers = self.attachments.workers
+        if workers is not None:
             with contextlib.suppress(ProcessLookupError):  # it has ended already; its end is seen elsewhere
-                cgroup.move(pid, self._workers)
-
-    def attach_xdp(self, interface: str) -> xdp.XdpAttachment:
-        """Attach the XDP program, which must have been loaded, to an interface. Raises
-        :class:`~rama_ebpf.kernel.xdp.XdpError`; what was attached before stays."""
-        attachment = xdp.attach(self.programs[_BY_INTERFACE.name], interface)
-        self._links.append(attachment.link)
-        self._xdp.append(attachment)
-        key = attachment.index.to_bytes(4, sys.byteorder)
-        value = abi.INTERFACE.pack(attachment.hardware, attachment.answers)
-        bpf.map_update(self.maps["interfaces"], key, value)
-        return attachment
+                cgroup.move(pid, workers)
 
     @property
     def witness(self) -> Witness:
@@ -193,24 +135,14 @@ class Gate:
         return Witness(self.programs[WITNESS_PROGRAM.name])
 
     @property
-    def xdp(self) -> tuple[xdp.XdpAttachment, ...]:
-        """Where XDP is attached."""
-        return tuple(self._xdp)
-
-    def _link_to(self, target: _Target, path: Path) -> None:
-        """Attach all hooks of one target."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for hook in _HOOKS:
-                if hook.target is target:
-                    self._links.append(bpf.link_create(self.programs[hook.name], fd, hook.attach_type))
-        finally:
-            os.close(fd)
+    def xdp(self) -> tuple[XdpAttachment, ...]:
+        """Where XDP is attached, or was last."""
+        return self.attachments.xdp
 
     @property
     def cgroup(self) -> Path | None:
         """The instance's cgroup while attached."""
-        return self._cgroup
+        return self.attachments.cgroup
 
     def limit_rejects(self, limit: tuple[int, int] | None) -> None:
         """Say how many RST answer ``reject``: a limit's emission and tolerance in nanoseconds, None for as many as is
@@ -282,8 +214,7 @@ class Gate:
             self._clear_slot(listener, index)
 
     def _put_listener(self, address: SocketAddress, listener: _Listener) -> None:
-        state = abi.constants()["LISTENER_OPEN" if listener.is_open else "LISTENER_CLOSED"]
-        bpf.map_update(self.maps["listeners"], listener.key, abi.LISTENER.pack(listener.id, listener.sockets, state))
+        bpf.map_update(self.maps["listeners"], listener.key, _entry(listener))
         self._listeners[address] = listener
 
     @staticmethod
@@ -296,6 +227,10 @@ class Gate:
         with contextlib.suppress(OSError):
             bpf.map_delete(self.maps["sockets"], self._slot(listener, index))
 
+    def is_open(self, address: SocketAddress) -> bool:
+        """Whether the policy decides who gets in at an address that has an entry. Raises KeyError."""
+        return self._listeners[address].is_open
+
     def guards(self, address: SocketAddress) -> bool:
         """Whether an address has an entry."""
         return address in self._listeners
@@ -307,6 +242,78 @@ class Gate:
     def accept_slot(self, address: SocketAddress) -> int:
         """Return the index, in the map ``accepted``, of worker 0 on a listener; the other workers' follow."""
         return self.listener_id(address) * abi.constants()["SOCKETS_PER_LISTENER"]
+
+    # -- what guards -----------------------------------------------------------------------------------------------
+
+    def mend(self) -> Mending:
+        """Look whether the programs are attached where they belong, and the maps pinned, and put back what is not."""
+        found = self.attachments.mend()
+        self._mend_pins(found)
+        return found
+
+    def _mend_pins(self, found: Mending) -> None:
+        """Where pins are gone, or others are in their place, commands would speak to nobody, or of another policy."""
+        if not self.attachments.attached or self.maps.are_pinned(self.instance.pin_dir):
+            return
+        try:
+            bpffs.ensure_mounted()
+            with self.instance.policy_lock(_LEAVE_SECONDS):
+                _refuse_foreign(self.instance)
+                self.instance.pin_root.mkdir(parents=True, exist_ok=True, mode=0o700)
+                aside = Path(tempfile.mkdtemp(prefix="new-", dir=self.instance.pin_root))
+                old = aside.with_name(aside.name.replace("new-", "old-", 1))
+                try:
+                    self.maps.pin(aside)
+                    with contextlib.suppress(FileNotFoundError):
+                        self.instance.pin_dir.rename(old)
+                    aside.rename(self.instance.pin_dir)
+                finally:
+                    for directory in (aside, old):
+                        bpffs.remove_tree(directory)
+        except OSError as error:
+            text = f"the policy is not pinned at {self.instance.pin_dir}, and cannot be: {error.strerror or error}"
+            found.faults["pins"] = text
+        else:
+            found.losses.append(("pins", f"the policy was not pinned at {self.instance.pin_dir}: pinned again"))
+
+    def cover(self, address: SocketAddress, cookies: Iterable[int], listening: Iterable[ListeningSocket]) -> Cover:
+        """Say whether the sockets of a listener, by their cookies, are guarded: among those that listen in this network
+        namespace, of a cgroup where the gate judges, and with an entry in it."""
+        if not self.guards(address):
+            return Cover(why="it has no entry in the gate")
+        found = {sock.cookie: sock for sock in listening}
+        cgroups: set[int | None] = set()
+        for cookie in cookies:
+            if cookie not in found:
+                return Cover(why="a socket of it does not listen in the network namespace of the server")
+            cgroups.add(found[cookie].cgroup)
+        for identity in cgroups:
+            why = "the kernel does not tell its cgroup" if identity is None else self.attachments.judges(identity)
+            if why:
+                return Cover(why=why)
+        steering = ("sk_lookup",) if self.attachments.steers() else ()
+        return Cover(("cgroup", *steering, *(f"XDP on {name}" for name in self.attachments.live_xdp)))
+
+    def mend_listeners(self) -> list[SocketAddress]:
+        """Put the entries of listeners, and what they are steered to, as they were meant; return which were not so."""
+        wrong = []
+        for address, listener in list(self._listeners.items()):
+            found = bpf.map_lookup(self.maps["listeners"], listener.key, abi.LISTENER.size)
+            right = found == _entry(listener)
+            for index in range(listener.sockets):
+                slot = self._slot(listener, index)
+                sock = self._steered.get(slot)
+                if sock is None or sock.fileno() < 0:
+                    continue
+                held = bpf.map_lookup(self.maps["sockets"], slot, 8)
+                if held != sock_diag.cookie_of(sock).to_bytes(8, sys.byteorder):
+                    right = False
+                    with contextlib.suppress(OSError):  # it does not listen: said by cover
+                        bpf.map_update(self.maps["sockets"], slot, sock.fileno().to_bytes(8, sys.byteorder))
+            if not right:
+                self._put_listener(address, listener)
+                wrong.append(address)
+        return wrong
 
     # -- end -----------------------------------------------------------------------------------------------------
 
@@ -325,15 +332,7 @@ class Gate:
 
     def detach(self) -> None:
         """Detach all hooks and leave the cgroup, which is removed if it was made for this gate. May be done twice."""
-        while self._links:
-            os.close(self._links.pop())
-        self._xdp.clear()
-        if self._cgroup is not None and self._cgroup.name == self.instance.cgroup_name:
-            try:
-                cgroup.leave_and_remove(self._cgroup)
-            except OSError as error:
-                log.warning("cgroup %s is not empty and stays: %s", self._cgroup, error.strerror)
-        self._cgroup = self._workers = None
+        self.attachments.detach()
 
 
 class AcceptCounter:
@@ -375,7 +374,7 @@ def load(
         maps, fresh = _open_or_create_maps(instance, sizes or MapSizes(), keeper)
     try:
         source = amalgamate(abi.source_dir() / "sockops_filter.c")
-        wanted = [hook.program for hook in _HOOKS if xdp or hook.target is not _Target.INTERFACE]
+        wanted = [hook.program for hook in HOOKS if xdp or hook.target is not Target.INTERFACE]
         wanted.append(WITNESS_PROGRAM)
         defines = [*([] if xdp else ["-DWITHOUT_XDP"]), *(["-DSYN_COOKIES"] if syn_cookies else [])]
         unit = Unit(source, tuple(wanted), tuple(defines), kernel_headers)
@@ -493,12 +492,14 @@ def _remove_pins(instance: Instance) -> None:
 
 
 def _remove_stale_cgroup(instance: Instance) -> None:
-    recorded = instance.read_state().get("cgroup")
-    if isinstance(recorded, str) and Path(recorded).name == instance.cgroup_name:
-        try:
-            cgroup.leave_and_remove(Path(recorded))
-        except OSError as error:
-            log.warning("left-over cgroup %s stays: %s", recorded, error.strerror)
+    state = instance.read_state()
+    former = state.get("former_cgroups")
+    for recorded in (state.get("cgroup"), *(former if isinstance(former, list) else ())):
+        if isinstance(recorded, str) and Path(recorded).name == instance.cgroup_name:
+            try:
+                cgroup.leave_and_remove(Path(recorded))
+            except OSError as error:
+                log.warning("left-over cgroup %s stays: %s", recorded, error.strerror)
 
 
 def forget_compiled() -> None:

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 from ..config.load import ConfigError, load_config
+from ..config.model import Config
 from ..config.modes import exposures
 from ..config.show import effective, to_toml
+from ..core.address import SocketAddress
+from ..kernel import sock_diag
+from ..kernel.instance import Instance
 from ..layers.auth import hash_password
 from .output import OK, USAGE, print_json
 
@@ -38,7 +42,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
 
 def _check(args: argparse.Namespace) -> int:
     try:
-        config = load_config(args.file)
+        config = load_config(args.file, compile_rules=True)
     except ConfigError as error:
         if args.json:
             rows = [{"line": m.line, "setting": m.where, "text": m.text} for m in error.mistakes]
@@ -46,7 +50,7 @@ def _check(args: argparse.Namespace) -> int:
         else:
             print(error, file=sys.stderr)
         return USAGE
-    warnings = exposures(config, args.file)
+    warnings = [*exposures(config, args.file), *_taken(args.instance, config)]
     if args.json:
         print_json({"file": str(args.file), "mistakes": [], "warnings": warnings})
     else:
@@ -55,6 +59,22 @@ def _check(args: argparse.Namespace) -> int:
         listeners = ", ".join(f"{name} on {listener.address}" for name, listener in config.listeners.items())
         print(f"{args.file}: good: {listeners}")
     return OK
+
+
+def _taken(instance: Instance, config: Config) -> list[str]:
+    """Which addresses somebody else than the server of the instance listens at, in this network namespace."""
+    try:
+        listening = sock_diag.listening()
+    except OSError:
+        return []  # no netlink for us: a start will tell
+    server = instance.serving_pid() or 0
+    return [
+        f"{address} is taken: {sock_diag.owner_of(other.inode)} listens at {SocketAddress(other.address, other.port)}"
+        for listener in config.listeners.values()
+        if (address := listener.address.address) is not None
+        for other in listening
+        if other.meets(address.ip, address.port) and not sock_diag.has_socket(server, other.inode)
+    ]
 
 
 def _show(args: argparse.Namespace) -> int:

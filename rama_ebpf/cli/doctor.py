@@ -10,10 +10,12 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from ..core.errors import RamaError
 from ..kernel import bpffs, cgroup, headers, syn_cookies
 from ..kernel.instance import Instance
+from .lifecycle import probe
 from .output import ENVIRONMENT, OK, print_json
 
 __all__ = ["Finding", "examine", "register"]
@@ -145,7 +147,7 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
 
 def examine(instance: Instance) -> list[Finding]:
     """Run all checks; they change nothing."""
-    return [*(check() for check in _CHECKS), *_audited(instance)]
+    return [*(check() for check in _CHECKS), *_audited(instance), _gate(instance)]
 
 
 def _audited(instance: Instance) -> list[Finding]:
@@ -160,6 +162,23 @@ def _audited(instance: Instance) -> list[Finding]:
         found = f"{audit['disagreements']} disagreements of kernel and policy were put in order: {audit['last']}"
         return [Finding("policy in force", None, found)]
     return [Finding("policy in force", True, "kernel and policy agree")]
+
+
+def _gate(instance: Instance) -> Finding:
+    """What the server of the instance says of its gate."""
+    subject = f"gate of instance {instance.name}"
+    if instance.serving_pid() is None:
+        return Finding(subject, None, "no server runs")
+    said = probe(instance)
+    if said is None:
+        return Finding(subject, False, "its server does not answer", "look into its log; unload --stop ends it")
+    rows = cast("list[dict[str, object]]", said.get("listeners", []))
+    guards = [f"{row['address']} {row['guard']}" for row in rows if "guard" in row]
+    problems = cast("dict[str, str]", said.get("problems", {}))
+    if problems:
+        text = "; ".join(f"{what}: {why}" for what, why in problems.items())
+        return Finding(subject, False, f"DOES NOT GUARD: {text}", "mend that: the server looks again by itself")
+    return Finding(subject, True, ", ".join(guards) or "no TCP listeners")
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -184,7 +203,9 @@ def _doctor(args: argparse.Namespace) -> int:
             print(f"{mark}  {finding.subject}: {finding.found}")
             if finding.ok is False:
                 print(f"      mend: {finding.remedy}")
-        print(
-            "ready: the gate can run in the kernel" if not missing else "not ready: policy would run in userspace only"
-        )
+        lacking = [finding for finding in missing if not finding.subject.startswith("gate of")]
+        if lacking:
+            print("not ready: policy would run in userspace only")
+        else:
+            print("ready: the gate can run in the kernel" if not missing else "not ready: the gate does not guard")
     return ENVIRONMENT if missing else OK

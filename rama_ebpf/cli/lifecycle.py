@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import shutil
@@ -11,17 +12,20 @@ import time
 from typing import cast
 
 from .. import loader
+from ..control import socket as control
 from ..control.api import Json
 from ..kernel import xdp
 from ..kernel.gate_maps import LayoutMismatch
 from ..kernel.instance import Instance, InstanceBusy
 from ..policy.kept import KeptPolicy
 from ..policy.kernel_store import KernelStore
+from ..policy.rule import PolicyError
 from .output import NO, OK, print_json, table
 
-__all__ = ["register"]
+__all__ = ["probe", "register", "status"]
 
 _STOP_SECONDS = 60.0
+_PROBE_SECONDS = 5.0
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -41,6 +45,7 @@ def status(instance: Instance) -> Json:
     """Collect what :command:`status` shows."""
     pid = instance.serving_pid()
     state = instance.read_state() if pid is not None else {}
+    state |= probe(instance) or {}
     result: Json = {
         "instance": instance.name,
         "running": pid is not None,
@@ -49,6 +54,8 @@ def status(instance: Instance) -> Json:
         "why_local": state.get("why_local"),
         "cgroup": state.get("cgroup"),
         "egress": state.get("egress"),
+        "ready": state.get("ready", False) is True,
+        "problems": state.get("problems") or {},
         "xdp": [_xdp(row) for row in _rows(state, "xdp")],
         "audit": state.get("audit"),
         "syn_cookies": state.get("syn_cookies"),
@@ -59,13 +66,13 @@ def status(instance: Instance) -> Json:
         "verdicts": [],
     }
     if not instance.pinned:
-        result["listeners"] = [{"name": row["name"], "address": row["address"]} for row in _rows(state, "listeners")]
+        result["listeners"] = [_shown(row) for row in _rows(state, "listeners")]
         return result
     try:
         opened = KernelStore(instance)
     except (FileNotFoundError, LayoutMismatch) as error:
         result["why_unknown"] = f"the pins cannot be read: {error}"
-        result["listeners"] = [{"name": row["name"], "address": row["address"]} for row in _rows(state, "listeners")]
+        result["listeners"] = [_shown(row) for row in _rows(state, "listeners")]
         return result
     with opened as store:
         result["listeners"] = [_counted(store, row) for row in _rows(state, "listeners")]
@@ -78,8 +85,20 @@ def status(instance: Instance) -> Json:
     return result
 
 
+def probe(instance: Instance) -> Json | None:
+    """Have the live server look at its gate now, and return what it says; None if there is none, or it says nothing."""
+    if instance.control_socket.exists():
+        with contextlib.suppress(control.ControlUnavailable, PolicyError, TimeoutError):
+            return control.call(instance.control_socket, "probe", {}, timeout=_PROBE_SECONDS)
+    return None
+
+
+def _shown(row: Json) -> Json:
+    return {name: row[name] for name in ("name", "address", "guarded", "guard", "open") if name in row}
+
+
 def _counted(store: KernelStore, row: Json) -> Json:
-    counted: Json = {"name": row["name"], "address": row["address"]}
+    counted: Json = {**_shown(row)}
     if "id" in row:  # a Unix socket is not under the gate
         index = cast("int", row["id"])
         counted |= {"established": store.counters.established(index), "accepted": store.counters.accepted(index)}
@@ -129,10 +148,12 @@ def _status(args: argparse.Namespace) -> int:
         print(f"SYN cookies by XDP: {cookies['why_never'] or 'on'}")
     if isinstance(sockmap := result["sockmap"], dict):
         print(f"sockmap relay: {': '.join(filter(None, (sockmap['state'], sockmap['why'])))}")
+    for what, why in cast("dict[str, str]", result["problems"]).items():
+        print(f"NOT AS IT SHOULD BE: {what}: {why}")
     listeners = cast("list[Json]", result["listeners"])
     if listeners:
-        counts = [(row["address"], row.get("established"), row.get("accepted")) for row in listeners]
-        print(table(("LISTENER", "ESTABLISHED", "ACCEPTED"), counts))
+        counts = [(row["address"], row.get("established"), row.get("accepted"), _guard(row)) for row in listeners]
+        print(table(("LISTENER", "ESTABLISHED", "ACCEPTED", "GATE"), counts))
     verdicts = cast("list[Json]", result["verdicts"])
     if verdicts:
         rows = [(row["hook"], row["stage"], row["action"], row["count"]) for row in verdicts]
@@ -140,6 +161,11 @@ def _status(args: argparse.Namespace) -> int:
     if result["silent_rejects"]:
         print(f"{result['silent_rejects']} of those rejected got no RST: more came than are answered")
     return OK if result["running"] else NO
+
+
+def _guard(row: Json) -> object:
+    closed = "" if row.get("open", True) else "CLOSED, "
+    return f"{closed}{row['guard']}" if "guard" in row else "Unix socket"
 
 
 def _unload(args: argparse.Namespace) -> int:

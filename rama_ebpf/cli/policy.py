@@ -20,6 +20,7 @@ from ..kernel.witness import Witness
 from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
 from ..policy.rule import PolicyError
+from .lifecycle import probe
 from .output import NO, OK, duration, print_json, table
 from .said import outcome, still_denied
 
@@ -220,7 +221,15 @@ def _where(store: object) -> str:
 
 def _test(args: argparse.Namespace) -> int:
     source, port = split_target(args.target)
-    return show_verdict(args, call(args.instance, "test", {"source": source, "port": port}))
+    result = call(args.instance, "test", {"source": source, "port": port})
+    return show_verdict(args, result | {"guards": _guards(args.instance, port)})
+
+
+def _guards(instance: Instance, port: int | None) -> list[Json]:
+    """How the listeners of the live server, of one port or all, are guarded: a verdict holds where one is."""
+    rows = cast("list[Json]", (probe(instance) or {}).get("listeners", []))
+    at = [row for row in rows if "guard" in row and (port is None or str(row["address"]).endswith(f":{port}"))]
+    return [{name: row[name] for name in ("address", "guarded", "guard", "open")} for row in at]
 
 
 def show_verdict(args: argparse.Namespace, result: Json) -> int:
@@ -236,6 +245,8 @@ def show_verdict(args: argparse.Namespace, result: Json) -> int:
             dry = row.get("dry_run")
             if isinstance(dry, dict):
                 print(f"dry run: {dry['rule']} would {dry['action']}")
+        for row in cast("list[Json]", result.get("guards", [])):
+            print(f"{row['address']} {'is' if row['open'] else 'is CLOSED,'} {row['guard']}")
     for row in cast("list[Json]", result["disagreements"]):
         print(f"the kernel and the list of rules disagree about {row['listener']}: doctor says more", file=sys.stderr)
     return OK if all(row["action"] == "allow" for row in rows) else NO

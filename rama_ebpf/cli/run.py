@@ -66,6 +66,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
         action="store_true",
         help="exit instead of serving with workers that may make any system call",
     )
+    add(
+        "--gate",
+        choices=("required", "optional"),
+        default="required",
+        help="optional: serve also where no gate guards a listener (default: %(default)s)",
+    )
     add("--require-kernel", action="store_true", help="exit instead of serving with the policy in userspace")
     add("--kill", action="store_true", help="end live connections of sources that the policy comes to deny")
     add("--persist", action="store_true", help="leave the policy's maps pinned when the server stops")
@@ -117,14 +123,14 @@ def _limit(text: str) -> int:
     return value
 
 
-def _listen_at(texts: Sequence[str]) -> tuple[ListenAt, ...]:
+def _listen_at(texts: Sequence[str], *, needs_gate: bool) -> tuple[ListenAt, ...]:
     """Parse --listen: an endpoint, or a name and an endpoint; what has no name is called main, main-2, …"""
     found = []
     for number, text in enumerate(texts, 1):
         name, equals, where = text.rpartition("=")
         name = name if equals else "main" if number == 1 else f"main-{number}"
         try:
-            found.append(ListenAt(name, Endpoint.of(where)))
+            found.append(ListenAt(name, Endpoint.of(where), needs_gate=needs_gate))
         except ValueError as error:
             raise PolicyError(f"--listen {text!r}: {error}") from None
     return tuple(found)
@@ -194,7 +200,8 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
     return DaemonOptions(
         instance=args.instance,
         listen=tuple(
-            ListenAt(name, listener.address, int(listener.mode, 8)) for name, listener in config.listeners.items()
+            ListenAt(name, listener.address, int(listener.mode, 8), listener.gate == "required")
+            for name, listener in config.listeners.items()
         ),
         target="rama_ebpf.config.application:application",
         params={"config": effective(config), "directory": str(args.config.absolute().parent)},
@@ -243,7 +250,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
             raise PolicyError(f"--metrics {args.metrics!r}: {error}") from None
     return DaemonOptions(
         instance=args.instance,
-        listen=_listen_at(args.listen or ["127.0.0.1:1080"]),
+        listen=_listen_at(args.listen or ["127.0.0.1:1080"], needs_gate=args.gate == "required"),
         target=args.app or _DEFAULT_TARGET,
         directory=str(Path.cwd()) if args.app else None,
         params={

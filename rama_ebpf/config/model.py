@@ -196,6 +196,9 @@ class ListenerConfig:
     lossless: tuple[IPv4Network | IPv6Network, ...] = setting(
         _NETWORKS, "networks without loss, where auto may use sockmap", default=()
     )
+    gate: str = setting(
+        choice("required", "optional"), "optional: serve also where no gate in the kernel guards it", default="required"
+    )
     mode: str = setting(choice("600", "660", "666"), "of a Unix socket: who may connect", default="660")
 
 

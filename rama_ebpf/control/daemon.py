@@ -37,11 +37,12 @@ from .cookies import CookieWatch
 from .egress import EgressBackstop
 from .enforced import Judge, KernelJudge, StoreJudge
 from .events import EventHub, GateEvents, rule_names
+from .guard import Guard
 from .kernel_relay import KernelRelay
 from .kill import ConnectionKiller, Denials
 from .listeners import Listeners, SocketSet
 from .options import FIXED, DaemonOptions
-from .policy_host import PolicyHost, open_policy_host
+from .policy_host import PolicyHost, open_policy_host, refuse_without_gate
 from .policy_thread import PolicyThread
 from .revision import Deployment, Policy, ServedRevision
 from .socket import ControlServer
@@ -103,20 +104,26 @@ class _Daemon(WorkerObserver):
         self._started = started
         self._early = early
         self._cookies = CookieWatch(options.syn_cookies)
-        self._listeners = Listeners(host.gate)
+        self._listeners = Listeners(host.gate, host.why_local)
         cleanup.callback(self._listeners.close)
+        self._guard = Guard(host.gate, self._listeners, self._write_state)
+        cleanup.callback(self._guard.close)
+        self._is_ready = False
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(MetricsDirectory(options.user))
         self._feeds = FeedStore(options.instance.feeds_dir)
         self._egress = EgressBackstop(host.gate)
-        self._killer = ConnectionKiller(self._listeners.addresses, () if host.gate is None else host.gate.own_cgroups)
+        self._killer = ConnectionKiller(self._listeners.addresses, self._own_cgroups)
         self._events = EventHub() if host.gate is None else GateEvents(host.gate.maps, rule_names(host.store)).hub
         self._cleanup = cleanup
         self._audit = self._make_audit()
         self._deployment = Deployment(
-            host, self._listeners, self._egress, self._feeds, thread, lambda options: self._in_force(options)
+            host, self._listeners, self._egress, self._feeds, thread, self._guard.probe, self._in_force
         )
+
+    def _own_cgroups(self) -> frozenset[int]:
+        return frozenset() if self._host.gate is None else self._host.gate.attachments.own_cgroups
 
     async def run(self) -> None:
         options, host = self._options, self._host
@@ -159,7 +166,7 @@ class _Daemon(WorkerObserver):
         control = ControlServer(
             self._options.instance.control_socket,
             self._control,
-            {"events": self._events.stream, "flows": self._flows},
+            {"events": self._events.stream, "flows": self._flows, "probe": self._probed},
         )
         await control.start()
         metrics = self._metrics_server()
@@ -173,6 +180,7 @@ class _Daemon(WorkerObserver):
         if self._audit is not None:
             nursery.keep("auditing the policy", self._audit.watch)
         nursery.keep("following the nameservers", self._egress.follow_nameservers)
+        nursery.keep("probing the gate", self._guard.watch)
         nursery.keep("watching SYN cookies", lambda: self._cookies.watch(self._write_state))
         try:
             await self._supervisor.run()
@@ -239,7 +247,7 @@ class _Daemon(WorkerObserver):
 
     async def _enforce(self) -> None:
         """Where the operator wants it, end live connections that the policy has come to deny."""
-        store = self._host.store
+        store, said = self._host.store, ""
         denials = Denials(store, self._killer)
         while True:
             await asyncio.sleep(_ENFORCE_SECONDS)
@@ -248,15 +256,36 @@ class _Daemon(WorkerObserver):
             try:
                 killed = await asyncio.to_thread(denials.end)
             except PolicyError as error:
-                log.error("%s", error)
-            else:
-                if killed:
-                    log.warning("revision %d of the policy ended %d live connections", store.revision, killed)
+                if str(error) != said:
+                    log.error("%s; it is tried again", error)
+                said = str(error)
+                continue
+            said = ""
+            if killed:
+                log.warning("revision %d of the policy ended %d live connections", store.revision, killed)
 
     async def _flows(self, _params: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
         """Answer ``flows``: what each worker says of its tunnels."""
         answers = await self._supervisor.ask("flows")
         yield {"workers": [{"worker": name, **answer} for name, answer in sorted(answers.items())]}
+
+    async def _probed(self, _params: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
+        """Answer ``probe``: how the listeners are guarded now."""
+        await self._guard.probe()
+        yield self._guarded()
+
+    def _guarded(self) -> dict[str, object]:
+        gate = self._host.gate
+        return {
+            "listeners": self._listeners.described(),
+            "xdp": [] if gate is None else [_described(attached) for attached in gate.xdp],
+            "ready": not self._unready(),
+            "problems": self._guard.problems,
+        }
+
+    def _unready(self) -> dict[str, str]:
+        """Why the server is not ready, by what; empty if it is."""
+        return self._guard.problems if self._is_ready else {"start": "it has not ended"}
 
     # -- workers -------------------------------------------------------------------------------------------------
 
@@ -280,7 +309,8 @@ class _Daemon(WorkerObserver):
         self._write_state()
 
     def _ready(self) -> None:
-        self._host.served = True
+        self._host.served = self._is_ready = True
+        self._write_state()
         where = "kernel" if self._host.gate is not None else "userspace"
         addresses = ", ".join(str(row["address"]) for row in self._listeners.described())
         seconds, workers = time.monotonic() - self._started, self._options.workers
@@ -289,6 +319,9 @@ class _Daemon(WorkerObserver):
     async def _prepare(self) -> ServedRevision:
         """Make the revision for SIGHUP. What cannot be carried out is refused here, before anything changes."""
         options = await asyncio.to_thread(self._reload)
+        if self._host.gate is None:
+            refuse_without_gate(options, self._host.why_local)
+        await self._guard.probe()  # follows the server to the cgroup that its new sockets will belong to
         fixed = [name for name in FIXED if getattr(options, name) != getattr(self._options, name)]
         if fixed:
             log.warning("only a restart changes %s", ", ".join(fixed))
@@ -325,14 +358,16 @@ class _Daemon(WorkerObserver):
                 "witness": None if host.gate is None else host.gate.witness.identity,
                 "why_local": host.why_local or None,
                 "cgroup": str(host.gate.cgroup) if host.gate is not None else None,
+                "former_cgroups": []
+                if host.gate is None
+                else [str(former) for former in host.gate.attachments.former_cgroups],
                 "egress": "services" if host.gate is None or not host.gate.guards_workers else "services and kernel",
-                "xdp": [] if host.gate is None else [_described(attached) for attached in host.gate.xdp],
                 "audit": None if self._audit is None else self._audit.described(),
                 "syn_cookies": self._cookies.state,
                 "sockmap": asdict(self._relay.status),
                 "workers": {"expected": counts.expected, "serving": counts.serving, "since": since},
                 "drain": self._options.drain,
-                "listeners": self._listeners.described(),
+                **self._guarded(),
             }
         )
 
@@ -343,20 +378,21 @@ class _Daemon(WorkerObserver):
         from .exposition import (
             MetricsServer,
             disagreements_collector,
+            guard_collector,
             silent_rejects_collector,
             supervisor_collector,
             verdict_collector,
         )
 
         address = self._options.metrics.address
-        collectors = [supervisor_collector(self._supervisor)]
+        collectors = [supervisor_collector(self._supervisor), guard_collector(self._guard.losses, self._unready)]
         store = self._host.store
         if isinstance(store, KernelStore):
             collectors.append(verdict_collector(Verdicts(store)))
             collectors.append(silent_rejects_collector(store.counters.silent_rejects))
         if (audit := self._audit) is not None:
             collectors.append(disagreements_collector(lambda: audit.disagreements))
-        return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors)
+        return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors, self._unready)
 
 
 def _be_spared_by_oom() -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "MetricsFiles",
     "MetricsServer",
     "disagreements_collector",
+    "guard_collector",
     "silent_rejects_collector",
     "supervisor_collector",
     "verdict_collector",
@@ -88,6 +89,21 @@ def supervisor_collector(supervisor: Supervisor) -> Collector:
     return _Collector(collect)
 
 
+def guard_collector(losses: Mapping[str, int], unready: Callable[[], Mapping[str, str]]) -> Collector:
+    """Collect whether the server is ready, how much is wrong, and what the gate had lost, by hook."""
+
+    def collect() -> Iterable[Metric]:
+        problems = len(unready())
+        yield GaugeMetricFamily("rama_ready", "1 if the server is ready and guarded.", value=not problems)
+        yield GaugeMetricFamily("rama_gate_problems", "What keeps the gate from guarding.", value=problems)
+        family = CounterMetricFamily("rama_gate_losses", "What the gate had lost and was put back.", labels=("hook",))
+        for hook, count in dict(losses).items():
+            family.add_metric((hook,), count)
+        yield family
+
+    return _Collector(collect)
+
+
 class MetricsFiles(WorkerObserver):
     """Keeps the files of workers in order."""
 
@@ -99,11 +115,17 @@ class MetricsFiles(WorkerObserver):
 
 
 class MetricsServer:
-    """Serves ``/metrics`` on ``listener``: what the workers write to ``directory``, and what ``collectors`` add."""
+    """Serves ``/metrics`` on ``listener``: what the workers write to ``directory``, and what ``collectors`` add. And
+    ``/ready``: 200, or 503 with a line for each thing that ``unready`` names."""
 
     def __init__(
-        self, listener: socket.socket, directory: MetricsDirectory, collectors: Iterable[Collector] = ()
+        self,
+        listener: socket.socket,
+        directory: MetricsDirectory,
+        collectors: Iterable[Collector],
+        unready: Callable[[], Mapping[str, str]],
     ) -> None:
+        self._unready = unready
         self._registry = CollectorRegistry()
         self._registry.register(FilesCollector(directory.path))
         for collector in collectors:
@@ -125,10 +147,14 @@ class MetricsServer:
         self._listener.close()
 
     async def _answer(self, request: Request) -> Response:
-        if request.path.partition("?")[0] != "/metrics":
+        path = request.path.partition("?")[0]
+        if path not in ("/metrics", "/ready"):
             return Response.text(404, "metrics are at /metrics\n")
         if request.method not in ("GET", "HEAD"):
             return Response(405, Headers([("Allow", "GET, HEAD")]))
+        if path == "/ready":
+            lines = [f"{what}: {why}\n" for what, why in self._unready().items()]
+            return Response.text(503, "".join(lines)) if lines else Response.text(200, "ready\n")
         encode, content_type = choose_encoder(request.headers.get("Accept") or "")
         async with self._scraping:
             text: bytes = await asyncio.to_thread(encode, self._registry)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_address
-from pathlib import Path
 
 from ..core.address import IPAddress, SocketAddress, unmap
 from ..kernel import sock_diag
@@ -43,12 +42,16 @@ class Denials:
 class ConnectionKiller:
     """Ends connections of the proxy's clients: those to its listeners, and of its own cgroup where it has one.
 
-    ``listeners`` returns the addresses as they are now; ``cgroups`` are the directories of its cgroups.
+    ``listeners`` returns the addresses as they are now, ``cgroups`` the ids of its cgroups.
     """
 
-    def __init__(self, listeners: Callable[[], Iterable[SocketAddress]], cgroups: Iterable[Path] = ()) -> None:
+    def __init__(
+        self,
+        listeners: Callable[[], Iterable[SocketAddress]],
+        cgroups: Callable[[], frozenset[int]] = frozenset,
+    ) -> None:
         self._listeners = listeners
-        self._cgroups = {directory.stat().st_ino for directory in cgroups}
+        self._cgroups = cgroups
 
     def call(self, params: Mapping[str, object]) -> Json:
         """The control method ``kill``: end the connections of ``source``, of one ``port`` of ours if it is given."""
@@ -78,10 +81,16 @@ class ConnectionKiller:
     def _live(self) -> list[Connection]:
         listeners = {(listener.ip, listener.port) for listener in self._listeners()}
         ports = {port for _, port in listeners}
-        return [found for port in ports for found in sock_diag.connections(port) if self._is_ours(found, listeners)]
+        cgroups = self._cgroups()
+        try:
+            live = [found for port in ports for found in sock_diag.connections(port)]
+        except OSError as error:
+            raise PolicyError(f"live connections cannot be listed: {error.strerror or error}") from error
+        return [found for found in live if self._is_ours(found, listeners, cgroups)]
 
-    def _is_ours(self, found: Connection, listeners: set[tuple[IPAddress, int]]) -> bool:
-        if self._cgroups and found.cgroup is not None and found.cgroup not in self._cgroups:
+    @staticmethod
+    def _is_ours(found: Connection, listeners: set[tuple[IPAddress, int]], cgroups: frozenset[int]) -> bool:
+        if cgroups and found.cgroup is not None and found.cgroup not in cgroups:
             return False
         wildcard = ip_address("0.0.0.0" if found.local.version == 4 else "::")
         return any((ip, found.local_port) in listeners for ip in (found.local, wildcard))

@@ -10,35 +10,55 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from ..core.address import Endpoint, SocketAddress
-from ..loader import Gate
+from ..kernel import sock_diag
+from ..kernel.seal import seal, unseal
+from ..loader import Cover, Gate
 from ..process import Listener, WorkerObserver, WorkerProcess
 from ..services.tcp import BACKLOG, bind_tcp
 from ..services.unix import bind_unix
 
-__all__ = ["ListenAt", "Listeners", "SocketSet"]
+__all__ = ["ListenAt", "Listeners", "OpenListener", "SocketSet", "Watched"]
+
+log = logging.getLogger("rama_ebpf")
 
 
 @dataclass(frozen=True, slots=True)
 class ListenAt:
-    """Where to listen, under a name. ``mode`` is that of a Unix socket's file."""
+    """Where to listen, under a name. ``mode`` is that of a Unix socket's file. A TCP listener without ``needs_gate`` is
+    served also where the gate does not guard it."""
 
     name: str
     endpoint: Endpoint
     mode: int = 0o660
+    needs_gate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
+class OpenListener:
+    """Sockets of one revision that listen at one address, None for Unix sockets."""
+
     sockets: tuple[socket.socket, ...]
     address: SocketAddress | None
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A TCP listener as a probe sees it: by its address and the cookies of its sockets."""
+
+    listener: OpenListener
+    address: SocketAddress
+    cookies: tuple[int, ...]
+
+
+_NOT_PROBED: Final = Cover(why="it has not been probed")
 _Key = tuple[Endpoint, str]
 
 
@@ -54,7 +74,7 @@ class SocketSet:
     """The sockets of one revision, by what they listen at."""
 
     wanted: tuple[ListenAt, ...]
-    opened: Mapping[_Key, _Open]
+    opened: Mapping[_Key, OpenListener]
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -72,10 +92,13 @@ class SocketSet:
 
 
 class Listeners(WorkerObserver):
-    """What is open now. With a ``gate`` every TCP listener is under it."""
+    """What is open now. With a ``gate`` every TCP listener is under it; ``why_none`` says why there is none."""
 
-    def __init__(self, gate: Gate | None) -> None:
+    def __init__(self, gate: Gate | None, why_none: str = "") -> None:
         self._gate = gate
+        self._no_gate = Cover(why=f"there is no gate in the kernel: {why_none}")
+        self._covers: dict[OpenListener, Cover] = {}
+        self._changing = False
         self._in_force = SocketSet((), {})
         self._sets: list[SocketSet] = []
         self._away: dict[tuple[str, int], int] = {}
@@ -89,7 +112,7 @@ class Listeners(WorkerObserver):
         then nothing of it stays open.
         """
         wanted = tuple(wanted)
-        opened: dict[_Key, _Open] = {}
+        opened: dict[_Key, OpenListener] = {}
         new = SocketSet(wanted, opened)
         self._sets.append(new)
         try:
@@ -101,10 +124,10 @@ class Listeners(WorkerObserver):
             raise
         return new
 
-    def _opened(self, at: ListenAt, count: int) -> _Open:
+    def _opened(self, at: ListenAt, count: int) -> OpenListener:
         before = self._in_force.opened.get(_key(at))
         if at.endpoint.address is None:
-            return before or _Open((bind_unix(at.endpoint.path, mode=at.mode),), None)
+            return before or OpenListener((bind_unix(at.endpoint.path, mode=at.mode),), None)
         if before is not None and self._gate is None:
             return before
         wanted = at.endpoint.address if before is None or before.address is None else before.address
@@ -115,27 +138,88 @@ class Listeners(WorkerObserver):
             if self._gate is not None and not self._gate.guards(address):
                 self._gate.close_listener(address)
             for sock in sockets:
+                if self._gate is not None:
+                    seal(sock)
                 _listen(sock, address)
+            self._refuse_shared(address, sockets)
         except BaseException:
             _close(sockets)
             self._drop_entry(address)
             raise
-        return _Open(sockets, address)
+        return OpenListener(sockets, address)
+
+    def _refuse_shared(self, address: SocketAddress, sockets: Iterable[socket.socket]) -> None:
+        """Raise OSError if somebody else listens on connections of ours: two that began at the same moment, or one that
+        shares its port with all of its user (SO_REUSEPORT)."""
+        ours = {sock_diag.cookie_of(sock) for sock in sockets}
+        for one in self._sets:
+            ours.update(cookie for watched in _watched(one) for cookie in watched.cookies)
+        owner = _owner(address, ours)
+        if owner:
+            raise OSError(errno.EADDRINUSE, f"cannot listen on {address.ip} port {address.port}: {owner}")
 
     # -- from one revision to the next ---------------------------------------------------------------------------
 
     def close_gate(self) -> None:
         """Let no SYN in on any address of the revision in force: silence, so that clients try again."""
-        self._each_in_force(Gate.close_listener)
-
-    def reopen_gate(self) -> None:
-        """Let in again to the revision in force, after :meth:`close_gate`."""
-        self._each_in_force(Gate.open_listener)
-
-    def _each_in_force(self, what: object) -> None:
+        self._changing = True
         if self._gate is not None:
             for address in self._in_force.addresses:
-                what(self._gate, address)  # type: ignore[operator]
+                self._gate.close_listener(address)
+
+    def reopen_gate(self) -> None:
+        """Let in again to the revision in force, after :meth:`close_gate`, on what is guarded."""
+        self._changing = False
+        self._open_guarded()
+
+    def _open_guarded(self) -> None:
+        if self._gate is None:
+            return
+        for at in self._in_force.wanted:
+            listener = self._in_force.opened[_key(at)]
+            if listener.address is None:
+                continue
+            cover = self._covers.get(listener, _NOT_PROBED)
+            sockets = [sock for sock in listener.sockets if sock.fileno() >= 0]
+            if cover.guarded or not at.needs_gate:
+                for sock in sockets:
+                    unseal(sock)
+                if not self._gate.is_open(listener.address):
+                    self._gate.open_listener(listener.address)
+            else:
+                self._gate.close_listener(listener.address)
+                for sock in sockets:
+                    seal(sock)
+
+    # -- what guards them ----------------------------------------------------------------------------------------
+
+    def watched(self) -> list[Watched]:
+        """What a probe is to look at: the TCP listeners of all revisions whose sockets are ours still."""
+        return [watched for one in self._sets for watched in _watched(one)]
+
+    def judge(self, covers: Mapping[OpenListener, Cover]) -> None:
+        """Take what a probe found: open what is guarded, close what is not."""
+        self._covers.update(covers)
+        if self._gate is not None and not self._changing:
+            for address in self._gate.mend_listeners():
+                log.warning("the gate's entry of %s was not as it was meant: put back", address)
+            self._open_guarded()
+
+    def cover(self, at: ListenAt) -> Cover | None:
+        """How a listener of the revision in force is guarded; None for a Unix socket."""
+        listener = self._in_force.opened[_key(at)]
+        if listener.address is None:
+            return None
+        return self._no_gate if self._gate is None else self._covers.get(listener, _NOT_PROBED)
+
+    def shut(self) -> dict[str, str]:
+        """The listeners of the revision in force, by address, that are closed because they are not guarded, and why."""
+        found = {}
+        for at in self._in_force.wanted:
+            cover = self.cover(at)
+            if cover is not None and not cover.guarded and at.needs_gate:
+                found[str(self._in_force.address(at))] = cover.why
+        return found
 
     def switch(self, new: SocketSet) -> None:
         """After :meth:`close_gate`: steer to the sockets of ``new``, and to no others; :meth:`reopen_gate` is what
@@ -166,6 +250,7 @@ class Listeners(WorkerObserver):
             if kept.issuperset(entry.sockets):
                 continue
             _close(entry.sockets)
+            self._covers.pop(entry, None)
             if entry.address is not None:
                 self._drop_entry(entry.address)
             elif key[0].path and not key[0].path.startswith("@"):
@@ -245,6 +330,13 @@ class Listeners(WorkerObserver):
             row: dict[str, object] = {"name": at.name, "address": str(at.endpoint if address is None else address)}
             if self._gate is not None and address is not None and self._gate.guards(address):
                 row["id"] = self._gate.listener_id(address)
+            if (cover := self.cover(at)) is not None:
+                optional = "" if at.needs_gate or cover.guarded else " (gate is optional)"
+                row |= {
+                    "guarded": cover.guarded,
+                    "guard": f"{cover}{optional}",
+                    "open": cover.guarded or not at.needs_gate,
+                }
             rows.append(row)
         return rows
 
@@ -256,11 +348,25 @@ class Listeners(WorkerObserver):
         return {name: self._gate.accept_slot(address) for name, address in found.items() if address is not None}
 
 
+def _watched(sockets: SocketSet) -> list[Watched]:
+    return [
+        Watched(listener, listener.address, tuple(map(sock_diag.cookie_of, listener.sockets)))
+        for listener in sockets.opened.values()
+        if listener.address is not None and all(sock.fileno() >= 0 for sock in listener.sockets)
+    ]
+
+
 def _bind(address: SocketAddress, count: int, *, shared: bool) -> tuple[socket.socket, ...]:
     """Bind sockets to one address. If it is not ``shared`` with others of ours, nobody else may listen there: then
     SO_REUSEPORT, which would let two servers share it unseen, is set after that is known."""
     host = str(address.ip)
-    sockets = [bind_tcp(host, address.port, reuse_port=shared, backlog=None)]
+    try:
+        sockets = [bind_tcp(host, address.port, reuse_port=shared, backlog=None)]
+    except OSError as error:
+        owner = _owner(address) if error.errno == errno.EADDRINUSE else ""
+        if not owner:
+            raise
+        raise OSError(error.errno, f"{error.strerror} ({owner})") from error
     try:
         sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         while len(sockets) < count:
@@ -284,6 +390,20 @@ def _overlap(one: SocketAddress, other: SocketAddress) -> bool:
     if one.port != other.port or one.ip.version != other.ip.version:
         return False
     return one.ip == other.ip or one.ip.is_unspecified or other.ip.is_unspecified
+
+
+def _owner(address: SocketAddress, ours: Container[int] = ()) -> str:
+    """Say who else listens on connections of an address; ``ours`` are the cookies of sockets that may. Empty if nobody
+    does, or it cannot be told."""
+    try:
+        listening = sock_diag.listening()
+    except OSError as error:
+        log.debug("who else listens at %s cannot be told: %s", address, error)
+        return ""
+    for other in listening:
+        if other.cookie not in ours and other.meets(address.ip, address.port):
+            return f"{sock_diag.owner_of(other.inode)} listens at {SocketAddress(other.address, other.port)}"
+    return ""
 
 
 def _close(sockets: Iterable[socket.socket]) -> None:

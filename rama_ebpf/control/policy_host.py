@@ -16,7 +16,7 @@ from ..policy.store import PolicyStore
 from .host_policy import GateUnavailable, HostPolicy
 from .options import DaemonOptions
 
-__all__ = ["GateUnavailable", "PolicyHost", "open_policy_host"]
+__all__ = ["GateUnavailable", "PolicyHost", "open_policy_host", "refuse_without_gate"]
 
 log = logging.getLogger("rama_ebpf")
 
@@ -72,8 +72,7 @@ def open_policy_host(options: DaemonOptions) -> Iterator[PolicyHost]:
         finally:
             gate.close(keep_policy=keep)
         return
-    if options.require_kernel or options.xdp:
-        raise GateUnavailable(f"no gate in the kernel: {why} (rama-ebpf doctor says more)")
+    refuse_without_gate(options, why)
     if options.instance.pinned:
         # Commands work on those pins, and clients would be judged by another policy than the one they show.
         raise GateUnavailable(
@@ -90,6 +89,19 @@ def open_policy_host(options: DaemonOptions) -> Iterator[PolicyHost]:
     HostPolicy(options.instance).restore(local)
     local.keep()
     yield PolicyHost(local, None, why)
+
+
+def refuse_without_gate(options: DaemonOptions, why: str) -> None:
+    """Raise :class:`GateUnavailable` if the operator did not write that it may be served without a gate."""
+    if options.require_kernel or options.xdp:
+        raise GateUnavailable(f"no gate in the kernel: {why} (rama-ebpf doctor says more)")
+    needing = [at for at in options.listen if at.needs_gate and at.endpoint.address is not None]
+    if needing:
+        names = ", ".join(f"{at.name} ({at.endpoint})" for at in needing)
+        raise GateUnavailable(
+            f"no gate in the kernel: {why}. Listeners that need it: {names} (rama-ebpf doctor says more; to serve with "
+            'the policy in userspace, after accept, give a listener gate = "optional", or run with --gate optional)'
+        )
 
 
 def _attach_xdp(gate: loader.Gate, interfaces: Iterable[str]) -> None:

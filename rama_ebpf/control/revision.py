@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from ..policy.compiler import CompiledSet
@@ -27,13 +27,15 @@ log = logging.getLogger("rama_ebpf")
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """Where revisions come into force. ``in_force`` is told of each that has."""
+    """Where revisions come into force. ``probe`` finds out which listeners are guarded; ``in_force`` is told of each
+    revision that is."""
 
     host: PolicyHost
     listeners: Listeners
     egress: EgressBackstop
     feeds: FeedStore
     thread: PolicyThread
+    probe: Callable[[], Awaitable[None]]
     in_force: Callable[[DaemonOptions], None]
 
 
@@ -61,12 +63,14 @@ class ServedRevision:
     async def enter(self) -> None:
         """Close the gate, change policy and egress, steer to the new sockets, open. While it is closed SYNs get no
         answer, so their clients try again; what had got in before stays with the services that it got in to. The lock
-        of the policy comes first: whoever holds it delays the reload, and no client."""
+        of the policy comes first: whoever holds it delays the reload, and no client. What is not guarded is not
+        opened."""
         loop = asyncio.get_running_loop()
 
         def on_loop(step: Callable[[], None]) -> None:
             asyncio.run_coroutine_threadsafe(_step(step), loop).result()
 
+        await self._to.probe()
         await self._to.thread.run(lambda: self._enter(on_loop))
         self._to.in_force(self.options)
 

@@ -27,6 +27,7 @@ __all__ = [
     "MapType",
     "ProgInfo",
     "close",
+    "effective_programs",
     "link_by_id",
     "link_create",
     "link_info",
@@ -104,6 +105,9 @@ _PROG_ATTACH = 8
 _PROG_TEST_RUN = 10
 _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID = 13, 14
 _OBJ_GET_INFO = 15
+_PROG_QUERY = 16
+_QUERY_EFFECTIVE = 1
+_MOST_PROGRAMS: Final = 256  # the kernel's own bound is 64 a cgroup (BPF_CGROUP_MAX_PROGS), with those above it more
 _LINK_GET_FD_BY_ID = 30
 _LOOKUP_BATCH, _UPDATE_BATCH, _DELETE_BATCH = 24, 26, 27
 _LINK_CREATE, _LINK_UPDATE = 28, 29
@@ -396,12 +400,20 @@ class ProgInfo:
 
 @dataclass(frozen=True, slots=True)
 class LinkInfo:
-    """Identity of a link, from ``struct bpf_link_info``. ``ifindex`` is that of an XDP link, 0 once it is detached."""
+    """Identity of a link, from ``struct bpf_link_info``. ``target`` is what it is attached to, 0 once it is detached: a
+    cgroup's id, or a network namespace's inode; ``ifindex`` is that of an XDP link."""
 
     kind: int
     id: int
     prog_id: int
-    ifindex: int
+    target: int
+
+    @property
+    def ifindex(self) -> int:
+        return self.target
+
+
+_LINK_CGROUP: Final = 3  # enum bpf_link_type
 
 
 def _info(fd: int, size: int) -> bytes:
@@ -440,7 +452,20 @@ def prog_map_ids(fd: int, most: int = 64) -> list[int]:
 
 def link_info(fd: int) -> LinkInfo:
     """Query a link's identity."""
-    return LinkInfo(*struct.unpack_from("=IIIxxxxI", _info(fd, 64)))
+    raw = _info(fd, 64)
+    kind, identity, program = struct.unpack_from("=III", raw)
+    target = struct.unpack_from("=Q" if kind == _LINK_CGROUP else "=I", raw, 16)[0]
+    return LinkInfo(kind, identity, program, target)
+
+
+def effective_programs(cgroup_fd: int, attach_type: AttachType) -> frozenset[int]:
+    """Return the ids of the programs that run for a cgroup: its own, and those of the ones above it."""
+    ids = (ctypes.c_uint32 * _MOST_PROGRAMS)()
+    attr = ctypes.create_string_buffer(
+        struct.pack("=IIIIQI", cgroup_fd, attach_type, _QUERY_EFFECTIVE, 0, ctypes.addressof(ids), len(ids)), _ATTR_SIZE
+    )
+    _bpf_inout(_PROG_QUERY, attr)
+    return frozenset(ids[: struct.unpack_from("=I", attr.raw, 24)[0]])
 
 
 def prog_test_run(

@@ -8,8 +8,10 @@ accounting and delegation intact), and the gate cannot touch any other service o
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import struct
 import time
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -22,10 +24,14 @@ __all__ = [
     "make_child",
     "move",
     "move_here",
+    "open_by_id",
     "own_cgroup",
+    "remove_if_empty",
 ]
 
 _DYING_SECONDS: Final = 2.0
+_KERNFS_HANDLE: Final = 0xFE  # FILEID_KERNFS of include/linux/exportfs.h
+_HANDLE: Final = struct.Struct("=IiQ")  # struct file_handle with the id of a cgroup
 
 
 class CgroupUnavailable(OSError):
@@ -64,6 +70,24 @@ def own_cgroup(pid: int | str = "self") -> Path:
                     f"the cgroup of this process is not visible below {mount} (in a container: --cgroupns=host)",
                 )
     raise CgroupUnavailable(errno.ENOENT, "this process is in no cgroup v2")
+
+
+def open_by_id(identity: int) -> int:
+    """Open a cgroup's directory by its id, which is its inode, and return a descriptor: open_by_handle_at(2).
+
+    Raises OSError: ESTALE if it is gone, EPERM without CAP_DAC_READ_SEARCH.
+    """
+    mount = os.open(cgroup2_mount(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        handle = ctypes.create_string_buffer(_HANDLE.pack(8, _KERNFS_HANDLE, identity), _HANDLE.size)
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = int(libc.open_by_handle_at(mount, handle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        if fd < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"cgroup {identity}: {os.strerror(number)}")
+        return fd
+    finally:
+        os.close(mount)
 
 
 def enter_child(name: str) -> Path:
@@ -118,6 +142,15 @@ def leave_and_remove(cgroup: Path) -> None:
     while "populated 1" in (cgroup / "cgroup.events").read_text(encoding="ascii") and time.monotonic() < deadline:
         time.sleep(0.01)
     with contextlib.suppress(FileNotFoundError):  # somebody else removes it as well
+        for child in cgroup.iterdir():
+            if child.is_dir():
+                child.rmdir()
+        cgroup.rmdir()
+
+
+def remove_if_empty(cgroup: Path) -> None:
+    """Remove a cgroup with its children if no process lives in it."""
+    with contextlib.suppress(OSError):  # gone already, or somebody still lives there
         for child in cgroup.iterdir():
             if child.is_dir():
                 child.rmdir()

@@ -1,6 +1,8 @@
-"""What an interface does with frames before and after XDP, as far as its driver tells.
+"""Interfaces: which there are and what becomes of them, and what they do with frames before and after XDP, as far as
+their drivers tell.
 
-Reference: ``include/uapi/linux/ethtool.h``; ``Documentation/netlink/specs/netdev.yaml`` (Linux 6.3).
+Reference: rtnetlink(7), ``include/uapi/linux/if_link.h``; ``include/uapi/linux/ethtool.h``;
+``Documentation/netlink/specs/netdev.yaml`` (Linux 6.3).
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ import fcntl
 import os
 import socket
 import struct
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["driver", "has_vlans", "receives_from_xdp", "strips_vlan_tags"]
+__all__ = ["Device", "changes", "driver", "has_vlans", "link", "receives_from_xdp", "strips_vlan_tags"]
 
 _SIOCETHTOOL: Final = 0x8946
 _GET_DRIVER, _GET_FLAGS = 0x03, 0x25
@@ -28,6 +32,10 @@ _HEADER: Final = struct.Struct("=IHHIIBBH")  # struct nlmsghdr, struct genlmsghd
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _GET_FAMILY, _FAMILY_ID, _FAMILY_NAME = 3, 1, 2
 _GET_DEVICE, _IFINDEX, _XDP_FEATURES = 1, 1, 3
+_LINK_MESSAGE: Final = struct.Struct("=IHHIIBBHiII")  # struct nlmsghdr, struct ifinfomsg
+_GET_LINK, _LINK_NAME, _LINK_XDP = 18, 3, 43
+_XDP_PROGRAMS: Final = (4, 5, 6, 7)  # IFLA_XDP_PROG_ID, and those of the driver, the stack, the hardware
+_CHANGES: Final = 0x1 | 0x10 | 0x100  # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 _NDO_XMIT: Final = 1 << 2  # enum netdev_xdp_act
 
 
@@ -81,6 +89,44 @@ def receives_from_xdp(index: int) -> bool | None:
     return None if features is None else bool(struct.unpack_from("=Q", features)[0] & _NDO_XMIT)
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """An interface of this network namespace. ``program`` is the id of its XDP program, 0 without one."""
+
+    name: str
+    program: int
+
+
+def link(index: int) -> Device | None:
+    """Look an interface of this network namespace up by its index; None if it is not here. Raises OSError."""
+    request = _LINK_MESSAGE.pack(_LINK_MESSAGE.size, _GET_LINK, _REQUEST, 1, 0, 0, 0, 0, index, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as sock:
+        sock.send(request)
+        data = sock.recv(1 << 16)
+    if struct.unpack_from("=IH", data)[1] == _ERROR:
+        number = -struct.unpack_from("=i", data, 16)[0]
+        if number == errno.ENODEV:
+            return None
+        raise OSError(number, f"rtnetlink: {os.strerror(number)}")
+    found = _attributes(data, _LINK_MESSAGE.size)
+    attached = _attributes(found.get(_LINK_XDP, b""), 0)
+    programs = [int.from_bytes(attached[kind], sys.byteorder) for kind in _XDP_PROGRAMS if kind in attached]
+    return Device(found[_LINK_NAME].rstrip(b"\0").decode(errors="replace"), next(iter(programs), 0))
+
+
+def changes() -> socket.socket:
+    """Return a non-blocking socket on which something arrives whenever an interface or an address of this network
+    namespace comes, goes or changes. Raises OSError."""
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    sock = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
+    try:
+        sock.bind((0, _CHANGES))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def _attribute(kind: int, value: bytes) -> bytes:
     return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
 
@@ -95,8 +141,12 @@ def _ask(sock: socket.socket, family: int, command: int, attributes: bytes) -> d
         if number in (errno.ENOENT, errno.EOPNOTSUPP):
             return {}
         raise OSError(number, f"generic netlink: {os.strerror(number)}")
-    found, at = {}, _HEADER.size
-    while at + _ATTRIBUTE.size <= length:
+    return _attributes(data[:length], _HEADER.size)
+
+
+def _attributes(data: bytes, at: int) -> dict[int, bytes]:
+    found = {}
+    while at + _ATTRIBUTE.size <= len(data):
         size, attribute = _ATTRIBUTE.unpack_from(data, at)
         found[attribute & 0x3FFF] = data[at + _ATTRIBUTE.size : at + size]
         at += max(_ATTRIBUTE.size, size + 3 & ~3)

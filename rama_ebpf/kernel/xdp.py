@@ -17,7 +17,7 @@ from typing import Final
 from . import abi, bpf, netdev
 from .bpf import AttachType
 
-__all__ = ["XdpAttachment", "XdpError", "attach", "is_attached"]
+__all__ = ["XdpAttachment", "XdpError", "attach", "is_attached", "traits"]
 
 _MODES: Final = (("native", 1 << 2), ("generic", 1 << 1))  # XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE
 _SIOCGIFHWADDR: Final = 0x8927
@@ -56,7 +56,7 @@ def attach(program: int, interface: str) -> XdpAttachment:
         index = socket.if_nametoindex(interface)
     except OSError:
         raise XdpError(f"there is no interface {interface!r} (ip link lists them)") from None
-    hardware = _hardware_address(interface)
+    _hardware_address(interface)
     refused: list[str] = []
     for mode, flags in _MODES:
         try:
@@ -70,9 +70,19 @@ def attach(program: int, interface: str) -> XdpAttachment:
             refused.append(os.strerror(error.errno or errno.EIO))
         else:
             why, link_id = "".join(refused), bpf.link_info(link).id
-            silent, answers = _answers(interface, index, native=mode == "native")
+            try:
+                hardware, silent, answers = traits(interface, index, mode)
+            except BaseException:
+                os.close(link)
+                raise
             return XdpAttachment(interface, index, hardware, link, link_id, mode, why, silent, answers)
     raise XdpError(f"XDP cannot be attached to {interface}: {', '.join(dict.fromkeys(refused))}")
+
+
+def traits(interface: str, index: int, mode: str) -> tuple[bytes, str, int]:
+    """Return the hardware address of an interface with XDP, why nothing may be answered there, and how it is, as
+    :class:`XdpAttachment` has them. Raises :class:`XdpError` or OSError."""
+    return _hardware_address(interface), *_answers(interface, index, native=mode == "native")
 
 
 def _answers(interface: str, index: int, *, native: bool) -> tuple[str, int]:
@@ -103,7 +113,10 @@ def is_attached(link_id: int) -> bool:
 
 def _hardware_address(interface: str) -> bytes:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        answer = fcntl.ioctl(sock, _SIOCGIFHWADDR, struct.pack("16s24x", interface.encode()))
+        try:
+            answer = fcntl.ioctl(sock, _SIOCGIFHWADDR, struct.pack("16s24x", interface.encode()))
+        except OSError as error:
+            raise XdpError(f"{interface} has no hardware address: {error.strerror}") from error
     kind, address = struct.unpack_from("=H6s", answer, 16)
     if kind not in _ETHERNET:
         raise XdpError(f"{interface} has no Ethernet frames, which is what the gate's XDP reads")

@@ -1,0 +1,130 @@
+"""Whether the gate guards what it is said to guard: looked at when something changes, and each minute.
+
+A probe asks the kernel: are the programs attached where they belong, the maps pinned, and does each listener's socket
+belong to where they are? What was lost is put back, logged and counted. A listener that is not guarded is closed until
+it is, unless the operator wrote that its gate is optional; what cannot be put back is said by ``status``, ``doctor``
+and ``/ready`` for as long as it is so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from ..kernel import netdev, sock_diag
+from ..kernel.attachments import Mending
+from ..loader import Cover, Gate
+from .listeners import Listeners, OpenListener, Watched
+
+__all__ = ["Guard"]
+
+log = logging.getLogger("rama_ebpf")
+
+_PROBE_SECONDS: Final = 60.0
+_AGAIN_SECONDS: Final = 5.0
+"""How soon it is tried again to mend what could not be."""
+_QUIET_SECONDS: Final = 0.2
+"""Changes come in crowds: there are no more probes than one in so long."""
+
+
+class Guard:
+    """Probes the ``gate`` of a server, None where it has none, for its ``listeners``.
+
+    ``losses`` counts by hook what was found to be lost; ``faults`` is what is wrong now, by hook. ``on_change`` is
+    called when what a probe found is not what the one before did.
+    """
+
+    def __init__(self, gate: Gate | None, listeners: Listeners, on_change: Callable[[], None]) -> None:
+        self.losses: Counter[str] = Counter()
+        self.faults: dict[str, str] = {}
+        self._gate = gate
+        self._listeners = listeners
+        self._on_change = on_change
+        self._said: dict[str, str] = {}
+        self._turn = asyncio.Lock()
+        # Of its own: whatever else holds up threads, the gate is looked at.
+        self._thread = ThreadPoolExecutor(1, "guard")
+
+    def close(self) -> None:
+        """End. A probe that is under way is waited for: nothing is attached after this."""
+        self._thread.shutdown(cancel_futures=True)
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What is wrong now: faults by hook, and listeners that are closed because they are not guarded, by address."""
+        return self.faults | self._listeners.shut()
+
+    async def watch(self) -> None:
+        """Probe whenever an interface or an address of this network namespace changes, and each minute."""
+        if self._gate is None:
+            return
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        with netdev.changes() as sock:
+            loop.add_reader(sock, _drain, sock, changed)
+            try:
+                while True:
+                    await self.probe()
+                    await asyncio.sleep(_QUIET_SECONDS)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_AGAIN_SECONDS if self.problems else _PROBE_SECONDS):
+                            await changed.wait()
+                    changed.clear()
+            finally:
+                loop.remove_reader(sock)
+
+    async def probe(self) -> None:
+        """Look now, and open and close listeners as that says."""
+        if self._gate is None:
+            return
+        async with self._turn:
+            loop, before = asyncio.get_running_loop(), self._state()
+            watched = self._listeners.watched()
+            found, covers = await loop.run_in_executor(self._thread, _look, self._gate, watched)
+            for hook, text in found.losses:
+                self.losses[hook] += 1
+                log.warning("gate: %s", text)
+            self.faults = found.faults
+            self._listeners.judge(covers)
+            self._say()
+            if found.losses or self._state() != before:
+                self._on_change()
+
+    def _state(self) -> tuple[Mapping[str, str], list[dict[str, object]]]:
+        return self.faults, self._listeners.described()
+
+    def _say(self) -> None:
+        """Log each problem once, and its end."""
+        faults, shut = dict(self.faults), self._listeners.shut()
+        now = {f"gate: {what}": f"{text}" for what, text in faults.items()}
+        now |= {f"listener {address}": f"CLOSED, it is not guarded: {why}" for address, why in shut.items()}
+        for what, text in now.items():
+            if self._said.get(what) != text:
+                log.error("%s: %s (rama-ebpf doctor)", what, text)
+        for what in self._said.keys() - now.keys():
+            log.info("%s: in order again", what)
+        self._said = now
+
+
+def _look(gate: Gate, watched: list[Watched]) -> tuple[Mending, dict[OpenListener, Cover]]:
+    """What a probe finds, in a thread."""
+    found = Mending()
+    try:
+        found = gate.mend()
+        listening = sock_diag.listening()
+        return found, {one.listener: gate.cover(one.address, one.cookies, listening) for one in watched}
+    except OSError as error:  # out of descriptors, say: what was known of listeners stands, new ones stay closed
+        found.faults["probe"] = f"the gate cannot be looked at: {error.strerror or error}"
+        return found, {}
+
+
+def _drain(sock: socket.socket, changed: asyncio.Event) -> None:
+    changed.set()
+    with contextlib.suppress(OSError):  # empty, or some were lost (ENOBUFS): that something changed is all we need
+        while sock.recv(1 << 16):
+            pass

@@ -1,0 +1,395 @@
+"""Where the programs of a gate are attached: how they get there, how it is known that they still are, and how they get
+back.
+
+All attachments are links that this process's descriptors hold, so the kernel ends them with the process. A link
+outlives what it is attached to: it is asked whether it still is, and where (``struct bpf_link_info``). What was lost is
+put back by :meth:`Attachments.mend`; what cannot be is its answer.
+
+A server that was moved to another cgroup is followed there, because sockets that it makes belong to that. The sockets
+that it has made stay where they were, and so do the programs that judge them: also of a cgroup that is removed, as long
+as a socket of it is open (``cgroup_bpf_offline`` in ``kernel/bpf/cgroup.c``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from . import abi, bpf, cgroup, netdev, xdp
+from .bpf import AttachType
+from .bytecode import Program
+from .gate_maps import GateMaps
+from .xdp import XdpAttachment, XdpError
+
+__all__ = ["HOOKS", "Attachments", "Hook", "Mending", "Target"]
+
+log = logging.getLogger(__name__)
+
+_XDP, _CGROUP_SKB, _CGROUP_SOCK, _SOCK_OPS = 6, 8, 9, 13  # enum bpf_prog_type
+_SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = 18, 25, 30
+_NAMESPACE: Final = Path("/proc/thread-self/ns/net")
+
+
+class Target(enum.Enum):
+    """What a hook is attached to."""
+
+    CGROUP = "the proxy's cgroup"
+    EGRESS = "the proxy's cgroup, if it is the proxy's alone"
+    WORKERS = "the workers' cgroup"
+    NAMESPACE = "the network namespace"
+    INTERFACE = "an interface"
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A program and where it is attached: the table of them is the one place that says it."""
+
+    name: str
+    prog_type: int
+    attach_type: AttachType
+    target: Target
+
+    @property
+    def program(self) -> Program:
+        return Program(self.name, self.prog_type, self.attach_type)
+
+
+HOOKS: Final = (
+    Hook("gate_cgroup", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS, Target.CGROUP),
+    Hook("count_established", _SOCK_OPS, AttachType.CGROUP_SOCK_OPS, Target.CGROUP),
+    Hook("egress_connect4", _SOCK_ADDR, AttachType.CGROUP_INET4_CONNECT, Target.EGRESS),
+    Hook("egress_connect6", _SOCK_ADDR, AttachType.CGROUP_INET6_CONNECT, Target.EGRESS),
+    Hook("egress_sendmsg4", _SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, Target.EGRESS),
+    Hook("egress_sendmsg6", _SOCK_ADDR, AttachType.CGROUP_UDP6_SENDMSG, Target.EGRESS),
+    Hook("egress_note_peer", _CGROUP_SKB, AttachType.CGROUP_INET_INGRESS, Target.WORKERS),
+    Hook("egress_socket", _CGROUP_SOCK, AttachType.CGROUP_INET_SOCK_CREATE, Target.WORKERS),
+    Hook("egress_setsockopt", _SOCKOPT, AttachType.CGROUP_SETSOCKOPT, Target.WORKERS),
+    Hook("gate_lookup", _SK_LOOKUP, AttachType.SK_LOOKUP, Target.NAMESPACE),
+    Hook("gate_xdp", _XDP, AttachType.XDP, Target.INTERFACE),
+)
+_JUDGE: Final = HOOKS[0]
+_STEERING: Final = next(hook for hook in HOOKS if hook.target is Target.NAMESPACE)
+_BY_INTERFACE: Final = next(hook for hook in HOOKS if hook.target is Target.INTERFACE)
+_NAMED: Final = {Target.CGROUP: "cgroup", Target.EGRESS: "egress", Target.WORKERS: "egress"}
+
+
+@dataclass(slots=True)
+class Mending:
+    """What was found to be lost and is there again, as (hook, what happened); and what is wrong still, by what."""
+
+    losses: list[tuple[str, str]] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Place:
+    """A cgroup that this process lives or has lived in. ``workers`` is the one below it, where cgroups may be made."""
+
+    directory: Path
+    identity: int
+    workers: Path | None = None
+    workers_identity: int = 0
+    links: dict[str, int] = field(default_factory=dict)
+
+    def of(self, hook: Hook) -> tuple[Path, int] | None:
+        """Which cgroup a hook is attached to, with its id; None if it is not for this place."""
+        if hook.target is Target.CGROUP or (hook.target is Target.EGRESS and self.workers is not None):
+            return self.directory, self.identity
+        if hook.target is Target.WORKERS and self.workers is not None:
+            return self.workers, self.workers_identity
+        return None
+
+    def unlink(self) -> None:
+        while self.links:
+            os.close(self.links.popitem()[1])
+
+
+@dataclass(slots=True)
+class _Interface:
+    """An interface that is to have XDP. ``attached`` is where it was attached last, ``live`` whether it still is."""
+
+    name: str
+    attached: XdpAttachment
+    live: bool = True
+
+
+class Attachments:
+    """The attachments of one gate, whose cgroup is called ``cgroup_name``.
+
+    One thread at a time uses it: the one that starts and ends the gate, and in between the one that mends.
+    """
+
+    def __init__(self, cgroup_name: str, maps: GateMaps, programs: Mapping[str, int]) -> None:
+        self._name = cgroup_name
+        self._maps = maps
+        self._programs = programs
+        self._places: list[_Place] = []
+        self._steering: int | None = None
+        self._interfaces: dict[str, _Interface] = {}
+
+    # -- attach --------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Move this process into a cgroup of its own, if that may be, and attach all hooks but XDP.
+
+        Raises OSError; then nothing stays attached.
+        """
+        try:
+            place = self._settle()
+            if place.workers is None:
+                log.info("cgroups may not be changed here: the gate is attached to %s as a whole", place.directory)
+            self._steering = self._link(_STEERING, _NAMESPACE)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _settle(self) -> _Place:
+        """Enter a cgroup of our own below the one that we are in, and attach the gate to it; the last place is where
+        this process is. Raises OSError."""
+        directory = cgroup.enter_child(self._name)
+        identity = directory.stat().st_ino
+        place = next((known for known in self._places if known.identity == identity), None)
+        if place is not None:
+            self._places.remove(place)
+        else:
+            place = _Place(directory, identity)
+            if directory.name == self._name:
+                place.workers = cgroup.make_child(directory, "workers")
+                place.workers_identity = place.workers.stat().st_ino
+        if place.workers is not None:
+            # All are under the egress policy but what stays in our own cgroup. The programs that judge are attached to
+            # ours, too: a worker's listeners, and what it accepted, belong to it.
+            bpf.map_update(self._maps["server_cgroup"], bytes(4), identity.to_bytes(8, sys.byteorder))
+        self._places.append(place)
+        try:
+            for hook in HOOKS:
+                if hook.name not in place.links and (where := place.of(hook)) is not None:
+                    place.links[hook.name] = self._link(hook, where[0])
+        except BaseException:
+            if len(self._places) > 1:  # those before still judge
+                self._places.remove(place)
+                place.unlink()
+            raise
+        return place
+
+    def _link(self, hook: Hook, path: Path) -> int:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return bpf.link_create(self._programs[hook.name], fd, hook.attach_type)
+        finally:
+            os.close(fd)
+
+    def attach_xdp(self, interface: str) -> XdpAttachment:
+        """Attach the XDP program, which must have been loaded, to an interface. Raises
+        :class:`~rama_ebpf.kernel.xdp.XdpError`; what was attached before stays."""
+        attachment = xdp.attach(self._programs[_BY_INTERFACE.name], interface)
+        self._interfaces[interface] = _Interface(interface, attachment)
+        self._describe(attachment)
+        return attachment
+
+    def _describe(self, attachment: XdpAttachment) -> None:
+        """Tell the program of an interface; it passes what comes on one that it was not told of."""
+        value = abi.INTERFACE.pack(attachment.hardware, attachment.answers)
+        bpf.map_update(self._maps["interfaces"], attachment.index.to_bytes(4, sys.byteorder), value)
+
+    def detach(self) -> None:
+        """Detach all hooks and leave the cgroup, which is removed if it was made for this gate. May be done twice."""
+        if self._steering is not None:
+            os.close(self._steering)
+            self._steering = None
+        for interface in self._interfaces.values():
+            if interface.live:
+                os.close(interface.attached.link)
+        self._interfaces.clear()
+        while self._places:
+            place = self._places.pop()
+            place.unlink()
+            if place.directory.name == self._name:
+                try:
+                    cgroup.leave_and_remove(place.directory)
+                except OSError as error:
+                    log.warning("cgroup %s is not empty and stays: %s", place.directory, error.strerror)
+
+    # -- what is where -------------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        """Whether the gate is attached at all."""
+        return bool(self._places)
+
+    @property
+    def cgroup(self) -> Path | None:
+        """The cgroup of this process while attached."""
+        return self._places[-1].directory if self._places else None
+
+    @property
+    def workers(self) -> Path | None:
+        """The cgroup for workers, None where cgroups may not be changed."""
+        return self._places[-1].workers if self._places else None
+
+    @property
+    def former_cgroups(self) -> tuple[Path, ...]:
+        """Cgroups that this process was moved out of, and that were made for it."""
+        return tuple(place.directory for place in self._places[:-1] if place.workers is not None)
+
+    @property
+    def own_cgroups(self) -> frozenset[int]:
+        """The ids of the cgroups that hold this proxy and nothing else: none where cgroups may not be changed."""
+        places = [place for place in list(self._places) if place.workers is not None]
+        return frozenset(identity for place in places for identity in (place.identity, place.workers_identity))
+
+    @property
+    def xdp(self) -> tuple[XdpAttachment, ...]:
+        """Where XDP is attached, or was last."""
+        return tuple(interface.attached for interface in self._interfaces.values())
+
+    @property
+    def live_xdp(self) -> tuple[str, ...]:
+        """The interfaces where XDP is attached."""
+        return tuple(interface.name for interface in self._interfaces.values() if interface.live)
+
+    def judges(self, identity: int) -> str:
+        """Say why the sockets of a cgroup, by its id, are not judged; empty if they are."""
+        for place in self._places:
+            if place.identity == identity and self._is_attached(place, _JUDGE):
+                return ""
+        try:
+            fd = cgroup.open_by_id(identity)
+        except OSError:
+            return f"its socket belongs to a cgroup (id {identity}) that cannot be looked into"
+        try:
+            if self._reaches(fd):
+                return ""
+            return f"its socket belongs to cgroup {os.readlink(f'/proc/self/fd/{fd}')}, where the gate is not attached"
+        finally:
+            os.close(fd)
+
+    def steers(self) -> bool:
+        """Whether sk_lookup is attached to the network namespace of this thread."""
+        return self._steering is not None and bpf.link_info(self._steering).target == _NAMESPACE.stat().st_ino
+
+    def _reaches(self, fd: int) -> bool:
+        """Whether a cgroup, by its descriptor, is judged by ours: it, or one above it, has the program."""
+        ours = bpf.prog_info(self._programs[_JUDGE.name]).id
+        return ours in bpf.effective_programs(fd, _JUDGE.attach_type)
+
+    @staticmethod
+    def _is_attached(place: _Place, hook: Hook) -> bool:
+        where, link = place.of(hook), place.links.get(hook.name)
+        return where is not None and link is not None and bpf.link_info(link).target == where[1]
+
+    # -- mend ----------------------------------------------------------------------------------------------------
+
+    def mend(self) -> Mending:
+        """Look whether all is where it belongs, and put back what is not."""
+        found = Mending()
+        if not self._places:
+            return found
+        self._follow(found)
+        for place in list(self._places):
+            self._mend_place(place, found)
+        self._mend_steering(found)
+        for interface in self._interfaces.values():
+            self._mend_interface(interface, found)
+        return found
+
+    def _follow(self, found: Mending) -> None:
+        """Attach the gate where this process was moved to."""
+        before = self._places[-1]
+        try:
+            own = cgroup.own_cgroup()
+            fd = os.open(own, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if os.fstat(fd).st_ino == before.identity or (before.workers is None and self._reaches(fd)):
+                    return
+            finally:
+                os.close(fd)
+            place = self._settle()
+        except OSError as error:
+            text = f"the server is not in {before.directory} any more, and not guarded where it is: {error.strerror}"
+            found.faults["cgroup"] = text
+        else:
+            text = f"the server was moved from {before.directory} to {own}: the gate is attached to {place.directory}"
+            found.losses.append(("cgroup", text))
+
+    def _mend_place(self, place: _Place, found: Mending) -> None:
+        if place is not self._places[-1]:
+            if place.workers is not None:
+                cgroup.remove_if_empty(place.directory)
+            if not place.directory.is_dir():
+                if not self._is_attached(place, _JUDGE):  # the last socket of it has been closed
+                    place.unlink()
+                    self._places.remove(place)
+                return
+        for hook in HOOKS:
+            where = place.of(hook)
+            if where is None or self._is_attached(place, hook):
+                continue
+            label, directory = _NAMED[hook.target], where[0]
+            try:
+                if hook.target is Target.WORKERS and not directory.is_dir():
+                    directory.mkdir()
+                    place.workers_identity = directory.stat().st_ino
+                link = self._link(hook, directory)
+            except OSError as error:
+                text = f"{hook.name} is detached from {directory}, and cannot be attached again: {error.strerror}"
+                found.faults[label] = text
+                continue
+            if hook.name in place.links:
+                os.close(place.links.pop(hook.name))
+            place.links[hook.name] = link
+            found.losses.append((label, f"{hook.name} was detached from {directory}: attached again"))
+
+    def _mend_steering(self, found: Mending) -> None:
+        if self.steers():
+            return
+        try:
+            link = self._link(_STEERING, _NAMESPACE)
+        except OSError as error:
+            text = f"{_STEERING.name} is detached, and cannot be attached again: {error.strerror}"
+            found.faults["sk_lookup"] = text
+            return
+        if self._steering is not None:
+            os.close(self._steering)
+        self._steering = link
+        found.losses.append(("sk_lookup", f"{_STEERING.name} was detached from the network namespace: attached again"))
+
+    def _mend_interface(self, interface: _Interface, found: Mending) -> None:
+        name, attached = interface.name, interface.attached
+        label = f"XDP on {name}"
+        if interface.live:
+            device = netdev.link(attached.index)
+            if device is not None and device.program == bpf.prog_info(self._programs[_BY_INTERFACE.name]).id:
+                self._keep_interface(interface)
+                return
+            gone = "it was removed" if device is None else "it was detached"
+            if bpf.link_info(attached.link).ifindex:
+                gone = "the interface went to another network namespace, and it was detached there"
+            bpf.map_delete(self._maps["interfaces"], attached.index.to_bytes(4, sys.byteorder))
+            os.close(attached.link)
+            interface.live = False
+            found.losses.append(("xdp", f"{label}: {gone}"))
+        try:
+            interface.attached = xdp.attach(self._programs[_BY_INTERFACE.name], name)
+            interface.live = True
+            self._describe(interface.attached)
+        except (XdpError, OSError) as error:
+            found.faults[label] = str(error)
+        else:
+            found.losses.append(("xdp", f"{label}: attached again, {interface.attached.mode}"))
+
+    def _keep_interface(self, interface: _Interface) -> None:
+        """What the program was told of an interface may have changed."""
+        with contextlib.suppress(XdpError, OSError):  # it has just gone: the next look finds that
+            hardware, why, answers = xdp.traits(interface.name, interface.attached.index, interface.attached.mode)
+            now = replace(interface.attached, hardware=hardware, why_silent=why, answers=answers)
+            if now != interface.attached:
+                interface.attached = now
+                self._describe(now)
