@@ -49,6 +49,19 @@ def test_maps_are_not_pinned_where_somebody_else_could_replace_them(pins: Path) 
         assert f"{foreign} belongs to another user: remove it" in result.stderr
 
 
+def test_bpffs_that_is_unmounted_under_a_server_is_mounted_again_with_its_pins(pins: Path, tmp_path: Path) -> None:
+    log, command = tmp_path / "log", f"{ProxyProcess.COMMAND} --instance {pins.name}".split()
+    until_ready = f"until grep -q 'ready after' {log}; do kill -0 $! || exit 1; sleep 0.1; done"
+    ask = " ".join((command[0], "{}", *command[1:]))
+    again = f"umount /sys/fs/bpf; {ask.format('status')}; {ask.format('block 192.0.2.1')}; ls {pins}"
+    result = on_open_bpffs(f"{run(pins)} 2>{log} & {until_ready}; {again}; kill $!; wait $!; echo $?")
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("127.0.0.1:") and "guarded by cgroup, sk_lookup" in line for line in lines), result
+    assert "blocked 192.0.2.1/32" in lines
+    assert lines[-1] == "0"
+    assert log.read_text().count("the policy was not pinned at") == 1
+
+
 def test_an_empty_directory_that_somebody_else_left_is_taken_away(pins: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     until_ready = f"until grep -q 'ready after' {log}; do kill -0 $! || exit 1; sleep 0.1; done"

@@ -24,7 +24,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -245,9 +245,10 @@ class Gate:
 
     # -- what guards -----------------------------------------------------------------------------------------------
 
-    def mend(self) -> Mending:
-        """Look whether the programs are attached where they belong, and the maps pinned, and put back what is not."""
-        found = self.attachments.mend()
+    def mend(self, workers: Collection[int] = ()) -> Mending:
+        """Look whether the programs are attached where they belong, the maps pinned and the workers, by their pids, in
+        their cgroup, and put back what is not."""
+        found = self.attachments.mend(workers)
         self._mend_pins(found)
         return found
 

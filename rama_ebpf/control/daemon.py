@@ -106,7 +106,7 @@ class _Daemon(WorkerObserver):
         self._cookies = CookieWatch(options.syn_cookies)
         self._listeners = Listeners(host.gate, host.why_local)
         cleanup.callback(self._listeners.close)
-        self._guard = Guard(host.gate, self._listeners, self._write_state)
+        self._guard = Guard(host.gate, self._listeners, self._worker_pids, self._write_state)
         cleanup.callback(self._guard.close)
         self._is_ready = False
         self._metrics: MetricsDirectory | None = None
@@ -269,6 +269,9 @@ class _Daemon(WorkerObserver):
         answers = await self._supervisor.ask("flows")
         yield {"workers": [{"worker": name, **answer} for name, answer in sorted(answers.items())]}
 
+    def _worker_pids(self) -> list[int]:
+        return list(self._supervisor.pids.values())
+
     async def _probed(self, _params: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
         """Answer ``probe``: how the listeners are guarded now."""
         await self._guard.probe()
@@ -285,7 +288,9 @@ class _Daemon(WorkerObserver):
 
     def _unready(self) -> dict[str, str]:
         """Why the server is not ready, by what; empty if it is."""
-        return self._guard.problems if self._is_ready else {"start": "it has not ended"}
+        if not self._is_ready:
+            return {"start": "it has not ended"}
+        return self._guard.problems | ({} if self._audit is None else self._audit.problems)
 
     # -- workers -------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -29,22 +29,30 @@ log = logging.getLogger("rama_ebpf")
 _PROBE_SECONDS: Final = 60.0
 _AGAIN_SECONDS: Final = 5.0
 """How soon it is tried again to mend what could not be."""
-_QUIET_SECONDS: Final = 0.2
-"""Changes come in crowds: there are no more probes than one in so long."""
+_QUIET_SECONDS: Final = 0.02
+_QUIET_SHARE: Final = 10
+"""Changes come in crowds: between two probes is so much time, and so many times that which a probe took."""
 
 
 class Guard:
-    """Probes the ``gate`` of a server, None where it has none, for its ``listeners``.
+    """Probes the ``gate`` of a server, None where it has none, for its ``listeners`` and ``workers``, by their pids.
 
     ``losses`` counts by hook what was found to be lost; ``faults`` is what is wrong now, by hook. ``on_change`` is
     called when what a probe found is not what the one before did.
     """
 
-    def __init__(self, gate: Gate | None, listeners: Listeners, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        gate: Gate | None,
+        listeners: Listeners,
+        workers: Callable[[], Collection[int]],
+        on_change: Callable[[], None],
+    ) -> None:
         self.losses: Counter[str] = Counter()
         self.faults: dict[str, str] = {}
         self._gate = gate
         self._listeners = listeners
+        self._workers = workers
         self._on_change = on_change
         self._said: dict[str, str] = {}
         self._turn = asyncio.Lock()
@@ -69,8 +77,9 @@ class Guard:
             loop.add_reader(sock, _drain, sock, changed)
             try:
                 while True:
+                    began = loop.time()
                     await self.probe()
-                    await asyncio.sleep(_QUIET_SECONDS)
+                    await asyncio.sleep(max(_QUIET_SECONDS, _QUIET_SHARE * (loop.time() - began)))
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(_AGAIN_SECONDS if self.problems else _PROBE_SECONDS):
                             await changed.wait()
@@ -85,7 +94,7 @@ class Guard:
         async with self._turn:
             loop, before = asyncio.get_running_loop(), self._state()
             watched = self._listeners.watched()
-            found, covers = await loop.run_in_executor(self._thread, _look, self._gate, watched)
+            found, covers = await loop.run_in_executor(self._thread, _look, self._gate, self._workers(), watched)
             for hook, text in found.losses:
                 self.losses[hook] += 1
                 log.warning("gate: %s", text)
@@ -111,11 +120,11 @@ class Guard:
         self._said = now
 
 
-def _look(gate: Gate, watched: list[Watched]) -> tuple[Mending, dict[OpenListener, Cover]]:
+def _look(gate: Gate, workers: Collection[int], watched: list[Watched]) -> tuple[Mending, dict[OpenListener, Cover]]:
     """What a probe finds, in a thread."""
     found = Mending()
     try:
-        found = gate.mend()
+        found = gate.mend(workers)
         listening = sock_diag.listening()
         return found, {one.listener: gate.cover(one.address, one.cookies, listening) for one in watched}
     except OSError as error:  # out of descriptors, say: what was known of listeners stands, new ones stay closed

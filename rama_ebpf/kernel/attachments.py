@@ -17,7 +17,7 @@ import enum
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -287,18 +287,39 @@ class Attachments:
 
     # -- mend ----------------------------------------------------------------------------------------------------
 
-    def mend(self) -> Mending:
-        """Look whether all is where it belongs, and put back what is not."""
+    def mend(self, workers: Collection[int] = ()) -> Mending:
+        """Look whether all is where it belongs, and put back what is not; ``workers`` are the pids of those that must
+        be in a cgroup of ours."""
         found = Mending()
         if not self._places:
             return found
+        # First: in another namespace it would drop what is none of our business.
+        for interface in self._interfaces.values():
+            self._mend_interface(interface, found)
         self._follow(found)
         for place in list(self._places):
             self._mend_place(place, found)
         self._mend_steering(found)
-        for interface in self._interfaces.values():
-            self._mend_interface(interface, found)
+        for pid in workers:
+            self._mend_worker(pid, found)
         return found
+
+    def _mend_worker(self, pid: int, found: Mending) -> None:
+        """Sockets that a worker makes belong to its cgroup: elsewhere no egress policy holds for them."""
+        home = self._places[-1].workers
+        if home is None:
+            return
+        try:
+            own = cgroup.own_cgroup(pid)
+            if own.stat().st_ino in self.own_cgroups:
+                return
+            cgroup.move(pid, home)
+        except (FileNotFoundError, ProcessLookupError):
+            return  # it has ended
+        except OSError as error:
+            found.faults["egress"] = f"worker {pid} is not in {home}, and cannot be put there: {error.strerror}"
+        else:
+            found.losses.append(("egress", f"worker {pid} was moved to {own}: moved back to {home}"))
 
     def _follow(self, found: Mending) -> None:
         """Attach the gate where this process was moved to."""

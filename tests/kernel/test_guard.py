@@ -206,6 +206,16 @@ def test_removed_cgroup_is_replaced_and_everything_stays_guarded(elsewhere: Path
     assert not now.exists()
 
 
+def test_worker_that_was_moved_is_put_back_under_the_egress_policy(elsewhere: Path, scene: Scene) -> None:
+    scene.start(f"{scene.server.ipv4}:{PORT}")
+    home = Path(scene.proxy.json("status")["cgroup"]) / "workers"
+    moved, _ = scene.proxy.workers()
+    move(moved, elsewhere)
+    assert scene.proxy.json("status")["problems"] == {}
+    assert str(moved) in (home / "cgroup.procs").read_text().split()
+    assert scene.logged(f"worker {moved} was moved to {elsewhere}: moved back") == 1
+
+
 def links(pid: int) -> dict[str, int]:
     """The ids of the links that a process holds, by the names of their programs."""
     texts = [path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir()]

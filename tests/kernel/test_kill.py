@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from pathlib import Path
 
@@ -73,6 +74,20 @@ def test_block_with_kill_ends_the_source_s_connections_and_no_others(lab: Lab, s
         assert is_alive(other)
         for sock in (beside, *blocked, unread, six, other):
             sock.close()
+
+
+def test_server_out_of_descriptors_kills_as_soon_as_it_has_some(lab: Lab, start_proxy: StartProxy) -> None:
+    server, client = lab.host("proxy"), lab.host("client")
+    proxy = start_proxy(server, "--listen", f"{server.ipv4}:{PORT}", "--handshake-timeout", "600", "--kill")
+    with connected(client, server) as live:
+        soft, hard = resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (3, hard))
+        proxy.command("block", client.ipv4)
+        wait_for(lambda: proxy.logged("live connections cannot be listed: Too many open files"), what="the refusal")
+        assert is_alive(live)
+        resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        assert is_reset(live)
+    assert not proxy.logged("CLOSED")
 
 
 def test_policy_that_kills_ends_what_it_has_come_to_deny_but_not_the_failsafe(
