@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from ..kernel import bpf
@@ -35,6 +36,7 @@ class KernelStore(PolicyStore):
         """
         self._instance = instance
         self._owned = maps is None
+        self._pin: int | None = None
         self._lock = instance.policy_lock(_COMMAND_PATIENCE if self._owned else _SERVER_PATIENCE)
         self.tables = KernelTables(GateMaps.open(instance.pin_dir) if maps is None else maps)
         self.counters = GateCounters(self.tables)
@@ -57,21 +59,39 @@ class KernelStore(PolicyStore):
     def _current(self) -> Iterator[None]:
         """Hold the lock, with the pins open that are in use: those found before it may be nobody's any more."""
         with self._lock:
-            if self._owned and not self.is_current():
+            if self._owned and not self._verify():
                 self._reopen()
             yield
 
     def is_current(self) -> bool:
         """Whether the pins are those that this store has open: a server that starts or stops replaces all of them at
         once, by renaming their directory."""
+        return self._verify() if self._pin is None else self._inode() == self._pin
+
+    def _verify(self) -> bool:
+        """Find out whether the pins are ours. Their name is looked at again at the end: they may go meanwhile."""
+        ours, pin = bpf.map_info(self.tables.maps["gate"]).id, self._inode()
         try:
-            pinned = bpf.obj_get(str(self._instance.pin_dir / "gate"))
+            pinned = bpf.obj_get(str(self._gate_pin))
         except OSError:
             return False
         try:
-            return bpf.map_info(pinned).id == bpf.map_info(self.tables.maps["gate"]).id
+            found = bpf.map_info(pinned).id
         finally:
             bpf.close(pinned)
+        self._pin = pin if found == ours and self._inode() == pin else None
+        return self._pin is not None
+
+    @property
+    def _gate_pin(self) -> Path:
+        return self._instance.pin_dir / "gate"
+
+    def _inode(self) -> int | None:
+        """A number that the pin has, and none that takes its place."""
+        try:
+            return self._gate_pin.stat().st_ino
+        except OSError:
+            return None
 
     def _reopen(self) -> None:
         """Open the pins anew. Raises :class:`PolicyError` if there are none any more."""
@@ -81,3 +101,4 @@ class KernelStore(PolicyStore):
             raise PolicyError(f"the policy of instance {self._instance.name!r} was unloaded meanwhile") from error
         self.tables.maps.close()
         self.tables.use(maps)
+        self._verify()
