@@ -3,6 +3,7 @@
  * The backstop of the egress policy: the services check the address that they dial or send to and say no in their
  * protocol's words; this refuses (EPERM) what was tried in any other way. Its meaning is that of
  * rama_ebpf/policy/egress.py: the longest prefix decides, and an address that embeds an IPv4 address is judged as both.
+ * Streams to the proxy's own listeners are refused whatever the prefix says: they would go round in circles.
  *
  * connect4 and connect6 judge every connect(2), sendmsg4 and sendmsg6 every datagram that names its target. The process
  * is what counts, not whose socket it is: a listener was made by the server, but a worker can turn it, and whatever it
@@ -29,23 +30,39 @@
 #define IPV6_FREEBIND 78
 #endif
 
-static __always_inline int is_denied(const struct address *target, u16 port)
+/* Whether a stream to there comes back to the proxy: to the very address of a listener, or to its family's wildcard. */
+static __always_inline int is_own_listener(const struct address *target, u16 port)
+{
+	struct listener_key key = { .addr = *target, .port = port };
+
+	if (listeners.lookup(&key))
+		return 1;
+	if (is_mapped(target))
+		map_ipv4(&key.addr, 0);
+	else
+		__builtin_memset(&key.addr, 0, sizeof(key.addr));
+	return listeners.lookup(&key) != 0;
+}
+
+static __always_inline int is_denied(const struct address *target, u16 port, int stream)
 {
 	struct failsafe_key key = { .plen = 32 + 128, .ipv4 = is_mapped(target), .addr = *target };
 	u32 *found = egress.lookup(&key);
 
-	if (!found || !(*found & EGRESS_DENY))
+	if (!found)
 		return 0;
-	return !(*found & EGRESS_NAMESERVER && port == DNS_PORT);
+	if (stream && *found & EGRESS_OWN && is_own_listener(target, port))
+		return 1;
+	return *found & EGRESS_DENY && !(*found & EGRESS_NAMESERVER && port == DNS_PORT);
 }
 
-static __always_inline int policy_refuses(const struct address *target, u16 port)
+static __always_inline int policy_refuses(const struct address *target, u16 port, int stream)
 {
 	struct address inner;
 	u32 third, last, six_to_four, ip;
 	u64 first = bpf_ntohll(target->half[0]);
 
-	if (is_denied(target, port))
+	if (is_denied(target, port, stream))
 		return 1;
 	__builtin_memcpy(&third, target->b + 8, 4);
 	__builtin_memcpy(&last, target->b + 12, 4);
@@ -66,7 +83,7 @@ static __always_inline int policy_refuses(const struct address *target, u16 port
 	else
 		return 0;
 	map_ipv4(&inner, ip);
-	return is_denied(&inner, port);
+	return is_denied(&inner, port, stream);
 }
 
 /* The server itself, and what it starts beside its workers: it reads feeds from anywhere. */
@@ -82,7 +99,7 @@ static __always_inline int judge_target(struct bpf_sock_addr *ctx, const struct 
 {
 	struct peer_key peer = { .addr = *target, .port = bpf_ntohs(ctx->user_port) };
 
-	if (!policy_refuses(target, peer.port) || is_server())
+	if (!policy_refuses(target, peer.port, ctx->type != SOCK_DGRAM_TYPE) || is_server())
 		return EGRESS_ALLOW;
 	if (ctx->type != SOCK_DGRAM_TYPE)
 		return EGRESS_REFUSE;
@@ -161,7 +178,7 @@ int egress_note_peer(struct __sk_buff *skb)
 	if ((void *)(udp + 1) > end)
 		return CGROUP_PASS;
 	peer.port = bpf_ntohs(udp->source);
-	if (!policy_refuses(&peer.addr, peer.port))
+	if (!policy_refuses(&peer.addr, peer.port, 0))
 		return CGROUP_PASS;
 	peer.socket = bpf_get_socket_cookie(skb);
 	if (!datagram_peers.lookup(&peer))

@@ -43,6 +43,7 @@ enum hook {
 enum egress_flag {
 	EGRESS_DENY       = 1,
 	EGRESS_NAMESERVER = 2, /* whose port 53 is open all the same */
+	EGRESS_OWN        = 4, /* of this host: the proxy's own listeners are denied there */
 };
 
 enum rule_flag {

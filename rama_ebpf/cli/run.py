@@ -48,6 +48,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     )
     add("--allow-egress", action="append", default=[], metavar="CIDR", help="let clients connect there; repeatable")
     add("--deny-egress", action="append", default=[], metavar="CIDR", help="never connect there; repeatable")
+    add("--own-addresses", action="store_true", help="let clients connect to this host's addresses as to others")
     add("--users", type=Path, metavar="FILE", help="demand a password of SOCKS5 and HTTP clients; see passwd")
     add(
         "--default",
@@ -237,7 +238,8 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
     if args.syn_cookies and not args.xdp:
         raise PolicyError("--syn-cookies: XDP sends them, so name at least one interface with --xdp")
     try:
-        egress = EgressPolicy(tuple(map(parse_network, args.allow_egress)), tuple(map(parse_network, args.deny_egress)))
+        allow, deny = (tuple(map(parse_network, some)) for some in (args.allow_egress, args.deny_egress))
+        egress = EgressPolicy(allow, deny, own_addresses=args.own_addresses)
     except PolicyError as error:
         raise PolicyError(f"egress: {error}") from None
     metrics = None

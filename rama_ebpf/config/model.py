@@ -74,14 +74,20 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class EgressConfig:
-    """Where clients may be connected to. Loopback, private and metadata addresses are denied by default."""
+    """Where clients may be connected to. Loopback, private and metadata addresses, and this host's, are denied by
+    default."""
 
     allow: tuple[IPv4Network | IPv6Network, ...] = setting(_NETWORKS, "open these", default=())
     deny: tuple[IPv4Network | IPv6Network, ...] = setting(_NETWORKS, "close these", default=())
 
+    own_addresses: bool = setting(
+        BOOLEAN, "this host's own addresses are as others are; or allow one alone, as a.b.c.d", default=False
+    )
+    own_listeners: bool = setting(BOOLEAN, "and so are the listeners of this very proxy: mind circles", default=False)
+
     def policy(self) -> EgressPolicy:
         """Return it as connectors take it."""
-        return EgressPolicy(self.allow, self.deny)
+        return EgressPolicy(self.allow, self.deny, self.own_addresses, self.own_listeners)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import uvloop
 
+from ..core.address import SocketAddress
 from ..core.errors import RamaError
 from ..kernel.instance import ServerLock
 from ..kernel.xdp import XdpAttachment
@@ -34,7 +35,7 @@ from . import upkeep
 from .api import ControlApi
 from .audit import Audit
 from .cookies import CookieWatch
-from .egress import EgressBackstop
+from .egress import Egress
 from .enforced import Judge, KernelJudge, StoreJudge
 from .events import EventHub, GateEvents, rule_names
 from .guard import Guard
@@ -113,7 +114,7 @@ class _Daemon(WorkerObserver):
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(MetricsDirectory(options.user))
         self._feeds = FeedStore(options.instance.feeds_dir)
-        self._egress = EgressBackstop(host.gate)
+        self._egress = Egress(host.gate)
         self._killer = ConnectionKiller(self._listeners.addresses, self._own_cgroups)
         self._events = EventHub() if host.gate is None else GateEvents(host.gate.maps, rule_names(host.store)).hub
         self._cleanup = cleanup
@@ -142,6 +143,7 @@ class _Daemon(WorkerObserver):
                 WorkerRequests(host.store, self._thread, self._events),
                 self._relay,
                 self._listeners,
+                self._egress,
                 self,
             ]
             if self._metrics is not None:
@@ -181,6 +183,7 @@ class _Daemon(WorkerObserver):
             nursery.keep("auditing the policy", self._audit.watch)
         nursery.keep("following the nameservers", self._egress.follow_nameservers)
         nursery.keep("probing the gate", self._guard.watch)
+        nursery.keep("following this host's addresses", self._egress.follow_addresses)
         nursery.keep("watching SYN cookies", lambda: self._cookies.watch(self._write_state))
         try:
             await self._supervisor.run()
@@ -205,7 +208,7 @@ class _Daemon(WorkerObserver):
                 "target": options.target,
                 "directory": options.directory,
                 "params": options.params,
-                "egress": {"allow": list(map(str, options.egress.allow)), "deny": list(map(str, options.egress.deny))},
+                "egress": Egress.parameters(options.egress, self._egress.networks, self._own_listeners(sockets)),
                 "accept_slots": self._listeners.accept_slots(sockets),
                 "judge": gate is None,
                 "sockmap": options.sockmap,
@@ -219,6 +222,11 @@ class _Daemon(WorkerObserver):
             watchdog=options.watchdog,
             log_level=options.log_level,
         )
+
+    def _own_listeners(self, sockets: SocketSet) -> list[SocketAddress]:
+        """Where clients must not be connected to, or they would be connected to us again."""
+        metrics = None if self._options.metrics is None else self._options.metrics.address
+        return [*sockets.addresses, *([] if metrics is None else [metrics])]
 
     def _control(self, method: str, params: Mapping[str, object]) -> dict[str, object]:
         if method == "kill":

@@ -14,7 +14,7 @@ from ..policy.refresh import FeedReport, with_feeds
 from ..policy.rule import PolicyError, RuleSet
 from ..policy.store import PolicyStore
 from ..process import Plan
-from .egress import EgressBackstop
+from .egress import Egress
 from .listeners import Listeners, SocketSet
 from .options import DaemonOptions
 from .policy_host import PolicyHost
@@ -32,7 +32,7 @@ class Deployment:
 
     host: PolicyHost
     listeners: Listeners
-    egress: EgressBackstop
+    egress: Egress
     feeds: FeedStore
     thread: PolicyThread
     probe: Callable[[], Awaitable[None]]

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Any, cast
+
+import msgspec
 
 from ..core.service import Service, stack
 from ..core.shares import Held
@@ -20,7 +23,7 @@ from ..layers.check_queue import CheckQueue
 from ..layers.metrics import MetricsLayer
 from ..layers.policy import PolicyLayer
 from ..loader import AcceptCounter
-from ..policy.egress import EgressPolicy
+from ..policy.egress import EgressPolicy, HostEgress, OwnHost
 from ..policy.rule import parse_network
 from ..process import Application, WorkerContext
 from ..process.context import load_application
@@ -33,14 +36,31 @@ from .worker_relay import serve_relay
 __all__ = ["application", "default_proxy"]
 
 
+class _OwnAddresses(msgspec.Struct):
+    networks: list[str]
+
+
+def _egress(said: Mapping[str, Any]) -> EgressPolicy:
+    networks = {name: map(parse_network, said[name]) for name in ("allow", "deny", "networks")}
+    listeners = frozenset((ip_address(ip), port) for ip, port in said["listeners"])
+    return EgressPolicy(
+        tuple(networks["allow"]),
+        tuple(networks["deny"]),
+        said["own_addresses"],
+        said["own_listeners"],
+        OwnHost(frozenset(networks["networks"]), listeners),
+    )
+
+
 def application(context: WorkerContext) -> Application:
     """Load the operator's application and put the server's layers around its services."""
     params = context.params
-    egress = cast("Mapping[str, Any]", params["egress"])
+    egress = HostEgress(_egress(cast("Mapping[str, Any]", params["egress"])))
+    context.channel.on("own_addresses", lambda body: egress.follow(map(parse_network, body.networks)), _OwnAddresses)
     inner_context = replace(
         context,
         params=cast("Mapping[str, object]", params["params"]),
-        egress=EgressPolicy(tuple(map(parse_network, egress["allow"])), tuple(map(parse_network, egress["deny"]))),
+        egress=egress,
     )
     inner = load_application(str(params["target"]), cast("str | None", params["directory"]), inner_context)
     layers: list[object] = []

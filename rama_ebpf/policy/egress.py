@@ -3,12 +3,15 @@
 A proxy that dials whatever its clients name is a door into the network it stands in (SSRF, CWE-918). So addresses
 that are not globally reachable are refused unless the operator names them. The check is made on the resolved
 address, the one that is then dialled, and on the IPv4 address that it embeds, in whichever form.
+
+So is the host itself: its other services trust who comes from inside, whatever a firewall says to those outside, and
+a proxy that can be sent to itself goes round in circles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_network
 from typing import NamedTuple
@@ -16,7 +19,7 @@ from typing import NamedTuple
 from ..core.address import IPAddress, unmap
 from ..core.errors import PolicyDenied
 
-__all__ = ["DENIED_BY_DEFAULT", "EgressPolicy", "embedded"]
+__all__ = ["DENIED_BY_DEFAULT", "EgressPolicy", "HostEgress", "OwnHost", "embedded"]
 
 IPNetwork = IPv4Network | IPv6Network
 
@@ -96,35 +99,86 @@ class _Networks(NamedTuple):
 
 
 @dataclass(frozen=True)
+class OwnHost:
+    """What leads back to this host: ``networks`` whose packets it delivers to itself, each address as one of its own,
+    and ``listeners``, the addresses and ports on which this very proxy serves TCP."""
+
+    networks: frozenset[IPNetwork] = frozenset()
+    listeners: frozenset[tuple[IPAddress, int]] = frozenset()
+
+    @cached_property
+    def _by_shift(self) -> dict[int, dict[int, set[int]]]:
+        found: dict[int, dict[int, set[int]]] = {4: {}, 6: {}}
+        for network in self.networks:
+            shift = network.max_prefixlen - network.prefixlen
+            found[network.version].setdefault(shift, set()).add(int(network.network_address) >> shift)
+        return found
+
+    def holds(self, ip: IPAddress, prefix: int | None = None) -> bool:
+        """Whether an address, or all of the network of ``prefix`` bits that begins with it, is this host's."""
+        number, width = int(ip), 32 if ip.version == 4 else 128
+        least = 0 if prefix is None else width - prefix
+        return any(shift >= least and number >> shift in some for shift, some in self._by_shift[ip.version].items())
+
+    @cached_property
+    def _ports(self) -> frozenset[int]:
+        return frozenset(port for _, port in self.listeners)
+
+    def listens(self, ip: IPAddress, port: int) -> bool:
+        """Whether a connection to there comes back to this proxy. A wildcard listener has all addresses of the host
+        of its family, and a connection to the unspecified address may reach any listener."""
+        if port not in self._ports:
+            return False
+        at = [listener for listener, number in self.listeners if number == port]
+        if ip in at or int(ip) == 0:
+            return True
+        return any(listener.version == ip.version and int(listener) == 0 for listener in at) and self.holds(ip)
+
+
+@dataclass(frozen=True)
 class EgressPolicy:
     """Which target addresses may be dialled: ``allow`` and ``deny`` are networks; the longest matching prefix wins,
     deny beats allow at the same length, and :data:`DENIED_BY_DEFAULT` counts as denied unless ``allow`` names a
-    network of at least its length."""
+    network of at least its length. So do the addresses of ``host`` itself, each as a network of its own, unless
+    ``own_addresses``; and its listeners are denied whatever ``allow`` says, unless ``own_listeners``."""
 
     allow: tuple[IPNetwork, ...] = ()
     deny: tuple[IPNetwork, ...] = ()
+    own_addresses: bool = False
+    own_listeners: bool = False
+    host: OwnHost = OwnHost()
 
     @classmethod
     def of(cls, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> EgressPolicy:
         """Build from text. Raises ValueError naming the network that does not parse or has host bits set."""
         return cls(tuple(map(ip_network, allow)), tuple(map(ip_network, deny)))
 
-    def check(self, ip: IPAddress) -> None:
-        """Raise :class:`PolicyDenied`, naming the rule, if ``ip`` may not be dialled."""
+    def check(self, ip: IPAddress, port: int | None = None) -> None:
+        """Raise :class:`PolicyDenied`, naming the rule, if ``ip`` may not be dialled, or not on that TCP ``port``."""
         if ip.version == 4:
-            self._check_one(ip)
+            self._check_one(ip, port)
             return
         ip = unmap(ip)
-        self._check_one(ip)
+        self._check_one(ip, port)
         inner = embedded(ip)
         if inner is not None:
-            self._check_one(inner)
+            self._check_one(inner, port)
+
+    def denied_by_default(self) -> dict[IPNetwork, str]:
+        """Return the networks that count as denied where nothing is said of them, with what they are."""
+        denied = dict(DENIED_BY_DEFAULT)
+        if not self.own_addresses:
+            for network in self.host.networks:
+                if not network.is_loopback:  # which is denied as a whole, and allowed as a whole
+                    denied.setdefault(network, "this-host")
+        return denied
 
     @cached_property
     def _by_length(self) -> dict[int, tuple[_Networks, ...]]:
         """By IP version: the networks of each prefix length, the longest first, and what is said of each."""
         said: dict[IPNetwork, _Denial | None] = {
-            network: _Denial(f" ({name}, {network})", f"egress-default:{name}") for network, name in DENIED_BY_DEFAULT
+            network: _Denial(f" ({name}, {network})", f"egress-default:{name}")
+            for network, name in self.denied_by_default().items()
         }
         said.update(dict.fromkeys(self.allow))
         said.update(dict.fromkeys(self.deny, _Denial("", "egress")))
@@ -135,7 +189,10 @@ class EgressPolicy:
             table.said[int(network.network_address) >> shift] = denial
         return {version: tuple(by_shift[shift] for shift in sorted(by_shift)) for version, by_shift in tables.items()}
 
-    def _check_one(self, ip: IPAddress) -> None:
+    def _check_one(self, ip: IPAddress, port: int | None) -> None:
+        if port is not None and not self.own_listeners and self.host.listens(ip, port):
+            text = f"egress to {ip} port {port} is denied (this proxy itself listens there)"
+            raise PolicyDenied(text, rule="egress-default:this-proxy")
         number = int(ip)
         for shift, said in self._by_length[ip.version]:
             prefix = number >> shift
@@ -144,3 +201,19 @@ class EgressPolicy:
                 if denial is not None:
                     raise PolicyDenied(f"egress to {ip} is denied{denial.why}", rule=denial.rule)
                 return
+
+
+class HostEgress:
+    """An egress policy over a host whose addresses come and go."""
+
+    def __init__(self, policy: EgressPolicy) -> None:
+        self._policy = policy
+
+    def check(self, ip: IPAddress, port: int | None = None) -> None:
+        """As :meth:`EgressPolicy.check`."""
+        self._policy.check(ip, port)
+
+    def follow(self, networks: Iterable[IPNetwork]) -> None:
+        """Judge by these networks of the host from now on."""
+        host = replace(self._policy.host, networks=frozenset(networks))
+        self._policy = replace(self._policy, host=host)

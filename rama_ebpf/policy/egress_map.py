@@ -15,7 +15,7 @@ from ..core.resolv_conf import ResolvConf
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from .compiler import MAPPED
-from .egress import DENIED_BY_DEFAULT, EgressPolicy
+from .egress import EgressPolicy
 from .prefixes import IPNetwork
 from .rule import PolicyError
 
@@ -27,11 +27,14 @@ _RESOLV_CONF: Final = Path("/etc/resolv.conf")
 def decisions(policy: EgressPolicy) -> dict[IPNetwork, bool]:
     """Return for each network that the policy names whether it is denied: the longest that holds an address decides.
 
-    At one length deny beats allow, and allow beats what is denied by default.
+    At one length deny beats allow, and allow beats what is denied by default. The host's own networks are all among
+    them: their listeners are judged besides.
     """
-    decided: dict[IPNetwork, bool] = {network: True for network, _ in DENIED_BY_DEFAULT}
+    decided: dict[IPNetwork, bool] = dict.fromkeys(policy.denied_by_default(), True)
     decided.update(dict.fromkeys(policy.allow, False))
     decided.update(dict.fromkeys(policy.deny, True))
+    for network in policy.host.networks - decided.keys():
+        decided[network] = _is_denied(policy, network.network_address)
     return decided
 
 
@@ -59,16 +62,23 @@ def put_egress(maps: GateMaps, policy: EgressPolicy, resolvers: Iterable[IPAddre
     Networks that stay denied are never open in between. Raises :class:`PolicyError` if there are too many.
     """
     constant = abi.constants()
-    wanted = {_key(network): constant["EGRESS_DENY"] * denied for network, denied in decisions(policy).items()}
+    wanted = {
+        _key(network): constant["EGRESS_DENY"] * denied | constant["EGRESS_OWN"] * _is_own(policy, network)
+        for network, denied in decisions(policy).items()
+    }
     for address in resolvers:
         key = _key(ip_network(address))
-        wanted[key] = constant["EGRESS_DENY"] * _is_denied(policy, address) | constant["EGRESS_NAMESERVER"]
+        wanted[key] = (
+            constant["EGRESS_DENY"] * _is_denied(policy, address)
+            | constant["EGRESS_OWN"] * _is_own(policy, ip_network(address))
+            | constant["EGRESS_NAMESERVER"]
+        )
     size = maps.capacity("egress")
     if len(wanted) > size:
         raise PolicyError(f"egress: {len(wanted)} networks are more than the {size} that there is room for")
     stale = [key for key, _ in bpf.map_lookup_batch(maps["egress"], abi.FAILSAFE_KEY.size, 4) if key not in wanted]
     # Denials first, and what is no longer named last: nothing is open that both policies deny.
-    for key, value in sorted(wanted.items(), key=lambda entry: -entry[1]):
+    for key, value in sorted(wanted.items(), key=lambda entry: -(entry[1] & constant["EGRESS_DENY"])):
         bpf.map_update(maps["egress"], key, value.to_bytes(4, sys.byteorder))
     for key in stale:
         bpf.map_delete(maps["egress"], key)
@@ -80,6 +90,11 @@ def _is_denied(policy: EgressPolicy, address: IPAddress) -> bool:
     except PolicyDenied:
         return True
     return False
+
+
+def _is_own(policy: EgressPolicy, network: IPNetwork) -> bool:
+    """Whether the listeners there are to be asked for: with it they are denied."""
+    return not policy.own_listeners and policy.host.holds(network.network_address, network.prefixlen)
 
 
 def _key(network: IPNetwork) -> bytes:

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ..kernel.own_addresses import local_networks
 from ..kernel.privileges import UserIds, can_change_user, die_with_parent, drop_privileges, give_up_capabilities
+from .egress import EgressPolicy, OwnHost
 from .feed import FeedContent, FeedError, parse_feed
 from .feed_record import HEAD_BYTES, V6_BYTES, encode
 from .gzipped import unpack
@@ -66,11 +68,20 @@ def _read_file(wanted: Mapping[str, Any]) -> bytes:
     return encode(content, unchanged=False, validators={})
 
 
+def _egress() -> EgressPolicy:
+    """Where redirects may lead: to what is public, and not this host."""
+    try:
+        return EgressPolicy(host=OwnHost(local_networks()))
+    except OSError as error:
+        raise _fail(f"cannot tell this host's own addresses, where no redirect may lead: {error}") from None
+
+
 def _fetch(wanted: Mapping[str, Any]) -> bytes:
     from .http_get import GetError, get  # late: a file needs none of it
 
+    egress = _egress()
     try:
-        with contextlib.closing(get(wanted["url"], wanted["validators"], wanted["timeout"])) as response:
+        with contextlib.closing(get(wanted["url"], wanted["validators"], wanted["timeout"], egress)) as response:
             data = response.read(wanted["max_size"])
     except GetError as error:
         raise _fail(str(error), error.retry_after) from None

@@ -1,8 +1,9 @@
-"""One HTTP GET with Python's own client: redirects only to public addresses, and no word of a page in an error."""
+"""One HTTP GET with Python's own client. Redirects lead only where a policy lets them; errors hold no word of a page."""
 
 from __future__ import annotations
 
 import email.utils
+import functools
 import http
 import http.client
 import math
@@ -10,7 +11,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from email.message import Message
 from ipaddress import ip_address
 from typing import IO, Any, Final
@@ -66,13 +67,13 @@ class Response:
             self._body.close()
 
 
-def get(url: str, validators: Mapping[str, str], timeout: float) -> Response:
-    """GET a URL, which may be anywhere; redirects lead only to where the default egress policy lets connect, or back
+def get(url: str, validators: Mapping[str, str], timeout: float, egress: EgressPolicy) -> Response:
+    """GET a URL, which may be anywhere, for it was named; redirects lead only to where ``egress`` lets connect, or back
     to the same server. ``timeout`` seconds bound each wait. Raises :class:`GetError`."""
     request = urllib.request.Request(url, headers={"User-Agent": f"rama-ebpf/{__version__}"})
     for name, value in validators.items():
         request.add_header(_VALIDATORS[name], value)
-    opener = urllib.request.build_opener(_Redirects(url), _Http(url), _Https(url))
+    opener = urllib.request.build_opener(_Redirects(url, egress), _Http(url, egress), _Https(url, egress))
     try:
         response = opener.open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
@@ -132,8 +133,9 @@ class _RefusedRedirect(urllib.error.HTTPError):
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to HTTP and HTTPS only, and never from HTTPS to HTTP."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, egress: EgressPolicy) -> None:
         self._first = url
+        self._egress = egress
 
     def redirect_request(
         self,
@@ -150,7 +152,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if not _same_server(newurl, self._first):
             host = urlsplit(newurl).hostname or ""
             try:  # here as well, for where a proxy would connect in our place
-                _check(host)
+                _check(self._egress, host, urlsplit(newurl).port)
             except PolicyDenied as error:
                 raise _RefusedRedirect(
                     newurl, code, f"refusing to be redirected to {shown}: {error}", headers, fp
@@ -165,32 +167,34 @@ def _same_server(url: str, other: str) -> bool:
     return one.hostname == two.hostname and (ports[0] == ports[1] or ports == [443, 80])
 
 
-def _check(host: str) -> None:
-    """Raise PolicyDenied for the literal of an address that is not public; names are judged when they are resolved."""
+def _check(egress: EgressPolicy, host: str, port: int | None) -> None:
+    """Raise PolicyDenied for the literal of an address that is denied; names are judged when they are resolved."""
     try:
         ip = ip_address(host.partition("%")[0])
     except ValueError:
         return
-    EgressPolicy().check(ip)
+    egress.check(ip, port)
 
 
-def _connect_public(
-    address: tuple[str, int], timeout: float, source_address: Any = None, **_options: Any
-) -> socket.socket:
-    """As :func:`socket.create_connection`, but only to public addresses of the name."""
-    host, port = address
-    failure: OSError | None = None
-    for *_, sockaddr in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        try:
-            _check(str(sockaddr[0]))
-        except PolicyDenied as error:
-            failure = OSError(f"refusing to be redirected to {host}: {error}")
-            continue
-        try:
-            return socket.create_connection((str(sockaddr[0]), port), timeout, source_address)
-        except OSError as error:
-            failure = error
-    raise failure or OSError(f"{host} has no address")
+def _connector(egress: EgressPolicy) -> Callable[..., socket.socket]:
+    """A :func:`socket.create_connection` that connects only to addresses of the name that ``egress`` allows."""
+
+    def connect(address: tuple[str, int], timeout: float, source_address: Any = None, **_options: Any) -> socket.socket:
+        host, port = address
+        failure: OSError | None = None
+        for *_, sockaddr in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                _check(egress, str(sockaddr[0]), port)
+            except PolicyDenied as error:
+                failure = OSError(f"refusing to be redirected to {host}: {error}")
+                continue
+            try:
+                return socket.create_connection((str(sockaddr[0]), port), timeout, source_address)
+            except OSError as error:
+                failure = error
+        raise failure or OSError(f"{host} has no address")
+
+    return connect
 
 
 def _is_led_away(request: urllib.request.Request, first: str) -> bool:
@@ -199,33 +203,37 @@ def _is_led_away(request: urllib.request.Request, first: str) -> bool:
 
 
 class _Http(urllib.request.HTTPHandler):
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, egress: EgressPolicy) -> None:
         super().__init__()
         self._first = url
+        self._connect = _connector(egress)
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        away = _is_led_away(req, self._first)
-        return self.do_open(_PublicHttp if away else http.client.HTTPConnection, req)
+        if not _is_led_away(req, self._first):
+            return self.do_open(http.client.HTTPConnection, req)
+        return self.do_open(functools.partial(_Judged, self._connect), req)
 
 
 class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, egress: EgressPolicy) -> None:
         super().__init__()
         self._first = url
+        self._connect = _connector(egress)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         tunnelled = getattr(req, "_tunnel_host", None) is not None
-        away = not tunnelled and _is_led_away(req, self._first)
-        return self.do_open(_PublicHttps if away else http.client.HTTPSConnection, req)
+        if tunnelled or not _is_led_away(req, self._first):
+            return self.do_open(http.client.HTTPSConnection, req)
+        return self.do_open(functools.partial(_JudgedTls, self._connect), req)
 
 
-class _PublicHttp(http.client.HTTPConnection):
-    def __init__(self, *args: Any, **options: Any) -> None:
+class _Judged(http.client.HTTPConnection):
+    def __init__(self, connect: Callable[..., socket.socket], *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._create_connection = _connect_public
+        self._create_connection = connect
 
 
-class _PublicHttps(http.client.HTTPSConnection):
-    def __init__(self, *args: Any, **options: Any) -> None:
+class _JudgedTls(http.client.HTTPSConnection):
+    def __init__(self, connect: Callable[..., socket.socket], *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._create_connection = _connect_public
+        self._create_connection = connect

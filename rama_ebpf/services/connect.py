@@ -82,8 +82,8 @@ async def reach_proxy(connector: Service[Authority, Stream], proxy: Authority) -
 class Egress(Protocol):
     """Says which addresses may be dialled."""
 
-    def check(self, ip: IPAddress, /) -> None:
-        """Raise :class:`PolicyDenied`, naming the rule, if ``ip`` may not be dialled."""
+    def check(self, ip: IPAddress, port: int | None = None, /) -> None:
+        """Raise :class:`PolicyDenied`, naming the rule, if ``ip`` may not be dialled, or not on that TCP ``port``."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Connector:
 
     async def __call__(self, target: Authority, /) -> Stream:
         if target.ip is not None:
-            self.egress.check(target.ip)
+            self.egress.check(target.ip, target.port)
             return await self._connect(target, [target.ip], None)
         resolver = self.resolver
         if not isinstance(resolver, SharedResolver):
@@ -238,7 +238,7 @@ class _Allowed:
         added: list[IPAddress] = []
         for ip in ips:
             try:
-                self._egress.check(ip)
+                self._egress.check(ip, self._target.port)
             except PolicyDenied as error:
                 self._denied = error
             else:

@@ -108,7 +108,7 @@ class ResolveLayer:
             )
             for ip in ips:
                 try:
-                    self._egress.check(ip)
+                    self._egress.check(ip, target.port)
                     return await inner(_at(target, ip))
                 except ConnectError as error:
                     failure = error

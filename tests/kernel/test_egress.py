@@ -273,7 +273,7 @@ def test_a_worker_cannot_send_a_datagram_where_the_policy_lets_it_dial_nothing(
     lab: Lab, take_over: Callable[..., ProxyProcess]
 ) -> None:
     server, client = lab.host("proxy"), lab.host("client")
-    take_over(server, "--workers", "1", "--allow-egress", "198.18.0.0/16")
+    take_over(server, "--workers", "1", "--allow-egress", server.ipv4)
     with server.socket(socket.AF_INET6, socket.SOCK_DGRAM) as inside, Worker(client, server) as worker:
         inside.bind(("::", 80))
         inside.setblocking(False)

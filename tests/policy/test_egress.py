@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
+import pytest
+
 from rama_ebpf.core import IPAddress, PolicyDenied
-from rama_ebpf.policy.egress import DENIED_BY_DEFAULT, EgressPolicy, embedded
+from rama_ebpf.policy.egress import DENIED_BY_DEFAULT, EgressPolicy, HostEgress, OwnHost, embedded
 
 
 def is_denied(policy: EgressPolicy, ip: IPAddress) -> bool:
@@ -89,3 +91,53 @@ def test_every_form_that_embeds_a_denied_ipv4_address_is_denied_even_where_its_o
     assert said(policy, ip_address("2002:7f00:1::1")) == "egress-default:loopback"
     assert said(policy, ip_address("2001:0:808:808::80ff:fffe")) == "egress-default:loopback"
     assert said(EgressPolicy.of(allow=["::1/128"]), ip_address("::1")) is None
+
+
+HOST = OwnHost(
+    frozenset(map(ip_network, ("127.0.0.0/8", "127.0.0.1/32", "::1/128", "0.0.0.0/32", "9.9.9.9/32", "2a00::9/128"))),
+    frozenset({(ip_address("9.9.9.9"), 1080), (ip_address("0.0.0.0"), 8080), (ip_address("::"), 8443)}),
+)
+
+
+def loops(policy: EgressPolicy, text: str, port: int) -> str | None:
+    try:
+        policy.check(ip_address(text), port)
+    except PolicyDenied as error:
+        return error.rule
+    return None
+
+
+def test_the_host_itself_is_denied_unless_its_very_address_is_allowed() -> None:
+    for allow in ([], ["0.0.0.0/0", "9.9.9.0/24", "::/0"]):
+        policy = EgressPolicy(tuple(map(ip_network, allow)), host=HOST)
+        for text in ("9.9.9.9", "::ffff:9.9.9.9", "::ffff:0:9.9.9.9", "64:ff9b::909:909", "2002:909:909::1", "2a00::9"):
+            assert said(policy, ip_address(text)) == "egress-default:this-host", text
+        assert said(policy, ip_address("9.9.9.8")) is None
+    assert said(EgressPolicy((ip_network("9.9.9.9"),), host=HOST), ip_address("9.9.9.9")) is None
+    assert said(EgressPolicy(own_addresses=True, host=HOST), ip_address("9.9.9.9")) is None
+    assert said(EgressPolicy(own_addresses=True, host=HOST), ip_address("127.0.0.1")) == "egress-default:loopback"
+    assert said(EgressPolicy((ip_network("127.0.0.0/8"),), host=HOST), ip_address("127.0.0.1")) is None
+
+
+def test_the_proxys_own_listeners_are_denied_whatever_is_allowed() -> None:
+    everything = tuple(map(ip_network, ("0.0.0.0/8", "127.0.0.0/8", "9.9.9.9/32", "2a00::9/128", "::1/128", "::/128")))
+    policy = EgressPolicy(everything, own_addresses=True, host=HOST)
+    for text, port in (
+        *(("9.9.9.9", 1080), ("::ffff:9.9.9.9", 1080), ("64:ff9b::909:909", 1080), ("0.0.0.0", 1080)),
+        *(("127.0.0.1", 8080), ("127.9.9.9", 8080), ("9.9.9.9", 8080), ("::1", 8443), ("2a00::9", 8443)),
+        *(("0.0.0.0", 8080), ("::ffff:127.0.0.1", 8080), ("::", 8443)),
+    ):
+        assert loops(policy, text, port) == "egress-default:this-proxy", (text, port)
+    for text, port in (("9.9.9.9", 1081), ("9.9.9.8", 1080), ("127.0.0.1", 1080), ("8.8.8.8", 8080), ("2a00::8", 8443)):
+        assert loops(policy, text, port) is None, (text, port)
+    assert loops(EgressPolicy(everything, own_listeners=True, host=HOST), "9.9.9.9", 1080) is None
+
+
+def test_a_policy_over_a_host_follows_its_addresses() -> None:
+    egress = HostEgress(EgressPolicy(host=HOST))
+    egress.follow(map(ip_network, ["9.9.9.7/32"]))
+    egress.check(ip_address("9.9.9.9"))
+    with pytest.raises(PolicyDenied, match="this-host"):
+        egress.check(ip_address("9.9.9.7"))
+    with pytest.raises(PolicyDenied, match="itself listens"):
+        egress.check(ip_address("9.9.9.9"), 1080)
