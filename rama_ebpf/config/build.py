@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..core.address import IPAddress
+from ..core.address import Authority, IPAddress
 from ..core.errors import RamaError
 from ..core.service import Service, stack
 from ..core.shares import Held, SourceLimits, SourceShare
@@ -37,6 +37,7 @@ class BuildEnvironment:
     call: Callable[[Any], Any]
     limits: SourceLimits = field(default_factory=SourceLimits)
     observe_refusal: Callable[[str], None] | None = None
+    connector: Service[Authority, Stream] | None = None
     starts: list[Callable[[], None]] = field(default_factory=list)
     closes: list[Callable[[], None]] = field(default_factory=list)
 
@@ -71,7 +72,7 @@ def build_stack(config: StackConfig, environment: BuildEnvironment) -> Service[S
     """Compose one stack. Raises :class:`~rama_ebpf.core.errors.StackError`, ValueError, OSError or RamaError."""
     connector = config.connect.make(environment)
     service = config.service.make(environment, connector)
-    layers = [layer.make(environment) for layer in config.layers]
+    layers = [layer.make(replace(environment, connector=connector)) for layer in config.layers]
     if environment.limits.connections:
         limit = SourceShareLayer(environment.share(Held.CONNECTIONS))
         # Inside the layer that learns who the client is: a balancer brings everybody's connections.

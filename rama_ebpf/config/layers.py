@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Final, Protocol
 
+from ..core.address import Authority
 from ..core.counts import SharesCounts
 from ..core.matchers import ANY, Matcher, Source, TargetHost, TargetNetwork, TargetPort
 from ..core.proven import SharesProven
@@ -85,6 +86,10 @@ class Environment(Protocol):
 
     def share(self, held: Held, /) -> SourceShare:
         """Return a new count of what each source holds."""
+
+    @property
+    def connector(self) -> Service[Authority, Stream] | None:
+        """How the stack's targets are reached."""
 
     def load(self, target: str) -> Any:
         """Import ``module:attribute``."""

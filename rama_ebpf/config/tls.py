@@ -72,6 +72,10 @@ class TlsEnvironment(Protocol):
     def share(self, held: Held, /) -> SourceShare:
         """Return a new count of what each source holds."""
 
+    @property
+    def connector(self) -> Service[Authority, Stream] | None:
+        """How the stack's targets are reached."""
+
 
 @dataclass(frozen=True)
 class TlsRuleSettings:
@@ -156,11 +160,15 @@ class InterceptSettings:
 
     ca: str = setting(file_path(), "PEM file of the authority's certificate")
     ca_key: str = setting(file_path(secret=True), "PEM file of its key")
-    bypass: tuple[str, ...] = setting(ListOf(HOST_PATTERN), "server names that are passed through", default=())
+    bypass: tuple[str, ...] = setting(
+        ListOf(HOST_PATTERN), "server names that are passed through, where they are the target, too", default=()
+    )
+    verify_bypass: bool = setting(BOOLEAN, "and where the server has a certificate for them", default=True)
     upstream_ca: str | None = setting(file_path(), "PEM file, for the system's authorities", default=None)
     alpn: tuple[str, ...] = setting(ListOf(TEXT), "protocols that may be agreed on", default=("h2", "http/1.1"))
-    remember: float = setting(DURATION, "a name is passed through to who refused our certificate", default=3600.0)
-    hang_ups: int = setting(integer(1, 1000), "in a row that count as a refusal", default=3)
+    learn: bool = setting(BOOLEAN, "pass through to a client names for which it refused our certificate", default=False)
+    remember: float = setting(DURATION, "with learn: for how long", default=3600.0)
+    hang_ups: int = setting(integer(1, 1000), "with learn: in a row that count as a refusal", default=3)
     cache: int = setting(integer(1, 1_000_000), "certificates kept, in each worker", default=1024)
 
     def make(self, environment: TlsEnvironment) -> TlsInterceptor:
@@ -169,7 +177,9 @@ class InterceptSettings:
             LeafIssuer(CertificateAuthority.load(Path(self.ca), Path(self.ca_key)), cache_size=self.cache),
             ClientTls(ca=_path(self.upstream_ca), alpn=self.alpn),
             bypass=self.bypass,
-            rejections=Rejections(ttl=self.remember, hang_ups=self.hang_ups),
+            connector=environment.connector,
+            verify_bypass=self.verify_bypass,
+            rejections=Rejections(ttl=self.remember, hang_ups=self.hang_ups) if self.learn else None,
             handshakes=environment.share(Held.HANDSHAKES),
         )
 

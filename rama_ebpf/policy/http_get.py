@@ -1,4 +1,4 @@
-"""One HTTP GET with Python's own client. Redirects lead only where a policy lets them; errors hold no word of a page."""
+"""One HTTP GET with Python's own client. Redirects lead where a policy lets them; errors hold no word of a page."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rama_ebpf.core import SocketStream, Stream, stack
+from rama_ebpf.core.address import Authority
 from rama_ebpf.core.client import ClientAddress
 from rama_ebpf.relay import CloseReason, TunnelReport
 from rama_ebpf.services.connect import Connector
@@ -43,9 +44,10 @@ from rama_ebpf.services.tls import (
     TlsTerminateLayer,
     TlsTunnelLayer,
 )
+from rama_ebpf.services.tls.bypass import Bypass
 
 from .conftest import HOST, Running, Serve, TlsTarget
-from .pki import Authority
+from .pki import Authority as Pki
 
 Run = Callable[..., Awaitable[tuple[int, str, str]]]
 
@@ -69,7 +71,7 @@ def trusting_us(ours: CertificateAuthority) -> ssl.SSLContext:
 
 
 @pytest.fixture
-def upstream(authority: Authority) -> ClientTls:
+def upstream(authority: Pki) -> ClientTls:
     return ClientTls(ca=authority.certificate, alpn=("h2", "http/1.1"))
 
 
@@ -94,7 +96,7 @@ async def greeting(running: Running, context: ssl.SSLContext, name: str) -> byte
             await writer.wait_closed()
 
 
-async def http_target(serve: Serve, authority: Authority, name: str) -> int:
+async def http_target(serve: Serve, authority: Pki, name: str) -> int:
     """An https server that says which server name and protocol it was asked for."""
     leaf = authority.issue(name, stem=f"http-{name}")
     store = CertificateStore.of_files(ServerTls(alpn=("http/1.1",)), KeyPair(leaf.chain, leaf.key))
@@ -114,7 +116,7 @@ async def test_curl_through_a_proxy_is_decrypted_and_sees_our_certificate(
     serve: Serve,
     run: Run,
     connector: Connector,
-    authority: Authority,
+    authority: Pki,
     ours: CertificateAuthority,
     upstream: ClientTls,
     tmp_path: Path,
@@ -230,6 +232,95 @@ async def test_names_on_the_bypass_list_reach_their_server_unopened(
     assert await greeting(running, trust, "a.test") == b"a.test\n"
 
 
+async def test_a_name_on_the_bypass_list_opens_no_other_target(
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    trust: ssl.SSLContext,
+    trusting_us: ssl.SSLContext,
+) -> None:
+    """The server name is the client's to choose, and so is the target that it asks the proxy for."""
+    port = await tls_target("a.test")
+
+    async def through(target: str, name: str, context: ssl.SSLContext, **options: bool) -> bytes:
+        interceptor = TlsInterceptor(LeafIssuer(ours), upstream, bypass=["a.test", "b.test"], **options)
+        running = serve(stack(TlsTunnelLayer(intercept=interceptor), Socks5Server(connector)))
+        reader, writer = await running.connect()
+        if target[0].isdigit():
+            asked = b"\x01" + socket.inet_aton(target)
+        else:
+            asked = b"\x03" + bytes((len(target),)) + target.encode()
+        writer.write(b"\x05\x01\x00" + b"\x05\x01\x00" + asked + port.to_bytes(2, "big"))
+        await reader.readexactly(2 + 10)
+        try:
+            await writer.start_tls(context, server_hostname=name)
+            return await reader.readline()
+        finally:
+            errors.extend(running.errors)
+            writer.close()
+
+    errors: list[BaseException] = []
+    # The name and the target are listed, and the server is who it is said to be: its own certificate is seen.
+    assert await through("a.test", "a.test", trust) == b"a.test\n"
+    assert await through(HOST, "a.test", trust) == b"a.test\n"
+    # Another target under a listed name is looked into, as if the name were not listed.
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await through("other.test", "a.test", trust)
+    assert await through("other.test", "a.test", trusting_us) == b"a.test\n"
+    # A server that cannot prove the listed name is not reached, whoever asks for it, unless nobody wants a proof.
+    for target in (HOST, "b.test"):
+        with pytest.raises(ssl.SSLError, match="BAD_CERTIFICATE"):
+            await through(target, "b.test", trust)
+    trust.check_hostname = False
+    assert await through("b.test", "b.test", trust, verify_bypass=False) == b"a.test\n"
+
+
+async def test_what_was_proven_of_a_bypassed_server_holds_for_a_while_and_no_longer(
+    connector: Connector, tls_target: TlsTarget, upstream: ClientTls
+) -> None:
+    clock, asked = Clock(), 0
+    target = Authority("a.test", await tls_target("a.test"))
+
+    async def counted(where: Authority) -> Stream:
+        nonlocal asked
+        asked += 1
+        return await connector(where)
+
+    bypass = Bypass(["a.test"], upstream, connector=counted, ttl=60, clock=clock)
+    stream = await connector(target)
+    for expected in (1, 1):
+        await bypass.prove(target, stream, "a.test")
+        assert asked == expected
+    with pytest.raises(CertificateRejected):
+        await bypass.prove(target, stream, "c.test")
+    clock.now += 61
+    await bypass.prove(target, stream, "a.test")
+    assert asked == 3
+    stream.abort()
+
+
+async def test_by_default_a_client_that_refuses_us_is_not_passed_through_the_next_time(
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    trust: ssl.SSLContext,
+) -> None:
+    port = await tls_target("a.test")
+    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), upstream))))
+
+    def connect() -> None:
+        with socket.create_connection((HOST, running.port), timeout=20) as sock:
+            trust.wrap_socket(sock, server_hostname="a.test").close()
+
+    for _ in range(3):
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await asyncio.to_thread(connect)
+
+
 async def test_a_name_whose_client_refuses_us_is_passed_through_from_then_on_for_that_client(
     serve: Serve,
     connector: Connector,
@@ -274,7 +365,7 @@ async def test_clients_that_hang_up_without_a_word_count_at_the_third_time_in_a_
     trusting_us: ssl.SSLContext,
 ) -> None:
     port = await tls_target("a.test")
-    interceptor = TlsInterceptor(LeafIssuer(ours), upstream, inspect=lines_upper)
+    interceptor = TlsInterceptor(LeafIssuer(ours), upstream, inspect=lines_upper, rejections=Rejections())
     running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
 
     async def refuse() -> None:
@@ -364,7 +455,7 @@ async def test_a_client_that_names_no_server_is_intercepted_by_the_address_it_as
     serve: Serve,
     connector: Connector,
     run: Run,
-    authority: Authority,
+    authority: Pki,
     ours: CertificateAuthority,
     upstream: ClientTls,
     tmp_path: Path,
@@ -382,7 +473,7 @@ async def test_a_client_that_names_no_server_is_intercepted_by_the_address_it_as
         assert out == "None ['h2', 'http/1.1']\n"
 
 
-async def test_policy_holds_inside_tunnels(serve: Serve, connector: Connector, run: Run, authority: Authority) -> None:
+async def test_policy_holds_inside_tunnels(serve: Serve, connector: Connector, run: Run, authority: Pki) -> None:
     port = await http_target(serve, authority, "a.test")
     policy = TlsPolicyLayer(
         [

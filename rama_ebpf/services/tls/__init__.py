@@ -1,13 +1,14 @@
 """TLS: look at a ClientHello, route and judge by it, pass through, terminate, originate, intercept."""
 
 from .alert import Alert
+from .bypass import Rejections
 from .ca import CertificateAuthority, Leaf, LeafIssuer
 from .certs import CertificateStore, ClientAuth, KeyPair, SelectContext, ServerTls, certificate_names
 from .client_hello import ClientHello, ClientHelloParser
 from .errors import AlertError, CertificateRejected, HandshakeFailed, NotTls, TlsError, TlsTruncated
 from .fingerprint import Ja3, Ja4
 from .match import TlsAction, TlsDenied, TlsMatch, TlsPolicyLayer, TlsRoute, TlsRouter, TlsRule, TlsStrike
-from .mitm import Intercepted, Rejections, TlsInterceptor
+from .mitm import Intercepted, TlsInterceptor
 from .originate import ClientTls, TlsConnector, spki_sha256
 from .passthrough import TlsPassthrough
 from .peek import TlsPeekLayer, peek_client_hello

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ssl
-import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 
+from ...core.address import Authority
 from ...core.client import client_address
-from ...core.names import NameSet
+from ...core.service import Service
 from ...core.shares import SourceShare
 from ...core.stream import Stream
 from ...relay import Move, TunnelReport
 from .alert import Alert
+from .bypass import Bypass, Rejections
 from .ca import LeafIssuer
 from .client_hello import ClientHello
 from .errors import CertificateRejected, HandshakeFailed
@@ -21,56 +21,7 @@ from .limit import HandshakeLimit
 from .originate import ClientTls
 from .stream import TlsStream
 
-__all__ = ["Intercepted", "Rejections", "TlsInterceptor"]
-
-
-class Rejections:
-    """Remembers which clients have refused our certificate for which name, for ``ttl`` seconds each.
-
-    An alert about the certificate is a refusal. Some libraries (Python's asyncio is one) hang up without a word
-    instead, but so does who has lost interest: that counts at the ``hang_ups``-th time in a row.
-
-    A client is its address: what one application with a pinned certificate refuses must not be hidden from view for
-    everybody else. At most ``limit`` pairs are kept, the oldest is forgotten first.
-    """
-
-    def __init__(
-        self,
-        *,
-        ttl: float = 3600.0,
-        hang_ups: int = 3,
-        limit: int = 4096,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._ttl = ttl
-        self._hang_ups = hang_ups
-        self._limit = limit
-        self._clock = clock
-        self._seen: OrderedDict[tuple[Hashable, str], tuple[int, float]] = OrderedDict()
-
-    def refused(self, client: Hashable, name: str) -> None:
-        """Remember that ``client`` refuses our certificate for ``name``."""
-        self._remember(client, name, self._hang_ups)
-
-    def hung_up(self, client: Hashable, name: str) -> None:
-        """Count a client that has seen our certificate for ``name`` and closed without a word."""
-        count, until = self._seen.get((client, name), (0, 0.0))
-        self._remember(client, name, count + 1 if self._clock() < until else 1)
-
-    def accepted(self, client: Hashable, name: str) -> None:
-        """Forget what was counted against ``client``: it has accepted our certificate for ``name``."""
-        self._seen.pop((client, name), None)
-
-    def remembers(self, client: Hashable, name: str) -> bool:
-        """Whether ``client`` has refused our certificate for ``name`` lately."""
-        count, until = self._seen.get((client, name), (0, 0.0))
-        return count >= self._hang_ups and self._clock() < until
-
-    def _remember(self, client: Hashable, name: str, count: int) -> None:
-        self._seen.pop((client, name), None)
-        self._seen[client, name] = count, self._clock() + self._ttl
-        if len(self._seen) > self._limit:
-            self._seen.popitem(last=False)
+__all__ = ["Intercepted", "TlsInterceptor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +43,13 @@ class TlsInterceptor:
     server's names and validity and the protocol that was agreed on there. ``inspect`` gets both ends; without it
     their bytes are relayed.
 
-    Names in ``bypass`` are passed through unopened, and so are those that the client has refused our certificate for
-    (``rejections``); the connection in which it does so is lost, its next one is not. ``handshake_timeout`` (seconds)
-    bounds each of the two handshakes; ``max_handshakes`` and ``handshakes`` how many are under way at once, altogether
-    and of one source.
+    Names in ``bypass`` are passed through unopened, where the client asked for that name as target too, or for an
+    address, and the server has a good certificate for it (``connector`` and ``verify_bypass``: see
+    :class:`.bypass.Bypass`). With ``rejections`` so are those that the client has refused our certificate for; the
+    connection in which it does so is lost, its next one is not. That leaves to clients what is seen, so by default
+    nothing is learned.
+    ``handshake_timeout`` (seconds) bounds each of the handshakes; ``max_handshakes`` and ``handshakes`` how many are
+    under way at once, altogether and of one source.
     """
 
     def __init__(
@@ -104,6 +58,8 @@ class TlsInterceptor:
         upstream: ClientTls | None = None,
         *,
         bypass: Iterable[str] = (),
+        connector: Service[Authority, Stream] | None = None,
+        verify_bypass: bool = True,
         inspect: Callable[[Intercepted], Awaitable[TunnelReport]] | None = None,
         rejections: Rejections | None = None,
         handshake_timeout: float = 10.0,
@@ -113,9 +69,11 @@ class TlsInterceptor:
     ) -> None:
         self._issuer = issuer
         self._upstream = upstream if upstream is not None else ClientTls(alpn=("h2", "http/1.1"))
-        self._bypass = NameSet(bypass)
+        self._bypass = Bypass(
+            bypass, self._upstream, connector=connector, verify=verify_bypass, timeout=handshake_timeout
+        )
         self._inspect = inspect
-        self._rejections = rejections if rejections is not None else Rejections()
+        self._rejections = rejections
         self._timeout = handshake_timeout
         self._handshakes = HandshakeLimit(max_handshakes, handshakes)
         self._ragged_eof = ragged_eof
@@ -130,7 +88,11 @@ class TlsInterceptor:
         """
         address = client_address(client)
         source = None if address is None else address.ip
-        if name in self._bypass or self._rejections.remembers(source, name):
+        target, rejections = client.extensions.get(Authority), self._rejections
+        learned = rejections is not None and rejections.remembers(source, name)
+        if learned or self._bypass.wants(target, name):
+            async with self._handshakes.hold(client):
+                await self._prove(client, upstream, target, name)
             return await move(client, upstream)
         async with self._handshakes.hold(client):
             server_side = await self._originate(client, upstream, hello, name)
@@ -143,19 +105,31 @@ class TlsInterceptor:
                     client, context, server_name=hello.server_name, timeout=self._timeout, ragged_eof=self._ragged_eof
                 )
             except HandshakeFailed as error:
-                if error.rejected_our_certificate:
-                    self._rejections.refused(source, name)
+                if error.rejected_our_certificate and rejections is not None:
+                    rejections.refused(source, name)
                 raise
             except ConnectionError:
-                self._rejections.hung_up(source, name)
+                if rejections is not None:
+                    rejections.hung_up(source, name)
                 raise
-            self._rejections.accepted(source, name)
+            if rejections is not None:
+                rejections.accepted(source, name)
         if self._inspect is None:
             return await move(client_side, server_side)
         report = await self._inspect(Intercepted(client_side, server_side, name, move))
         await client_side.close()
         await server_side.close()
         return report
+
+    async def _prove(self, client: Stream, upstream: Stream, target: Authority | None, name: str) -> None:
+        try:
+            await self._bypass.prove(target, upstream, name)
+        except CertificateRejected:
+            await client.close_after(Alert.BAD_CERTIFICATE.record)
+            raise
+        except HandshakeFailed:
+            await client.close_after(Alert.HANDSHAKE_FAILURE.record)
+            raise
 
     async def _originate(self, client: Stream, upstream: Stream, hello: ClientHello, name: str) -> TlsStream:
         offered = tuple(protocol for protocol in self._upstream.alpn if protocol.encode() in hello.alpn)
