@@ -17,7 +17,7 @@ from ..core.address import Endpoint
 from ..core.shares import SourceLimits
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
-from ..kernel.privileges import UserIds, can_change_user
+from ..kernel.privileges import FALLBACK, WORKERS, UserIds, can_change_user
 from ..policy.egress import EgressPolicy
 from ..policy.rule import DEFAULT_ACTIONS, Action, PolicyError, parse_network
 from ..process.sandbox import Sandbox
@@ -26,7 +26,6 @@ from .output import OK
 __all__ = ["register"]
 
 _DEFAULT_TARGET = "rama_ebpf.control.worker:default_proxy"
-_UNPRIVILEGED = "nobody"
 
 log = logging.getLogger("rama_ebpf")
 
@@ -60,12 +59,14 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     add("--syn-cookies", action="store_true", help="with --xdp: send the stack's SYN cookies there")
     most = abi.constants()["SOCKETS_PER_LISTENER"]
     add("--workers", type=_workers, default=min(os.cpu_count() or 1, most), metavar="N", help="default: one a CPU")
-    add("--user", metavar="NAME", help=f"who the workers become (default, as root: {_UNPRIVILEGED})")
-    add("--no-sandbox", action="store_true", help="let workers make any system call")
+    add("--user", metavar="NAME", help=f"who the workers become (default, as root: {WORKERS}, or {FALLBACK})")
+    add("--no-sandbox", action="store_true", help="let workers open any file and make any system call")
+    add("--sandbox-read", action="append", default=[], metavar="PATH", help="let workers read there; repeatable")
+    add("--sandbox-write", action="append", default=[], metavar="PATH", help="let workers write there; repeatable")
     add(
         "--require-sandbox",
         action="store_true",
-        help="exit instead of serving with workers that may make any system call",
+        help="exit instead of serving with workers that lack a part of the sandbox",
     )
     add(
         "--gate",
@@ -145,14 +146,19 @@ def _user(name: str | None) -> UserIds | None:
     if name is None and not can_change_user():
         log.warning("no capabilities to change the user (setuid, setgid, setpcap): workers stay root, without any")
         return None
-    return UserIds.of(name or _UNPRIVILEGED)
+    if name is not None:
+        return UserIds.of(name)
+    user = UserIds.of_workers()
+    if user.name != WORKERS:
+        log.warning("there is no user %s (packaging/sysusers.d makes it): workers become %s", WORKERS, user.name)
+    return user
 
 
 def _sandbox(args: argparse.Namespace) -> Sandbox:
     if args.no_sandbox and args.require_sandbox:
         raise PolicyError("--no-sandbox and --require-sandbox: only one of them can be meant")
     if args.no_sandbox:
-        log.warning("NO SANDBOX: workers may make any system call that their user may (--no-sandbox)")
+        log.warning("NO SANDBOX: workers may open any file and make any system call that their user may (--no-sandbox)")
         return Sandbox.OFF
     return Sandbox.REQUIRED if args.require_sandbox else Sandbox.WANTED
 
@@ -167,6 +173,16 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     )
     serve(options, make)
     return OK
+
+
+def _read_by_workers(args: argparse.Namespace) -> tuple[str, ...]:
+    """The application's directory, that of the password file, which is replaced as a whole, and what is named."""
+    found = [*map(os.path.abspath, args.sandbox_read)]
+    if args.app:
+        found.append(os.getcwd())
+    if args.users is not None:
+        found.append(os.path.dirname(os.path.abspath(args.users)))
+    return tuple(found)
 
 
 def _password_file(args: argparse.Namespace) -> str:
@@ -189,6 +205,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         if name not in _BESIDE_A_FILE and value != parser.get_default(name):
             raise PolicyError(f"--config and {name.replace('_', '-')}: put that into {args.config}")
     # Imported only where there is a file: the model knows every service, and takes half a second to import them all.
+    from ..config.files import watched_directories
     from ..config.load import load_config
     from ..config.modes import exposures
     from ..config.show import effective
@@ -209,6 +226,8 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         workers=server.workers,
         user=_user(server.user),
         sandbox=_sandbox(args),
+        read=(*config.sandbox.read, *watched_directories(config), str(args.config.absolute().parent)),
+        write=config.sandbox.write,
         egress=config.egress.policy(),
         name_servers=config.resolver.name_servers(),
         drain=server.drain,
@@ -265,6 +284,8 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
         workers=args.workers,
         user=_user(args.user),
         sandbox=_sandbox(args),
+        read=_read_by_workers(args),
+        write=tuple(map(os.path.abspath, args.sandbox_write)),
         egress=egress,
         drain=args.drain,
         default=None if args.default is None else Action[args.default.upper()],

@@ -23,6 +23,7 @@ from .kinds import (
     NETWORK,
     TEXT,
     USER,
+    any_path,
     choice,
     integer,
     ip_literal,
@@ -40,6 +41,7 @@ __all__ = [
     "PolicyConfig",
     "ResolverConfig",
     "RuleConfig",
+    "SandboxConfig",
     "ServerConfig",
     "StackConfig",
 ]
@@ -57,11 +59,21 @@ class ServerConfig:
     """The process model."""
 
     workers: int = setting(integer(1, 64), "processes that serve (one a CPU by default)", factory=_cpus)
-    user: str | None = setting(USER, "who the workers become (nobody by default, where root starts them)", default=None)
+    user: str | None = setting(
+        USER, "who the workers become (by default rama-ebpf, or else nobody, where root starts them)", default=None
+    )
     drain: float = setting(DURATION, "time that live connections have after SIGTERM", default=300.0)
     linger: float | None = setting(DURATION_OR_OFF, "for how long it still accepts after SIGTERM", default=None)
     watchdog: float = setting(DURATION, "a worker that hangs for so long is replaced", default=60.0)
     metrics: Endpoint | None = setting(LOOPBACK_ENDPOINT, "where metrics are served (nowhere by default)", default=None)
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """Files that workers may open besides those of Python and those that services name; all else is closed to them."""
+
+    read: tuple[str, ...] = setting(ListOf(any_path()), "they may read there", default=())
+    write: tuple[str, ...] = setting(ListOf(any_path()), "they may change and make files there", default=())
 
 
 @dataclass(frozen=True)
@@ -220,3 +232,4 @@ class Config:
     egress: EgressConfig = setting(Table(EgressConfig), "where to", factory=EgressConfig)
     resolver: ResolverConfig = setting(Table(ResolverConfig), "names", factory=ResolverConfig)
     limits: LimitsConfig = setting(Table(LimitsConfig), "sizes", factory=LimitsConfig)
+    sandbox: SandboxConfig = setting(Table(SandboxConfig), "workers' files", factory=SandboxConfig)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..services.tls.certs import pairs_in
-from .decode import settings_of
-from .kinds import Kind
+from .files import named_files
 from .model import Config
 
 __all__ = ["exposures"]
@@ -25,23 +23,11 @@ def exposures(config: Config, file: str | os.PathLike[str]) -> list[str]:
     return [text for text in found if text]
 
 
-def _secrets(value: object) -> Iterator[Path]:
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _secrets(item)
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _secrets(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in settings_of(type(value)):
-            kind, found = field.metadata["kind"], getattr(value, field.name)
-            if isinstance(kind, Kind) and kind.is_secret and found is not None:
-                path = Path(found)
-                yield path
-                if path.is_dir():
-                    yield from (pair.key for pair in pairs_in(path))
-            else:
-                yield from _secrets(found)
+def _secrets(config: Config) -> Iterator[Path]:
+    for path in named_files(config, secret=True):
+        yield path
+        if path.is_dir():
+            yield from (pair.key for pair in pairs_in(path))
 
 
 def _exposure(path: Path, *, secret: bool) -> str:

@@ -30,6 +30,7 @@ from ..policy.kernel_store import KernelStore
 from ..policy.refresh import Refresher
 from ..policy.rule import PolicyError
 from ..process import Nursery, Plan, Supervisor, WorkerObserver, WorkerProcess
+from ..process.sandbox import Sandbox
 from ..services.tcp import bind_tcp
 from . import upkeep
 from .api import ControlApi
@@ -112,7 +113,7 @@ class _Daemon(WorkerObserver):
         self._is_ready = False
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
-            self._metrics = cleanup.enter_context(MetricsDirectory(options.user))
+            self._metrics = cleanup.enter_context(MetricsDirectory())
         self._feeds = FeedStore(options.instance.feeds_dir)
         self._egress = Egress(host.gate)
         self._killer = ConnectionKiller(self._listeners.addresses, self._own_cgroups)
@@ -204,6 +205,8 @@ class _Daemon(WorkerObserver):
             workers=options.workers,
             user=options.user,
             sandbox=options.sandbox,
+            read=options.read,
+            write=options.write,
             params={
                 "target": options.target,
                 "directory": options.directory,
@@ -379,10 +382,21 @@ class _Daemon(WorkerObserver):
                 "syn_cookies": self._cookies.state,
                 "sockmap": asdict(self._relay.status),
                 "workers": {"expected": counts.expected, "serving": counts.serving, "since": since},
+                "sandbox": self._sandbox(),
                 "drain": self._options.drain,
                 **self._guarded(),
             }
         )
+
+    def _sandbox(self) -> dict[str, object]:
+        """What workers are confined to, by the weakest of those that serve."""
+        user, serving = self._options.user, [worker.confinement for worker in self._supervisor.serving]
+        return {
+            "user": None if user is None else user.name,
+            "wanted": self._options.sandbox is not Sandbox.OFF,
+            "seccomp": bool(serving) and all(confinement.seccomp for confinement in serving),
+            "landlock": min((confinement.landlock for confinement in serving), default=0),
+        }
 
     def _metrics_server(self) -> MetricsServer | None:
         if self._metrics is None or self._options.metrics is None or self._options.metrics.address is None:

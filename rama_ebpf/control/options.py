@@ -31,8 +31,8 @@ class DaemonOptions:
     interfaces that get the XDP program; the server does not start if one cannot. With ``syn_cookies`` that program
     sends the stack's cookies. ``rejects`` is how many RST answer ``reject``, None for as many as is usual. ``egress``
     is where workers may connect to, besides port 53 of ``name_servers`` (none: of the host's); ``user`` is who they
-    become, None to stay, ``sandbox`` whether they give up system calls. ``metrics`` is where metrics are served,
-    nowhere if None.
+    become, None to stay, ``sandbox`` whether they give up files and system calls, and ``read`` and ``write`` are paths
+    that are left to them. ``metrics`` is where metrics are served, nowhere if None.
     ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
     the first tunnel wants it. ``kill``: a source that the policy comes to deny loses its live connections, too.
     """
@@ -45,6 +45,8 @@ class DaemonOptions:
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, abi.constants()["SOCKETS_PER_LISTENER"]))
     user: UserIds | None = None
     sandbox: Sandbox = Sandbox.WANTED
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
     egress: EgressPolicy = field(default_factory=EgressPolicy)
     name_servers: tuple[IPAddress, ...] = ()
     drain: float = 300.0

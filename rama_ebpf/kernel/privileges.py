@@ -14,6 +14,8 @@ from typing import Final
 from ..core.errors import RamaError
 
 __all__ = [
+    "FALLBACK",
+    "WORKERS",
     "UserError",
     "UserIds",
     "can_change_user",
@@ -22,6 +24,11 @@ __all__ = [
     "give_up_capabilities",
     "raise_descriptor_limit",
 ]
+
+WORKERS: Final = "rama-ebpf"
+"""The system user that packages make (``packaging/sysusers.d``)."""
+FALLBACK: Final = "nobody"
+"""Whom other daemons may be as well."""
 
 _CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP = 6, 7, 8
 _CAPABILITY_VERSION_3: Final = 0x20080522
@@ -39,10 +46,11 @@ class UserError(RamaError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class UserIds:
-    """The numbers of an unprivileged user and its primary group."""
+    """The numbers of an unprivileged user and its primary group, and its name."""
 
     uid: int
     gid: int
+    name: str = ""
 
     @classmethod
     def of(cls, name: str) -> UserIds:
@@ -53,7 +61,15 @@ class UserIds:
             raise UserError(f"there is no user {name!r} on this host (getent passwd lists them)") from None
         if entry.pw_uid == 0:
             raise UserError(f"workers must not run as {name!r} (uid 0): name an unprivileged user, e.g. nobody")
-        return cls(entry.pw_uid, entry.pw_gid)
+        return cls(entry.pw_uid, entry.pw_gid, entry.pw_name)
+
+    @classmethod
+    def of_workers(cls) -> UserIds:
+        """The system user that is there for workers, or where there is none :data:`FALLBACK`."""
+        try:
+            return cls.of(WORKERS)
+        except UserError:
+            return cls.of(FALLBACK)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -1,8 +1,8 @@
 """How workers share their counters: files that each maps into its memory, merged when somebody asks.
 
-This is prometheus-client's multiprocess mode. Files are named for a worker's number and generation instead of its
-process id. When a worker has ended its files are put aside, and the next scrape adds them up and removes them, so their
-number stays bounded.
+This is prometheus-client's multiprocess mode. A worker opens its files while it has privileges, and nobody but root may
+open them again. Files are named for a worker's number and generation instead of its process id. When a worker has ended
+its files are put aside, and the next scrape adds them up and removes them, so their number stays bounded.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from ..kernel.privileges import UserIds
-
-__all__ = ["ENDED", "ENVIRONMENT", "MetricsDirectory", "sweep", "use_identity"]
+__all__ = ["ENDED", "ENVIRONMENT", "MetricsDirectory", "open_files", "sweep", "use_identity"]
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +31,10 @@ ENDED: Final = "~"
 
 
 class MetricsDirectory:
-    """A private directory for the files of one supervisor's workers; removed on exit.
+    """A private directory for the files of one supervisor's workers; removed on exit. ``parent`` is by default ``/run``
+    for root, which is in memory."""
 
-    ``parent`` must let ``owner``, the workers' user, pass; by default it is ``/run`` for root, which is in memory.
-    """
-
-    def __init__(self, owner: UserIds | None = None, *, parent: str | None = None) -> None:
+    def __init__(self, *, parent: str | None = None) -> None:
         if parent is None and os.geteuid() == 0:
             parent = "/run"
         sweep(Path(tempfile.gettempdir() if parent is None else parent))
@@ -46,8 +42,6 @@ class MetricsDirectory:
         self._numbers = itertools.count()
         self._held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if owner is not None:
-            os.chown(self.path, owner.uid, owner.gid)
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -108,3 +102,15 @@ def use_identity(identity: str) -> None:
     from prometheus_client import values
 
     values.ValueClass = values.MultiProcessValue(lambda: identity)  # type: ignore[no-untyped-call]  # has no annotations
+
+
+def open_files(listeners: Iterable[str]) -> None:
+    """Open the files of this process, one for each kind of metric: later it may not be allowed to. Does nothing without
+    a metrics directory."""
+    if ENVIRONMENT not in os.environ:
+        return
+    from .definitions import ACCEPTED, CONNECTIONS  # and with them a histogram, which has no labels
+
+    for name in listeners:
+        ACCEPTED.labels(name)
+        CONNECTIONS.labels(name)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ..kernel.confine import confine
 from ..kernel.own_addresses import local_networks
 from ..kernel.privileges import UserIds, can_change_user, die_with_parent, drop_privileges, give_up_capabilities
 from .egress import EgressPolicy, OwnHost
@@ -30,7 +31,7 @@ _SHORTEST_LINE: Final = 3  # "::" and a line feed
 def _confine(max_size: int) -> None:
     """Give up all privileges, and the means to fill memory or to start anything."""
     if os.geteuid() == 0 and can_change_user():
-        drop_privileges(UserIds.of("nobody"))
+        drop_privileges(UserIds.of_workers())
     else:  # a user without privileges, or root in a container that gives it none
         give_up_capabilities()
     die_with_parent()
@@ -40,6 +41,7 @@ def _confine(max_size: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
+    confine()  # as far as the host can
 
 
 def _fail(error: str, retry_after: float | None = None) -> SystemExit:
@@ -48,9 +50,10 @@ def _fail(error: str, retry_after: float | None = None) -> SystemExit:
 
 def main() -> None:
     wanted = json.load(sys.stdin)
+    egress = _egress() if "url" in wanted else None  # asks the kernel over a socket that is forbidden afterwards
     _confine(wanted["max_size"])
     try:
-        record = _read_file(wanted) if "file" in wanted else _fetch(wanted)
+        record = _read_file(wanted) if egress is None else _fetch(wanted, egress)
     except (FeedError, ValueError) as error:
         raise _fail(str(error)) from None
     except MemoryError:
@@ -76,10 +79,9 @@ def _egress() -> EgressPolicy:
         raise _fail(f"cannot tell this host's own addresses, where no redirect may lead: {error}") from None
 
 
-def _fetch(wanted: Mapping[str, Any]) -> bytes:
+def _fetch(wanted: Mapping[str, Any], egress: EgressPolicy) -> bytes:
     from .http_get import GetError, get  # late: a file needs none of it
 
-    egress = _egress()
     try:
         with contextlib.closing(get(wanted["url"], wanted["validators"], wanted["timeout"], egress)) as response:
             data = response.read(wanted["max_size"])

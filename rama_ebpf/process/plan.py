@@ -48,9 +48,10 @@ class Plan:
     ``target`` is ``module:attribute``, a service or a function of a :class:`~.context.WorkerContext` that makes one;
     ``directory`` is put in front of the module search path. ``params`` is JSON that the function finds in its
     context. ``user`` is who the workers become (None: they stay who they are), ``sandbox`` whether they must give up
-    system calls. ``fds`` are further descriptors by name that every worker gets. ``drain`` is how many seconds live
-    connections have after SIGTERM, ``linger`` for how many it goes on to accept before that, ``watchdog`` after how
-    many seconds of silence a worker is taken for hung and replaced. ``environment`` is added to the workers'.
+    files and system calls, and ``read`` and ``write`` are paths that are left to them. ``fds`` are further descriptors
+    by name that every worker gets. ``drain`` is how many seconds live connections have after SIGTERM, ``linger`` for
+    how many it goes on to accept before that, ``watchdog`` after how many seconds of silence a worker is taken for hung
+    and replaced. ``environment`` is added to the workers'.
     """
 
     target: str
@@ -58,6 +59,8 @@ class Plan:
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     user: UserIds | None = None
     sandbox: Sandbox = Sandbox.WANTED
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
     params: Json = field(default_factory=dict)
     directory: str | None = None
     fds: Mapping[str, int] = field(default_factory=dict)

@@ -1,13 +1,16 @@
-"""What a worker gives up once its application is loaded, besides its user: system calls."""
+"""What a worker gives up once its application is loaded, besides its user: files and system calls."""
 
 from __future__ import annotations
 
 import enum
 import logging
+from collections.abc import Iterable
+from pathlib import Path
 
-from ..kernel.seccomp import SeccompUnavailable, refuse_system_calls
+from ..core.errors import RamaError
+from ..kernel.confine import Confinement, confine
 
-__all__ = ["Sandbox", "enter"]
+__all__ = ["Sandbox", "SandboxUnavailable", "enter"]
 
 log = logging.getLogger("rama_ebpf.worker")
 
@@ -18,17 +21,25 @@ class Sandbox(enum.Enum):
     WANTED = "wanted"
     """As far as the host has what it takes."""
     REQUIRED = "required"
-    """A worker that cannot have it does not start."""
+    """A worker that cannot have all of it does not start."""
     OFF = "off"
 
 
-def enter(sandbox: Sandbox) -> None:
-    """Confine this process for good. Raises :class:`SeccompUnavailable` where it is required and cannot be."""
+class SandboxUnavailable(RamaError):
+    """The sandbox is required, and cannot be had; the text says why."""
+
+    kind = "sandbox"
+
+
+def enter(sandbox: Sandbox, read: Iterable[str] = (), write: Iterable[str] = ()) -> Confinement:
+    """Confine this process for good; beneath ``read`` files may be opened besides those that Python needs, beneath
+    ``write`` changed. Raises :class:`SandboxUnavailable` where it is required and cannot be."""
     if sandbox is Sandbox.OFF:
-        return
-    try:
-        refuse_system_calls()
-    except SeccompUnavailable as error:
+        return Confinement(seccomp=False, landlock=0)
+    confinement = confine(map(Path, read), map(Path, write))
+    if confinement.missing:
+        why = "; ".join(confinement.missing)
         if sandbox is Sandbox.REQUIRED:
-            raise
-        log.warning("no sandbox: %s (--require-sandbox refuses to run like this)", error)
+            raise SandboxUnavailable(why)
+        log.warning("no whole sandbox: %s (--require-sandbox refuses to run like this)", why)
+    return confinement

@@ -119,6 +119,11 @@ class Supervisor:
         return {} if self._in_force is None else {worker.number: worker.pid for worker in self._in_force.workers}
 
     @property
+    def serving(self) -> list[WorkerProcess]:
+        """The workers of the plan in force that serve."""
+        return [] if self._in_force is None else self._in_force.serving
+
+    @property
     def counts(self) -> WorkerCounts:
         """How the workers of the plan in force are."""
         generation = self._in_force

@@ -21,9 +21,10 @@ from typing import Any, Final, cast
 import uvloop
 
 from ..core.errors import PeerClosed, RamaError
+from ..kernel.confine import Confinement
 from ..kernel.privileges import UserIds, die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
 from ..metrics.directory import ENVIRONMENT as METRICS_ENVIRONMENT
-from ..metrics.directory import use_identity
+from ..metrics.directory import open_files, use_identity
 from ..services.resolver import DnsResolver
 from ..services.tcp import TcpServer
 from .channel import Channel, receive_line, send_line
@@ -98,11 +99,13 @@ class _Worker:
             observe_refusal=_refusal_observer(),
         )
         self._application: Application | None = None
+        self._confinement: Confinement | None = None
 
     def prepare(self) -> None:
         """Do what needs privileges, then give them up."""
         raise_descriptor_limit()
         use_identity(self._order["identity"])
+        open_files(self._context.listeners)
         for name in _LAZY_IMPORTS:
             importlib.import_module(name)
         for fd in (*self._context.fds.values(), self._order["shared"][0]):
@@ -116,7 +119,7 @@ class _Worker:
         else:
             give_up_capabilities()
         die_with_parent()
-        enter(Sandbox(self._order["sandbox"]))
+        self._confinement = enter(Sandbox(self._order["sandbox"]), self._order["read"], self._order["write"])
 
     async def run(self, channel: socket.socket) -> int:
         assert self._application is not None
@@ -133,7 +136,8 @@ class _Worker:
             for _, fd in row["sockets"]:
                 self._servers.append(self._server(row["name"], socket.socket(fileno=fd), application))
         background = {asyncio.create_task(self._listen()), asyncio.create_task(self._heartbeat())}
-        self._channel.notify("ready")
+        assert self._confinement is not None
+        self._channel.notify("ready", {"seccomp": self._confinement.seccomp, "landlock": self._confinement.landlock})
         await self._stop.wait()
         await self._close_listeners()
         started = time.monotonic()

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from ..core.errors import RamaError
+from ..kernel.confine import Confinement
 from .channel import Channel
 from .nursery import Nursery
 from .plan import Json, Plan
@@ -47,6 +48,11 @@ class _Failed(msgspec.Struct, forbid_unknown_fields=True):
 class _Drained(msgspec.Struct, forbid_unknown_fields=True):
     cut: Annotated[int, Meta(ge=0, le=2**32)]
     seconds: Annotated[float, Meta(ge=0, le=2**32)]
+
+
+class _Ready(msgspec.Struct, forbid_unknown_fields=True):
+    seccomp: bool = False
+    landlock: Annotated[int, Meta(ge=0, le=1000)] = 0
 
 
 class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
@@ -78,6 +84,8 @@ class WorkerProcess:
         self.gone: asyncio.Future[None] = loop.create_future()
         """Done when it has ended and everybody has been told so."""
         self.superseded = False
+        self.confinement = Confinement(seccomp=False, landlock=0)
+        """What it said of its sandbox when it was ready."""
         self.said_goodbye = False
         """Whether it has drained: nothing is lost with it any more."""
 
@@ -194,6 +202,8 @@ class WorkerFactory:
             "fds": plan.fds,
             "user": None if plan.user is None else (plan.user.uid, plan.user.gid),
             "sandbox": plan.sandbox.value,
+            "read": plan.read,
+            "write": plan.write,
             "log_level": plan.log_level,
         }
         self._nursery.start(f"the care for worker {number}", self._look_after(worker, ours, order))
@@ -201,7 +211,7 @@ class WorkerFactory:
 
     async def _look_after(self, worker: WorkerProcess, sock: socket.socket, order: Json) -> None:
         channel = worker.channel
-        channel.on("ready", lambda body: self._ready(worker), _Nothing)
+        channel.on("ready", lambda body: self._ready(worker, body), _Ready)
         channel.on("failed", lambda body: worker.fail(body.text), _Failed)
         channel.on("released", lambda body: _settle(worker.released), _Nothing)
         channel.on("draining", lambda body: _settle(worker.closed), _Nothing)
@@ -248,9 +258,10 @@ class WorkerFactory:
         for future in (worker.released, worker.closed, worker.gone):
             _settle(future)
 
-    def _ready(self, worker: WorkerProcess) -> None:
+    def _ready(self, worker: WorkerProcess, body: _Ready) -> None:
         if worker.ready.done():
             raise ValueError("ready twice")
+        worker.confinement = Confinement(body.seccomp, body.landlock)
         worker.started = time.monotonic()
         worker.ready.set_result(None)
         log.debug("worker %d serves (pid %d)", worker.number, worker.pid)

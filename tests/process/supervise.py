@@ -50,7 +50,7 @@ def main() -> int:
         listeners.append(Listener(name, (first, *more)))
 
     cleanup = contextlib.ExitStack()
-    directory = cleanup.enter_context(MetricsDirectory(None if user is None else UserIds.of(user), parent=parent))
+    directory = cleanup.enter_context(MetricsDirectory(parent=parent))
     scraped = bind_tcp("127.0.0.1", 0)
     ports = [listener.sockets[0].getsockname()[1] for listener in listeners] + [scraped.getsockname()[1]]
 
