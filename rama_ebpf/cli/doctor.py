@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import cast
 
 from ..core.errors import RamaError
-from ..kernel import bpffs, cgroup, headers, syn_cookies
+from ..kernel import bpffs, cgroup, headers, landlock, syn_cookies
 from ..kernel.instance import Instance
+from ..kernel.privileges import WORKERS, UserIds
+from ..kernel.seccomp import SeccompUnavailable, load_library
 from .lifecycle import probe
 from .output import ENVIRONMENT, OK, print_json
 
@@ -102,6 +104,36 @@ def _syn_cookies() -> Finding:
     return Finding("SYN cookies", None if refusal else True, found, "sysctl net.ipv4.tcp_syncookies=1")
 
 
+def _workers_user() -> Finding:
+    """Nothing of the sandbox keeps the server from running: what is missing is told."""
+    user = UserIds.of_workers()
+    if user.name == WORKERS:
+        return Finding("workers' user", True, f"{WORKERS} (uid {user.uid})")
+    found = f"there is no user {WORKERS}: workers become {user.name}, whom other daemons may be as well"
+    return Finding("workers' user", None, f"{found} (packaging/sysusers.d makes it; [server] user names another)")
+
+
+def _seccomp() -> Finding:
+    try:
+        load_library()
+    except SeccompUnavailable as error:
+        return Finding("seccomp", None, f"workers and feeds' children may make any system call: {error}")
+    if not Path("/proc/sys/kernel/seccomp/actions_avail").is_file():
+        return Finding(
+            "seccomp", None, "workers and feeds' children may make any system call: the kernel has no filters"
+        )
+    return Finding("seccomp", True, "workers and feeds' children make the system calls on a list, and no others")
+
+
+def _landlock() -> Finding:
+    version = landlock.abi()
+    if not version:
+        text = "workers and feeds' children open what their user may: the kernel has no Landlock (5.13), or not in lsm="
+        return Finding("Landlock", None, text)
+    scopes = "" if version >= 6 else "; signals and abstract sockets are left to seccomp before ABI 6"
+    return Finding("Landlock", True, f"ABI {version}: workers and feeds' children open the files they need{scopes}")
+
+
 def _sockmap() -> Finding:
     from ..control.kernel_relay import passed_before  # only here: it brings in the relay and the process model
     from ..relay.selftest import known_bad
@@ -141,6 +173,9 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
     _bcc,
     _jit,
     _syn_cookies,
+    _workers_user,
+    _seccomp,
+    _landlock,
     _sockmap,
 )
 

@@ -62,6 +62,7 @@ def status(instance: Instance) -> Json:
         "silent_rejects": 0,
         "sockmap": state.get("sockmap"),
         "workers": state.get("workers"),
+        "sandbox": state.get("sandbox"),
         "listeners": [],
         "verdicts": [],
     }
@@ -95,6 +96,16 @@ def probe(instance: Instance) -> Json | None:
 
 def _shown(row: Json) -> Json:
     return {name: row[name] for name in ("name", "address", "guarded", "guard", "open") if name in row}
+
+
+def _confined(sandbox: Json) -> str:
+    who = f"workers run as {sandbox['user'] or 'who started them'}"
+    if not sandbox["wanted"]:
+        return f"{who}, WITHOUT A SANDBOX (--no-sandbox)"
+    abi = cast("int", sandbox["landlock"])
+    calls = "system calls filtered" if sandbox["seccomp"] else "SYSTEM CALLS NOT FILTERED"
+    files = f"files restricted (Landlock {abi})" if abi else "FILES NOT RESTRICTED"
+    return f"{who}: {calls}, {files}" + ("" if abi and sandbox["seccomp"] else " (doctor says why)")
 
 
 def _counted(store: KernelStore, row: Json) -> Json:
@@ -144,6 +155,8 @@ def _status(args: argparse.Namespace) -> int:
         print(f"{found} disagreement{'s' * (found > 1)} of kernel and policy, the last: {audit['last']}")
         for what in audit["standing"]:
             print(f"THE KERNEL DOES NOT HAVE WHAT WAS ASKED FOR: {what}")
+    if isinstance(sandbox := result["sandbox"], dict):
+        print(_confined(sandbox))
     if isinstance(cookies := result["syn_cookies"], dict):
         print(f"SYN cookies by XDP: {cookies['why_never'] or 'on'}")
     if isinstance(sockmap := result["sockmap"], dict):
