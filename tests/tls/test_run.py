@@ -42,7 +42,7 @@ tls = { chain = "proxy.test.crt", key = "proxy.test.key", alpn = ["http/1.1"] }
 [[stacks.proxy.layers]]
 [stacks.proxy.layers.tls-tunnel]
 rules = [{ name = "no-bad", sni = [".bad.test"], action = "close" }]
-intercept = { ca = "ca.pem", ca_key = "ca.key", upstream_ca = "tests-CA.pem", bypass = ["bank.test"] }
+intercept = { ca = "ca.pem", ca_key = "ca.key", upstream_ca = "tests-CA.pem", bypass = ["bank.test"], learn = true }
 
 [egress]
 allow = ["127.0.0.1/32"]

@@ -1,8 +1,8 @@
 """Which TLS is passed through an interception unopened: what the operator has named, at servers that have proven it.
 
 The server name in a ClientHello is the client's to choose, and so is the target it asks a proxy for. So one alone opens
-nothing, and the server behind has to show a good certificate for the name: on a connection beside the tunnel's, since
-that of TLS 1.3 is encrypted.
+nothing, and the server behind has to show a good certificate for the name. That of TLS 1.3 is encrypted, so the
+connection on which it is shown is given up, and the client's handshake is made on another.
 """
 
 from __future__ import annotations
@@ -121,34 +121,38 @@ class Bypass:
             return False
         return target is None or target.ip is not None or str(target.host).lower().removesuffix(".") in self._names
 
-    async def prove(self, target: Authority | None, upstream: Stream, name: str) -> None:
-        """Return when the server of a tunnel has shown a certificate for ``name``, now or lately.
+    async def prove(self, target: Authority | None, upstream: Stream, name: str) -> Stream:
+        """Return a connection to the server of a tunnel, which has shown a certificate for ``name``, now or lately:
+        ``upstream``, or the one in its place if it was used up by that.
 
         Raises :class:`CertificateRejected` or :class:`HandshakeFailed` if it does not.
         """
         if not self._verify:
-            return
+            return upstream
         key = target if self._connector is not None and target is not None else upstream.peer, name
         if self._proven.get(key, 0.0) > self._clock():
-            return
-        try:
-            stream = await self._connect(target, upstream)
-        except (RamaError, OSError) as error:
-            raise HandshakeFailed(f"cannot connect to {name} once more, to see its certificate: {error}") from error
+            return upstream
         try:
             context = self._context
             if context is None:
                 context = self._context = replace(self._upstream, alpn=()).context()
-            tls = await TlsStream.connect(stream, context, server_name=name, timeout=self._timeout)
+            tls = await TlsStream.connect(upstream, context, server_name=name, timeout=self._timeout)
             self._upstream.check_pins(tls.parameters.peer_certificate, name)
         except CertificateRejected as error:
             raise CertificateRejected(f"{name} is to be passed through, and its server is another: {error}") from error
         finally:
-            stream.abort()
+            upstream.abort()
+        try:
+            again = await self._connect(target, upstream)
+        except (RamaError, OSError) as error:
+            raise HandshakeFailed(
+                f"cannot connect to {name} once more, after it has shown its certificate: {error}"
+            ) from error
         self._proven.pop(key, None)
         self._proven[key] = self._clock() + self._ttl
         if len(self._proven) > _PROVEN:
             self._proven.popitem(last=False)
+        return again
 
     async def _connect(self, target: Authority | None, upstream: Stream) -> Stream:
         if self._connector is not None and target is not None:

@@ -92,7 +92,7 @@ class TlsInterceptor:
         learned = rejections is not None and rejections.remembers(source, name)
         if learned or self._bypass.wants(target, name):
             async with self._handshakes.hold(client):
-                await self._prove(client, upstream, target, name)
+                upstream = await self._prove(client, upstream, target, name)
             return await move(client, upstream)
         async with self._handshakes.hold(client):
             server_side = await self._originate(client, upstream, hello, name)
@@ -121,9 +121,9 @@ class TlsInterceptor:
         await server_side.close()
         return report
 
-    async def _prove(self, client: Stream, upstream: Stream, target: Authority | None, name: str) -> None:
+    async def _prove(self, client: Stream, upstream: Stream, target: Authority | None, name: str) -> Stream:
         try:
-            await self._bypass.prove(target, upstream, name)
+            return await self._bypass.prove(target, upstream, name)
         except CertificateRejected:
             await client.close_after(Alert.BAD_CERTIFICATE.record)
             raise
