@@ -177,6 +177,7 @@ class _Daemon(WorkerObserver):
             metrics.start()
         self._write_state()
         nursery.keep("sweeping the policy", lambda: upkeep.sweep(store, thread))
+        nursery.keep("watching the wall clock", lambda: upkeep.watch_clock(store, thread))
         nursery.keep("keeping bans on disk", lambda: upkeep.sync(store, thread))
         nursery.keep("refreshing feeds", lambda: upkeep.refresh(store, Refresher(store, self._feeds)))
         nursery.keep("ending denied connections", self._enforce)

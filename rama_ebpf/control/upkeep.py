@@ -6,12 +6,13 @@ import asyncio
 import logging
 from typing import Final
 
+from ..kernel.clock import ClockSteps
 from ..policy.refresh import Refresher
 from ..policy.rule import PolicyError
 from ..policy.store import PolicyStore
 from .policy_thread import PolicyThread
 
-__all__ = ["refresh", "sweep", "sync"]
+__all__ = ["refresh", "sweep", "sync", "watch_clock"]
 
 log = logging.getLogger("rama_ebpf")
 
@@ -32,12 +33,22 @@ async def sweep(store: PolicyStore, thread: PolicyThread) -> None:
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
         try:
+            await thread.run(store.judge_again)
             freed = await thread.run(store.sweep)
         except PolicyError as error:
             log.warning("cannot keep the policy in order, trying again: %s", error)
         else:
             if freed:
                 log.info("policy: %d expired rules and bans removed", freed)
+
+
+async def watch_clock(store: PolicyStore, thread: PolicyThread) -> None:
+    """When the wall clock is set, judge again what was judged by it."""
+    with ClockSteps() as steps:
+        while True:
+            await steps.wait()
+            changed = await thread.run(store.judge_again)
+            log.info("the wall clock was set: %d rules at run time have another end by it", changed)
 
 
 async def refresh(store: PolicyStore, refresher: Refresher) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
+from ..kernel.clock import is_synchronized
 from .failsafe import Failsafe
 from .image import PolicyImage, RuntimeRule
 from .kept import KeptPolicy
@@ -13,11 +15,14 @@ from .loaded_set import LoadedSet
 from .prefixes import IPNetwork
 from .rule import PolicyError, RuleSet, boottime_ns
 from .runtime_rules import RuntimeRules
-from .tables import Exclusive, Tables
+from .tables import Exclusive, Place, Tables
 
 __all__ = ["Keeping"]
 
 log = logging.getLogger(__name__)
+
+_SAME: Final = 1_000_000_000
+"""Ends that differ by less, in nanoseconds, are one: the clocks are not read at the same time."""
 
 
 class Keeping:
@@ -31,6 +36,8 @@ class Keeping:
         self._failsafe = failsafe
         self._kept: KeptPolicy | None = None
         self._behind_set = self._behind_rules = False
+        self._holds = False
+        """Whether rules on disk that are not in force may have to be: they are not written anew without them."""
         self._said = ""
 
     def keep_in(self, directory: Path) -> None:
@@ -71,6 +78,35 @@ class Keeping:
         self._behind_set = True
         self._behind_rules |= rules
 
+    def take_up(self) -> None:
+        """Have everything written anew, but for rules of which some on disk are to be judged again."""
+        self.fall_behind(rules=True)
+        try:
+            self._holds = self._kept is not None and bool(self._kept.read_rules().earlier) and not is_synchronized()
+        except OSError as error:
+            self._holds = True
+            log.error("rules at run time that are on disk cannot be read, and are left as they are: %s", error)
+
+    def judged_again(self) -> list[tuple[Place, RuntimeRule | None]]:
+        """Return what is to be in force, where the wall clock, as it is now, says another thing than it did. Rules that
+        were written in an earlier boot are judged by it. Raises OSError."""
+        if self._kept is None or not self._holds:
+            return []
+        changes: list[tuple[Place, RuntimeRule | None]] = []
+        kept = self._kept.read_rules()
+        self._holds = bool(kept.earlier) and not is_synchronized()
+        self._behind_rules |= not self._holds
+        for place, created in kept.earlier.items():
+            wanted, rule_id = kept.rules.get(place), self._runtime.get(*place)
+            present = None if rule_id is None else self._tables.rules.get(rule_id)
+            if present is not None and present.created != created:
+                continue  # another one, of this boot
+            if wanted is None and present is not None and place not in kept.doubtful:
+                changes.append((place, wanted))
+            if wanted is not None and (present is None or _differ(present.expires, wanted.rule.expires)):
+                changes.append((place, wanted))
+        return changes
+
     def sweep(self) -> None:
         """Keep the rows of rules from growing for ever."""
         if self._kept is not None and self._kept.is_overgrown:
@@ -79,15 +115,15 @@ class Keeping:
     def catch_up(self, exclusive: Exclusive) -> None:
         """Write what the disk does not have yet, with the lock. A disk that refuses is logged as an error, once; the
         next call tries again."""
-        if self._kept is None or not (self._behind_set or self._behind_rules):
+        if self._kept is None or not (self._behind_set or (self._behind_rules and not self._holds)):
             return
         try:
             with exclusive():
-                if self._behind_rules:
+                if self._behind_rules and not self._holds:
                     self._kept.write(self.image())
                 elif self._behind_set:
                     self._kept.write_set(self._image_of(self._loaded.lasting()))
-                self._behind_set = self._behind_rules = False
+                self._behind_set, self._behind_rules = False, self._behind_rules and self._holds
                 self._said = ""
         except (PolicyError, OSError) as error:
             if str(error) != self._said:
@@ -97,3 +133,9 @@ class Keeping:
     def _image_of(self, ruleset: RuleSet) -> PolicyImage:
         revision = self._tables.gate().revision
         return PolicyImage(revision, ruleset, tuple(self._failsafe.networks()), self._failsafe.ports())
+
+
+def _differ(one: int | None, other: int | None) -> bool:
+    if one is None or other is None:
+        return one is not other
+    return abs(one - other) > _SAME

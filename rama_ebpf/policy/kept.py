@@ -15,8 +15,8 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Final
@@ -24,12 +24,13 @@ from typing import Final
 from . import document
 from .atomic import write_atomically
 from .image import PolicyImage, RuntimeRule
-from .lifetime import HasEnded, boot_id, lifetime_of, lifetime_row
+from .lifetime import HasEnded, MayHaveEnded, boot_id, is_of_this_boot, lifetime_of, lifetime_row
 from .prefixes import IPNetwork
 from .row_log import RowLog
 from .rule import Action, PolicyError, Rule, RuleSet, SynLimit, boottime_ns
+from .tables import Place
 
-__all__ = ["KeptPolicy", "PolicyDamaged"]
+__all__ = ["KeptPolicy", "KeptRules", "PolicyDamaged"]
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,24 @@ _FORMAT: Final = 1
 _LARGEST: Final = 1 << 30
 _LONGEST_HEADER: Final = 1 << 20
 _LAST_REVISION: Final = 1 << 62
+_LATEST: Final = (1 << 63) - 1
 _ENDED: Final = 1
 """An end in the past of every boot."""
 
 
 class PolicyDamaged(OSError):
     """What is on disk is not what was written there. The text names the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRules:
+    """What ``rules`` says. ``earlier`` are the places of rules that were written in an earlier boot and end, by when
+    they were created; of those, ``doubtful`` may have ended, if the wall clock is right."""
+
+    revision: int | None
+    rules: Mapping[Place, RuntimeRule]
+    earlier: Mapping[Place, int]
+    doubtful: Collection[Place]
 
 
 class KeptPolicy:
@@ -53,16 +66,18 @@ class KeptPolicy:
         self.directory = directory
         self._set = directory / "policy"
         self._rules = RowLog(directory / "rules")
+        self._since = boottime_ns()
 
     def read(self) -> PolicyImage | None:
         """Return what is kept, None if nothing ever was. Raises :class:`PolicyDamaged` for a set that was damaged; a
         row of a rule that was is left out, and the log says so."""
         image = self._read_set()
-        revision, runtime = self._read_rules()
-        if image is None and revision is None:
+        kept = self.read_rules()
+        if image is None and kept.revision is None:
             return None
         image = image or PolicyImage(0, RuleSet())
-        return replace(image, revision=max(image.revision, revision or 0), runtime=runtime)
+        revision = max(image.revision, kept.revision or 0)
+        return replace(image, revision=revision, runtime=tuple(kept.rules.values()))
 
     def write(self, image: PolicyImage) -> None:
         """Replace everything."""
@@ -134,8 +149,11 @@ class KeptPolicy:
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise PolicyDamaged(errno.EINVAL, f"{self._set} is damaged: {error}") from error
 
-    def _read_rules(self) -> tuple[int | None, tuple[RuntimeRule, ...]]:
-        kept: dict[tuple[IPNetwork, int], RuntimeRule] = {}
+    def read_rules(self) -> KeptRules:
+        """Return the rules at run time, judged by the clocks as they are now."""
+        rules: dict[Place, RuntimeRule] = {}
+        earlier: dict[Place, int] = {}
+        doubtful: set[Place] = set()
         revision: int | None = None
         damaged = 0
         for row in self._rules.rows():
@@ -145,18 +163,23 @@ class KeptPolicy:
                 of_row = _revision(row)
                 if "source" in row:
                     place = ip_network(str(row["source"])), _whole(row["port"], 65535)
-                    added = _runtime_rule(place, row)
-                    if added is None:
-                        kept.pop(place, None)
-                    else:
-                        kept[place] = added
+                    rule, in_doubt = _judged(place, row, self._since)
+                    rules.pop(place, None)
+                    earlier.pop(place, None)
+                    doubtful.discard(place)
+                    if rule is not None:
+                        rules[place] = rule
+                    if in_doubt:
+                        doubtful.add(place)
+                    if not row.get("removed") and not is_of_this_boot(row):
+                        earlier[place] = _whole(row["created"], _LATEST)
             except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
                 damaged += 1
                 continue
             revision = max(revision or 0, of_row)
         if damaged:
             log.warning("%d lines of %s are damaged and left out", damaged, self._rules.path)
-        return revision, tuple(kept.values())
+        return KeptRules(revision, rules, earlier, doubtful)
 
 
 def _checksum(header: Mapping[str, object], body: bytes) -> str:
@@ -179,6 +202,8 @@ def _image(line: bytes, body: bytes) -> PolicyImage:
         row = {"until": written + left, "left": left, "boot": header["boot"], "boot_until": rule.expires}
         try:
             return replace(rule, expires=lifetime_of(row))
+        except MayHaveEnded:  # deny while in doubt, for no longer than was left
+            return replace(rule, expires=_ENDED if rule.action is Action.ALLOW else boottime_ns() + round(left * 1e9))
         except HasEnded:
             return replace(rule, expires=_ENDED)
 
@@ -218,17 +243,17 @@ def _row(one: RuntimeRule, revision: int) -> dict[str, object]:
     }
 
 
-def _runtime_rule(place: tuple[IPNetwork, int], row: Mapping[str, object]) -> RuntimeRule | None:
-    """Return the rule of a row, None if it was taken back or has ended."""
+def _judged(place: Place, row: Mapping[str, object], since: int) -> tuple[RuntimeRule | None, bool]:
+    """Return the rule of a row, None if it was taken back or has ended, and whether it may be in force all the same."""
     if row.get("removed"):
-        return None
+        return None, False
     limit = row["limit"]
     if limit is not None and not isinstance(limit, list):
         raise PolicyError("a limit is a rate and a burst")
     try:
-        expires = lifetime_of(row)
-    except HasEnded:
-        return None
+        expires = lifetime_of(row, since)
+    except HasEnded as ended:
+        return None, isinstance(ended, MayHaveEnded)
     network, port = place
     rule = Rule(
         str(row["name"]),
@@ -241,4 +266,4 @@ def _runtime_rule(place: tuple[IPNetwork, int], row: Mapping[str, object]) -> Ru
         str(row["reason"]),
         str(row["origin"]),
     )
-    return RuntimeRule(rule, _whole(row["created"], (1 << 63) - 1))
+    return RuntimeRule(rule, _whole(row["created"], _LATEST)), False

@@ -92,9 +92,24 @@ class PolicyStore:
             self._journal.sync()
 
     def keep(self) -> None:
-        """Have the whole policy written to disk anew by the next :meth:`sync`."""
+        """Have the whole policy written to disk anew by the next :meth:`sync`, and judge by the wall clock again what
+        depends on it (:meth:`judge_again`)."""
         if self.revision:
-            self._keeping.fall_behind(rules=True)
+            self._keeping.take_up()
+
+    def judge_again(self) -> int:
+        """After a reboot ends are judged by the wall clock, which may have been wrong: do so again. Return how many
+        rules at run time have come into force, ended, or got another end. Raises OSError or :class:`PolicyError`."""
+        with self._exclusive():
+            changes = self._keeping.judged_again()
+            for (network, port), wanted in changes:
+                if wanted is None:
+                    self._runtime.drop(network, port)
+                else:
+                    self._room.place(wanted.rule, wanted.created)
+            if changes:
+                self._changed()
+            return len(changes)
 
     def _note(self, what: str, revision: int, **details: object) -> None:
         self._unsynced |= what not in _OF_SINGLE_RULES

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -15,9 +16,9 @@ from rama_ebpf.control.host_policy import GateUnavailable, HostPolicy
 from rama_ebpf.kernel import bpffs
 from rama_ebpf.kernel.gate_maps import GateMaps, MapSizes
 from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.policy import keeping, kept, lifetime
 from rama_ebpf.policy.kept import KeptPolicy, PolicyDamaged
 from rama_ebpf.policy.kernel_store import KernelStore
-from rama_ebpf.policy.lifetime import lifetime_row
 from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.rule import Action, Rule, RuleSet, Settings, SynLimit, boottime_ns
 from rama_ebpf.policy.store import PolicyStore
@@ -96,10 +97,10 @@ def test_a_set_on_trial_is_not_what_lasts_until_it_is_confirmed(store: PolicySto
     store.replace(RuleSet((loaded("trial", "0.0.0.0/0"),)), confirm_within=600)
     store.keep()
     store.sync()
-    kept = KeptPolicy(tmp_path)
+    on_disk = KeptPolicy(tmp_path)
 
     def names() -> list[str]:
-        image = kept.read()
+        image = on_disk.read()
         assert image is not None
         return [rule.name for rule in image.ruleset.rules]
 
@@ -229,19 +230,116 @@ def test_a_damaged_set_lets_nothing_start_and_is_named(tmp_path: Path, instance:
         HostPolicy(Instance(instance)).restore(LocalStore())
 
 
-def test_rows_that_were_written_by_another_boot_hold_no_longer_than_was_left(tmp_path: Path) -> None:
-    store = LocalStore()
-    store.remember_in(tmp_path)
-    store.add(block("198.18.5.0/24"), ttl=HOUR)
-    row = json.loads((tmp_path / "rules").read_text())
-    given = lifetime_row(boottime_ns() + HOUR)
-    assert row["left"] == pytest.approx(given["left"], abs=60)
-    (tmp_path / "rules").write_text(json.dumps({**row, "boot": "another", "until": row["until"] + 10**9}) + "\n")
-    image = KeptPolicy(tmp_path).read()
-    assert image is not None
-    (kept,) = image.runtime
-    assert kept.rule.expires is not None
-    assert kept.rule.expires <= boottime_ns() + HOUR
+# -- clocks -----------------------------------------------------------------------------------------------------------
+
+YEAR = 365 * 86400.0
+SOURCE = ip_address("198.18.5.1")
+
+
+class Clock:
+    """The wall clock as the store sees it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._real = time.time
+        self.ahead = 0.0
+        self.synchronized = False
+        patch.setattr(lifetime.time, "time", lambda: self._real() + self.ahead)
+        for module in (lifetime, keeping):
+            patch.setattr(module, "is_synchronized", lambda: self.synchronized)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def reboot(instance: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], LocalStore]:
+    """Returns a store as a server has it that starts after a reboot."""
+    place = Instance(instance)
+    boots = itertools.count()
+
+    def start() -> LocalStore:
+        boot = f"boot {next(boots)}"
+        monkeypatch.setattr(lifetime, "boot_id", lambda: boot)
+        monkeypatch.setattr(kept, "boot_id", lambda: boot)
+        store = LocalStore()
+        store.remember_in(place.state_dir)
+        HostPolicy(place).restore(store)
+        store.keep()
+        store.sync()
+        return store
+
+    return start
+
+
+def left(store: LocalStore) -> float | None:
+    """For how many seconds the rule still holds, None if it is not in force."""
+    ends = [record.rule.expires for record in store.records()]
+    return (ends[0] - boottime_ns()) / 1e9 if ends and ends[0] is not None else None
+
+
+def test_a_clock_that_is_a_year_ahead_after_a_reboot_erases_nothing(
+    clock: Clock, reboot: Callable[[], LocalStore]
+) -> None:
+    before = reboot()
+    before.add(block("198.18.5.0/24"), ttl=HOUR)
+    before.add(block("198.18.6.0/24"))
+    clock.ahead = YEAR
+    store = reboot()
+    assert store.verdict(SOURCE, 1080).action is Action.ALLOW
+    assert store.verdict(ip_address("198.18.6.1"), 1080).action is Action.DROP
+    assert (store.judge_again(), store.sweep()) == (0, 0)
+    store.add(block("198.18.7.0/24"))
+    store = reboot()  # once more, and the clock is still wrong
+    assert store.verdict(SOURCE, 1080).action is Action.ALLOW
+    clock.ahead = 0
+    assert store.judge_again() == 1
+    assert store.verdict(SOURCE, 1080).action is Action.DROP
+    assert (left(store) or 0) <= 3600
+    clock.synchronized = True
+    assert store.judge_again() == 0
+    store.sync()
+    assert {record.rule.name for record in reboot().records()} == {f"block:198.18.{n}.0/24" for n in (5, 6, 7)}
+
+
+def test_what_has_ended_by_a_clock_that_is_right_is_forgotten(clock: Clock, reboot: Callable[[], LocalStore]) -> None:
+    reboot().add(block("198.18.5.0/24"), ttl=HOUR)
+    clock.ahead = 7200
+    store = reboot()
+    clock.synchronized = True
+    assert store.judge_again() == 0
+    store.sync()
+    clock.ahead, clock.synchronized = 0, False
+    assert reboot().records() == []
+
+
+def test_a_clock_that_begins_in_1970_prolongs_nothing(clock: Clock, reboot: Callable[[], LocalStore]) -> None:
+    reboot().add(block("198.18.5.0/24"), ttl=HOUR)
+    clock.ahead = -20 * YEAR
+    store = reboot()
+    assert 0 < (left(store) or 0) <= 3600
+    clock.ahead = 3000  # it was off for so long
+    assert store.judge_again() == 1
+    assert 0 < (left(store) or 0) <= 600
+    clock.ahead, clock.synchronized = 4000, True
+    assert store.judge_again() == 1
+    assert store.records() == []
+
+
+def test_a_rule_that_was_made_anew_or_taken_back_meanwhile_stays_so(
+    clock: Clock, reboot: Callable[[], LocalStore]
+) -> None:
+    before = reboot()
+    for n in (5, 6, 7):
+        before.add(block(f"198.18.{n}.0/24"), ttl=HOUR)
+    clock.ahead = -YEAR
+    store = reboot()
+    store.remove(ip_network("198.18.5.0/24"))
+    store.add(Rule("mine", (ip_network("198.18.6.0/24"),), Action.ALLOW))
+    clock.ahead, clock.synchronized = 0, True
+    store.judge_again()
+    assert {record.rule.name for record in store.records()} == {"mine", "block:198.18.7.0/24"}
 
 
 # -- pins and disk ----------------------------------------------------------------------------------------------------
