@@ -104,7 +104,7 @@ def main() -> int:
                 observers=[Questions(), MetricsFiles(directory)],
                 on_ready=lambda: print("ready", json.dumps(ports), flush=True),
             )
-            metrics = MetricsServer(scraped, directory, [supervisor_collector(supervisor), verdicts])
+            metrics = MetricsServer(scraped, directory, [supervisor_collector(supervisor), verdicts], dict)
             metrics.start()
             await supervisor.run()
             await metrics.stop()
