@@ -101,6 +101,7 @@ class RouteSettings:
         choice(*_PROXY_VERSIONS), "a PROXY header first, and a connection for each request", default=None
     )
     keep: bool = setting(BOOLEAN, "use a connection to a backend for more than one request", default=True)
+    lenient: bool = setting(BOOLEAN, "take what old servers send and what can be read in one way only", default=False)
 
     def __post_init__(self) -> None:
         if not self.backends:
@@ -130,7 +131,7 @@ class RouteSettings:
             max_busy=self.max_busy,
             own_host=self.own_host,
             proxy_protocol=header,
-            origin=OriginOptions(keep=self.keep),
+            origin=OriginOptions(keep=self.keep, lenient=self.lenient),
             timeouts=timeouts,
         )
         environment.on_start(pool.start)

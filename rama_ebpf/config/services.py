@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, Final, Protocol
@@ -185,6 +185,20 @@ class HttpSettings:
     unkept: tuple[str, ...] = setting(
         ListOf(HOST_PATTERN), "upstreams with a new connection for each request", default=()
     )
+    lenient: tuple[str, ...] = setting(
+        ListOf(HOST_PATTERN), "old upstreams, whose chunk sizes, folds and blanks are taken", default=()
+    )
+
+    def origins(self) -> Callable[[Authority], OriginOptions]:
+        """Return how each upstream is treated."""
+        unkept, lenient = NameSet(self.unkept), NameSet(self.lenient)
+        if not unkept and not lenient:
+            usual = OriginOptions()
+            return lambda _target: usual
+        return lambda target: OriginOptions(
+            keep=str(target.host).lower() not in unkept, lenient=str(target.host).lower() in lenient
+        )
+
     timeouts: HttpTimeoutSettings = setting(
         Table(HttpTimeoutSettings), "how long to wait", default=HttpTimeoutSettings()
     )
@@ -192,12 +206,11 @@ class HttpSettings:
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         authenticate = _authenticator(environment, self.users)
         layers = [] if authenticate is None else [ProxyAuthLayer(authenticate)]
-        unkept = NameSet(self.unkept)
         return HttpProxy(
             connector,
             layers=layers,
             connect_ports=self.connect_ports or None,
-            origins=lambda target: OriginOptions(keep=str(target.host).lower() not in unkept),
+            origins=self.origins(),
             timeouts=self.timeouts.timeouts(),
         )
 

@@ -240,6 +240,16 @@ class SocketStream(Stream):
             if sent:
                 pending[0] = pending[0][sent:]
 
+    def write_now(self, data: bytes) -> int:
+        if self._writer is not None or self._closed:
+            return 0
+        try:
+            sent = self._sock.send(data)
+        except BlockingIOError:
+            return 0
+        self.bytes_sent += sent
+        return sent
+
     def splice_to(self, pipe: int, most: int) -> int:
         """Move up to ``most`` received bytes into an empty pipe, within the kernel (splice(2)), and return how many.
 

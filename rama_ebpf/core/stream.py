@@ -97,6 +97,11 @@ class Stream(abc.ABC):
         finally:
             await self.close()
 
+    def write_now(self, data: bytes) -> int:
+        """Write what the transport takes without waiting, and return how many bytes that was; 0 for one that cannot
+        tell."""
+        return 0
+
     async def reset_by_peer(self) -> None:
         """Behind the peer's EOF: return when the peer has gone altogether, and no longer just sends nothing.
 

@@ -36,7 +36,8 @@ async def checked_response(
         if not forward and request.scheme != request.arrived_by:
             raise HttpError(421, f"this connection is not for {request.scheme} targets")
         response = await service(request)
-        await _check(request, response)
+        if not _fits(request, response):
+            raise await _misfit(request, response)
         return response
     except ConnectionDropped:
         raise
@@ -50,15 +51,19 @@ async def checked_response(
         return error_response(refusal, name)
 
 
-async def _check(request: Request, response: Response) -> None:
+def _fits(request: Request, response: Response) -> bool:
+    status = response.status
     switches = response.upgrade is not None
     if request.method == "CONNECT":
-        fits = switches == (200 <= response.status < 300)
+        fits = switches == (200 <= status < 300)
     else:
-        fits = switches == (response.status == 101) and not (switches and request.upgrade is None)
-    if fits and (200 <= response.status <= 599 or switches):
-        return
+        fits = switches == (status == 101) and not (switches and request.upgrade is None)
+    return fits and (200 <= status <= 599 or switches)
+
+
+async def _misfit(request: Request, response: Response) -> ValueError:
+    switches = response.upgrade is not None
     await response.body.close()
     if response.upgrade is not None:
         response.upgrade.abandon()
-    raise ValueError(f"a {response.status} response {'with' if switches else 'without'} upgrade to {request.method}")
+    return ValueError(f"a {response.status} response {'with' if switches else 'without'} upgrade to {request.method}")

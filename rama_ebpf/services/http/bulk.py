@@ -16,7 +16,7 @@ from ...core.stream import Stream
 from ...relay.pipes import PipePool
 from .model import Body
 
-__all__ = ["Load", "move", "worth_moving"]
+__all__ = ["move", "worth_moving"]
 
 _WORTH: Final = 128 * 1024
 """How many bytes must be left of a body."""
@@ -26,22 +26,12 @@ _FAST: Final = 32 * 1024
 _pipes: Final = PipePool(limit=256)
 
 
-class Load:
-    """Bytes that are moved past h11, which counts them by their length (its passthrough for sendfile)."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-
 def worth_moving(body: Body, last: int) -> bool:
     """Whether it is worth trying to :func:`move` what comes next. ``last`` is the size of the piece before."""
     return last >= _FAST and body.movable >= _WORTH
 
 
-async def move(body: Body, sink: Stream, count: Callable[[Load], object]) -> int:
+async def move(body: Body, sink: Stream, count: Callable[[int], object]) -> int:
     """Move the next bytes of ``body`` to ``sink`` and return how many: 0 if there are none now, or it cannot be, and
     the body's ``next`` is to be asked. ``count`` is told what will be written. Raises what writing to ``sink``
     raises."""
@@ -54,7 +44,7 @@ async def move(body: Body, sink: Stream, count: Callable[[Load], object]) -> int
     try:
         moved = body.splice_to(pipe[1])
         if moved:
-            count(Load(moved))
+            count(moved)
             await sink.splice_from(pipe[0], moved)
     except BaseException:
         _pipes.destroy(pipe)

@@ -1,12 +1,12 @@
-"""The chunked transfer coding, guarded (RFC 9112 section 7.1): tells how many bytes of a buffer are beyond doubt.
+"""The chunked transfer coding, read strictly (RFC 9112 section 7.1): bytes in, content and trailers out.
 
-h11 decodes; before it sees a byte, this guard has seen that the chunk framing is exact: a size of at most 15
-hexadecimal digits, extensions that are well-formed and short, CRLF and nothing else at each line's end, trailer
-fields that are fields and that may stand in a trailer.
-"""
+The framing must be exact: a size of at most 15 hexadecimal digits, extensions that are well-formed and short, CRLF
+and nothing else at each line's end, trailer fields that are fields and that may stand in a trailer. ``lenient`` takes
+blanks around a size, with which old servers keep room for it: what a chunk holds is no less certain for them."""
 
 from __future__ import annotations
 
+import enum
 import re
 from typing import Final
 
@@ -15,36 +15,77 @@ from .headers import Headers
 from .heads import check_field_section, check_trailers
 from .limits import HttpLimits
 
-__all__ = ["ChunkGuard"]
+__all__ = ["ChunkDecoder"]
 
 _TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _QUOTED: Final = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
-_EXTENSION: Final = rb"[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?"
-_SIZE_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:" + _EXTENSION + rb")*")
+_VALUE: Final = rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?"
+_SIZE: Final = rb"([0-9A-Fa-f]{1,15})"
+# RFC 9112 lets blanks stand before each semicolon; h11 and others take none before the first one.
+_SIZE_LINE: Final = re.compile(
+    _SIZE + rb"(?:;[ \t]*" + _TOKEN + _VALUE + rb"(?:[ \t]*;[ \t]*" + _TOKEN + _VALUE + rb")*)?"
+)
+_PADDED_SIZE_LINE: Final = re.compile(rb"[ \t]*" + _SIZE + rb"(?:[ \t]*;[ \t]*" + _TOKEN + _VALUE + rb")*[ \t]*")
 
 
-class ChunkGuard:
-    """Follows the framing of one chunked body."""
+class _Due(enum.Enum):
+    SIZE = "a size line"
+    DATA = "content"
+    DATA_END = "the line's end behind content"
+    TRAILERS = "the trailer section"
+    NOTHING = "the body is over"
 
-    def __init__(self, limits: HttpLimits) -> None:
+
+class ChunkDecoder:
+    """Decodes one chunked body. ``trailers`` are complete once it is ``done``."""
+
+    __slots__ = ("_due", "_lenient", "_limits", "_remaining", "trailers")
+
+    def __init__(self, limits: HttpLimits, *, lenient: bool = False) -> None:
         self._limits = limits
-        self._state = self._size_line
+        self._lenient = lenient
+        self._due = _Due.SIZE
         self._remaining = 0
-        self.content = 0
-        """Bytes of content admitted so far."""
         self.trailers = Headers()
-        self.done = False
 
-    def admit(self, data: bytearray) -> int:
-        """Return how many leading bytes of ``data`` may go on to the decoder; the rest is kept and shown again with
-        more behind it. Raises :class:`MalformedMessage`."""
-        offset = 0
-        while not self.done:
-            count = self._state(data, offset)
-            if count == 0:
-                break
-            offset += count
-        return offset
+    @property
+    def done(self) -> bool:
+        """Whether the end of the body was read."""
+        return self._due is _Due.NOTHING
+
+    def decode(self, data: bytearray, most: int) -> bytes:
+        """Take what belongs to the body from the front of ``data`` and return its content: many small chunks as one
+        piece, of ``most`` bytes or a little more. b"" says that more is needed, or that it is :attr:`done`. Raises
+        :class:`MalformedMessage`."""
+        parts: list[bytes] = []
+        size = offset = 0
+        try:
+            while size < most:
+                match self._due:
+                    case _Due.DATA:
+                        part = bytes(data[offset : offset + self._remaining])
+                        if not part:
+                            break
+                        parts.append(part)
+                        size += len(part)
+                        self._remaining -= len(part)
+                        count = len(part)
+                        if not self._remaining:
+                            self._due = _Due.DATA_END
+                    case _Due.SIZE:
+                        count = self._size_line(data, offset)
+                    case _Due.DATA_END:
+                        count = self._data_end(data, offset)
+                    case _Due.TRAILERS:
+                        count = self._trailer_section(data, offset)
+                    case _Due.NOTHING:
+                        break
+                if not count:
+                    break
+                offset += count
+        finally:
+            del data[:offset]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _line(self, data: bytearray, offset: int, limit: int, status: int) -> bytes | None:
         end = data.find(b"\r\n", offset, offset + limit + 2)
@@ -61,20 +102,12 @@ class ChunkGuard:
         line = self._line(data, offset, self._limits.chunk_line, 400)
         if line is None:
             return 0
-        match = _SIZE_LINE.fullmatch(line)
+        match = (_PADDED_SIZE_LINE if self._lenient else _SIZE_LINE).fullmatch(line)
         if match is None:
             raise AmbiguousMessage("bad chunk size line")
         self._remaining = int(match[1], 16)
-        self._state = self._data if self._remaining else self._trailer_section
+        self._due = _Due.DATA if self._remaining else _Due.TRAILERS
         return len(line) + 2
-
-    def _data(self, data: bytearray, offset: int) -> int:
-        count = min(self._remaining, len(data) - offset)
-        self._remaining -= count
-        self.content += count
-        if self._remaining == 0:
-            self._state = self._data_end
-        return count
 
     def _data_end(self, data: bytearray, offset: int) -> int:
         end = bytes(data[offset : offset + 2])
@@ -82,7 +115,7 @@ class ChunkGuard:
             raise AmbiguousMessage("chunk data does not end with CRLF")
         if len(end) < 2:
             return 0
-        self._state = self._size_line
+        self._due = _Due.SIZE
         return 2
 
     def _trailer_section(self, data: bytearray, offset: int) -> int:
@@ -98,5 +131,5 @@ class ChunkGuard:
         fields = check_field_section(bytes(data[start : offset - 2]), self._limits)
         check_trailers(fields)
         self.trailers = Headers._of_fields(fields)
-        self.done = True
+        self._due = _Due.NOTHING
         return offset - start

@@ -6,9 +6,9 @@ credentials that are for us, Max-Forwards, and a bound on loops.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Final
 
 from .errors import HttpError
@@ -24,8 +24,8 @@ MAX_HOPS: Final = 32
 DEFAULT_UPGRADES: Final = frozenset({"websocket"})
 
 # Never told to anyone but us (RFC 9110 section 11.7), nor the answers to it.
-_PROXY_CREDENTIALS: Final = ("proxy-authorization",)
-_PROXY_CHALLENGES: Final = ("proxy-authenticate", "proxy-authentication-info")
+_PROXY_CREDENTIALS: Final = frozenset({b"proxy-authorization"})
+_PROXY_CHALLENGES: Final = frozenset({b"proxy-authenticate", b"proxy-authentication-info"})
 _SECRET_IN_TRACE: Final = ("authorization", "cookie", "proxy-authorization")
 _NUMBER: Final = re.compile(r"[0-9]{1,9}")
 
@@ -43,25 +43,33 @@ def forwardable(request: Request, via: str | None, upgrades: Collection[str]) ->
         raise HttpError(501, "the protocol of this CONNECT is not known here")
     if upgrade == "websocket":
         check_opening(request)
-    headers = request.headers.copy()
-    hops = len(headers.tokens("via"))
+    headers, hops = request.headers._passed_on(_PROXY_CREDENTIALS, _own_via(request.version, via))
     if hops >= MAX_HOPS:
         raise HttpError(508, "the request has passed too many proxies", proxy_error="proxy_loop_detected")
-    headers.remove(*_PROXY_CREDENTIALS)
     if request.method in ("TRACE", "OPTIONS"):
         limit = _max_forwards(request)
         if limit is not None:
             headers.set("Max-Forwards", str(limit - 1))
-    if via is not None:
-        _append_via(headers, request.version, via)
-    return replace(request, headers=headers, upgrade=upgrade)
+    return Request(
+        request.method,
+        request.authority,
+        request.path,
+        headers,
+        request.body,
+        request.scheme,
+        request.version,
+        request.absolute,
+        request.connection_scheme,
+        upgrade,
+        request.accepts_trailers,
+        request.extensions,
+        request.inform,
+    )
 
 
 def returned(response: Response, via: str | None) -> Response:
     """Mark a response on its way back to the client, in place, and return it."""
-    response.headers.remove(*_PROXY_CHALLENGES)
-    if via is not None:
-        _append_via(response.headers, response.version, via)
+    response.headers, _ = response.headers._passed_on(_PROXY_CHALLENGES, _own_via(response.version, via))
     return response
 
 
@@ -87,6 +95,6 @@ def _max_forwards(request: Request) -> int | None:
     return int(value)
 
 
-def _append_via(headers: Headers, version: str, via: str) -> None:
-    # One field, however many there were: nothing reads a list field differently for that.
-    headers.set("Via", ", ".join([*headers.get_all("via"), f"{version} {via}"]))
+@functools.lru_cache(64)
+def _own_via(version: str, via: str | None) -> bytes | None:
+    return None if via is None else f"{version} {via}".encode("latin-1")

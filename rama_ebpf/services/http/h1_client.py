@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Final
 
-import h11
-
+from ...core.deadline import Deadline
 from ...core.errors import PeerClosed
 from ...core.socket_stream import SocketStream
 from ...core.stream import Stream
@@ -25,8 +25,7 @@ from .websocket import ACCEPT, KEY, accept_for, new_key
 __all__ = ["H1ClientConnection", "NoResponse"]
 
 _READ: Final = 64 * 1024
-_KEY_FIELD: Final = KEY.encode("ascii")
-_SAYS_LENGTH_ZERO: Final = frozenset({"POST", "PUT", "PATCH"})
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 class NoResponse(HttpError):
@@ -40,7 +39,9 @@ class H1ClientConnection:
     """Sends requests on ``stream``, one at a time.
 
     ``released`` is called once per response, when its body was read to the end or given up; :attr:`reusable` then
-    says whether another request may be sent. A connection that is not reusable has been closed by then.
+    says whether another request may be sent. A connection that is not reusable has been closed by then. Without
+    ``keep`` the upstream is told that there will be one request only; ``lenient`` takes what old servers send
+    (:class:`~.limits.OriginOptions`).
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class H1ClientConnection:
         limits: HttpLimits,
         timeouts: HttpTimeouts,
         released: Callable[[H1ClientConnection], None],
+        keep: bool = True,
+        lenient: bool = False,
     ) -> None:
         self.stream = stream
         self.reusable = False
@@ -57,7 +60,9 @@ class H1ClientConnection:
         """The latest response lets the connection live on."""
         self._timeouts = timeouts
         self._released = released
-        self._strict = StrictConnection(Role.CLIENT, limits)
+        self._strict = StrictConnection(Role.CLIENT, limits, lenient=lenient)
+        self._keep = keep
+        self._deadline = Deadline()
         self._upload: Upload | None = None
         self._key: str | None = None
         self._over = False
@@ -75,6 +80,9 @@ class H1ClientConnection:
         """
         self.reusable = False
         self._over = False
+        if request.body.length == 0:
+            self._upload = None
+            return await self._send_head_only(request)
         self._upload = upload = Upload(
             request.body,
             lambda data: self._send_content(request.body, data),
@@ -84,8 +92,6 @@ class H1ClientConnection:
         )
         try:
             await self._write(self._head(request))
-            if request.body.length == 0:
-                await self._send_content(request.body, b"")
             return await self._response(request, await upload.respond(self._read_head(request, upload)))
         except BodyFailed as failed:
             await self.abort()
@@ -102,8 +108,41 @@ class H1ClientConnection:
             await self.abort()
             raise
 
+    async def _send_head_only(self, request: Request) -> Response:
+        """:meth:`send` for the many requests without a body: one write, one deadline."""
+        deadline = self._deadline
+        deadline.start(self._timeouts.response)
+        try:
+            data = self._head(request) + self._strict.writer.end(None)
+            sent = self.stream.write_now(data)
+            if sent < len(data):
+                await self.stream.write(memoryview(data)[sent:])
+            head = await self._read_head(request, None)
+            deadline.stop()
+            return await self._response(request, head)
+        except asyncio.CancelledError as error:
+            expired = deadline.expired()
+            await self.abort()
+            if expired:
+                raise HttpError(504, "the upstream did not answer", proxy_error="http_response_timeout") from error
+            raise
+        except MalformedMessage as error:
+            await self.abort()
+            raise HttpError(502, "the upstream's response is malformed", proxy_error="http_protocol_error") from error
+        except OSError as error:
+            await self.abort()
+            if isinstance(error, TimeoutError):
+                raise HttpError(504, "the upstream did not answer", proxy_error="http_response_timeout") from error
+            raise NoResponse from error
+        except BaseException:
+            await self.abort()
+            raise
+        finally:
+            deadline.stop()
+
     async def abort(self) -> None:
         """Close at once. Idempotent."""
+        self._deadline.close()
         self.stream.abort()
         if self._upload is not None:
             await self._upload.stop()
@@ -113,57 +152,58 @@ class H1ClientConnection:
         """The current response is over."""
         if not self._over:
             self._over = True
+            if not self.reusable:
+                self._deadline.close()
             self._released(self)
 
     # -- request -----------------------------------------------------------------------------------------------
 
-    def _head(self, request: Request) -> list[bytes]:
-        fields = [(b"Host", request.authority.encode("ascii")), *request.headers.raw]
-        options: list[bytes] = []
+    def _head(self, request: Request) -> bytes:
+        headers, body = request.headers, request.body
+        extra: list[bytes] = []
+        options: list[bytes] = [] if self._keep or request.upgrade is not None else [b"close"]
         if request.accepts_trailers:
             options.append(b"TE")
-            fields.append((b"TE", b"trailers"))
+            extra.append(b"TE: trailers\r\n")
         self._key = None
         if request.upgrade is not None:
+            if _TOKEN.fullmatch(request.upgrade) is None:
+                raise ValueError("a protocol that is no token")
             options.append(b"Upgrade")
-            fields.append((b"Upgrade", request.upgrade.encode("ascii")))
+            extra.append(b"Upgrade: %b\r\n" % request.upgrade.encode("ascii"))
             if request.upgrade == "websocket" and request.version == "2":
                 self._key = new_key()  # the client's version of HTTP has none
-                fields = [field for field in fields if field[0].lower() != _KEY_FIELD.lower()]
-                fields.append((_KEY_FIELD, self._key.encode("ascii")))
+                headers = headers.copy()
+                headers.set(KEY, self._key)
         if options:
-            fields.append((b"Connection", b", ".join(options)))
-        length = request.body.length
-        if length is None:
-            fields.append((b"Transfer-Encoding", b"chunked"))
-        elif length > 0 or request.method in _SAYS_LENGTH_ZERO:
-            fields.append((b"Content-Length", str(length).encode()))
-        if request.body.expects_continue and length != 0:
-            fields.append((b"Expect", b"100-continue"))
+            extra.append(b"Connection: %b\r\n" % b", ".join(options))
         target = request.authority if request.method == "CONNECT" else request.path
-        return self._strict.send(h11.Request(method=request.method, target=target, headers=fields))
+        self._strict.asked(request.method)
+        return self._strict.writer.request(
+            request.method, target, request.authority, headers, extra, body.length, expect=body.expects_continue
+        )
 
     async def _move_content(self, body: Body, last: int) -> int:
         if not worth_moving(body, last):
             return 0
         async with asyncio.timeout(self._timeouts.write):
-            return await move(body, self.stream, self._strict.send_beside)
+            return await move(body, self.stream, self._strict.writer.skip)
 
     async def _send_content(self, body: Body, data: bytes) -> None:
         if data:
-            await self._write(self._strict.send(h11.Data(data=data)))
+            await self._write(self._strict.writer.content(data))
         else:
-            trailers = [] if body.trailers is None or body.length is not None else body.trailers.raw
-            await self._write(self._strict.send(h11.EndOfMessage(headers=trailers)))
+            await self._write(self._strict.writer.end(body.trailers))
 
-    async def _write(self, chunks: list[bytes]) -> None:
-        if chunks:
+    async def _write(self, data: bytes) -> None:
+        sent = self.stream.write_now(data)
+        if sent < len(data):
             async with asyncio.timeout(self._timeouts.write):
-                await self.stream.write(*chunks)
+                await self.stream.write(memoryview(data)[sent:])
 
     # -- response ----------------------------------------------------------------------------------------------
 
-    async def _read_head(self, request: Request, upload: Upload) -> ResponseHead:
+    async def _read_head(self, request: Request, upload: Upload | None) -> ResponseHead:
         while True:
             while (event := self._strict.next_event()) is NEED_DATA:
                 await self._fill()
@@ -171,7 +211,7 @@ class H1ClientConnection:
                 raise PeerClosed("the upstream closed without a response")
             if event.status >= 200 or event.status == 101:
                 return event
-            if event.status == 100:
+            if event.status == 100 and upload is not None:
                 upload.proceed()
             if request.inform is not None:
                 await request.inform(event.status, event.headers)
@@ -198,7 +238,7 @@ class H1ClientConnection:
         assert isinstance(self.stream, SocketStream)
         count = self.stream.splice_to(pipe, self._strict.movable)
         if count:
-            self._strict.moved(count)
+            self._strict.skip(count)
         return count
 
     async def _response(self, request: Request, head: ResponseHead) -> Response:
@@ -232,7 +272,7 @@ class H1ClientConnection:
 
     async def finish(self) -> None:
         """The response was read to its end: make ready for another request, or close."""
-        if self._upload is None or not self._upload.complete:
+        if self._upload is not None and not self._upload.complete:
             await self.abort()
         elif self._strict.reusable:
             self._strict.next_cycle()
@@ -241,6 +281,11 @@ class H1ClientConnection:
         else:
             await self.stream.close()
             self.release()
+
+    @property
+    def complete(self) -> bool:
+        """Nothing of the current response is missing."""
+        return self._strict.complete
 
 
 class _ResponseBody(Body):
@@ -259,7 +304,15 @@ class _ResponseBody(Body):
         event = await body._read(None)
         if isinstance(event, Content):
             body._ahead = event
+            if connection.complete:
+                await body._read(None)  # its end, too
         return body
+
+    def take_whole(self) -> bytes | None:
+        if not self._over or self._error is not None or self.trailers:
+            return None
+        ahead, self._ahead = self._ahead, None
+        return b"" if ahead is None else ahead.data
 
     @property
     def ready(self) -> bool:

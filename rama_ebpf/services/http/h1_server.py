@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from email.utils import formatdate
 from typing import Final
 
-import h11
-
+from ...core.deadline import Deadline
 from ...core.errors import PeerClosed
 from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service
@@ -17,8 +15,9 @@ from ...core.socket_stream import SocketStream
 from ...core.stream import Stream
 from .answer import checked_response
 from .bulk import move, worth_moving
+from .date import http_date
 from .disconnect import DisconnectWatch
-from .errors import REASONS, HttpError, MalformedMessage
+from .errors import HttpError, MalformedMessage
 from .headers import Headers
 from .heads import RequestHead
 from .limits import HttpLimits, HttpTimeouts
@@ -36,9 +35,6 @@ _DRAIN: Final = 64 * 1024
 """How many bytes of a body that the service did not want are read to keep the connection."""
 _LINGER_BYTES: Final = 64 * 1024 * 1024
 
-# Fields that are this connection's own: a service's values would contradict what is sent.
-_OWN_FIELDS: Final = ("connection", "content-length", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade")
-
 
 class H1ServerConnection:
     """Serves the requests of one connection. ``scheme`` is the connection's, and that of its targets unless the
@@ -54,7 +50,7 @@ class H1ServerConnection:
         forward: bool = False,
         limits: HttpLimits,
         timeouts: HttpTimeouts,
-        date: Callable[[], str] = lambda: formatdate(usegmt=True),
+        date: Callable[[], str] = http_date,
     ) -> None:
         self._stream = stream
         self._service = service
@@ -66,50 +62,65 @@ class H1ServerConnection:
         self._date = date
         self._strict = StrictConnection(Role.SERVER, limits)
         self._watch = DisconnectWatch(stream, delay=timeouts.watch)
-        self._idle: asyncio.Timeout | None = None
+        self._deadline = Deadline()
+        self._idle = False
         self._draining = False
+        self._established = False
+        self._no_body = _RequestBody(self, None, timeouts)
         self.continued = False
         """Whether the current request's client was told to send its body."""
 
     def drain(self) -> None:
         """Finish the request that is being served, if any, and take no other."""
         self._draining = True
-        if self._idle is not None:
-            self._idle.reschedule(0)
+        if self._idle:
+            self._deadline.hurry()
 
     async def serve(self) -> None:
         """Serve until either side closes. Raises :class:`MalformedMessage` after it has been answered and the stream
         closed, and OSError or what a service raised too late for a response; the caller then aborts the stream."""
+        strict = self._strict
         try:
             while await self._serve_one():
-                self._strict.next_cycle()
-                await asyncio.sleep(0)  # a client whose next request is always there must not keep the others waiting
+                strict.next_cycle()
+                if not strict.quiet:
+                    # A client whose next request is always there must not keep the others waiting.
+                    await asyncio.sleep(0)
         except MalformedMessage as error:
             log.info("%s: refused a message: %s", self._stream.peer, error)
-            if self._strict.may_respond:
+            if strict.may_respond:
                 await self._linger(error.wire)
             raise
+        finally:
+            self._deadline.close()
+            self._watch.close()
 
     async def _serve_one(self) -> bool:
         """Serve one request; return whether the connection can take another."""
         head = await self._read_head()
         if head is None:
             return False
-        Lifecycle.of(self._stream.extensions).reached(Stage.ESTABLISHED)
+        if not self._established:
+            self._established = True
+            Lifecycle.of(self._stream.extensions).reached(Stage.ESTABLISHED)
         self.continued = False
-        body = _RequestBody(self, head, self._timeouts)
         if head.length == 0:
             self._strict.next_event()  # its end
+            body = self._no_body
+        else:
+            body = _RequestBody(self, head, self._timeouts)
         request = self._request(head, body)
         running = RunningRequest(request, self._stream, self._counted)
         try:
-            keep, upgraded = await self._exchange(head, body, request, running)
+            upgraded = await self._exchange(head, body, request, running)
         except BaseException as error:
             running.ended(error)
             raise
         running.ended()
         self._received, self._sent = self._stream.bytes_received, self._stream.bytes_sent
-        if keep and await body.drained(self._timeouts.linger) and self._strict.reusable:
+        if not body.over and not self._strict.last:
+            await body.drain(self._timeouts.linger)
+        if self._strict.reusable:
             return True
         if not upgraded:
             await self._linger()
@@ -119,24 +130,36 @@ class H1ServerConnection:
         """Bytes from and to the client since the request before."""
         return self._stream.bytes_received - self._received, self._stream.bytes_sent - self._sent
 
-    async def _exchange(
-        self, head: RequestHead, body: _RequestBody, request: Request, running: RunningRequest
-    ) -> tuple[bool, bool]:
-        """Return whether the connection may be kept, and whether it was switched to another protocol, which is over."""
-        async with self._watch:
+    async def _exchange(self, head: RequestHead, body: _RequestBody, request: Request, running: RunningRequest) -> bool:
+        """Answer a request; return whether the connection was switched to another protocol, which is over."""
+        watch = self._watch
+        watch.enter()
+        try:
             response = await checked_response(
                 self._service, request, self._name, self._stream.peer, forward=self._forward
             )
             try:
                 running.responded(response.status)
                 if response.upgrade is None:
-                    return await self._respond(head, body, response), False
+                    await self._respond(head, body, response)
+                    return False
                 running.became_tunnel()
-                return await self._switch(head, request, response), True
+                await self._switch(head, request, response)
+                return True
             finally:
                 await response.body.close()
                 if response.upgrade is not None:
                     response.upgrade.abandon()
+        except asyncio.CancelledError as error:
+            if watch.reads:
+                await watch.leave()
+            if watch.gone():
+                raise PeerClosed("the client closed before its response was complete") from error
+            raise
+        finally:
+            watch.forget()
+            if watch.reads:
+                await watch.leave()
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -145,34 +168,34 @@ class H1ServerConnection:
         self._strict.receive(await self._watch.read(_READ))
 
     async def _read_head(self) -> RequestHead | None:
-        event = self._strict.next_event()
-        if event is NEED_DATA and self._strict.quiet:
-            if self._draining or not await self._wait_idle():
-                return None
-            event = self._strict.next_event()
+        """Return the next request's head; None if there will be none."""
+        strict, deadline = self._strict, self._deadline
+        event = strict.next_event()
         if event is NEED_DATA:
+            self._idle = strict.quiet
+            if self._idle and self._draining:
+                return None
+            deadline.start(self._timeouts.idle if self._idle else self._timeouts.head)
             try:
-                async with asyncio.timeout(self._timeouts.head):
-                    while event is NEED_DATA:
-                        await self.fill()
-                        event = self._strict.next_event()
-            except TimeoutError as error:
+                while event is NEED_DATA:
+                    strict.receive(await self._stream.read(_READ))
+                    event = strict.next_event()
+                    if self._idle and event is NEED_DATA:
+                        self._idle = False
+                        deadline.start(self._timeouts.head)
+            except asyncio.CancelledError as error:
+                if not deadline.expired():
+                    raise
+                if self._idle:
+                    return None
                 raise MalformedMessage("the request's header section did not come in time", 408) from error
+            finally:
+                deadline.stop()
+                self._idle = False
         if isinstance(event, Closed):
             return None
         assert isinstance(event, RequestHead)
         return event
-
-    async def _wait_idle(self) -> bool:
-        """Wait for the first byte of a request; return False if it is time to close."""
-        try:
-            async with asyncio.timeout(self._timeouts.idle) as self._idle:
-                await self.fill()
-        except TimeoutError:
-            return False
-        finally:
-            self._idle = None
-        return True
 
     def _request(self, head: RequestHead, body: Body) -> Request:
         return Request(
@@ -201,7 +224,7 @@ class H1ServerConnection:
         assert isinstance(self._stream, SocketStream)
         count = self._stream.splice_to(pipe, self._strict.movable)
         if count:
-            self._strict.moved(count)
+            self._strict.skip(count)
         return count
 
     async def read_content(self, pace: Pace) -> Content | End:
@@ -227,84 +250,84 @@ class H1ServerConnection:
     async def _inform(self, status: int, headers: Headers) -> None:
         if status == 100:
             self.continued = True
-        reason = REASONS.get(status, "").encode()
-        event = h11.InformationalResponse(status_code=status, headers=_own(headers), reason=reason)
-        await self._write(self._strict.send(event))
+        await self._write(self._strict.writer.interim(status, headers))
 
-    async def _respond(self, head: RequestHead, body: _RequestBody, response: Response) -> bool:
-        content = response.body
-        fields = self._fields(response)
-        bodiless = head.method == "HEAD" or response.status in (204, 304)
-        length = response.length_if_known if bodiless else content.length
-        if length is not None and response.status != 204:
-            fields.append((b"Content-Length", str(length).encode()))
-        close = response.close or self._draining or "close" in response.headers.tokens("connection")
-        # RFC 9110 section 15.5.14: who is told that its content is too large is to stop sending it.
-        close = close or not body.worth_draining or (response.status == 413 and not body.over)
-        if close:
-            fields.append((b"Connection", b"close"))
-        elif response.status == 426 and (offered := response.headers.get("upgrade")):
-            fields += [(b"Connection", b"Upgrade"), (b"Upgrade", offered.encode("latin-1"))]
-        out = self._strict.send(
-            h11.Response(status_code=response.status, headers=fields, reason=_reason(response.status, response.reason))
+    async def _respond(self, head: RequestHead, body: _RequestBody, response: Response) -> None:
+        content, headers, status = response.body, response.headers, response.status
+        writer = self._strict.writer
+        bodiless = head.method == "HEAD" or status in (204, 304)
+        close = (
+            response.close
+            or self._draining
+            or self._strict.last
+            or not body.worth_draining
+            # RFC 9110 section 15.5.14: who is told that its content is too large is to stop sending it.
+            or (status == 413 and not body.over)
+            or ("connection" in headers and "close" in headers.tokens("connection"))
         )
-        if not bodiless:
-            if content.ready:
-                out += self._strict.send(h11.Data(data=await content.next()))
-            size = 0
-            while True:
-                await self._write(out)
-                while worth_moving(content, size) and (size := await self._move(content)):
-                    pass
-                chunk = await content.next()
-                size = len(chunk)
-                if not size:
-                    break
-                out = self._strict.send(h11.Data(data=chunk))
-            out = []
-        chunked = length is None and not bodiless and head.version == "1.1"
-        trailers = content.trailers if chunked and head.accepts_trailers else None
-        out += self._strict.send(h11.EndOfMessage(headers=[] if trailers is None else trailers.raw))
-        await self._write(out)
-        return not close
+        extra = self._date_line(headers)
+        if status == 426 and (offered := headers.get("upgrade")):
+            extra.append(b"Upgrade: %b\r\n" % offered.encode("latin-1"))
+            if not close:
+                extra.append(b"Connection: Upgrade\r\n")
+        out = writer.response(
+            status,
+            response.reason,
+            headers,
+            extra,
+            response.length_if_known if bodiless else content.length,
+            bodiless=bodiless,
+            http_1_0=head.version == "1.0",
+            close=close,
+        )
+        whole = b"" if bodiless else content.take_whole()
+        if whole is not None:  # as most are: one write
+            await self._write(out + (writer.content(whole) if whole else b"") + writer.end(None))
+            return
+        if content.ready:
+            out += writer.content(await content.next())
+        size = 0
+        while True:
+            await self._write(out)
+            while worth_moving(content, size) and (size := await self._move(content)):
+                pass
+            chunk = await content.next()
+            size = len(chunk)
+            if not size:
+                break
+            out = writer.content(chunk)
+        await self._write(writer.end(content.trailers if head.accepts_trailers else None))
 
-    async def _switch(self, head: RequestHead, request: Request, response: Response) -> bool:
+    async def _switch(self, head: RequestHead, request: Request, response: Response) -> None:
         assert response.upgrade is not None
-        fields = self._fields(response)
-        reason = _reason(response.status, response.reason)
+        extra = self._date_line(response.headers)
         if response.status == 101:
             assert head.upgrade is not None
-            fields += [(b"Connection", b"Upgrade"), (b"Upgrade", head.upgrade.encode())]
-            out = self._strict.send(h11.InformationalResponse(status_code=101, headers=fields, reason=reason))
-        else:
-            out = self._strict.send(h11.Response(status_code=response.status, headers=fields, reason=reason))
-        await self._write(out)
-        await self._watch.stop()
+            extra += [b"Connection: Upgrade\r\n", b"Upgrade: %b\r\n" % head.upgrade.encode("ascii")]
+        await self._write(self._strict.writer.switch(response.status, response.reason, response.headers, extra))
+        await self._watch.leave()
         self._stream.unread(self._strict.trailing)
         self._stream.extensions.adopt(request.extensions)
         await response.upgrade.run(self._stream)
-        return False
 
-    def _fields(self, response: Response) -> list[tuple[bytes, bytes]]:
-        fields = _own(response.headers)
-        if "date" not in response.headers:
-            # RFC 9110 section 6.6.1: who generates a response with a clock dates it; who forwards one without does.
-            fields.append((b"Date", self._date().encode()))
-        return fields
+    def _date_line(self, headers: Headers) -> list[bytes]:
+        # RFC 9110 section 6.6.1: who generates a response with a clock dates it; who forwards one without does.
+        return [] if "date" in headers else [b"Date: %b\r\n" % self._date().encode("ascii")]
 
-    async def _write(self, chunks: list[bytes]) -> None:
-        if not chunks:
+    async def _write(self, data: bytes) -> None:
+        sent = self._stream.write_now(data)
+        if sent == len(data):
             return
         try:
             async with asyncio.timeout(self._timeouts.write):
-                await self._stream.write(*chunks)
+                await self._stream.write(memoryview(data)[sent:])
         except TimeoutError as error:
             raise PeerClosed(f"the client took nothing for {self._timeouts.write} s") from error
 
     async def _move(self, content: Body) -> int:
         try:
             async with asyncio.timeout(self._timeouts.write):
-                return await move(content, self._stream, self._strict.send_beside)
+                return await move(content, self._stream, self._strict.writer.skip)
         except TimeoutError as error:
             raise PeerClosed(f"the client took nothing for {self._timeouts.write} s") from error
 
@@ -312,27 +335,16 @@ class H1ServerConnection:
         await self._stream.close_after(last, timeout=self._timeouts.linger, max_discard=_LINGER_BYTES)
 
 
-def _own(headers: Headers) -> list[tuple[bytes, bytes]]:
-    if any(name in headers for name in _OWN_FIELDS):
-        headers = headers.copy()
-        headers.remove(*_OWN_FIELDS)
-    return headers.raw
-
-
-def _reason(status: int, reason: str) -> bytes:
-    return (reason or REASONS.get(status, "")).encode("latin-1")
-
-
 class _RequestBody(Body):
-    """A request's body, taken from the connection as it is read."""
+    """A request's body, taken from the connection as it is read; without a ``head`` there is none."""
 
-    def __init__(self, connection: H1ServerConnection, head: RequestHead, timeouts: HttpTimeouts) -> None:
+    def __init__(self, connection: H1ServerConnection, head: RequestHead | None, timeouts: HttpTimeouts) -> None:
         self._connection = connection
         self._pace = Pace(timeouts, client=True)
-        self._done = head.length == 0
+        self._done = head is None
         self._error: Exception | None = None
-        self.length = head.length
-        self.expects_continue = head.expects_continue and not self._done
+        self.length = 0 if head is None else head.length
+        self.expects_continue = head is not None and head.expects_continue
 
     @property
     def movable(self) -> int:
@@ -387,10 +399,10 @@ class _RequestBody(Body):
         # A client that was never told to continue may send its body or may not: nobody knows what comes next.
         return self.expects_continue and not self._connection.continued
 
-    async def drained(self, timeout: float) -> bool:
-        """Read and drop a short rest; return whether the end was reached."""
+    async def drain(self, timeout: float) -> None:
+        """Read and drop a short rest."""
         if not self.worth_draining:
-            return False
+            return
         start = self._pace.received
         try:
             async with asyncio.timeout(timeout):
@@ -398,5 +410,3 @@ class _RequestBody(Body):
                     await self.next()
         except (HttpError, TimeoutError, OSError) as error:
             log.debug("the rest of a body could not be dropped: %s", error)
-            return False
-        return self._done

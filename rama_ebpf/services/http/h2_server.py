@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from email.utils import formatdate
 from typing import Final
 
 import h2.errors
@@ -16,6 +15,7 @@ from ...core.lifecycle import Lifecycle, Stage
 from ...core.service import Service
 from ...core.stream import Stream
 from .answer import checked_response
+from .date import http_date
 from .errors import ConnectionDropped, HttpError, MalformedMessage
 from .gateway import error_response
 from .h2_connection import Channel, H2Connection, H2Error, StreamWasReset
@@ -55,7 +55,7 @@ class H2ServerConnection(H2Connection):
         limits: HttpLimits,
         timeouts: HttpTimeouts,
         extended_connect: bool = True,
-        date: Callable[[], str] = lambda: formatdate(usegmt=True),
+        date: Callable[[], str] = http_date,
     ) -> None:
         super().__init__(
             stream,

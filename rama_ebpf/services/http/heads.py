@@ -1,15 +1,15 @@
 """Header sections of HTTP/1.1 messages, read strictly (RFC 9112): bytes in, a head or MalformedMessage out.
 
-This is the half of the strictness layer that looks at bytes h11 would accept. Two parsers can differ on: bare CR or
-LF, folded lines, blanks around names, control characters, two lengths, a length beside a transfer coding, a transfer
-coding in HTTP/1.0, several hosts, a method in lower case, ``Content_Length``. Each of these ends the message here.
+Two parsers can differ on: bare CR or LF, folded lines, blanks around names, control characters, two lengths, a length
+beside a transfer coding, a transfer coding in HTTP/1.0, several hosts, a method in lower case, ``Content_Length``. Each
+of these ends the message here.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from ...core.blame import speaks_another_protocol
 from .errors import AmbiguousMessage, MalformedMessage
@@ -36,8 +36,12 @@ _OTHER_VERSION: Final = re.compile(rb"[^ ]+ [\x21-\x7e]+ HTTP/[0-9.]+")  # a bro
 _REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+_FIELD: Final = re.compile(rb"(" + _TOKEN + rb"+):([\t\x20-\x7e\x80-\xff]*)")
 _FIELDS: Final = re.compile(rb"(?:" + _TOKEN + rb"+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
 _NEVER: Final = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_FOLD: Final = re.compile(rb"[ \t]*\r\n[ \t]+")
+_BLANKS_BEFORE_COLON: Final = re.compile(rb"^(" + _TOKEN + rb"+)[ \t]+:", re.MULTILINE)
+_STRAY_BYTES: Final = "a bare CR or LF, or a control character, in the header section"
 _LENGTH: Final = re.compile(rb"0{0,64}[0-9]{1,18}")
 _LAST_STATUS: Final = 599
 _TOKENS: Final = re.compile(_TOKEN + rb"+")
@@ -114,12 +118,14 @@ _NOT_IN_TRAILERS: Final = frozenset(
 )
 
 _Field = tuple[bytes, bytes, bytes]
+_NONE: Final[list[bytes]] = []
+_LINE_KEPT: Final = 128
+_USUAL_OPTIONS: Final = frozenset({b"close", b"keep-alive"})
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHead:
+class RequestHead(NamedTuple):
     """A request's header section. ``length`` is None for a chunked body, 0 for none. ``headers`` holds the
-    end-to-end fields (and Proxy-Authorization)."""
+    end-to-end fields (and Proxy-Authorization). ``persistent`` tells that the connection may live on."""
 
     method: str
     target: Target
@@ -130,10 +136,10 @@ class RequestHead:
     expects_continue: bool
     accepts_trailers: bool
     upgrade: str | None
+    persistent: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     """A response's header section. ``length`` is None for a body that is chunked or, if ``until_close``, ends with
     the connection. ``declared`` is the Content-Length of a response that has no body (HEAD, 304). ``persistent``
     tells that the connection may live on."""
@@ -153,7 +159,7 @@ def head_end(data: bytearray, searched: int, limits: HttpLimits, *, request: boo
     """Return the length of the header section that ``data`` begins with, 0 if it is not complete yet.
 
     ``searched`` bytes were seen by an earlier call. Raises :class:`MalformedMessage` as soon as it is certain that
-    no header section can come of it.
+    no header section can come of it. What a complete one holds is for :func:`parse_request` to look at.
     """
     start = max(0, searched - 3)
     found = data.find(b"\r\n\r\n", start)
@@ -162,9 +168,11 @@ def head_end(data: bytearray, searched: int, limits: HttpLimits, *, request: boo
         _check_request_line_size(data, limits)
     if end > limits.head:
         raise MalformedMessage("header section too large", 431)
-    if _NEVER.search(data, start, end) is not None:
-        raise AmbiguousMessage("a bare CR or LF, or a control character, in the header section")
-    return 0 if found < 0 else end
+    if found >= 0:
+        return end
+    if _NEVER.search(data, start) is not None:
+        raise AmbiguousMessage(_STRAY_BYTES)
+    return 0
 
 
 def _check_request_line_size(data: bytearray, limits: HttpLimits) -> None:
@@ -177,7 +185,15 @@ def _check_request_line_size(data: bytearray, limits: HttpLimits) -> None:
 
 def parse_request(data: bytes, limits: HttpLimits) -> RequestHead:
     """Read a complete header section. Raises :class:`MalformedMessage`."""
-    line, fields = _split(data, limits)
+    try:
+        return _read_request(data, limits)
+    except MalformedMessage as error:
+        raise _rather_ambiguous(data, error) from error.__cause__
+
+
+def _read_request(data: bytes, limits: HttpLimits) -> RequestHead:
+    lines = data.split(b"\r\n")
+    line = lines[0]
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         stray = _METHOD_LIKE.match(line) is not None or speaks_another_protocol(line)
@@ -194,10 +210,12 @@ def parse_request(data: bytes, limits: HttpLimits) -> RequestHead:
     except ValueError as error:
         raise MalformedMessage(f"bad request target: {_reason(error)}") from error
     version = "1.1" if minor == b"1" else "1.0"
-    length = _length(fields, version)
-    authority = _authority(fields, version, target)
-    _check_content(method, length)
-    nominated = _nominated(fields)
+    fields, own = _fields(lines, len(data) - len(line) - 4, limits)
+    length = _length(own, version, 0)
+    authority = _authority(own.get(b"host"), version, target)
+    if length != 0 and method in ("CONNECT", "TRACE"):
+        raise MalformedMessage(f"a body in a {method} request")
+    nominated = _nominated(own[b"connection"]) if b"connection" in own else _NONE
     return RequestHead(
         method,
         target,
@@ -205,16 +223,29 @@ def parse_request(data: bytes, limits: HttpLimits) -> RequestHead:
         version,
         _end_to_end(fields, nominated),
         length,
-        _expects_continue(fields, version),
-        b"te" in nominated and b"trailers" in _members(fields, b"te"),
-        _upgrade(fields, nominated) if version == "1.1" and length == 0 else None,
+        b"expect" in own and _expects_continue(own[b"expect"], version),
+        b"te" in nominated and b"trailers" in _members(own.get(b"te", _NONE)),
+        _upgrade(own, nominated) if version == "1.1" and length == 0 else None,
+        version == "1.1" and b"close" not in nominated,
     )
 
 
-def parse_response(data: bytes, limits: HttpLimits, *, method: str) -> ResponseHead:
+def parse_response(data: bytes, limits: HttpLimits, *, method: str, lenient: bool = False) -> ResponseHead:
     """Read the complete header section of a response to a request with ``method``. Raises
-    :class:`MalformedMessage`."""
-    line, fields = _split(data, limits)
+    :class:`MalformedMessage`.
+
+    ``lenient`` takes what old servers send and what can be read in one way only: folded lines, blanks before a colon
+    (RFC 9112 sections 5.1 and 5.2), a length that is told twice alike, a 204 with a length.
+    """
+    try:
+        return _read_response(_unfolded(data) if lenient else data, limits, method, lenient)
+    except MalformedMessage as error:
+        raise _rather_ambiguous(data, error) from error.__cause__
+
+
+def _read_response(data: bytes, limits: HttpLimits, method: str, lenient: bool) -> ResponseHead:
+    lines = data.split(b"\r\n")
+    line = lines[0]
     match = _STATUS_LINE.fullmatch(line)
     if match is None:
         raise MalformedMessage("not a status line of HTTP/1.0 or HTTP/1.1")
@@ -224,24 +255,83 @@ def parse_response(data: bytes, limits: HttpLimits, *, method: str) -> ResponseH
         # RFC 9110 section 15: whatever it was to say, it is a server's failure. What we send on is a status.
         status, reason = 502, b""
     version = "1.1" if minor == b"1" else "1.0"
-    length = _length(fields, version, default=None)
-    coded = _has(fields, b"transfer-encoding")
-    if (status < 200 and coded) or ((status < 200 or status == 204) and length):
+    fields, own = _fields(lines, len(data) - len(line) - 4, limits)
+    coded = b"transfer-encoding" in own
+    length = _length(_collapsed(own) if lenient else own, version, None)
+    if (status < 200 and (coded or length)) or (status == 204 and length and not lenient):
         raise MalformedMessage(f"a body in a {status} response")
-    nominated = _nominated(fields)
-    headers = _end_to_end(fields, nominated)
-    upgrade = _upgrade(fields, nominated) if status == 101 else None
+    nominated = _nominated(own[b"connection"]) if b"connection" in own else _NONE
     until_close = length is None and not coded
+    # RFC 9112 section 6.3: a 204 ends with its header section, chunked or not. What such a server sends next is unsure.
+    unsure = status == 204 and (coded or bool(length))
     declared: int | None = None
     if method == "HEAD" or status in (204, 304) or status < 200 or (method == "CONNECT" and status < 300):
         if method == "HEAD" or status == 304:
             declared = length
         length, until_close = 0, False
-    # RFC 9112 section 6.3: a 204 ends with its header section, chunked or not. What such a server sends next is unsure.
-    persistent = version == "1.1" and b"close" not in nominated and not until_close and not (status == 204 and coded)
     return ResponseHead(
-        status, (reason or b"").decode("latin-1"), version, headers, length, until_close, declared, upgrade, persistent
+        status,
+        (reason or b"").decode("latin-1"),
+        version,
+        _end_to_end(fields, nominated),
+        length,
+        until_close,
+        declared,
+        _upgrade(own, nominated) if status == 101 else None,
+        version == "1.1" and b"close" not in nominated and not until_close and not unsure,
     )
+
+
+def _rather_ambiguous(data: bytes, error: MalformedMessage) -> MalformedMessage:
+    """Bytes that parsers end lines at in different ways say more of a message than what is wrong with it besides."""
+    if type(error) is MalformedMessage and _NEVER.search(data) is not None:
+        return AmbiguousMessage(_STRAY_BYTES)
+    return error
+
+
+def _unfolded(data: bytes) -> bytes:
+    """Old ways of writing fields, as they are written now."""
+    line, _, rest = data.partition(b"\r\n")
+    return line + b"\r\n" + _BLANKS_BEFORE_COLON.sub(rb"\1:", _FOLD.sub(b" ", rest))
+
+
+def _collapsed(own: dict[bytes, list[bytes]]) -> dict[bytes, list[bytes]]:
+    """RFC 9110 section 8.6: a length that is told several times, alike, is that length."""
+    told = {value.strip(b" \t") for values in own.get(b"content-length", _NONE) for value in values.split(b",")}
+    return {**own, b"content-length": [told.pop()]} if len(told) == 1 else own
+
+
+def _field(line: bytes) -> tuple[_Field, bool]:
+    """Return name in lower case, name and value, and whether it is a field of one connection."""
+    match = _FIELD.fullmatch(line)
+    if match is None:
+        raise MalformedMessage("a line that is not a header field")
+    name, value = match.groups()
+    lowered = name.lower()
+    _check_lookalike(lowered)
+    return (lowered, name, value.strip(b" \t")), lowered in _HOP_BY_HOP
+
+
+_known: Final = functools.lru_cache(4096)(_field)
+"""Most field lines come again and again, on one connection and on others."""
+
+
+def _fields(lines: list[bytes], size: int, limits: HttpLimits) -> tuple[list[_Field], dict[bytes, list[bytes]]]:
+    """Return the end-to-end fields of a section's lines (the first is none, the last two are empty), and the values of
+    the others by name. Each line is looked at once."""
+    check_field_count(len(lines) - 3, size, limits)
+    fields: list[_Field] = []
+    own: dict[bytes, list[bytes]] = {}
+    for number in range(1, len(lines) - 2):
+        line = lines[number]
+        field, is_own = _known(line) if len(line) <= _LINE_KEPT else _field(line)
+        if not is_own:
+            fields.append(field)
+        elif field[0] in own:
+            own[field[0]].append(field[2])
+        else:
+            own[field[0]] = [field[2]]
+    return fields, own
 
 
 def check_field_section(data: bytes, limits: HttpLimits) -> list[_Field]:
@@ -289,40 +379,26 @@ def _check_lookalike(lowered: bytes) -> None:
         raise MalformedMessage("a header name that can be taken for another")
 
 
-def _split(data: bytes, limits: HttpLimits) -> tuple[bytes, list[_Field]]:
-    line, _, rest = data.partition(b"\r\n")
-    return line, check_field_section(rest[:-2], limits)
-
-
 def _reason(error: ValueError) -> str:
     # The messages of ipaddress repeat their input.
     return "bad address" if "ermitted" in str(error) or "xpected" in str(error) else str(error)
 
 
-def _has(fields: list[_Field], name: bytes) -> bool:
-    return any(field[0] == name for field in fields)
-
-
-def _values(fields: list[_Field], name: bytes) -> list[bytes]:
-    return [value for key, _, value in fields if key == name]
-
-
-def _members(fields: list[_Field], name: bytes) -> list[bytes]:
-    members = [member.strip(b" \t").lower() for value in _values(fields, name) for member in value.split(b",")]
+def _members(values: list[bytes]) -> list[bytes]:
+    members = [member.strip(b" \t").lower() for value in values for member in value.split(b",")]
     return [member for member in members if member]
 
 
-def _length(fields: list[_Field], version: str, default: int | None = 0) -> int | None:
+def _length(own: dict[bytes, list[bytes]], version: str, default: int | None) -> int | None:
     """Return the body's length, None if it is chunked, ``default`` if no field says (RFC 9112 section 6.3)."""
-    lengths = _values(fields, b"content-length")
-    codings = _values(fields, b"transfer-encoding")
-    if codings:
-        if lengths:
+    lengths = own.get(b"content-length")
+    codings = own.get(b"transfer-encoding")
+    if codings is not None:
+        if lengths is not None:
             raise AmbiguousMessage("Content-Length beside Transfer-Encoding")
         _check_codings(codings, version)
         return None
-    length = content_length(lengths)
-    return default if length is None else length
+    return default if lengths is None else content_length(lengths)
 
 
 def content_length(values: list[bytes]) -> int | None:
@@ -350,32 +426,35 @@ def _check_codings(codings: list[bytes], version: str) -> None:
         raise MalformedMessage("a transfer coding that is not supported", 501 if known else 400)
 
 
-def _authority(fields: list[_Field], version: str, target: Target) -> str:
-    hosts = _values(fields, b"host")
-    if len(hosts) > 1:
-        raise AmbiguousMessage("more than one Host")
-    if not hosts:
+def _authority(hosts: list[bytes] | None, version: str, target: Target) -> str:
+    if hosts is None:
         if version == "1.1":
             raise MalformedMessage("no Host")
         return target.authority
+    if len(hosts) > 1:
+        raise AmbiguousMessage("more than one Host")
     try:
-        # An empty Host is allowed where the target has no authority; nothing could be routed by it.
-        parse_authority(hosts[0].decode("ascii"), 0)
+        host = _host(hosts[0])
     except ValueError as error:
         raise MalformedMessage("bad Host") from error
     # RFC 9112 section 3.2.2: the target's authority counts, and the Host field is ignored.
-    return target.authority or hosts[0].decode("ascii").removesuffix(":")
+    return target.authority or host
 
 
-def _check_content(method: str, length: int | None) -> None:
-    if length != 0 and method in ("CONNECT", "TRACE"):
-        raise MalformedMessage(f"a body in a {method} request")
+@functools.lru_cache(1024)
+def _host(value: bytes) -> str:
+    # An empty Host is allowed where the target has no authority; nothing could be routed by it.
+    text = value.decode("ascii")
+    parse_authority(text, 0)
+    return text.removesuffix(":")
 
 
-def _nominated(fields: list[_Field]) -> list[bytes]:
+def _nominated(values: list[bytes]) -> list[bytes]:
     """Return the options of Connection, in lower case (RFC 9110 section 7.6.1)."""
-    options = _members(fields, b"connection")
+    options = _members(values)
     for option in options:
+        if option in _USUAL_OPTIONS:
+            continue
         if _TOKENS.fullmatch(option) is None:
             raise MalformedMessage("a Connection option that is not a token")
         if option in _NOT_TO_NOMINATE:
@@ -384,17 +463,15 @@ def _nominated(fields: list[_Field]) -> list[bytes]:
 
 
 def _end_to_end(fields: list[_Field], nominated: list[bytes]) -> Headers:
-    return Headers._of_fields(
-        [
-            field
-            for field in fields
-            if field[0] not in _HOP_BY_HOP and (field[0] not in nominated or field[0] == b"proxy-authorization")
-        ]
-    )
+    if not _USUAL_OPTIONS.issuperset(nominated):
+        fields = [field for field in fields if field[0] not in nominated or field[0] == b"proxy-authorization"]
+    elif nominated:
+        fields = [field for field in fields if field[0] not in _USUAL_OPTIONS]
+    return Headers._of_fields(fields)
 
 
-def _expects_continue(fields: list[_Field], version: str) -> bool:
-    expectations = _members(fields, b"expect")
+def _expects_continue(values: list[bytes], version: str) -> bool:
+    expectations = _members(values)
     if not expectations or version == "1.0":
         return False
     if expectations != [b"100-continue"]:
@@ -402,10 +479,10 @@ def _expects_continue(fields: list[_Field], version: str) -> bool:
     return True
 
 
-def _upgrade(fields: list[_Field], nominated: list[bytes]) -> str | None:
+def _upgrade(own: dict[bytes, list[bytes]], nominated: list[bytes]) -> str | None:
     if b"upgrade" not in nominated:
         return None
-    protocols = _members(fields, b"upgrade")
+    protocols = _members(own.get(b"upgrade", _NONE))
     if len(protocols) != 1 or _TOKENS.fullmatch(protocols[0]) is None:
         return None
     return protocols[0].decode("ascii")

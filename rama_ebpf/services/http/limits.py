@@ -11,11 +11,13 @@ __all__ = ["HttpLimits", "HttpTimeouts", "OriginOptions"]
 class OriginOptions:
     """How one upstream is treated.
 
-    With ``keep`` off each request has a connection of its own: a server that sends a second response where none is due
-    then answers nobody else with it.
-    """
+    With ``keep`` off each request has a connection of its own: a server that sends a second response where none is
+    due then answers nobody else with it. ``lenient`` takes what old servers send and what can be read in one way
+    only: blanks around chunk sizes and before colons, folded fields, one length told twice, a 204 with a length. What
+    is sent on is written anew, and strict."""
 
     keep: bool = True
+    lenient: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,10 @@ class Body(abc.ABC):
         """Whether :meth:`next` would return bytes without waiting."""
         return False
 
+    def take_whole(self) -> bytes | None:
+        """Return all that is left, if all of it is here and no trailers follow; else None, and nothing is taken."""
+        return None
+
     @property
     def movable(self) -> int:
         """How many bytes :meth:`splice_to` may move: 0 unless the rest is plain bytes on a socket, of known length."""
@@ -114,6 +118,12 @@ class _Bytes(Body):
     @property
     def ready(self) -> bool:
         return bool(self._data)
+
+    def take_whole(self) -> bytes | None:
+        if self.trailers is not None:
+            return None
+        data, self._data = self._data, b""
+        return data
 
     async def next(self) -> bytes:
         data, self._data = self._data, b""

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ...core.address import Authority
 from ...core.request_log import Upstream
@@ -42,10 +42,9 @@ class PoolLimits:
 _Key = tuple[Authority, Hashable]
 
 
-@dataclass(slots=True)
-class _Idle:
+class _Idle(NamedTuple):
     connection: H1ClientConnection
-    timer: asyncio.TimerHandle
+    since: float
 
 
 def repeatable(request: Request) -> bool:
@@ -88,6 +87,7 @@ class ConnectionPool:
         self._timeouts = HttpTimeouts() if timeouts is None else timeouts
         self._idle: dict[_Key, list[_Idle]] = {}
         self._idle_count = 0
+        self._sweeper: asyncio.TimerHandle | None = None
         self._h2: dict[_Key, list[H2ClientConnection]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -116,8 +116,9 @@ class ConnectionPool:
 
         ``connector``, if given, connects for this request alone, and its connection is not kept.
         """
-        key = (Authority(target.host, target.port), partition)
-        keep = connector is None and self._origins(key[0]).keep
+        key = (target if type(target) is Authority else Authority(target.host, target.port), partition)
+        options = self._origins(key[0])
+        keep = connector is None and options.keep
         if keep and (response := await self._send_on_kept(request, key)) is not None:
             return response
         if connector is None and request.upgrade is not None:
@@ -138,6 +139,8 @@ class ConnectionPool:
             limits=self._limits,
             timeouts=self._timeouts,
             released=lambda connection: self._released(key, connection, keep=keep),
+            keep=keep,
+            lenient=options.lenient,
         )
         return await connection.send(request)
 
@@ -163,6 +166,9 @@ class ConnectionPool:
     def close(self) -> None:
         """Close what is idle; what is in use is closed after its response."""
         self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
         for key in list(self._idle):
             while (kept := self._take(key)) is not None:
                 self._in_background(kept.stream.close())
@@ -200,7 +206,6 @@ class ConnectionPool:
         kept = self._idle.get(key)
         while kept:
             idle = kept.pop()
-            idle.timer.cancel()
             self._idle_count -= 1
             if not kept:
                 del self._idle[key]
@@ -223,17 +228,31 @@ class ConnectionPool:
         if self._closed or full or not keep:
             self._in_background(connection.stream.close())
             return
-        timer = asyncio.get_running_loop().call_later(limits.keep, self._expire, key, connection)
-        self._idle.setdefault(key, []).append(_Idle(connection, timer))
+        loop = asyncio.get_running_loop()
+        self._idle.setdefault(key, []).append(_Idle(connection, loop.time()))
         self._idle_count += 1
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(limits.keep, self._sweep)
 
-    def _expire(self, key: _Key, connection: H1ClientConnection) -> None:
-        kept = self._idle[key]
-        self._idle[key] = [idle for idle in kept if idle.connection is not connection]
-        self._idle_count -= len(kept) - len(self._idle[key])
-        if not self._idle[key]:
-            del self._idle[key]
-        self._in_background(connection.stream.close())
+    def _sweep(self) -> None:
+        """Close what was kept long enough; one timer for all, which is set while there are any."""
+        self._sweeper = None
+        loop = asyncio.get_running_loop()
+        due = loop.time() - self._pool_limits.keep
+        oldest: list[float] = []
+        for key, kept in list(self._idle.items()):
+            fresh = [idle for idle in kept if idle.since > due]
+            for idle in kept:
+                if idle.since <= due:
+                    self._in_background(idle.connection.stream.close())
+            self._idle_count -= len(kept) - len(fresh)
+            if fresh:
+                self._idle[key] = fresh
+                oldest.append(min(idle.since for idle in fresh))
+            else:
+                del self._idle[key]
+        if oldest:
+            self._sweeper = loop.call_at(min(oldest) + self._pool_limits.keep, self._sweep)
 
     def _in_background(self, closing: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(closing)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Address
-from typing import Final
+from typing import Final, NamedTuple
 
 from ...core.address import Authority
 
@@ -25,6 +24,7 @@ _LABEL: Final = re.compile(r"[0-9A-Za-z_]([0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?")
 _NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 _TARGET: Final = re.compile(r"[!-~]+")
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_AUTHORITY_END: Final = re.compile(r"[/?\\]")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 
 
@@ -37,8 +37,7 @@ class TargetForm(Enum):
     ASTERISK = "asterisk"
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A request target. ``authority`` is "" for origin and asterisk form, ``path`` (with the query) for CONNECT."""
 
     form: TargetForm
@@ -102,11 +101,8 @@ def _parse_absolute(method: str, target: str) -> Target:
     scheme, separator, rest = target.partition("://")
     if not separator or _SCHEME.fullmatch(scheme) is None:
         raise ValueError("the target is neither a path nor an absolute URI")
-    end = len(rest)
-    for delimiter in "/?\\":
-        found = rest.find(delimiter)
-        if found >= 0:
-            end = min(end, found)
+    match = _AUTHORITY_END.search(rest)
+    end = len(rest) if match is None else match.start()
     authority, path = rest[:end], rest[end:]
     scheme = scheme.lower()
     parse_authority(authority, DEFAULT_PORTS.get(scheme, 0))

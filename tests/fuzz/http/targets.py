@@ -1,7 +1,7 @@
 """Fuzz targets for HTTP: each takes bytes and raises AssertionError if a guarantee does not hold.
 
-The guarantee for messages: whatever is accepted is written again so that every careless reader (:mod:`.reference`)
-and h11 see the same messages, as many as were accepted.
+The guarantee for messages: whatever is accepted is the same message to h11 (:mod:`.oracle`), and is written again so
+that every careless reader (:mod:`.reference`) sees the same messages, as many as were accepted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import h2.connection
 import h2.events
 import h2.exceptions
 import h2.settings
-import h11
 import hpack
 import hyperframe.frame
 
@@ -25,8 +24,10 @@ from rama_ebpf.services.http.headers import Headers
 from rama_ebpf.services.http.heads import RequestHead, ResponseHead
 from rama_ebpf.services.http.limits import HttpLimits
 from rama_ebpf.services.http.strict import NEED_DATA, PAUSED, Closed, Content, End, Role, StrictConnection
+from rama_ebpf.services.http.writer import MessageWriter
 from rama_ebpf.services.proxy_protocol import Command, ProxyProtocolError, TlvType, encode_v1, encode_v2, parse
 
+from .oracle import Taken, judge
 from .reference import HABITS, Unreadable, read_all
 
 __all__ = ["TARGETS", "h2_fields", "h2_requests", "h2_responses", "proxy_header", "requests", "responses"]
@@ -49,10 +50,23 @@ def _read(role: Role, data: bytes, chunk: int, method: str = "GET") -> list[obje
     if role is Role.CLIENT:
         _ask(connection, method)
     out: list[object] = []
+    start = 0
+    head: RequestHead | ResponseHead | None = None
+    body = b""
     try:
         for offset in range(0, len(data) + chunk, chunk):
             connection.receive(data[offset : offset + chunk])
             while (event := connection.next_event()) is not NEED_DATA:
+                if isinstance(event, RequestHead | ResponseHead):
+                    head, body = event, b""
+                elif isinstance(event, Content):
+                    body += event.data
+                elif isinstance(event, End) and chunk >= len(data):
+                    assert head is not None
+                    left = len(connection.trailing)
+                    ended = not data[offset : offset + chunk]
+                    judge(Taken(head, body, event.trailers, data[start:], left, method, ended))
+                    start = len(data) - left
                 if isinstance(event, Closed):
                     return [*out, None]
                 if event is PAUSED:
@@ -78,8 +92,9 @@ def _checked(error: MalformedMessage) -> MalformedMessage:
 
 def _ask(connection: StrictConnection, method: str) -> None:
     target = "a.test:1" if method == "CONNECT" else "/"
-    connection.send(h11.Request(method=method, target=target, headers=[("Host", "a.test")]))
-    connection.send(h11.EndOfMessage())
+    connection.asked(method)
+    connection.writer.request(method, target, "a.test", Headers(), [], 0)
+    connection.writer.end(None)
 
 
 def _next(connection: StrictConnection, role: Role, out: list[object]) -> bool:
@@ -89,8 +104,8 @@ def _next(connection: StrictConnection, role: Role, out: list[object]) -> bool:
     head = next(event for event in reversed(out) if isinstance(event, RequestHead))
     if head.method == "CONNECT" or head.upgrade is not None:
         return False
-    connection.send(h11.Response(status_code=200, headers=[("Content-Length", "0")]))
-    connection.send(h11.EndOfMessage())
+    connection.writer.response(200, "", Headers(), [], 0, bodiless=False, http_1_0=False, close=False)
+    connection.writer.end(None)
     if not connection.reusable:
         return False
     connection.next_cycle()
@@ -146,21 +161,15 @@ def _check_head(head: RequestHead) -> None:
         assert ":" in head.authority
 
 
-def _forwarded(head: RequestHead, body: bytes, trailers: Headers) -> tuple[bytes, bytes]:
+def _forwarded(head: RequestHead, body: bytes, trailers: Headers | None) -> tuple[bytes, bytes]:
     """Write a request as the client side does; return its request line and all of it."""
-    out = StrictConnection(Role.CLIENT, LIMITS)
+    out = MessageWriter()
     target = head.authority if head.method == "CONNECT" else head.target.path
-    fields = [(b"Host", head.authority.encode()), *head.headers.raw]
-    if head.length is None:
-        fields.append((b"Transfer-Encoding", b"chunked"))
-    elif head.length:
-        fields.append((b"Content-Length", str(head.length).encode()))
-        assert head.length == len(body)
-    pieces = out.send(h11.Request(method=head.method, target=target, headers=fields))
+    written = out.request(head.method, target, head.authority, head.headers, [], head.length)
     if body:
-        pieces += out.send(h11.Data(data=body))
-    pieces += out.send(h11.EndOfMessage(headers=trailers.raw if head.length is None else []))
-    return f"{head.method} {target} HTTP/1.1".encode(), b"".join(pieces)
+        written += out.content(body)
+    written += out.end(trailers)
+    return f"{head.method} {target} HTTP/1.1".encode(), written
 
 
 def _all_read_alike(written: bytes, expected: list[tuple[bytes, bytes]]) -> None:
@@ -194,24 +203,17 @@ def responses(data: bytes) -> None:
             _check_response(head, body, event.trailers, method)
 
 
-def _check_response(head: ResponseHead, body: bytes, trailers: Headers, method: str) -> None:
-    out = StrictConnection(Role.SERVER, LIMITS)
-    asked = f"{method} {'a.test:1' if method == 'CONNECT' else '/'} HTTP/1.1\r\nHost: a.test\r\n\r\n"
-    out.receive(asked.encode())
-    out.next_event()
-    out.next_event()
+def _check_response(head: ResponseHead, body: bytes, trailers: Headers | None, method: str) -> None:
+    out = MessageWriter()
     bodiless = method == "HEAD" or head.status in (204, 304)
-    fields = list(head.headers.raw)
     length = head.declared if bodiless else head.length
-    if length is not None and head.status != 204:
-        fields.append((b"Content-Length", str(length).encode()))
-    pieces = out.send(h11.Response(status_code=head.status, headers=fields, reason=head.reason.encode("latin-1")))
+    written = out.response(
+        head.status, head.reason, head.headers, [], length, bodiless=bodiless, http_1_0=False, close=False
+    )
     if body:
         assert not bodiless
-        pieces += out.send(h11.Data(data=body))
-    chunked = length is None and not bodiless
-    pieces += out.send(h11.EndOfMessage(headers=trailers.raw if chunked else []))
-    written = b"".join(pieces)
+        written += out.content(body)
+    written += out.end(trailers)
     for habit in HABITS:
         try:
             (message,) = read_all(written, habit, bodiless=bodiless)
@@ -299,12 +301,10 @@ def _check_h2_request(received: Fields) -> None:
         head = read_request(received, LIMITS)
     except MalformedMessage:
         return
-    fields = [(b"Host", head.authority.encode()), *head.headers.raw]
     target = head.authority if head.method == "CONNECT" and head.protocol is None else head.path
-    out = StrictConnection(Role.CLIENT, LIMITS)
-    pieces = out.send(h11.Request(method="GET" if head.protocol else head.method, target=target, headers=fields))
-    pieces += out.send(h11.EndOfMessage())
-    written = b"".join(pieces)
+    out = MessageWriter()
+    method = "GET" if head.protocol else head.method
+    written = out.request(method, target, head.authority, head.headers, [], 0) + out.end(None)
     _all_read_alike(written, [(written.partition(b"\r\n")[0], b"")])
     # What was read from HTTP/2 must be what HTTP/1.1 would have let in.
     again = _read(Role.SERVER, written, len(written))
