@@ -16,6 +16,7 @@ from ..core.shares import Held, SourceShare
 from ..core.stream import Stream
 from ..services.connect import Connector, Egress, Resolver
 from ..services.forward import Forward
+from ..services.http import HttpInspector
 from ..services.tls import (
     CertificateAuthority,
     CertificateStore,
@@ -37,6 +38,7 @@ from ..services.tls import (
     TlsTunnelLayer,
 )
 from .decode import ListOf, MapOf, Table, setting
+from .http import HttpTimeoutSettings
 from .kinds import AUTHORITY, BOOLEAN, DURATION, HOST_PATTERN, PORT, TEXT, Kind, choice, file_path, integer
 
 __all__ = ["TlsEnvironment", "TlsPassthroughSettings", "TlsSettings", "TlsTunnelSettings"]
@@ -170,6 +172,11 @@ class InterceptSettings:
     remember: float = setting(DURATION, "with learn: for how long", default=3600.0)
     hang_ups: int = setting(integer(1, 1000), "with learn: in a row that count as a refusal", default=3)
     cache: int = setting(integer(1, 1_000_000), "certificates kept, in each worker", default=1024)
+    timeouts: HttpTimeoutSettings | None = setting(
+        Table(HttpTimeoutSettings),
+        "serve HTTP inside as a proxy, and wait so long (else it is relayed)",
+        default=None,
+    )
 
     def make(self, environment: TlsEnvironment) -> TlsInterceptor:
         """Load the authority."""
@@ -180,6 +187,7 @@ class InterceptSettings:
             connector=environment.connector,
             verify_bypass=self.verify_bypass,
             rejections=Rejections(ttl=self.remember, hang_ups=self.hang_ups) if self.learn else None,
+            inspect=None if self.timeouts is None else HttpInspector(timeouts=self.timeouts.timeouts()),
             handshakes=environment.share(Held.HANDSHAKES),
         )
 

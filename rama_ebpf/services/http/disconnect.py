@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
-from ...core.errors import LimitExceeded
+from ...core.errors import LimitExceeded, PeerClosed
 from ...core.stream import Stream
 
 __all__ = ["DisconnectWatch"]
@@ -100,8 +101,10 @@ class DisconnectWatch:
 
     async def _wait(self) -> None:
         try:
-            while await self._stream.fill():
-                pass
+            # A TLS client that ends without close_notify may wait as well: its request was complete.
+            with contextlib.suppress(PeerClosed):
+                while await self._stream.fill():
+                    pass
             await self._stream.reset_by_peer()
         except LimitExceeded:
             return  # so much was sent ahead that there is no room to look further

@@ -189,6 +189,10 @@ class H1ServerConnection:
                 if self._idle:
                     return None
                 raise MalformedMessage("the request's header section did not come in time", 408) from error
+            except PeerClosed:
+                if not self._idle:
+                    raise
+                return None  # TLS that ends without close_notify between two requests: nothing is cut short
             finally:
                 deadline.stop()
                 self._idle = False

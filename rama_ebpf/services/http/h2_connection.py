@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import h2.config
 import h2.connection
@@ -43,6 +44,7 @@ _QUEUE_HIGH: Final = 256 * 1024
 _CONNECTION_WINDOW: Final = 1024 * 1024
 _STREAM_WINDOW: Final = 128 * 1024
 _FRAME: Final = 16 * 1024
+_PROBE_SECONDS: Final = 10.0
 
 _Settings = h2.settings.SettingCodes
 _Codes = h2.errors.ErrorCodes
@@ -237,6 +239,8 @@ class H2Connection(abc.ABC):
         self._unfinished_since: float | None = None
         self._deadline: asyncio.Timeout | None = None
         self._reader: asyncio.Task[None] | None = None
+        self._client = client
+        self._emptied: asyncio.Event | None = None
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -296,6 +300,8 @@ class H2Connection(abc.ABC):
             try:
                 async with deadline:
                     data = await self.stream.read(_READ)
+            except PeerClosed:
+                data = b""  # TLS that ends without close_notify: what was asked for was complete, or its stream is not
             except TimeoutError:
                 if not deadline.expired():
                     raise
@@ -304,10 +310,41 @@ class H2Connection(abc.ABC):
             finally:
                 self._deadline = None
             if not data:
+                await self._after_end()
                 return
             self._receive(data)
             if self.closing and not self.channels:
                 return
+
+    async def _after_end(self) -> None:
+        """The peer has ended its side. A server's client may still wait for its responses (RFC 9113 section 5.1 knows
+        half-closed streams; a connection can be, too), however late they come, unless it has gone altogether."""
+        self.closing = True
+        for channel in list(self.channels.values()):
+            if self._client or not channel.received_end:
+                channel.on_error(PeerClosed("the peer closed before the end of the stream"))
+        if self._client or not self.channels:
+            return
+        self._emptied = asyncio.Event()
+        watch: list[asyncio.Task[Any]] = [
+            asyncio.create_task(self._emptied.wait()),
+            asyncio.create_task(self._gone()),
+        ]
+        try:
+            done: set[asyncio.Task[Any]] = set()
+            while not done and not self._over:
+                # One that has closed altogether answers with a reset; one that still reads has no answer to give.
+                self.h2.ping(bytes(8))
+                self.flush()
+                done, _ = await asyncio.wait(watch, timeout=_PROBE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in watch:
+                task.cancel()
+            await asyncio.gather(*watch, return_exceptions=True)
+
+    async def _gone(self) -> None:
+        with contextlib.suppress(OSError):  # reset: gone as well
+            await self.stream.reset_by_peer()
 
     def _read_deadline(self) -> float | None:
         """When to give up waiting for bytes: never while streams are served, for they have time-outs of their own."""
@@ -430,6 +467,8 @@ class H2Connection(abc.ABC):
         self.channels.pop(channel.id, None)
         channel.drop_received()
         if not self.channels:
+            if self._emptied is not None:
+                self._emptied.set()
             self._idle_since = asyncio.get_running_loop().time()
             if self._deadline is not None:
                 deadline = self._read_deadline() if not self.closing else self._idle_since

@@ -145,6 +145,9 @@ class TlsStream(Stream):
         waiting = self._unread or self._incoming.pending or self._tls.pending()
         return not (self._closed or self._eof_received or waiting) and self._transport.quiet()
 
+    async def reset_by_peer(self) -> None:
+        await self._transport.reset_by_peer()
+
     # -- handshake ---------------------------------------------------------------------------------------------
 
     async def _handshake(self, timeout: float) -> None:
