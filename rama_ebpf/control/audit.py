@@ -29,7 +29,7 @@ _ROUNDS: Final = 3600 // 5
 """Slices in which all entries are looked at: an hour."""
 _LEAST: Final = 100
 """Entries of a slice at least: with so few that 12 slices hold them, all are looked at within a minute."""
-_SAMPLE: Final = 2
+_SAMPLE: Final = 1
 _PORT: Final = 1080
 """The port to ask about where nobody listens."""
 _UNREADY_SECONDS: Final = 60.0

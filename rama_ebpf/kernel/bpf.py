@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import errno
+import functools
 import os
 import platform
 import struct
@@ -24,6 +25,7 @@ __all__ = [
     "LinkInfo",
     "MapFlags",
     "MapInfo",
+    "MapReader",
     "MapType",
     "ProgInfo",
     "close",
@@ -121,15 +123,19 @@ def _bpf(command: int, attr: bytes) -> int:
 
 
 def _bpf_inout(command: int, attr: ctypes.Array[ctypes.c_char]) -> int:
-    try:
-        number = _SYS_BPF[platform.machine()]
-    except KeyError:
-        raise OSError(38, f"no bpf(2) number known for machine {platform.machine()!r}") from None
-    result = int(_libc.syscall(number, command, ctypes.byref(attr), len(attr)))
+    result = int(_libc.syscall(_number(), command, ctypes.byref(attr), len(attr)))
     if result < 0:
         error = ctypes.get_errno()
         raise OSError(error, f"bpf({command}): {os.strerror(error)}")
     return result
+
+
+@functools.cache
+def _number() -> int:
+    try:
+        return _SYS_BPF[platform.machine()]
+    except KeyError:
+        raise OSError(38, f"no bpf(2) number known for machine {platform.machine()!r}") from None
 
 
 def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
@@ -176,6 +182,27 @@ def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
     except FileNotFoundError:
         return None
     return value.raw
+
+
+class MapReader:
+    """Looks keys up in one map, with buffers that are made once: a third of the time of :func:`map_lookup`. For one
+    thread at a time."""
+
+    def __init__(self, fd: int, key_size: int, value_size: int) -> None:
+        self._key, self._value = ctypes.create_string_buffer(key_size), ctypes.create_string_buffer(value_size)
+        attr = struct.pack("=IIQQQ", fd, 0, _address(self._key), _address(self._value), 0)
+        self._attr = ctypes.create_string_buffer(attr, _ATTR_SIZE)
+        self._call = (_number(), _LOOKUP, ctypes.byref(self._attr), _ATTR_SIZE)
+
+    def __call__(self, key: bytes) -> bytes | None:
+        """Return the value of ``key``, or None."""
+        self._key.raw = key
+        if _libc.syscall(*self._call) < 0:
+            error = ctypes.get_errno()
+            if error == errno.ENOENT:
+                return None
+            raise OSError(error, f"bpf({_LOOKUP}): {os.strerror(error)}")
+        return self._value.raw
 
 
 def map_update(fd: int, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:

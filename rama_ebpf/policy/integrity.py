@@ -10,9 +10,11 @@ All may raise OSError where the kernel refuses.
 from __future__ import annotations
 
 import random
+import socket
+import struct
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv6Network
 from typing import Final
@@ -24,11 +26,14 @@ from ..kernel.map_walk import MapWalk
 from ..kernel.witness import Answer, SourceQuestion, Witness
 from .compiler import MAPPED
 from .counters import number
+from .image import RuntimeRule
+from .kept_walk import KeptWalk, Suspect
 from .kernel_sets import KernelSet
 from .kernel_store import KernelStore
-from .kernel_tables import packed_rule
+from .kernel_tables import packed_rule, runtime_key
 from .prefixes import IPNetwork, unmap_network
 from .rule import PRECEDENCE, RUNTIME, Action, PolicyError, Rule, Stage, boottime_ns
+from .tables import Place
 
 __all__ = ["Difference", "Integrity"]
 
@@ -77,12 +82,21 @@ class Integrity:
         self._set: tuple[int, Sequence[Rule], Sequence[int]] = (0, (), ())
         self._next_rule = 0
         self._met: list[bytes] = []
+        self._kept: KeptWalk | None = None
         maps = store.tables.maps
+        self._place = bpf.MapReader(maps["runtime"], abi.RUNTIME_KEY.size, 4)
+        self._row = bpf.MapReader(maps["rules"], 4, abi.RULE.size)
+        self._info = bpf.MapReader(maps["rule_info"], 4, abi.RULE_INFO.size)
         self._runtime = MapWalk(maps["runtime"], abi.RUNTIME_KEY.size, 4)
         self._bans = MapWalk(maps["bans"], maps.specs["bans"].key_size, abi.BAN.size)
 
     def close(self) -> None:
-        """Let go of the set that is remembered."""
+        """Let go of the set that is remembered, and of the file."""
+        if self._kept is not None:
+            self._kept.close()
+        self._forget()
+
+    def _forget(self) -> None:
         if self._remembered is not None:
             self._remembered.opened.close()
             self._remembered = None
@@ -94,6 +108,7 @@ class Integrity:
         rows = self._runtime.next(max(least, -(-self._runtime.known // rounds)))
         self._met = [key for key, _ in rows]
         yield from self._runtime_rules(rows)
+        yield from self._kept_rules(least, rounds)
         yield from self._set_rules(least, rounds)
         yield from self._banned(self._bans.next(max(least, -(-self._bans.known // rounds))))
 
@@ -161,7 +176,7 @@ class Integrity:
         with self._store.held():
             gate = tables.gate()
             opened = tables.sets.open(gate.active)
-            self.close()
+            self._forget()
             self._remembered = _Remembered(gate, frozenset(tables.failsafe.networks()), opened.token, opened)
 
     def _same_revision(self, known: _Remembered) -> bool:
@@ -240,13 +255,12 @@ class Integrity:
         return not gate.runtime[family] >> length & 1
 
     def _is_there(self, key: bytes) -> bool:
-        return bpf.map_lookup(self._store.tables.maps["runtime"], key, 4) is not None
+        return self._place(key) is not None
 
     def _right_row(self, key: bytes, value: bytes) -> bytes | None:
         """The row of a rule if it can be that of a rule at run time at this place, else None."""
-        maps = self._store.tables.maps
-        row = bpf.map_lookup(maps["rules"], value, abi.RULE.size)
-        if row is None or bpf.map_lookup(maps["rule_info"], value, abi.RULE_INFO.size) is None:
+        row = self._row(value)
+        if row is None or self._info(value) is None:
             return None
         action = abi.RULE.unpack(row)[0]
         return row if action in PRECEDENCE and row == self._derived(key, row, Action(action)) else None
@@ -262,7 +276,7 @@ class Integrity:
         return abi.RULE.pack(action, flags, expires, emission, tolerance, port, order, 0)
 
     def _has_wrong_row(self, key: bytes) -> bool:
-        value = bpf.map_lookup(self._store.tables.maps["runtime"], key, 4)
+        value = self._place(key)
         return value is not None and self._right_row(key, value) is None
 
     def _mend_row(self, key: bytes) -> None:
@@ -270,11 +284,11 @@ class Integrity:
         cannot be known turns the source away."""
         maps = self._store.tables.maps
         with self._store.held():
-            value = bpf.map_lookup(maps["runtime"], key, 4)
+            value = self._place(key)
             if value is None:
                 return
-            row = bpf.map_lookup(maps["rules"], value, abi.RULE.size) or bytes(abi.RULE.size)
-            info = bpf.map_lookup(maps["rule_info"], value, abi.RULE_INFO.size)
+            row = self._row(value) or bytes(abi.RULE.size)
+            info = self._info(value)
             action = abi.RULE.unpack(row)[0]
             if action not in PRECEDENCE or (action == Action.LIMIT and not abi.RULE.unpack(row)[3]):
                 row, action = bytes(abi.RULE.size), _named_action(info)
@@ -295,12 +309,74 @@ class Integrity:
         return answer.rank < (length + 1 << self._constant["RANK_LENGTH_SHIFT"]) | order
 
     def _is_lost(self, key: bytes) -> bool:
-        value = bpf.map_lookup(self._store.tables.maps["runtime"], key, 4)
+        value = self._place(key)
         row = None if value is None else self._right_row(key, value)
         if row is None or not _decides(row, boottime_ns()):
             return False
         (answer,) = self._ask([(key, row)])
         return self._is_missed(key, row, answer)
+
+    # -- rules at run time on disk -------------------------------------------------------------------------------
+
+    def _kept_rules(self, least: int, rounds: int) -> Iterator[Difference]:
+        path = self._store.rules_on_disk
+        if path is None:  # the disk is behind, and no witness
+            return
+        if self._kept is None:
+            self._kept = KeptWalk(path, self._agrees, self._surely_agrees)
+        kept = self._kept
+        for suspect in kept.next(max(least, -(-kept.known // rounds))):
+            network, port = suspect.place
+            where = f"{network} port {port}" if port else str(network)
+            has = (
+                "is on disk, and not like that in the kernel"
+                if suspect.rule
+                else "was taken back, and is in the kernel"
+            )
+            yield Difference(
+                "rule",
+                f"the rule at run time for {where} {has}",
+                lambda suspect=suspect: self._is_apart(kept, suspect),  # type: ignore[misc]
+                lambda suspect=suspect: self._store.put_back(suspect.place, suspect.rule),  # type: ignore[misc]
+            )
+        kept.end()
+
+    def _is_apart(self, kept: KeptWalk, suspect: Suspect) -> bool:
+        if self._store.rules_on_disk is None or not kept.is_whole():
+            return False
+        one = suspect.rule
+        if one is not None and one.rule.expires is not None and one.rule.expires <= boottime_ns():
+            return False
+        return not self._agrees(suspect.place, one)
+
+    def _surely_agrees(self, row: Mapping[str, object]) -> bool:
+        """The usual row of this boot, read without making a rule of it."""
+        source, port = str(row["source"]), row["port"]
+        address, _, length = source.partition("/")
+        try:
+            if ":" in address:
+                key = abi.RUNTIME_KEY.pack(int(length), port, socket.inet_pton(socket.AF_INET6, address))
+            else:
+                packed = _MAPPED_IPV4 + socket.inet_pton(socket.AF_INET, address)
+                key = abi.RUNTIME_KEY.pack(int(length) + 96, port, packed)
+            value = self._place(key)
+            if value is None or row.get("removed"):
+                return value is None and bool(row.get("removed"))
+            if row["limit"] is not None or row["dry_run"] or row["until"] is not None:
+                return False
+            action = Action[str(row["action"]).upper()]
+            order = 8 * (port != 0) + 2 * PRECEDENCE[action] + 1
+            flags = 0 if port else self._constant["RULE_CERTAIN"]
+            return self._row(value) == abi.RULE.pack(action, flags, 0, 0, 0, port, order, 0)
+        except (LookupError, ValueError, TypeError, OSError, struct.error):
+            return False
+
+    def _agrees(self, place: Place, one: RuntimeRule | None) -> bool:
+        value = self._place(runtime_key(place))
+        if value is None or one is None:
+            return value is None and one is None
+        row = self._row(value)
+        return row == packed_rule(one.rule)
 
     # -- the loaded set ------------------------------------------------------------------------------------------
 
@@ -357,10 +433,7 @@ class Integrity:
         return self._set
 
     def _differs(self, rule: Rule, rule_id: int) -> bool:
-        maps = self._store.tables.maps
-        if bpf.map_lookup(maps["rules"], number(rule_id), abi.RULE.size) != packed_rule(rule):
-            return True
-        return bpf.map_lookup(maps["rule_info"], number(rule_id), abi.RULE_INFO.size) is None
+        return self._row(number(rule_id)) != packed_rule(rule) or self._info(number(rule_id)) is None
 
     def _mend_set_row(self, token: int, rule: Rule, rule_id: int) -> None:
         maps = self._store.tables.maps
@@ -368,7 +441,7 @@ class Integrity:
             if self._loaded()[0] != token:
                 return
             info = abi.RULE_INFO.pack(0, rule.name.encode(), rule.origin.encode(), rule.reason.encode())
-            if bpf.map_lookup(maps["rule_info"], number(rule_id), abi.RULE_INFO.size) is None:
+            if self._info(number(rule_id)) is None:
                 bpf.map_update(maps["rule_info"], number(rule_id), info)
             bpf.map_update(maps["rules"], number(rule_id), packed_rule(rule))
 

@@ -44,6 +44,11 @@ class Keeping:
         """Keep the policy there from now on."""
         self._kept = KeptPolicy(directory)
 
+    @property
+    def rules_on_disk(self) -> Path | None:
+        """Where the rules at run time are on disk; None if they are not, or not all of them."""
+        return None if self._kept is None or self._behind_rules else self._kept.rules_path
+
     def image(self) -> PolicyImage:
         """Return the whole policy that lasts, but bans: rules that have ended are left out."""
         now, runtime = boottime_ns(), []

@@ -30,7 +30,7 @@ from .row_log import RowLog
 from .rule import Action, PolicyError, Rule, RuleSet, SynLimit, boottime_ns
 from .tables import Place
 
-__all__ = ["KeptPolicy", "KeptRules", "PolicyDamaged"]
+__all__ = ["KeptPolicy", "KeptRow", "KeptRules", "PolicyDamaged", "kept_row"]
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,11 @@ class KeptPolicy:
         self._set = directory / "policy"
         self._rules = RowLog(directory / "rules")
         self._since = boottime_ns()
+
+    @property
+    def rules_path(self) -> Path:
+        """Where the rules at run time are."""
+        return self._rules.path
 
     def read(self) -> PolicyImage | None:
         """Return what is kept, None if nothing ever was. Raises :class:`PolicyDamaged` for a set that was damaged; a
@@ -241,6 +246,33 @@ def _row(one: RuntimeRule, revision: int) -> dict[str, object]:
         "created": one.created,
         **lifetime_row(rule.expires),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRow:
+    """What a row says of a place: its rule, None for one that was taken back."""
+
+    place: Place
+    rule: RuntimeRule | None
+    is_certain: bool
+    """Not of a rule that has ended, nor of one that ends by the wall clock, which may be set."""
+
+
+def kept_row(line: bytes) -> KeptRow | None:
+    """Return what a line of the rules says, None for one that is about no place, or damaged."""
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict) or "source" not in row:
+            return None
+        place = ip_network(str(row["source"])), _whole(row["port"], 65535)
+        if row.get("removed"):
+            return KeptRow(place, None, is_certain=True)
+        if row["until"] is not None and not is_of_this_boot(row):
+            return KeptRow(place, None, is_certain=False)
+        rule, _ = _judged(place, row, 0)
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return None
+    return KeptRow(place, rule, rule is not None)
 
 
 def _judged(place: Place, row: Mapping[str, object], since: int) -> tuple[RuntimeRule | None, bool]:

@@ -21,7 +21,7 @@ from .rule import Action, Ban, PolicyError, Rule
 from .stored import StoredRule
 from .tables import Place, TableFull
 
-__all__ = ["KernelTables", "packed_rule"]
+__all__ = ["KernelTables", "packed_rule", "runtime_key"]
 
 _FULL: Final = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
 _CROWDED: Final = 64
@@ -180,14 +180,14 @@ class _Runtime:
         self._fd = fd
 
     def get(self, place: Place) -> int | None:
-        raw = bpf.map_lookup(self._fd, _runtime_key(place), 4)
+        raw = bpf.map_lookup(self._fd, runtime_key(place), 4)
         return None if raw is None else int.from_bytes(raw, sys.byteorder)
 
     def put(self, place: Place, rule_id: int) -> None:
-        _put(self._fd, _runtime_key(place), number(rule_id))
+        _put(self._fd, runtime_key(place), number(rule_id))
 
     def drop(self, place: Place) -> bool:
-        return bpf.map_delete(self._fd, _runtime_key(place))
+        return bpf.map_delete(self._fd, runtime_key(place))
 
     def is_empty(self) -> bool:
         return bpf.map_next_key(self._fd, None, abi.RUNTIME_KEY.size) is None
@@ -260,7 +260,8 @@ def _mapped_length(network: IPNetwork) -> int:
     return network.prefixlen + MAPPED[network.version]
 
 
-def _runtime_key(place: Place) -> bytes:
+def runtime_key(place: Place) -> bytes:
+    """Return where a rule of the runtime layer stands, ``struct runtime_key``."""
     network, port = place
     return abi.RUNTIME_KEY.pack(_mapped_length(network), port, mapped(network.network_address))
 

@@ -33,7 +33,7 @@ from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Verdict, bo
 from .rule_room import RuleRoom
 from .runtime_rules import RuntimeRules
 from .stored import RuleRecord, StaleRevision, StaleSet, StoredRule
-from .tables import Exclusive, Tables
+from .tables import Exclusive, Place, Tables
 
 __all__ = ["PolicyStore"]
 
@@ -416,6 +416,20 @@ class PolicyStore:
             if self._derived.rebuild():
                 self._disagreed("the programs did not look for some rules, bans or the failsafe")
             return expired
+
+    @property
+    def rules_on_disk(self) -> Path | None:
+        """Where the rules at run time are on disk, a row each; None if they are not, or not all of them."""
+        return self._keeping.rules_on_disk
+
+    def put_back(self, place: Place, one: RuntimeRule | None) -> None:
+        """Have at a place of the runtime layer what the disk has there: a rule, or none."""
+        with self._exclusive():
+            if one is None:
+                self._runtime.drop(*place)
+            else:
+                self._room.place(one.rule, one.created)
+            self._note("put back", self._changed(), source=str(place[0]), port=place[1] or None)
 
     def tell_of_disagreements(self, tell: Callable[[str], None]) -> None:
         """Call ``tell`` with what a sweep has found not to be what it was to be, and has put in order."""

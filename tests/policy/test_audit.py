@@ -59,6 +59,8 @@ class Scene:
         self.store.add(block("198.18.1.0/24"))
         self.store.add(block("198.18.2.9/32", port=443))
         self.store.add(block("2001:db8:1::/48", Action.REJECT))
+        self.store.add(block("198.18.7.0/24"))
+        self.store.remove(parse_network("198.18.7.0/24"))
         self.store.ban(ip_address("198.18.6.6"))
         self.integrity = Integrity(self.store, self.witness)
         self.audit = Audit(self.store, self.judge, self.integrity, lambda: None)
@@ -154,6 +156,21 @@ def _port_of_runtime(scene: Scene) -> None:
     scene.change_row("drop:198.18.1.0/24", flags=0, port=9)
 
 
+def _rule_of_runtime_gone(scene: Scene) -> None:
+    scene.store.tables.runtime.drop((parse_network("198.18.1.0/24"), 0))
+
+
+def _action_of_runtime(scene: Scene) -> None:
+    certain = abi.constants()["RULE_CERTAIN"]
+    scene.change_row("drop:198.18.1.0/24", action=int(Action.ALLOW), order=2 * 0 + 1, flags=certain)
+
+
+def _taken_back_and_there(scene: Scene) -> None:
+    place = parse_network("198.18.7.0/24"), 0
+    rule_id = int.from_bytes(scene.id_of("drop:198.18.1.0/24"), sys.byteorder)
+    scene.store.tables.runtime.put(place, rule_id)
+
+
 def _described_no_more(scene: Scene) -> None:
     bpf.map_delete(scene.maps["rule_info"], scene.id_of("reject:2001:db8:1::/48"))
 
@@ -185,6 +202,9 @@ PLANTED = [
     _action_of_set,
     _end_of_set,
     _port_of_runtime,
+    _rule_of_runtime_gone,
+    _action_of_runtime,
+    _taken_back_and_there,
     _described_no_more,
     _other_set,
     _without_chains,
@@ -232,12 +252,18 @@ def test_a_planted_difference_is_found_put_in_order_and_told(
     assert scene.audit.disagreements == seen
 
 
-def test_a_lost_allow_ends_and_what_nothing_describes_is_turned_away(scene: Scene) -> None:
+def test_a_lost_rule_comes_back_from_the_disk_and_without_it_nobody_gets_in_by_it(scene: Scene) -> None:
+    allowed = parse_network("198.18.7.7/32")
     scene.store.add(block("198.18.7.7/32", Action.ALLOW))
     scene.store.add(block("198.18.7.8/32", Action.ALLOW))
     bpf.map_update(scene.maps["rules"], scene.id_of("allow:198.18.7.7/32"), bytes(abi.RULE.size))
     scene.audit.look()
-    assert scene.store.rule_at(parse_network("198.18.7.7/32")) is None
+    assert scene.store.rule_at(allowed) is not None
+
+    scene.store.keep()  # the disk is behind now
+    bpf.map_update(scene.maps["rules"], scene.id_of("allow:198.18.7.7/32"), bytes(abi.RULE.size))
+    scene.audit.look()
+    assert scene.store.rule_at(allowed) is None
     key = scene.id_of("allow:198.18.7.8/32")
     bpf.map_update(scene.maps["rules"], key, bytes(abi.RULE.size))
     bpf.map_delete(scene.maps["rule_info"], key)
