@@ -24,11 +24,11 @@ __all__ = ["Audit"]
 
 log = logging.getLogger("rama_ebpf")
 
-_SECONDS: Final = 5.0
-_ROUNDS: Final = 3600 // 5
+_SECONDS: Final = 10.0
+_ROUNDS: Final = 3600 // 10
 """Slices in which all entries are looked at: an hour."""
-_LEAST: Final = 100
-"""Entries of a slice at least: with so few that 12 slices hold them, all are looked at within a minute."""
+_LEAST: Final = 200
+"""Entries of a slice at least: with so few that six slices hold them, all are looked at within a minute."""
 _SAMPLE: Final = 1
 _PORT: Final = 1080
 """The port to ask about where nobody listens."""
