@@ -299,6 +299,9 @@ def test_a_server_finds_what_was_planted_and_says_so_everywhere(lab: Lab, start_
     assert shut_out(client, server.ipv4)
     metrics = server.run("curl", "-sS", "--max-time", "30", "http://127.0.0.1:9464/metrics").stdout
     assert re.search(r"^rama_ebpf_gate_disagreements_total 1\.0$", metrics, flags=re.M)
+    ready = server.run("curl", "-sS", "--max-time", "30", "-w", " %{http_code}", "http://127.0.0.1:9464/ready").stdout
+    assert ready.startswith("policy: the kernel did not have what was asked for until a moment ago: the programs")
+    assert ready.endswith(" 503")
     wait_for(lambda: proxy.json("status")["audit"]["disagreements"] == 1, what="the state")
     assert "1 disagreement of kernel and policy" in proxy.command("status").stdout
     doctor = proxy.command("doctor", check=False)
