@@ -101,7 +101,7 @@ def _judge(instance: Instance, store: KernelStore) -> Judge:
             raise OSError(errno.ENOENT, "the server does not say who could be asked")
         return Witness.of_server(witness, store.counters.identity)
 
-    return KernelJudge(store, opened)
+    return KernelJudge(store, opened, lambda: told.get("listeners"))
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:

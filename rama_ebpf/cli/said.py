@@ -41,6 +41,11 @@ def outcome(done: str, result: Json) -> tuple[str, int]:
     note_where_nobody_serves(enforced)
     if why := _unasked(enforced):
         return (f"{done}: recorded, but {why}", ENVIRONMENT) if enforced["serving"] else (done, OK)
+    if unguarded := cast("list[str]", enforced["unguarded"]):
+        where = "; ".join(unguarded[:_EXAMPLES])
+        if not enforced["guarded"]:
+            return f"recorded, not enforced: {where}", ENVIRONMENT
+        done = f"{done}, but not where {where}"
     otherwise, before = cast("list[Json]", enforced["otherwise"]), cast("list[Json]", enforced["before"])
     if enforced["state"] == "none":
         if result.get("dry_run"):

@@ -111,10 +111,10 @@ class ControlApi:
         except OSError as error:
             return {"enforced": {"state": None, "serving": self._judge.serving, "why": error.strerror or str(error)}}
 
-    def _unheard(self) -> Json:
+    def _unheard(self, ruleset: RuleSet | None = None) -> Json:
         """Rules of the set in force that are not found by who decides."""
         try:
-            return {"unheard": unheard(self._judge, self._store.ruleset().rules)}
+            return {"unheard": unheard(self._judge, (ruleset or self._store.ruleset()).rules)}
         except OSError as error:
             return {"unheard": None, "why": error.strerror or str(error)}
 
@@ -196,7 +196,7 @@ class ControlApi:
             "confirm_within": within,
             "feeds": [_feed_report(report) for report in reports],
             "overlaps": [{"rule": one, "inside": other, "networks": count} for one, other, count in overlaps],
-        } | self._unheard()
+        } | self._unheard(ruleset)
 
     def diff(self, params: Mapping[str, object]) -> Json:
         """Say what loading the policy file ``path`` would change."""

@@ -254,7 +254,7 @@ class _Daemon(WorkerObserver):
         store, gate = self._host.store, self._host.gate
         if gate is not None and isinstance(store, KernelStore):
             witness = gate.witness
-            return KernelJudge(store, lambda: contextlib.nullcontext(witness))
+            return KernelJudge(store, lambda: contextlib.nullcontext(witness), self._listeners.described)
         return StoreJudge(store, self._listeners.addresses, serving=True)
 
     async def _enforce(self) -> None:

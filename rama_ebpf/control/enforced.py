@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final, Protocol, TypeVar
@@ -122,18 +122,31 @@ class Judge(Protocol):
     def decide(self, asked: Iterable[tuple[IPAddress, SocketAddress]]) -> list[Decision]:
         """Say what is decided for each (source, listener)."""
 
+    def unguarded(self) -> Mapping[SocketAddress, str]:
+        """The listeners that are open though the gate does not guard them, and why."""
+
     def unheard(self, rules: Sequence[Rule]) -> list[str]:
         """Which of these rules of the loaded set are not found for a source of theirs, in words."""
 
 
 class KernelJudge:
-    """Asks the witness, which ``opened`` yields when there is something to ask."""
+    """Asks the witness, which ``opened`` yields when there is something to ask. ``described`` returns what the server
+    says of its listeners, as ``status`` has it."""
 
     serving = True
 
-    def __init__(self, store: KernelStore, opened: Callable[[], contextlib.AbstractContextManager[Witness]]) -> None:
+    def __init__(
+        self,
+        store: KernelStore,
+        opened: Callable[[], contextlib.AbstractContextManager[Witness]],
+        described: Callable[[], object] = list,
+    ) -> None:
         self._store = store
         self._opened = opened
+        self._described = described
+
+    def unguarded(self) -> Mapping[SocketAddress, str]:
+        return _unguarded(self._described())
 
     def listeners(self) -> Sequence[SocketAddress]:
         return self._store.counters.guarded()
@@ -191,6 +204,9 @@ class StoreJudge:
     def listeners(self) -> Sequence[SocketAddress]:
         return list(self._listeners())
 
+    def unguarded(self) -> Mapping[SocketAddress, str]:
+        return {}  # it judges by itself
+
     def decide(self, asked: Iterable[tuple[IPAddress, SocketAddress]]) -> list[Decision]:
         present = set(self.listeners())
         return [
@@ -200,6 +216,16 @@ class StoreJudge:
 
     def unheard(self, rules: Sequence[Rule]) -> list[str]:
         return []  # there is one copy of them
+
+
+def _unguarded(rows: object) -> Mapping[SocketAddress, str]:
+    found = {}
+    for row in rows if isinstance(rows, list) else ():
+        if row.get("guarded", True) or not row.get("open"):
+            continue
+        host, _, port = str(row["address"]).rpartition(":")
+        found[SocketAddress(ip_address(host.strip("[]")), int(port))] = str(row["guard"])
+    return found
 
 
 def _verdict(answer: Answer, rule: Callable[[int], StoredRule | None]) -> Verdict:
@@ -258,6 +284,11 @@ def enforcement(
     ``before`` those of which another rule made the same decision.
     """
     asked, listening = targets(judge, network.version, port)
+    unguarded = [
+        f"{told(at)} is {why}"
+        for at, why in judge.unguarded().items()
+        if at.ip.version == network.version and port in (None, at.port)
+    ]
     decisions = judge.decide(itertools.product(sample(network), asked))
     good = [decision for decision in decisions if wanted(decision)]
     other = [decision for decision in decisions if not wanted(decision)]
@@ -267,6 +298,8 @@ def enforcement(
         "asked": len(decisions),
         "listening": listening,
         "serving": judge.serving,
+        "unguarded": unguarded,
+        "guarded": len(set(asked) - judge.unguarded().keys()) if listening else 0,
         "otherwise": _examples(other),
         "before": _examples(before) if len(before) == len(decisions) else [],
     }

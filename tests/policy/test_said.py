@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from rama_ebpf.cli import main
-from rama_ebpf.control.enforced import Decision, sample
+from rama_ebpf.cli.said import outcome
+from rama_ebpf.control.enforced import Decision, _unguarded, sample
 from rama_ebpf.core.address import SocketAddress
 from rama_ebpf.kernel import bpffs
 from rama_ebpf.kernel.gate_maps import GateMaps, MapSizes
@@ -121,8 +122,10 @@ def test_test_without_a_port_answers_for_each_listener(scene: Scene) -> None:
     scene.proxy.command("block", source, "--port", "443")
     denied = f"{source} to {server}:443: drop (rule by drop:{source}/32)"
     let_in = f"{source} to {server}:1080: allow (default by default)"
-    assert scene.said("test", source) == (1, f"{denied}\n{let_in}")
-    assert scene.said("test", f"{source}:1080") == (0, f"{source} to port 1080: allow (default by default)")
+    code, words = scene.said("test", source)
+    assert (code, words.splitlines()[:2]) == (1, [denied, let_in])
+    code, words = scene.said("test", f"{source}:1080")
+    assert (code, words.splitlines()[0]) == (0, f"{source} to port 1080: allow (default by default)")
     assert scene.said("test", f"{source}:443")[0] == 1
     assert scene.proxy.json("test", source, check=False)["action"] == "drop"
 
@@ -187,3 +190,15 @@ def test_what_a_decision_is_called() -> None:
     decision = Decision(at.ip, at, Verdict(Action.DROP, Stage.RULE, "office"), rule)
     assert decision.by == "rule office, port 443"
     assert Decision(at.ip, at, Verdict(Action.DROP, Stage.DEFAULT, "default")).by == "the default (drop)"
+
+
+def test_a_block_does_not_hold_where_the_gate_does_not_guard() -> None:
+    row = {"name": "a", "address": "[2001:db8::1]:80", "guarded": False, "guard": "NOT GUARDED: why", "open": True}
+    at = SocketAddress(ip_address("2001:db8::1"), 80)
+    assert _unguarded([row]) == {at: "NOT GUARDED: why"}
+    assert _unguarded([{**row, "open": False}, {**row, "guarded": True}, {"name": "unix", "address": "/run/x"}]) == {}
+    enforced = {"state": "all", "serving": True, "listening": True, "otherwise": [], "before": []}
+    some = {"enforced": {**enforced, "unguarded": ["[2001:db8::1]:80 is NOT GUARDED: why"], "guarded": 1}}
+    assert outcome("blocked X", some) == ("blocked X, but not where [2001:db8::1]:80 is NOT GUARDED: why", 0)
+    some["enforced"]["guarded"] = 0
+    assert outcome("blocked X", some) == ("recorded, not enforced: [2001:db8::1]:80 is NOT GUARDED: why", 3)
