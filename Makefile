@@ -8,7 +8,7 @@ PYTEST ?= $(BIN)/python -m pytest
 # Many tests wait for a time to pass: half as many processes again as there are cores, and not more than memory bears.
 WORKERS ?= $(shell cores=$$(nproc); n=$$((cores + (cores + 1) / 2)); echo $$((n < 8 ? n : 8)))
 
-.PHONY: run test check lint setup setup-test docker-test kernels vagrant-test clean help
+.PHONY: run test check lint setup setup-test docker-test serial kernels vagrant-test clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -33,6 +33,9 @@ check: lint ## lint, and the tests that need neither root nor another program; u
 
 test: lint ## everything that CI runs; needs root
 	$(PYTEST) -n $(WORKERS) tests integration -m "not vm" $(PYTEST_ARGS)
+
+serial: setup-test ## a thousand rounds of twenty writers that are stopped and continued; needs root
+	$(BIN)/python -m tests.policy.serial
 
 docker-test: setup-test ## the proxy among containers, on a Docker daemon of its own (part of `make test`)
 	@$(BIN)/python -m integration.require docker

@@ -28,8 +28,6 @@ __all__ = ["call", "register", "show_verdict", "split_target"]
 
 _SLOW: Final = {"load": 600.0, "diff": 600.0, "refresh": 600.0}
 """Methods that may read feeds: seconds to wait for the server's answer."""
-_CHANGING: Final = frozenset({"add", "remove", "ban", "load", "confirm", "rollback", "refresh"})
-_ATTEMPTS: Final = 5
 _START_SECONDS: Final = 10.0
 """How long a server that is starting may take to say where its policy lives."""
 
@@ -75,15 +73,10 @@ def _told_by_server(instance: Instance, pid: int | None) -> Mapping[str, object]
 
 
 def _on_pins(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
-    """Run a method on the pinned maps. A server that starts or stops puts others in their place: what was changed in
-    maps that nobody uses any more is changed again in those that are in use."""
-    done: list[Json] = []
-    for _ in range(_ATTEMPTS):
-        with KernelStore(instance) as store:
-            done.append(ControlApi(store, FeedStore(instance.feeds_dir), _judge(instance, store)).call(method, params))
-            if method not in _CHANGING or store.is_current():
-                return next((one for one in done if one.get("removed") or one.get("ban_lifted")), done[-1])
-    raise PolicyError(f"instance {instance.name!r} starts and stops all the time: nothing is known to be in force")
+    """Run a method on the pinned maps. A server that starts or stops puts others in their place, or none: the store
+    finds that out under the lock, and what is in force in those that are in use then is on disk for the next ones."""
+    with KernelStore(instance) as store:
+        return ControlApi(store, FeedStore(instance.feeds_dir), _judge(instance, store)).call(method, params)
 
 
 def _judge(instance: Instance, store: KernelStore) -> Judge:

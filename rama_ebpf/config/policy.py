@@ -149,12 +149,15 @@ class PolicyConfig:
 
     def ruleset(self, present: Settings) -> RuleSet:
         """Return what is loaded at once, feeds not yet read. What it says nothing about stays as in ``present``."""
-        settings = Settings(
+        return RuleSet(tuple(rule.rule() for rule in self.rules), self.settings(present))
+
+    def settings(self, present: Settings) -> Settings:
+        """Return the settings. What is not said stays as in ``present``."""
+        return Settings(
             present.default if self.default is None else Action[self.default.upper()],
             present.per_source if self.per_source is None else self.per_source.limit(),
             present.overall if self.overall is None else self.overall.limit(),
         )
-        return RuleSet(tuple(rule.rule() for rule in self.rules), settings)
 
 
 def policy_values(ruleset: RuleSet) -> Mapping[str, Any]:

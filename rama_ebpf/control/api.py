@@ -27,6 +27,7 @@ from ..policy.rule import (
     PolicyError,
     Rule,
     RuleSet,
+    Settings,
     boottime_ns,
     parse_network,
     parse_ttl,
@@ -87,20 +88,20 @@ class ControlApi:
             sources=(source,),
             action=action,
             port=cast("int | None", port),
-            expires=None if ttl is None else boottime_ns() + parse_ttl(ttl),
             dry_run=bool(params.get("dry_run", False)),
             reason=_optional_text(params, "reason") or "",
         )
-        stored = carry_out(lambda: self._store.add(rule), lambda: self._is_there(rule))
+        lasts = None if ttl is None else parse_ttl(ttl)
+        stored = carry_out(lambda: self._store.add(rule, ttl=lasts), lambda: self._is_there(rule, lasts))
         result = self._rule(stored, (source,)) | {"revision": self._store.revision}
         return result | self._enforced(source, rule.port, _wanted(rule), "" if rule.dry_run else rule.name)
 
-    def _is_there(self, rule: Rule) -> bool:
+    def _is_there(self, rule: Rule, ttl: int | None) -> bool:
         found = self._store.rule_at(rule.sources[0], rule.port)
         if found is None:
             return False
-        facts = (found.name, found.action, found.expires, found.dry_run, found.reason)
-        return facts == (rule.name, rule.action, rule.expires, rule.dry_run, rule.reason)
+        facts = (found.name, found.action, found.expires is None, found.dry_run, found.reason)
+        return facts == (rule.name, rule.action, ttl is None, rule.dry_run, rule.reason)
 
     def _enforced(
         self, network: IPNetwork, port: int | None, wanted: Callable[[Decision], bool], name: str = ""
@@ -162,22 +163,26 @@ class ControlApi:
 
     # -- the set -------------------------------------------------------------------------------------------------
 
-    def _read(self, params: Mapping[str, object]) -> tuple[RuleSet, builtins.list[FeedReport]]:
+    def _read(
+        self, params: Mapping[str, object]
+    ) -> tuple[RuleSet, builtins.list[FeedReport], Callable[[Settings], Settings]]:
+        """Return the set of a policy file with the sources of its feeds, and what it makes of the settings in force."""
         from ..config.policy import load_policy  # these bring in what most commands do not need
         from ..config.toml import ConfigError
 
         try:
-            ruleset = load_policy(_text(params, "path")).ruleset(self._store.settings())
+            policy = load_policy(_text(params, "path"))
+            ruleset = policy.ruleset(self._store.settings())
         except ConfigError as error:
             raise PolicyError(str(error)) from error
         if self._feeds is None:
-            return ruleset, []
-        return with_feeds(ruleset, self._feeds)
+            return ruleset, [], policy.settings
+        return *with_feeds(ruleset, self._feeds), policy.settings
 
     def load(self, params: Mapping[str, object]) -> Json:
         """Put the set of the policy file ``path`` into force at once, if ``revision`` (optional) is the one in force;
         on trial for ``confirm_within`` seconds if that is given."""
-        ruleset, reports = self._read(params)
+        ruleset, reports, settings = self._read(params)
         revision, within = params.get("revision"), params.get("confirm_within")
         if revision is not None and not isinstance(revision, int):
             raise PolicyError(f"revision must be a whole number, not {revision!r}")
@@ -185,7 +190,9 @@ class ControlApi:
             raise PolicyError(f"confirm_within {within!r}: use 1 second to 1 day")
         token, origin = self._store.set_token(), _text(params, "path")
         new = carry_out(
-            lambda: self._store.replace(ruleset, expected_revision=revision, confirm_within=within, origin=origin),
+            lambda: self._store.replace(
+                ruleset, expected_revision=revision, confirm_within=within, origin=origin, settings=settings
+            ),
             lambda: self._store.set_token() != token,
         )
         overlaps = overlapping([(rule.name, Prefixes.of(rule.sources)) for rule in ruleset.rules if rule.feed])
@@ -200,7 +207,7 @@ class ControlApi:
 
     def diff(self, params: Mapping[str, object]) -> Json:
         """Say what loading the policy file ``path`` would change."""
-        ruleset, _ = self._read(params)
+        ruleset, _, _ = self._read(params)
         return difference(self._store.ruleset(), ruleset) | {"revision": self._store.revision}
 
     def export(self, _params: Mapping[str, object]) -> Json:
@@ -212,12 +219,14 @@ class ControlApi:
 
     def confirm(self, _params: Mapping[str, object]) -> Json:
         """Keep the set that is on trial."""
-        carry_out(self._store.confirm, lambda: self._store.pending is None)
+        tried = self._store.set_token()
+        carry_out(lambda: self._store.confirm(expected_set=tried), lambda: self._store.pending is None)
         return {"revision": self._store.revision} | self._unheard()
 
     def rollback(self, _params: Mapping[str, object]) -> Json:
         """Undo the set that is on trial."""
-        carry_out(self._store.roll_back, lambda: self._store.pending is None)
+        tried = self._store.set_token()
+        carry_out(lambda: self._store.roll_back(expected_set=tried), lambda: self._store.pending is None)
         return {"revision": self._store.revision} | self._unheard()
 
     def refresh(self, _params: Mapping[str, object]) -> Json:

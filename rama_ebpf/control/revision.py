@@ -11,7 +11,7 @@ from ..policy.compiler import CompiledSet
 from ..policy.failsafe import check_failsafe
 from ..policy.feed_store import FeedStore
 from ..policy.refresh import FeedReport, with_feeds
-from ..policy.rule import PolicyError, RuleSet
+from ..policy.rule import PolicyError, RuleSet, Settings
 from ..policy.store import PolicyStore
 from ..process import Plan
 from .egress import Egress
@@ -104,7 +104,10 @@ class ServedRevision:
             restored = store.restore_bans()
             if restored:
                 log.info("%d bans of earlier are in force again", restored)
-        return (self._policy or Policy.of(self.options, store, self._to.feeds)).put(store)
+        policy = self._policy
+        if policy is None or policy.known != store.set_token():  # another set was loaded since it was prepared
+            policy = Policy.of(self.options, store, self._to.feeds)
+        return policy.put(store)
 
     async def abandon(self) -> None:
         self._to.listeners.give_up(self._sockets)
@@ -131,17 +134,26 @@ class Policy:
     ruleset: RuleSet | None
     compiled: CompiledSet | None
     reports: tuple[FeedReport, ...]
+    known: int = 0
+    """The set in force from which sources of feeds were taken."""
 
     @classmethod
     def of(cls, options: DaemonOptions, store: PolicyStore, feeds: FeedStore) -> Policy:
         """Find out what cannot be carried out, while everything is as it was. Raises PolicyError or OSError."""
         check_failsafe(options.failsafe or ())
         if options.rules is None:
-            return cls(options, None, None, ())
-        settings = store.settings() if options.default is None else replace(store.settings(), default=options.default)
-        settings = replace(settings, per_source=options.per_source, overall=options.overall)
-        ruleset, reports = with_feeds(RuleSet(options.rules, settings), feeds, known=store.ruleset())
-        return cls(options, ruleset, store.compile(ruleset), tuple(reports))
+            return cls(options, None, None, (), store.set_token())
+        known = store.set_token()
+        ruleset, reports = with_feeds(RuleSet(options.rules), feeds, known=store.ruleset())
+        return cls(options, ruleset, store.compile(ruleset), tuple(reports), known)
+
+    def settings(self, present: Settings) -> Settings:
+        """Return the settings, given those in force. SYN limits go with the rules."""
+        options = self.options
+        settings = present if options.default is None else replace(present, default=options.default)
+        if options.rules is None:
+            return settings
+        return replace(settings, per_source=options.per_source, overall=options.overall)
 
     def put(self, store: PolicyStore) -> Callable[[], None]:
         """Put it into force as far as it says anything; return what undoes that. A set on trial is undone.
@@ -166,9 +178,15 @@ class Policy:
             if options.failsafe is not None:
                 store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
             if self.ruleset is not None:
-                store.replace(self.ruleset, compiled=self.compiled, origin="configuration", must_be_kept=False)
-            elif options.default is not None and options.default != settings.default:
-                store.set_settings(replace(settings, default=options.default))
+                store.replace(
+                    self.ruleset,
+                    compiled=self.compiled,
+                    origin="configuration",
+                    settings=self.settings,
+                    must_be_kept=False,
+                )
+            elif self.settings(settings) != settings:
+                store.set_settings(self.settings(settings))
         except (PolicyError, OSError):
             undo()
             raise

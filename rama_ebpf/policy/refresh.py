@@ -11,7 +11,7 @@ from typing import Final
 
 from .feed import FeedContent, FeedError
 from .feed_store import FeedStore
-from .rule import Feed, PolicyError, Rule, RuleSet
+from .rule import Feed, PolicyError, Rule, RuleSet, Settings
 from .store import PolicyStore
 from .stored import StaleSet
 
@@ -132,7 +132,7 @@ class Refresher:
         if new != ruleset:
             try:
                 origin = f"feeds: {', '.join(reports)}"
-                self._store.replace(new, expected_set=token, keep_settings=True, origin=origin, must_be_kept=False)
+                self._store.replace(new, expected_set=token, settings=_as_they_are, origin=origin, must_be_kept=False)
             except StaleSet:
                 self._due.clear()
                 raise
@@ -163,6 +163,11 @@ class Refresher:
         except FeedError as error:
             return FeedReport(rule, feed, None, str(error), error.retry_after)
         return FeedReport(rule, feed, loaded.content, loaded.stale, loaded.retry_after)
+
+
+def _as_they_are(settings: Settings) -> Settings:
+    """Whoever reads feeds knows only the settings of before."""
+    return settings
 
 
 def _fresh(rule: Rule, report: FeedReport | None) -> Rule:

@@ -284,7 +284,7 @@ class PolicyStore:
         confirm_within: float | None = None,
         origin: str = "",
         compiled: CompiledSet | None = None,
-        keep_settings: bool = False,
+        settings: Callable[[Settings], Settings] | None = None,
         must_be_kept: bool = True,
     ) -> int:
         """Put a whole set into force at once, in place of the present one; return the new revision.
@@ -293,7 +293,8 @@ class PolicyStore:
         attributes (all but the sources) are unchanged keeps its counters. With ``confirm_within`` (seconds) the
         present set comes back by itself unless :meth:`confirm` is called in time; the kernel sees to it, whatever
         becomes of this process. ``origin`` is for the journal, ``compiled`` what :meth:`compile` made of the set.
-        With ``keep_settings`` the settings stay as they are: whoever reads feeds knows only those of before. Where the
+        With ``settings`` they are what that makes of those in force: what was read of them before the lock may not be
+        so any more. Where the
         disk refuses, OSError is raised and nothing is changed, unless it need not ``must_be_kept``: then :meth:`sync`
         tries again.
 
@@ -311,9 +312,8 @@ class PolicyStore:
                 raise StaleSet
             if self.pending is not None:
                 raise PolicyError("the last change waits to be confirmed: policy confirm, or policy rollback, first")
-            if keep_settings:
-                kept = replace(compiled.ruleset, settings=self.settings())
-                compiled = replace(compiled, ruleset=kept)
+            if settings is not None:
+                compiled = replace(compiled, ruleset=replace(compiled.ruleset, settings=settings(self.settings())))
             self._room.check(len(ruleset.rules))
             deadline = None if confirm_within is None else boottime_ns() + round(confirm_within * 1e9)
             try:
@@ -334,11 +334,13 @@ class PolicyStore:
         self._room.check(len(ruleset.rules))
         return compile_rules(ruleset)
 
-    def confirm(self) -> None:
+    def confirm(self, *, expected_set: int | None = None) -> None:
         """Keep the set that :meth:`replace` put into force for a trial. Raises :class:`PolicyError` if none is on
-        trial, also because its time is over."""
+        trial, also because its time is over, and :class:`StaleSet` if it is not ``expected_set``."""
         with self._exclusive():
             self._settle()
+            if self.pending is not None and expected_set not in (None, self.set_token()):
+                raise StaleSet
             if self.pending is None:
                 raise PolicyError(
                     "nothing waits to be confirmed: it was confirmed, or its time is over and it is undone"
@@ -348,10 +350,13 @@ class PolicyStore:
             self._tidy()
             self._note("confirm", self.revision)
 
-    def roll_back(self) -> None:
-        """Undo the set that is on trial at once. Raises :class:`PolicyError` if none is."""
+    def roll_back(self, *, expected_set: int | None = None) -> None:
+        """Undo the set that is on trial at once. Raises :class:`PolicyError` if none is, and :class:`StaleSet` if it is
+        not ``expected_set``."""
         with self._exclusive():
             self._settle()
+            if self.pending is not None and expected_set not in (None, self.set_token()):
+                raise StaleSet
             if self.pending is None:
                 raise PolicyError("nothing to roll back: no change waits to be confirmed")
             self._undo_trial()

@@ -192,5 +192,5 @@ def test_hostile_rows_of_bans_hinder_no_start(tmp_path: Path) -> None:
 def test_what_reads_feeds_keeps_the_settings_that_changed_meanwhile(store: PolicyStore) -> None:
     token, ruleset = store.set_token(), store.ruleset()
     store.set_settings(Settings(Action.DROP))
-    store.replace(ruleset, expected_set=token, keep_settings=True)
+    store.replace(ruleset, expected_set=token, settings=lambda present: present)
     assert store.settings().default is Action.DROP
