@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
 from ..core.address import Authority, IPAddress
@@ -17,7 +18,7 @@ from ..layers.policy import SourceVerdict
 from ..layers.strikes import StrikeLimit
 from ..services.connect import Egress, Resolver
 from ..services.refusal import SourceShareLayer
-from .layers import Shared, SourceKeeper, last_header
+from .layers import Shared, SourceKeeper, last_header, trusted_peers
 from .model import Config, StackConfig
 
 __all__ = ["BuildEnvironment", "build_stack", "check_stack"]
@@ -26,7 +27,7 @@ __all__ = ["BuildEnvironment", "build_stack", "check_stack"]
 @dataclass(frozen=True)
 class BuildEnvironment:
     """What the parts of stacks share. ``directory`` is where modules are looked for first; ``observe_refusal`` is told
-    what a source had too much of."""
+    what a source had too much of, which proxies (``exempt``) may have any number of."""
 
     policy: SourceKeeper
     secret: bytes
@@ -38,6 +39,7 @@ class BuildEnvironment:
     limits: SourceLimits = field(default_factory=SourceLimits)
     observe_refusal: Callable[[str], None] | None = None
     connector: Service[Authority, Stream] | None = None
+    exempt: tuple[IPv4Network | IPv6Network, ...] = ()
     starts: list[Callable[[], None]] = field(default_factory=list)
     closes: list[Callable[[], None]] = field(default_factory=list)
 
@@ -52,7 +54,7 @@ class BuildEnvironment:
     def share(self, held: Held, /) -> SourceShare:
         """Return a new count of what sources hold, for all workers that make theirs in the same order."""
         shared = None if held is Held.CHECKS else self.shared
-        return SourceShare(held, self.limits.of(held), shared=shared, observe=self.observe_refusal)
+        return SourceShare(held, self.limits.of(held), shared=shared, observe=self.observe_refusal, exempt=self.exempt)
 
     def load(self, target: str) -> Any:
         """Import ``module:attribute``. Raises ValueError naming what is missing."""
@@ -70,6 +72,7 @@ class BuildEnvironment:
 
 def build_stack(config: StackConfig, environment: BuildEnvironment) -> Service[Stream, Any]:
     """Compose one stack. Raises :class:`~rama_ebpf.core.errors.StackError`, ValueError, OSError or RamaError."""
+    environment = replace(environment, exempt=trusted_peers(config.service))
     connector = config.connect.make(environment)
     service = config.service.make(environment, connector)
     layers = [layer.make(replace(environment, connector=connector)) for layer in config.layers]

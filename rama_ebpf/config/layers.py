@@ -52,6 +52,7 @@ __all__ = [
     "TargetsSettings",
     "check_order",
     "last_header",
+    "trusted_peers",
 ]
 
 _PER: Final[Kind[str]] = choice("listener", "source")
@@ -262,8 +263,20 @@ def last_header(layers: Sequence[LayerSettings]) -> int:
     return max((index for index, layer in enumerate(layers) if isinstance(layer, ProxyProtocolSettings)), default=-1)
 
 
-def check_order(layers: Sequence[LayerSettings]) -> None:
-    """Raise ValueError for an order of layers (outermost first) that cannot do what it says."""
+def trusted_peers(service: object) -> tuple[IPv4Network | IPv6Network, ...]:
+    """Return the proxies in front that a service believes, each of which comes for many clients."""
+    return tuple(getattr(service, "trusted", ()))
+
+
+def check_order(layers: Sequence[LayerSettings], service: object = None) -> None:
+    """Raise ValueError for an order of layers (outermost first) that cannot do what it says around a service."""
+    if trusted_peers(service):
+        for layer in layers:
+            if isinstance(layer, (RateSettings, ConcurrencySettings)) and layer.per == "source":
+                raise ValueError(
+                    f'{layer_name(layer)} per "source" would count the proxies that the service trusts: '
+                    f'let it count per "listener", or let them send a PROXY header instead'
+                )
     at = [index for index, layer in enumerate(layers) if isinstance(layer, ProxyProtocolSettings)]
     if not at:
         return
@@ -274,6 +287,11 @@ def check_order(layers: Sequence[LayerSettings]) -> None:
             raise ValueError("put proxy-protocol before tls: the header comes before the TLS handshake")
         if isinstance(layer, (RateSettings, ConcurrencySettings)) and layer.per == "source":
             raise ValueError('put proxy-protocol before limits per "source": they would count the balancer')
+
+
+def layer_name(layer: LayerSettings) -> str:
+    """Return what a configuration calls a layer."""
+    return next(name for name, type_ in LAYERS.items() if isinstance(layer, type_))
 
 
 LAYERS: Final[Mapping[str, type]] = {

@@ -201,7 +201,7 @@ class StackConfig:
     connect: ConnectSettings = setting(Table(ConnectSettings), "how targets are reached", factory=ConnectSettings)
 
     def __post_init__(self) -> None:
-        check_order(self.layers)
+        check_order(self.layers, self.service)
 
 
 @dataclass(frozen=True)

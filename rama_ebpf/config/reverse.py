@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, Protocol
 
 from ..core.address import Authority
 from ..core.service import Service, stack
+from ..core.source_policy import SourcePolicy
 from ..core.stream import Stream
 from ..services.http import (
     BackendPool,
@@ -23,6 +24,7 @@ from ..services.http import (
     PassiveHealth,
     Route,
     Routes,
+    TrustedPeersLayer,
 )
 from ..services.proxy_protocol import ProxyProtocolConnector
 from ..services.tls import ClientTls, TlsConnector
@@ -44,6 +46,13 @@ class HasLifecycle(Protocol):
 
     def on_close(self, close: Callable[[], None], /) -> None:
         """Call ``close`` after the last."""
+
+
+class ReverseEnvironment(HasLifecycle, Protocol):
+    """What a reverse proxy finds where it runs."""
+
+    @property
+    def policy(self) -> SourcePolicy: ...
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,9 @@ class ReverseSettings:
     trusted: tuple[IPv4Network | IPv6Network, ...] = setting(
         ListOf(NETWORK), "proxies in front that are believed in this", default=()
     )
+    judge: bool = setting(
+        BOOLEAN, "rules and bans judge the client that they name (403), and strikes are about it", default=True
+    )
     max_body: int | None = setting(SIZE, "of a request (413); no bound by default", default=None)
     h2c: bool = setting(BOOLEAN, "HTTP/2 without TLS for clients that begin with its preface", default=False)
     timeouts: HttpTimeoutSettings = setting(
@@ -161,14 +173,19 @@ class ReverseSettings:
     def __post_init__(self) -> None:
         if not self.routes:
             raise ValueError("routes is empty: name at least one")
+        if self.trusted and self.forwarded == "off":
+            raise ValueError("trusted proxies are believed in the field that forwarded names, and it is off")
         for route in self.routes:
             if route.proxy_protocol is not None and route.tls is not None:
                 raise ValueError("proxy_protocol and tls do not go together yet")
 
-    def make(self, environment: HasLifecycle, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
+    def make(self, environment: ReverseEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         """Make the service."""
         field = None if self.forwarded == "off" else ForwardedField(self.forwarded)
         timeouts = self.timeouts.timeouts()
         routes = Routes([route.route(environment, connector, timeouts) for route in self.routes])
-        service = stack(ForwardedLayer(field, trusted=map(str, self.trusted)), routes)
-        return HttpServer(service, h2c=self.h2c, limits=HttpLimits(body=self.max_body), timeouts=timeouts)
+        trusted = tuple(map(str, self.trusted))
+        policy = environment.policy if trusted and self.judge else None
+        service = stack(ForwardedLayer(field, trusted=trusted, policy=policy), routes)
+        server = HttpServer(service, h2c=self.h2c, limits=HttpLimits(body=self.max_body), timeouts=timeouts)
+        return stack(TrustedPeersLayer(trusted), server) if trusted else server

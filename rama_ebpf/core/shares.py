@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
 from typing import Final
 
 from .address import IPAddress
@@ -72,7 +73,7 @@ class SourceShare:
     """Counts what each source holds of ``held``, ``limit`` at most (0: any number).
 
     With ``shared`` the limit is one for all processes that share it. ``observe`` is called with the value of ``held``
-    for each refusal.
+    for each refusal. Sources within ``exempt`` are not counted: proxies, say, that come for many clients.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class SourceShare:
         *,
         shared: SharesCounts | None = None,
         observe: Callable[[str], None] | None = None,
+        exempt: Sequence[IPv4Network | IPv6Network] = (),
     ) -> None:
+        self._exempt = tuple(exempt)
         self.held = held
         self.limit = SourceLimits().of(held) if limit is None else limit
         if self.limit < 0:
@@ -98,7 +101,7 @@ class SourceShare:
 
         Clients without an address (of a Unix socket) are not counted.
         """
-        if ip is None or not self.limit:
+        if ip is None or not self.limit or any(ip in network for network in self._exempt):
             yield
             return
         source: Hashable = source_prefix(ip)

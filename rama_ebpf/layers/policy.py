@@ -7,34 +7,13 @@ the only place where they are applied.
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from ..core.address import IPAddress
 from ..core.client import client_address
 from ..core.errors import PolicyDenied
 from ..core.service import Output, Service
+from ..core.source_policy import SourcePolicy, SourceVerdict
 from ..core.stream import Stream
 
 __all__ = ["PolicyLayer", "SourcePolicy", "SourceVerdict"]
-
-
-class SourceVerdict(Protocol):
-    """What a policy says of a source."""
-
-    @property
-    def allowed(self) -> bool: ...
-
-    @property
-    def rule(self) -> str:
-        """The name of the rule that decided."""
-
-
-class SourcePolicy(Protocol):
-    """A policy that can be asked for a source and the port of the listener that it came to.
-
-    In a worker of ``rama-ebpf run`` that is ``context.policy``."""
-
-    async def verdict(self, ip: IPAddress, port: int, /) -> SourceVerdict: ...
 
 
 class PolicyLayer:

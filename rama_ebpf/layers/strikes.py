@@ -110,8 +110,9 @@ class StrikeLayer:
     :mod:`~rama_ebpf.core.blame` says, and has it banned as :class:`StrikeLimit` says. With ``on`` every error of these
     types is a strike, and no other. What a strike was for is the error's ``kind``.
 
-    Whom a :class:`~rama_ebpf.services.proxy_protocol.ProxyProtocolLayer` trusts is never struck, whether that layer
-    is inside this one or outside: the client in the header is.
+    Whom a :class:`~rama_ebpf.services.proxy_protocol.ProxyProtocolLayer` or a
+    :class:`~rama_ebpf.services.http.TrustedPeersLayer` trusts is never struck, whether that layer is inside this one
+    or outside: the client in the header is.
 
     A ban is in force before the connection ends. One that fails is logged as an error, and the next strike tries it
     again; the connection ends as it would have.
@@ -133,7 +134,7 @@ class StrikeLayer:
 
     def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
         async def serve(input: Carrier, /) -> Output:
-            input.extensions.add(Offender(lambda reason: self._strike(input, reason)))
+            input.extensions.add(Offender(lambda reason, client: self._strike(input, reason, client)))
             try:
                 return await inner(input)
             except Exception as error:
@@ -161,8 +162,10 @@ class StrikeLayer:
         judgement = judge(error)
         return judgement is not None and judgement.strikes
 
-    def _strike(self, input: HasExtensions, reason: str) -> asyncio.Task[None] | None:
-        address = client_address(input)
+    def _strike(
+        self, input: HasExtensions, reason: str, client: SocketAddress | None = None
+    ) -> asyncio.Task[None] | None:
+        address = client or client_address(input)
         if address is None:
             return None  # a client of a Unix socket has no address that could be banned
         trusted = input.extensions.get(TrustedPeer)

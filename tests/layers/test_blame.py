@@ -13,7 +13,7 @@ from rama_ebpf.core.blame import BLAME, Blame, judge, markdown, speaks_another_p
 from rama_ebpf.core.errors import AuthFailed, Busy, HandshakeTimeout, PeerClosed, ProtocolError, RamaError
 from rama_ebpf.core.shares import Held, SourceShare
 from rama_ebpf.services.http.errors import AmbiguousMessage, MalformedMessage
-from rama_ebpf.services.http.heads import parse_request
+from rama_ebpf.services.http.heads import head_end, parse_request
 from rama_ebpf.services.http.limits import HttpLimits
 from rama_ebpf.services.socks5.machine import ServerMachine
 from rama_ebpf.services.socks5.wire import Method
@@ -27,12 +27,14 @@ SERVER_SIDE = {
     "gate",
     "in_force",
     "kernel",
+    "landlock",
     "local",
     "password_file",
     "plan",
     "policy",
     "queue_full",
     "request_failed",
+    "sandbox",
     "seccomp",
     "stack",
     "target",
@@ -98,6 +100,15 @@ def test_what_we_owe_and_silence_are_no_strikes() -> None:
         assert judgement is not None
         assert not judgement.strikes
     assert BLAME[AuthFailed.kind].blame is Blame.ABUSE
+
+
+def test_tls_that_comes_in_pieces_to_a_port_of_http_is_no_strike() -> None:
+    hello = bytearray(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+    with pytest.raises(MalformedMessage) as caught:
+        head_end(hello, 0, HttpLimits(), request=True)
+    judgement = judge(caught.value)
+    assert judgement is not None
+    assert not judgement.strikes
 
 
 _LIMITS = HttpLimits()

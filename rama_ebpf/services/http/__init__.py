@@ -2,7 +2,7 @@
 
 from .backends import BackendPool
 from .errors import ConnectionDropped, HttpError, MalformedMessage
-from .forwarded import ForwardedField, ForwardedLayer
+from .forwarded import ForwardedField, ForwardedLayer, TrustedPeersLayer
 from .headers import Headers
 from .health import HealthCheck, PassiveHealth
 from .intercept import HttpInspector
@@ -39,6 +39,7 @@ __all__ = [
     "Response",
     "Route",
     "Routes",
+    "TrustedPeersLayer",
     "Tunnel",
     "Upgrade",
 ]

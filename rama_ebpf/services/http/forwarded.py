@@ -13,12 +13,16 @@ from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_netw
 from typing import Any, Final
 
 from ...core.address import IPAddress, SocketAddress, unmap
-from ...core.client import ClientAddress, client_address
-from ...core.service import Service
+from ...core.client import ClientAddress, TrustedPeer, client_address, local_address
+from ...core.errors import PolicyDenied
+from ...core.service import Output, Service
+from ...core.source_policy import SourcePolicy
+from ...core.stream import Stream
+from .errors import HttpError
 from .headers import Headers
 from .model import Request, Response
 
-__all__ = ["ForwardedField", "ForwardedLayer"]
+__all__ = ["ClientDenied", "ForwardedField", "ForwardedLayer", "TrustedPeersLayer"]
 
 _X_FIELDS: Final = (
     "x-forwarded-for",
@@ -49,25 +53,58 @@ class ForwardedField(enum.Enum):
     """Forwarded, as standardized."""
 
 
+class ClientDenied(PolicyDenied):
+    """Policy refuses the client that a trusted proxy named."""
+
+
+class TrustedPeersLayer:
+    """Marks connections of peers within ``trusted`` as those of proxies, which are never struck: who caused an error
+    there is not known from the connection."""
+
+    accepts = Stream
+
+    def __init__(self, trusted: Iterable[str]) -> None:
+        self._trusted: tuple[IPv4Network | IPv6Network, ...] = tuple(ip_network(text) for text in trusted)
+
+    def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
+        async def serve(stream: Stream, /) -> Output:
+            peer = client_address(stream)
+            if peer is not None and any(peer.ip in network for network in self._trusted):
+                stream.extensions.add(TrustedPeer(peer.ip))
+            return await inner(stream)
+
+        return serve
+
+
 class ForwardedLayer:
     """Tells the server behind who the client is, in ``field``, or nothing if that is None.
 
     From a peer within ``trusted`` (CIDR text) the same field is read: the nearest address that is not itself
     trusted becomes the request's :class:`~rama_ebpf.core.client.ClientAddress`, and the peer is appended to the
     list. From others, and in the form that is not used, these fields are removed.
+
+    With ``policy`` rules and bans judge the client that a trusted peer names, at each request: one whom they refuse
+    gets 403 (:class:`ClientDenied`), and a field that is malformed 400, for it could hide who it is. Where the peer
+    names nobody, or by a word (``unknown``, ``_hidden``), the peer itself stays the client.
     """
 
     accepts = Request
 
     def __init__(
-        self, field: ForwardedField | None = ForwardedField.X_FORWARDED, *, trusted: Iterable[str] = ()
+        self,
+        field: ForwardedField | None = ForwardedField.X_FORWARDED,
+        *,
+        trusted: Iterable[str] = (),
+        policy: SourcePolicy | None = None,
     ) -> None:
         self._field = field
+        self._policy = policy
         self._trusted: tuple[IPv4Network | IPv6Network, ...] = tuple(ip_network(text) for text in trusted)
 
     def __call__(self, inner: Service[Request, Response], /) -> Service[Request, Response]:
         async def serve(request: Request) -> Any:
-            self._apply(request)
+            if self._apply(request) and self._policy is not None:
+                await self._judge(self._policy, request)
             return await inner(request)
 
         return serve
@@ -75,7 +112,15 @@ class ForwardedLayer:
     def _trusts(self, ip: IPAddress) -> bool:
         return any(ip in network for network in self._trusted)
 
-    def _apply(self, request: Request) -> None:
+    async def _judge(self, policy: SourcePolicy, request: Request) -> None:
+        client, local = client_address(request), local_address(request)
+        assert client is not None
+        verdict = await policy.verdict(client.ip, 0 if local is None else local.port)
+        if not verdict.allowed:
+            raise ClientDenied(f"policy refuses {client.ip} (rule {verdict.rule})", rule=verdict.rule)
+
+    def _apply(self, request: Request) -> bool:
+        """Read and write the fields; return whether a trusted peer has named the client."""
         peer = client_address(request)
         believed = peer is not None and self._trusts(peer.ip)
         headers = request.headers = request.headers.copy()
@@ -84,10 +129,16 @@ class ForwardedLayer:
         if not believed or self._field is not ForwardedField.FORWARDED:
             headers.remove("forwarded")
         if self._field is None or peer is None:
-            return
-        told = _told(headers) if self._field is ForwardedField.X_FORWARDED else _told_rfc7239(headers)
+            return False
+        named = False
         if believed:
-            self._believe(request, told)
+            if self._field is ForwardedField.X_FORWARDED:
+                told, whole = _told(headers), True
+            else:
+                told, whole = _told_rfc7239(headers)
+            if not whole and self._policy is not None:
+                raise HttpError(400, "the Forwarded field is malformed", proxy_error="http_request_error")
+            named = self._believe(request, told)
         if self._field is ForwardedField.X_FORWARDED:
             headers.set("X-Forwarded-For", ", ".join([*headers.get_all("x-forwarded-for"), str(peer.ip)]))
             for name, value in (("X-Forwarded-Proto", request.arrived_by), ("X-Forwarded-Host", request.authority)):
@@ -98,8 +149,9 @@ class ForwardedLayer:
             if request.authority:
                 element += f';host="{request.authority}"'
             headers.set("Forwarded", ", ".join([*headers.get_all("forwarded"), element]))
+        return named
 
-    def _believe(self, request: Request, told: list[IPAddress | None]) -> None:
+    def _believe(self, request: Request, told: list[IPAddress | None]) -> bool:
         client: IPAddress | None = None
         for ip in reversed(told):
             if ip is None:
@@ -109,6 +161,7 @@ class ForwardedLayer:
                 break
         if client is not None:
             request.extensions.add(ClientAddress(SocketAddress(client, 0)))
+        return client is not None
 
 
 def _told(headers: Headers) -> list[IPAddress | None]:
@@ -116,24 +169,33 @@ def _told(headers: Headers) -> list[IPAddress | None]:
     return [_address(member.strip()) for member in members]
 
 
-def _told_rfc7239(headers: Headers) -> list[IPAddress | None]:
-    """Return the ``for`` of each element, None where it is no address; a malformed list ends in None."""
+def _told_rfc7239(headers: Headers) -> tuple[list[IPAddress | None], bool]:
+    """Return the ``for`` of each element, None where it is no address, and whether all is well-formed (RFC 7239
+    section 4); a malformed list ends in None."""
     text = ", ".join(headers.get_all("forwarded"))
     told: list[IPAddress | None] = []
     current: IPAddress | None = None
+    seen: set[str] = set()
     offset = 0
     while offset < len(text):
         match = _PAIR.match(text, offset)
         if match is None:
-            return [*told, None]
+            return [*told, None], False
         name, value, delimiter = match.groups()
-        if name.lower() == "for":
-            current = _address(re.sub(r"\\(.)", r"\1", value[1:-1]) if value.startswith('"') else value)
+        name = name.lower()
+        if name in seen:
+            return [*told, None], False  # "MUST NOT occur more than once per field-value"
+        seen.add(name)
+        if name == "for":
+            text_of = re.sub(r"\\(.)", r"\1", value[1:-1]) if value.startswith('"') else value
+            # Section 6.1: an IPv6 address stands in brackets.
+            current = _address(text_of) if text_of.startswith("[") or ":" not in text_of.partition(":")[2] else None
         if delimiter != ";":
             told.append(current)
             current = None
+            seen.clear()
         offset = match.end()
-    return told
+    return told, not text.rstrip().endswith((",", ";"))
 
 
 def _address(text: str) -> IPAddress | None:

@@ -13,6 +13,7 @@ from typing import Final
 from ...core.errors import AuthFailed, Busy, LimitExceeded, PolicyDenied, RamaError, RateExceeded
 from ..connect import ConnectError, ResolveError
 from .errors import HttpError
+from .forwarded import ClientDenied
 from .headers import Headers
 from .model import Body, BodyTooLarge, Response
 
@@ -26,6 +27,8 @@ def to_http_error(error: Exception) -> HttpError:
     """Return the HTTP error for what a service raised; 500 for what is a bug."""
     if isinstance(error, HttpError):
         return error
+    if isinstance(error, ClientDenied):
+        return HttpError(403, "the client is not allowed", proxy_error="http_request_denied")
     if isinstance(error, PolicyDenied):
         return HttpError(403, "the target is not allowed", proxy_error="destination_ip_prohibited")
     if isinstance(error, BodyTooLarge):

@@ -171,7 +171,7 @@ def head_end(data: bytearray, searched: int, limits: HttpLimits, *, request: boo
     if found >= 0:
         return end
     if _NEVER.search(data, start) is not None:
-        raise AmbiguousMessage(_STRAY_BYTES)
+        raise MalformedMessage("not HTTP") if _is_stray(data) else AmbiguousMessage(_STRAY_BYTES)
     return 0
 
 
@@ -284,9 +284,14 @@ def _read_response(data: bytes, limits: HttpLimits, method: str, lenient: bool) 
 
 def _rather_ambiguous(data: bytes, error: MalformedMessage) -> MalformedMessage:
     """Bytes that parsers end lines at in different ways say more of a message than what is wrong with it besides."""
-    if type(error) is MalformedMessage and _NEVER.search(data) is not None:
+    if type(error) is MalformedMessage and _NEVER.search(data) is not None and not _is_stray(data):
         return AmbiguousMessage(_STRAY_BYTES)
     return error
+
+
+def _is_stray(data: bytes | bytearray) -> bool:
+    """Whether it is TLS or STUN, as a link can make a browser send to any port."""
+    return data[0] < 0x20 and speaks_another_protocol(bytes(data[:8]))
 
 
 def _unfolded(data: bytes) -> bytes:
