@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
@@ -20,8 +21,10 @@ from rama_ebpf.kernel.bpf import AttachType, MapType
 from rama_ebpf.kernel.bytecode import Program
 from rama_ebpf.kernel.gate_maps import MapSizes
 from rama_ebpf.kernel.instance import Instance
-from rama_ebpf.policy.prefixes import Prefixes
-from rama_ebpf.policy.rule import Action, Rule, RuleSet, parse_network
+from rama_ebpf.policy.ban_record import BanBlock, ban_key, ban_value
+from rama_ebpf.policy.ban_snapshot import write_snapshot
+from rama_ebpf.policy.prefixes import Prefixes, unpack_network
+from rama_ebpf.policy.rule import Action, Ban, Rule, RuleSet, parse_network
 from tests.policy.probe import Probe
 
 SOURCES = 65_536
@@ -75,6 +78,17 @@ class Bench:
         return best["bench_verdict"] - best["bench_base"], best["bench_base"]
 
 
+def restore(probe: Probe, version: int, packed: Sequence[int]) -> None:
+    """Put bans of these sources into force."""
+    bans = (Ban(unpack_network(version, key), Action.DROP, None, 0, 0, "bench", automatic=True) for key in packed)
+    with tempfile.TemporaryDirectory() as directory:
+        write_snapshot(
+            Path(directory) / "bans.snapshot", [BanBlock.of((ban_key(ban.network), ban_value(ban)) for ban in bans)]
+        )
+        probe.store.remember_in(Path(directory))
+        probe.store.restore_bans()
+
+
 def bench() -> None:
     pick = random.Random(1)
     instance = Instance(f"bench-{os.getpid()}")
@@ -121,6 +135,11 @@ def bench() -> None:
             "IPv6: 110k prefixes loaded",
             sources([int(IPv6Network("2001:db8::/32").network_address) << 8 | 32], 6, pick),
         )
+        probe.store.replace(RuleSet())
+        for version, length in ((4, 32), (6, 64)):
+            banned = random_prefixes(100_000, version, pick, (length,))
+            restore(probe, version, banned)
+            row(f"no rules, 100k bans of IPv{version} /{length} more", sources(banned, version, pick))
     os.close(fd)
 
 

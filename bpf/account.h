@@ -57,17 +57,16 @@ static __always_inline void count_silent(void)
 		(*total)++;
 }
 
-static __always_inline void count_ban(const struct packet *p)
+static __always_inline void count_ban(const struct scratch *s)
 {
-	struct address source = p->source;
-	struct ban *ban = bans.lookup(&source);
+	struct ban *ban = bans.lookup((struct ban_key *)&s->ban);
 
 	if (ban)
 		__sync_fetch_and_add(&ban->hits, 1);
 }
 
 /* Count a verdict where it takes effect, so that one SYN is counted once whatever hooks it passed. */
-static __always_inline void count(const struct verdict *v, const struct packet *p, u32 hook)
+static __always_inline void count(const struct verdict *v, const struct scratch *s, u32 hook)
 {
 	u32 index = (hook * STAGE_COUNT + v->stage) * ACTION_COUNT + v->action;
 	u64 *total = gate_stats.lookup(&index);
@@ -77,10 +76,10 @@ static __always_inline void count(const struct verdict *v, const struct packet *
 	if (v->stage == STAGE_RULE || v->stage == STAGE_LIMIT || v->stage == STAGE_DEFAULT)
 		count_rule(v->rule, 0); /* rule 0 is the default */
 	if (v->stage == STAGE_BAN)
-		count_ban(p);
+		count_ban(s);
 	if (v->dry_rule)
 		count_rule(v->dry_rule, 1);
-	report(v, p, hook);
+	report(v, &s->packet, hook);
 }
 
 #endif

@@ -36,7 +36,7 @@ int gate_cgroup(struct __sk_buff *skb)
 		/* The stack took it for TCP and found one of our listeners. What we cannot judge does not get in. */
 		v.stage = STAGE_PARSE;
 		v.action = ACTION_DROP;
-		count(&v, p, HOOK_CGROUP);
+		count(&v, s, HOOK_CGROUP);
 		return CGROUP_DROP;
 	}
 	listener = find_listener(p, &s->wildcard);
@@ -48,7 +48,7 @@ int gate_cgroup(struct __sk_buff *skb)
 	/* The ACK that ends a handshake is judged as well: a source that is blocked after its SYN stays out. */
 	v = verdict(s, p->syn ? CHARGE_ADMIT : CHARGE_NONE);
 	if (p->syn) {
-		count(&v, p, HOOK_CGROUP);
+		count(&v, s, HOOK_CGROUP);
 		if (v.action == ACTION_REJECT) /* gate_lookup let it come here because it may not answer */
 			count_silent();
 	}

@@ -34,7 +34,7 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 	if (listener->state == LISTENER_OPEN) { /* else gate_cgroup drops the SYN, and judges an ACK */
 		v = verdict(s, CHARGE_NONE);
 		if (v.action == ACTION_REJECT && may_reset()) {
-			count(&v, p, HOOK_LOOKUP);
+			count(&v, s, HOOK_LOOKUP);
 			return SK_DROP; /* no socket: the stack answers RST */
 		}
 	}

@@ -70,7 +70,7 @@ static __always_inline int reset(struct xdp_md *ctx, struct scratch *s)
 	}
 	if (answer != XDP_PASS) {
 		v = s->verdict;
-		count(&v, &s->packet, HOOK_XDP);
+		count(&v, s, HOOK_XDP);
 	}
 	return answer;
 }
@@ -110,7 +110,7 @@ int gate_xdp(struct xdp_md *ctx)
 	if (s->wildcard && (!own || is_transit(ctx, &s->packet, is_mapped(&s->packet.target))))
 		return XDP_PASS;
 	if (v.action == ACTION_DROP) {
-		count(&v, &s->packet, HOOK_XDP);
+		count(&v, s, HOOK_XDP);
 		return XDP_DROP;
 	}
 	if (!own || interface->answers == ANSWERS_NONE)

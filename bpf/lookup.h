@@ -30,6 +30,33 @@ static __always_inline int expired(u64 expires)
 
 #define barrier() asm volatile("" ::: "memory")
 
+/*
+ * The action of the ban that shuts the source out, ACTION_NONE if none does. Its key is left in the scratch.
+ * The key that is looked up is on the stack: in the scratch it would double what the verifier has to walk through.
+ */
+static __always_inline u32 find_ban(struct scratch *s, const struct gate *g)
+{
+	const struct ban_mask *of = g->bans[!s->packet.ipv4].masks;
+
+#pragma unroll
+	for (int i = 0; i < MAX_BAN_LENGTHS; i++) {
+		struct ban_key key = {};
+		struct ban *ban;
+
+		if (!of[i].length)
+			continue;
+		key.prefix.half[0] = s->packet.source.half[0] & of[i].mask.half[0];
+		key.prefix.half[1] = s->packet.source.half[1] & of[i].mask.half[1];
+		key.length = of[i].length;
+		ban = bans.lookup(&key);
+		if (ban && !expired(ban->expires)) {
+			s->ban = key;
+			return ban->action;
+		}
+	}
+	return ACTION_NONE;
+}
+
 /* Let a rule that applies by its prefix take part; each layer asks its rules from the highest rank to the lowest.
  * Returns 1 if this one decides. */
 static __always_inline int consider(struct finding *f, u32 id, u32 length, const struct packet *p)

@@ -13,7 +13,7 @@ BPF_TABLE_PINNED("array", u32, struct rule, rules, 1, PIN_DIR "/rules");
 BPF_TABLE_PINNED("percpu_array", u32, struct rule_hits, rule_hits, 1, PIN_DIR "/rule_hits");
 BPF_TABLE_PINNED("percpu_array", u32, u64, gate_stats, 1, PIN_DIR "/gate_stats");
 BPF_TABLE_PINNED("percpu_array", u32, u64, established, 1, PIN_DIR "/established");
-BPF_TABLE_PINNED("hash", struct address, struct ban, bans, 1, PIN_DIR "/bans");
+BPF_TABLE_PINNED("hash", struct ban_key, struct ban, bans, 1, PIN_DIR "/bans");
 BPF_TABLE_PINNED("lpm_trie", struct failsafe_key, u32, failsafe, 1, PIN_DIR "/failsafe");
 BPF_TABLE_PINNED("lpm_trie", struct failsafe_key, u32, egress, 1, PIN_DIR "/egress");
 BPF_TABLE_PINNED("array", u32, u64, server_cgroup, 1, PIN_DIR "/server_cgroup"); /* id of the one not under egress policy */

@@ -10,7 +10,7 @@
 #define RAMA_EBPF_POLICY_H
 
 /* Changes whenever a map's meaning does: pins with another number are not reused. */
-enum layout { LAYOUT_VERSION = 2 };
+enum layout { LAYOUT_VERSION = 3 };
 
 /* What is decided for a connection attempt. */
 enum action {
@@ -66,6 +66,7 @@ enum bound {
 	MAX_DATAGRAM_PEERS   = 65536, /* of all workers' sockets together */
 	MAX_CHAIN            = 64, /* rules of the set that may apply to one address before one is certain to decide */
 	MAX_RUNTIME_LENGTHS  = 64, /* different prefix lengths that the runtime layer has of one family */
+	MAX_BAN_LENGTHS      = 4,  /* different prefix lengths that bans of one family have */
 	ACTION_COUNT         = 5,
 	STAGE_COUNT          = 7,
 };
@@ -189,6 +190,26 @@ struct peer_key {
 };
 _Static_assert(sizeof(struct peer_key) == 32, "peer_key");
 
+/*
+ * A ban shuts out one source: an exact address, or the prefix by which strikes are counted (IPv4 /32 and IPv6 /64, if nobody
+ * says otherwise). It is found by one exact look-up for each length that bans have; the longest decides.
+ */
+struct ban_key {
+	struct address prefix; /* zero beyond the length */
+	__u32 length; /* bits of the IPv4-mapped form */
+};
+_Static_assert(sizeof(struct ban_key) == 20, "ban_key");
+
+struct ban_mask {
+	struct address mask;
+	__u32 length; /* 0: no ban has it */
+};
+
+struct ban_masks {
+	struct ban_mask masks[MAX_BAN_LENGTHS]; /* the longest first */
+};
+_Static_assert(sizeof(struct ban_masks) == 80, "ban_masks");
+
 struct ban {
 	__u64 expires; /* 0: never */
 	__u64 created;
@@ -223,11 +244,12 @@ struct gate {
 	__u32 fallback;
 	__u32 flags;
 	__u16 failsafe_ports[MAX_FAILSAFE_PORTS]; /* 0: none */
-	__u32 pad;
+	__u16 source_lengths[2]; /* IPv4, IPv6: how many bits of an address stand for a source, to strikes and their bans */
 	struct lengths runtime[2]; /* IPv4, IPv6 */
 	struct set_head sets[2];
+	struct ban_masks bans[2]; /* IPv4, IPv6 */
 };
-_Static_assert(sizeof(struct gate) == 352, "gate");
+_Static_assert(sizeof(struct gate) == 512, "gate");
 
 /*
  * How many RST answer `reject`, of all sources and CPUs together. Addresses in a flood are forged: without a bound the host
@@ -395,7 +417,8 @@ struct scratch {
 	struct answer answer;
 	__u32 size; /* of the TCP header in `tcp`, bytes */
 	__u32 tcp[TCP_WORDS]; /* as it came */
+	struct ban_key ban; /* the one that decided */
 };
-_Static_assert(sizeof(struct scratch) == 304, "scratch");
+_Static_assert(sizeof(struct scratch) == 328, "scratch");
 
 #endif

@@ -136,7 +136,7 @@ static __always_inline int answer_with_cookie(struct xdp_md *ctx, struct scratch
 	if (answer != XDP_PASS) {
 		settle(s);
 		v = s->verdict;
-		count(&v, &s->packet, HOOK_XDP);
+		count(&v, s, HOOK_XDP);
 	}
 	return answer;
 }

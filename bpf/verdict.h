@@ -79,12 +79,11 @@ static __always_inline struct verdict judge(struct scratch *s, int charge)
 		return v;
 	}
 	if (g->flags & GATE_BANS) {
-		struct address source = p->source;
-		struct ban *ban = bans.lookup(&source);
+		u32 action = find_ban(s, g);
 
-		if (ban && !expired(ban->expires)) {
+		if (action) {
 			v.stage = STAGE_BAN;
-			v.action = ban->action;
+			v.action = action;
 			return v;
 		}
 	}

@@ -1,4 +1,4 @@
-"""``ban`` and ``bans``: addresses shut out before all rules. ``unblock`` lifts a ban."""
+"""``ban`` and ``bans``: sources shut out before all rules. ``unblock`` lifts a ban."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     """Add the commands."""
     text = "shut out one address before all rules; it is kept over restarts (lifted by unblock)"
     ban = commands.add_parser("ban", parents=[shared], help=text, description=text)
-    ban.add_argument("address", metavar="ADDR")
+    ban.add_argument(
+        "address", metavar="ADDR", help="or the prefix by which strikes are counted: for IPv6 a /64, unless configured"
+    )
     ban.add_argument("--ttl", metavar="TIME", help="how long, for example 15m, 1h, 7d (default: for good)")
     ban.add_argument("--reject", action="store_true", help="answer RST instead of silence")
     ban.add_argument("--reason", metavar="TEXT", help="shown in listings")

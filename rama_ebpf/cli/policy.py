@@ -176,7 +176,9 @@ def _unblock(args: argparse.Namespace) -> int:
     elif found:
         print(words)
     else:
-        print(f"nothing to take back for exactly {args.source} (rama-ebpf list shows what is in force)")
+        wider = result.get("still_banned")
+        hint = "rama-ebpf list shows what is in force" if wider is None else f"the ban of {wider} covers it"
+        print(f"nothing to take back for exactly {args.source} ({hint})")
     return code if found else NO
 
 
@@ -233,6 +235,8 @@ def show_verdict(args: argparse.Namespace, result: Json) -> int:
     else:
         for row in rows:
             rule = f" by {row['rule']}" if row["rule"] else ""
+            if row["stage"] == "ban" and result.get("banned") not in (None, result["source"]):
+                rule += f" of {result['banned']}"
             to = f"port {result['port']}" if len(rows) == 1 else row["listener"]
             print(f"{result['source']} to {to}: {row['action']} ({row['stage']}{rule})")
             dry = row.get("dry_run")

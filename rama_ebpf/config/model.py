@@ -158,7 +158,9 @@ class LimitsConfig:
     """Sizes of the policy's tables in the kernel, which cannot grow later, and what one source may hold."""
 
     max_rules: int | None = setting(integer(16, 1 << 26), "rules, each with any number of sources", default=None)
-    max_bans: int | None = setting(integer(16, 1 << 26), "bans", default=None)
+    max_bans: int | None = setting(
+        integer(16, 1 << 26), "bans, of which services make at most seven eighths", default=None
+    )
     connections_per_source: int = setting(
         integer(0, 10_000_000),
         "live connections of one source (IPv4 address, IPv6 /64) to a stack, over all workers; 0: any number",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
+from ..core.client import SourceLengths
 from ..kernel.gate_maps import MAX_FAILSAFE
 from ..policy.rule import (
     DEFAULT_ACTIONS,
@@ -25,7 +26,7 @@ from .decode import ListOf, Table, setting
 from .kinds import BOOLEAN, DURATION, NETWORK, PORT, RATE, SIZE, TEXT, Rate, any_path, choice, integer, number
 from .toml import ConfigError, read_toml
 
-__all__ = ["FeedConfig", "PolicyConfig", "RateConfig", "RuleConfig", "load_policy", "policy_values"]
+__all__ = ["BansConfig", "FeedConfig", "PolicyConfig", "RateConfig", "RuleConfig", "load_policy", "policy_values"]
 
 _NETWORKS = ListOf(NETWORK)
 
@@ -120,6 +121,19 @@ class RateConfig:
 
 
 @dataclass(frozen=True)
+class BansConfig:
+    """Whom a strike counts against, and the ban that follows shuts out: all addresses that have so many bits in common.
+    Bans that are in force stay as they are when these change."""
+
+    ipv4: int = setting(integer(16, 32), "bits of an IPv4 address", default=32)
+    ipv6: int = setting(integer(32, 128), "bits of an IPv6 address", default=64)
+
+    def lengths(self) -> SourceLengths:
+        """Return it as the policy takes it."""
+        return SourceLengths(self.ipv4, self.ipv6)
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """Who may connect, decided in the kernel."""
 
@@ -137,6 +151,7 @@ class PolicyConfig:
     rejects: RateConfig | None = setting(
         Table(RateConfig), "RST that answer reject, to all together; silence beyond (1000/s, burst 50)", default=None
     )
+    bans: BansConfig = setting(Table(BansConfig), "what strikes and bans of services are about", factory=BansConfig)
     kill: bool = setting(BOOLEAN, "end live connections of sources that come to be denied", default=False)
     persist: bool = setting(BOOLEAN, "leave the policy pinned in the kernel when the server stops", default=False)
     rules: tuple[RuleConfig, ...] = setting(ListOf(Table(RuleConfig)), "rules", default=())

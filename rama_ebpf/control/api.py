@@ -28,6 +28,7 @@ from ..policy.rule import (
     Rule,
     RuleSet,
     Settings,
+    Stage,
     boottime_ns,
     parse_network,
     parse_ttl,
@@ -124,42 +125,44 @@ class ControlApi:
         alone, for a ban is for all ports."""
         source, port = parse_network(_text(params, "source")), cast("int | None", params.get("port"))
         # The ban first: where the disk refuses that, nothing is changed.
-        is_address = source.prefixlen == source.max_prefixlen
-        address = source.network_address
-        lifted = port is None and is_address and self._unban(address)
+        lifted = port is None and self._unban(source)
         removed = carry_out(lambda: self._store.remove(source, port), lambda: self._store.rule_at(source, port) is None)
+        wider = self._store.covering_ban(source.network_address) if port is None and not lifted else None
         result: Json = {
             "removed": [rule.name for rule in removed],
             "ban_lifted": lifted,
+            "still_banned": None if wider is None else wider.source,
             "revision": self._store.revision,
+            "ban_revision": self._store.ban_revision,
         }
         if not lifted and not any(rule.action is not Action.ALLOW and not rule.dry_run for rule in removed):
             return result
         return result | self._enforced(source, port, lambda decision: decision.verdict.allowed)
 
-    def _unban(self, address: IPAddress) -> bool:
-        return carry_out(lambda: self._store.unban(address), lambda: self._store.ban_of(address) is None)
+    def _unban(self, network: IPNetwork) -> bool:
+        return carry_out(lambda: self._store.unban(network), lambda: self._store.ban_of(network) is None)
 
     def ban(self, params: Mapping[str, object]) -> Json:
-        """Shut out ``address`` before all rules, optionally for ``ttl``, with ``reason``, by ``action``."""
-        ttl = _optional_text(params, "ttl")
-        address, begun = _address(_text(params, "address")), time.time_ns()
+        """Shut out ``address`` (or the prefix that stands for a source) before all rules, optionally for ``ttl``, with
+        ``reason``, by ``action``."""
+        ttl, text, begun = _optional_text(params, "ttl"), _text(params, "address"), time.time_ns()
+        banned = parse_network(text) if "/" in text else _address(text)
 
         def is_banned() -> bool:
-            found = self._store.ban_of(address)
+            found = self._store.ban_of(banned)
             return found is not None and found.created >= begun
 
         ban = carry_out(
             lambda: self._store.ban(
-                address,
+                banned,
                 ttl=None if ttl is None else parse_ttl(ttl) / 1e9,
                 reason=_optional_text(params, "reason") or "",
                 action=Action[(_optional_text(params, "action") or "drop").upper()],
             ),
             is_banned,
         )
-        result = self._ban(ban) | {"revision": self._store.revision}
-        return result | self._enforced(parse_network(str(ban.address)), None, _is_denied)
+        result = self._ban(ban) | {"revision": self._store.revision, "ban_revision": self._store.ban_revision}
+        return result | self._enforced(ban.network, None, _is_denied)
 
     # -- the set -------------------------------------------------------------------------------------------------
 
@@ -252,6 +255,7 @@ class ControlApi:
         return {
             "store": store.kind,
             "revision": store.revision,
+            "ban_revision": store.ban_revision,
             "default": settings.default.name.lower(),
             "confirm_within": None if store.pending is None else _seconds_left(store.pending),
             "failsafe": [str(network) for network in store.failsafe()],
@@ -283,6 +287,8 @@ class ControlApi:
         result = {"source": str(source), "port": shown.target.port} | {
             name: first[name] for name in ("action", "stage", "rule", "dry_run") if name in first
         }
+        if first["stage"] == Stage.BAN.name.lower() and (ban := self._store.covering_ban(source)) is not None:
+            result["banned"] = ban.source
         return result | {"decisions": rows, "disagreements": [one.json() for one in differing]}
 
     @staticmethod
@@ -307,7 +313,7 @@ class ControlApi:
     @staticmethod
     def _ban(ban: Ban) -> Json:
         return {
-            "address": str(ban.address),
+            "address": ban.source,
             "action": ban.action.name.lower(),
             "expires_in": _seconds_left(ban.expires),
             "reason": ban.reason,

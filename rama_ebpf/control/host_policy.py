@@ -69,7 +69,7 @@ class HostPolicy:
             kept = self._kept.read()
         except OSError:
             kept = None  # supersedes() has said it
-        store.put_image(kept if kept is not None and kept.revision > image.revision else image, before.bans())
+        store.put_image(kept if kept is not None and kept.revision > image.revision else image, before.ban_blocks())
 
     def restore(self, store: PolicyStore, why: str = "") -> None:
         """Put the policy that is kept on disk into an empty store; ``why`` is what is wrong with the pins, if anything.

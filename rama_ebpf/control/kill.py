@@ -22,21 +22,24 @@ class Denials:
     def __init__(self, store: PolicyStore, killer: ConnectionKiller) -> None:
         self._store = store
         self._killer = killer
-        self._seen = -1
+        self._seen = (-1, -1)
         self._next: int | None = None
 
     @property
     def due(self) -> bool:
         """Whether it is time."""
-        return self._store.revision != self._seen or (self._next is not None and boottime_ns() >= self._next)
+        return self._revisions() != self._seen or (self._next is not None and boottime_ns() >= self._next)
 
     def end(self) -> int:
         """End the connections that the policy denies now; return how many. Raises like :meth:`ConnectionKiller.kill`;
         then it stays due."""
-        seen, next_end = self._store.revision, self._store.next_end(boottime_ns())
+        seen, next_end = self._revisions(), self._store.next_end(boottime_ns())
         killed = self._killer.kill_denied(self._store)
         self._seen, self._next = seen, next_end
         return killed
+
+    def _revisions(self) -> tuple[int, int]:
+        return self._store.revision, self._store.ban_revision
 
 
 class ConnectionKiller:

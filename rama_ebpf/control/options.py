@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from ..core.address import Endpoint, IPAddress
+from ..core.client import SourceLengths
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
 from ..kernel.instance import Instance
@@ -32,7 +33,8 @@ class DaemonOptions:
     sends the stack's cookies. ``rejects`` is how many RST answer ``reject``, None for as many as is usual. ``egress``
     is where workers may connect to, besides port 53 of ``name_servers`` (none: of the host's); ``user`` is who they
     become, None to stay, ``sandbox`` whether they give up files and system calls, and ``read`` and ``write`` are paths
-    that are left to them. ``metrics`` is where metrics are served, nowhere if None.
+    that are left to them. ``metrics`` is where metrics are served, nowhere if None. ``source_lengths``: whom strikes
+    count against, and the bans that follow shut out.
     ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
     the first tunnel wants it. ``kill``: a source that the policy comes to deny loses its live connections, too.
     """
@@ -65,6 +67,7 @@ class DaemonOptions:
     syn_cookies: bool = False
     rejects: SynLimit | None = None
     kill: bool = False
+    source_lengths: SourceLengths = field(default_factory=SourceLengths)
     metrics: Endpoint | None = None
     access_log: bool = True
     log_level: str = "info"

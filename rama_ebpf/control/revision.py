@@ -165,8 +165,10 @@ class Policy:
             log.warning("the set on trial is undone: the configuration says what is to be in force")
             store.roll_back()
         failsafe, before, settings = store.failsafe(), store.ruleset(), store.settings()
+        lengths = store.source_lengths()
 
         def undo() -> None:
+            store.set_source_lengths(lengths)
             if options.failsafe is not None:
                 store.set_failsafe(failsafe)
             if self.ruleset is not None:
@@ -175,6 +177,7 @@ class Policy:
                 store.set_settings(settings)
 
         try:
+            store.set_source_lengths(options.source_lengths)
             if options.failsafe is not None:
                 store.set_failsafe(list(options.failsafe))  # first: what follows may shut everybody else out
             if self.ruleset is not None:

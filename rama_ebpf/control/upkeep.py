@@ -40,6 +40,7 @@ async def sweep(store: PolicyStore, thread: PolicyThread) -> None:
         else:
             if freed:
                 log.info("policy: %d expired rules and bans removed", freed)
+            await asyncio.to_thread(store.compact_bans)
 
 
 async def watch_clock(store: PolicyStore, thread: PolicyThread) -> None:

@@ -15,7 +15,7 @@ from ..core.bucket import TokenBucket
 from ..core.errors import RamaError
 from ..layers.strikes import StrikeBook, StrikeLimit
 from ..policy.local import CountedPolicy, LocalStore
-from ..policy.rule import Action, Stage
+from ..policy.rule import LONGEST_SECONDS, Action, Stage
 from ..policy.store import PolicyStore
 from ..process import WorkerObserver, WorkerProcess
 from ..process.plan import Json
@@ -31,10 +31,9 @@ _BAN_BURST: Final = 500
 _BANS_WAITING: Final = 128
 """Of one worker, which may have been taken over: what it may cost the policy."""
 _MAX_REASON: Final = 119
-_LONGEST_BAN: Final = 315_360_000.0
 
 _Address = Annotated[str, Meta(min_length=2, max_length=64)]
-_Seconds = Annotated[float, Meta(gt=0, le=_LONGEST_BAN)]
+_Seconds = Annotated[float, Meta(gt=0, le=LONGEST_SECONDS)]
 
 
 class _Verdict(msgspec.Struct, forbid_unknown_fields=True):
@@ -71,7 +70,7 @@ class WorkerRequests(WorkerObserver):
         self._judges_here = isinstance(store, LocalStore)
         self._thread = thread
         self._events = events
-        self._book = StrikeBook()
+        self._book = StrikeBook(lengths=store.source_lengths)
 
     def started(self, worker: WorkerProcess) -> None:
         share = _Share(self, worker.number)
@@ -96,14 +95,19 @@ class WorkerRequests(WorkerObserver):
             return None
         return share.ban(body.source, limit.ban, f"{limit.strikes} strikes, the last: {body.reason}")
 
+    def is_banned(self, source: str, ttl: float) -> bool:
+        """Whether a ban for so long would change nothing: the rest of a burst."""
+        return self._store.stands(ip_address(source), ttl)
+
     def ban(self, source: str, ttl: float, reason: str) -> asyncio.Future[Json]:
         """Ban a source in the policy thread."""
         address = ip_address(source)
 
         def work() -> Json:
+            begun = time.time_ns()
             done = self._store.ban(address, ttl=ttl, reason=reason[:_MAX_REASON], automatic=True)
-            if done.reason == reason[:_MAX_REASON]:  # not one that was there, and is stronger
-                log.warning("banned %s for %g s: %s", done.address, ttl, done.reason)
+            if done.created >= begun:  # not one that was there, and lasts as long
+                log.warning("banned %s for %g s: %s", done.source, ttl, done.reason)
             return {}
 
         return self._thread.submit(work)
@@ -119,8 +123,10 @@ class _Share:
         self._waiting = 0
         self._said = 0.0
 
-    def ban(self, source: str, ttl: float, reason: str) -> asyncio.Future[Json]:
-        """Ban a source. Raises :class:`TooManyBans`."""
+    def ban(self, source: str, ttl: float, reason: str) -> asyncio.Future[Json] | None:
+        """Ban a source; None if it is banned for as long already. Raises :class:`TooManyBans`."""
+        if self._requests.is_banned(source, ttl):
+            return None
         now = time.monotonic()
         if self._waiting >= _BANS_WAITING or self._rate.take(now):
             if now - self._said > 60:

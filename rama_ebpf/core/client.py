@@ -14,6 +14,7 @@ __all__ = [
     "HasExtensions",
     "ListenerName",
     "LocalAddress",
+    "SourceLengths",
     "TrustedPeer",
     "client_address",
     "local_address",
@@ -75,6 +76,19 @@ def local_address(input: HasExtensions) -> SocketAddress | None:
     """Return the address that the client of ``input`` connected to, None where it has none."""
     told = input.extensions.get(LocalAddress)
     return None if told is None else told.address
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLengths:
+    """How many bits of an address stand for one client, where strikes are counted and sources banned: 16 to 32 of IPv4,
+    32 to 128 of IPv6. Raises ValueError."""
+
+    ipv4: int = 32
+    ipv6: int = 64
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.ipv4 <= 32 or not 32 <= self.ipv6 <= 128:
+            raise ValueError(f"prefix lengths must be 16-32 (IPv4) and 32-128 (IPv6), not {self.ipv4} and {self.ipv6}")
 
 
 def source_prefix(ip: IPAddress, v4: int = 32, v6: int = 64) -> tuple[int, int]:

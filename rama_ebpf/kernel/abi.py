@@ -15,6 +15,9 @@ from .header import Header
 
 __all__ = [
     "BAN",
+    "BAN_ACCOUNT",
+    "BAN_KEY",
+    "BAN_MASK",
     "BUCKET_KEY",
     "CHAIN_ITEM",
     "EVENT",
@@ -64,9 +67,21 @@ SET_HEAD: Final = _HEADER.layout(
 )
 FAILSAFE_KEY: Final = _HEADER.layout("failsafe_key", "plen", "ipv4", "addr")
 PEER_KEY: Final = _HEADER.layout("peer_key", "socket", "addr", "port", "pad")
+BAN_KEY: Final = _HEADER.layout("ban_key", "prefix", "length")
+BAN_MASK: Final = _HEADER.layout("ban_mask", "mask", "length")
 BAN: Final = _HEADER.layout("ban", "expires", "created", "hits", "action", "automatic", "reason")
 GATE: Final = _HEADER.layout(
-    "gate", "revision", "deadline", "active", "fallback", "flags", "failsafe_ports", "pad", "runtime", "sets"
+    "gate",
+    "revision",
+    "deadline",
+    "active",
+    "fallback",
+    "flags",
+    "failsafe_ports",
+    "source_lengths",
+    "runtime",
+    "sets",
+    "bans",
 )
 BUCKET_KEY: Final = _HEADER.layout("bucket_key", "rule", "pad", "source")
 EVENT: Final = _HEADER.layout(
@@ -99,6 +114,7 @@ SCRATCH: Final = _HEADER.layout(
     "answer",
     "size",
     "tcp",
+    "ban",
 )
 TESTIMONY_HEAD: Final = _HEADER.layout("testimony_head", "next", "pad")
 QUESTION: Final = _HEADER.layout("question", "source", "target", "port", "pad", "nonce", "unused")
@@ -108,6 +124,8 @@ TESTIMONY: Final = _HEADER.layout(
 
 # Read and written by userspace alone (the map rule_info): created (wall clock, ns), name, origin, reason.
 RULE_INFO: Final = struct.Struct("=Q64s32s120s")
+# And the map ban_account: revision of the bans, how many of them services made.
+BAN_ACCOUNT: Final = struct.Struct("=QQ")
 
 
 def constants() -> dict[str, int]:

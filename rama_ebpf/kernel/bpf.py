@@ -17,6 +17,7 @@ import os
 import platform
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +34,7 @@ __all__ = [
     "link_by_id",
     "link_create",
     "link_info",
+    "map_batches",
     "map_by_id",
     "map_create",
     "map_delete",
@@ -42,6 +44,7 @@ __all__ = [
     "map_lookup_slice",
     "map_next_key",
     "map_update",
+    "map_update_batch",
     "obj_get",
     "obj_pin",
     "prog_attach",
@@ -111,7 +114,7 @@ _PROG_QUERY = 16
 _QUERY_EFFECTIVE = 1
 _MOST_PROGRAMS: Final = 256  # the kernel's own bound is 64 a cgroup (BPF_CGROUP_MAX_PROGS), with those above it more
 _LINK_GET_FD_BY_ID = 30
-_LOOKUP_BATCH, _UPDATE_BATCH, _DELETE_BATCH = 24, 26, 27
+_LOOKUP_BATCH, _UPDATE_BATCH = 24, 26
 _LINK_CREATE, _LINK_UPDATE = 28, 29
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -235,45 +238,25 @@ def map_next_key(fd: int, key: bytes | None, key_size: int) -> bytes | None:
 
 def map_lookup_batch(fd: int, key_size: int, value_size: int, chunk: int = 4096) -> list[tuple[bytes, bytes]]:
     """Return all entries of a hash map. A consistent view only if nobody writes meanwhile."""
-    entries: list[tuple[bytes, bytes]] = []
-    token_size = max(4, key_size)
-    out_token = ctypes.create_string_buffer(token_size)
-    in_token: ctypes.Array[ctypes.c_char] | None = None
+    return [
+        (keys[i * key_size : (i + 1) * key_size], values[i * value_size : (i + 1) * value_size])
+        for keys, values in map_batches(fd, key_size, value_size, chunk)
+        for i in range(len(keys) // key_size)
+    ]
+
+
+def map_batches(fd: int, key_size: int, value_size: int, chunk: int = 4096) -> Iterator[tuple[bytes, bytes]]:
+    """Yield all entries of a hash map in batches: keys one after the other, and their values.
+
+    What is there all the time is yielded; of what others write meanwhile, some may be.
+    """
+    token: bytes | None = None
     while True:
-        keys, values = ctypes.create_string_buffer(chunk * key_size), ctypes.create_string_buffer(chunk * value_size)
-        attr = ctypes.create_string_buffer(
-            struct.pack(
-                "=QQQQIIQQ",
-                _address(in_token) if in_token is not None else 0,
-                _address(out_token),
-                _address(keys),
-                _address(values),
-                chunk,
-                fd,
-                0,
-                0,
-            ),
-            _ATTR_SIZE,
-        )
-        done = False
-        try:
-            _bpf_inout(_LOOKUP_BATCH, attr)
-        except FileNotFoundError:
-            done = True
-        except OSError as error:
-            if error.errno != errno.ENOSPC:  # one hash bucket holds more than a chunk
-                raise
-            chunk *= 2
-            continue
-        count = struct.unpack_from("=I", attr.raw, 32)[0]
-        raw_keys, raw_values = keys.raw, values.raw
-        entries.extend(
-            (raw_keys[i * key_size : (i + 1) * key_size], raw_values[i * value_size : (i + 1) * value_size])
-            for i in range(count)
-        )
-        if done:
-            return entries
-        in_token = ctypes.create_string_buffer(out_token.raw, token_size)
+        keys, values, token = map_lookup_slice(fd, key_size, value_size, token, chunk)
+        if keys:
+            yield keys, values
+        if token is None:
+            return
 
 
 def map_lookup_slice(
@@ -286,7 +269,7 @@ def map_lookup_slice(
     while True:
         keys, values = ctypes.create_string_buffer(count * key_size), ctypes.create_string_buffer(count * value_size)
         where = (0 if before is None else _address(before), _address(after), _address(keys), _address(values))
-        attr = ctypes.create_string_buffer(struct.pack("=QQQQIIQQ", *where, count, fd, 0, 0), _ATTR_SIZE)
+        attr = _batch(*where, count, fd)
         done = False
         try:
             _bpf_inout(_LOOKUP_BATCH, attr)
@@ -297,8 +280,30 @@ def map_lookup_slice(
                 raise
             count *= 2
             continue
-        met = struct.unpack_from("=I", attr.raw, 32)[0]
+        met = _batch_count(attr)
         return keys.raw[: met * key_size], values.raw[: met * value_size], None if done else after.raw
+
+
+def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> int:
+    """Set ``count`` keys, given one after the other as their values are; return how many were set before the map was
+    full."""
+    key_buffer, value_buffer = _buffer(keys), _buffer(values)
+    attr = _batch(0, 0, _address(key_buffer), _address(value_buffer), count, fd)
+    try:
+        _bpf_inout(_UPDATE_BATCH, attr)
+    except OSError as error:
+        if error.errno not in (errno.E2BIG, errno.ENOSPC, errno.ENOMEM):
+            raise
+    return _batch_count(attr)
+
+
+def _batch(in_token: int, out_token: int, keys: int, values: int, count: int, fd: int) -> ctypes.Array[ctypes.c_char]:
+    attr = struct.pack("=QQQQIIQQ", in_token, out_token, keys, values, count, fd, 0, 0)
+    return ctypes.create_string_buffer(attr, _ATTR_SIZE)
+
+
+def _batch_count(attr: ctypes.Array[ctypes.c_char]) -> int:
+    return int(struct.unpack_from("=I", attr.raw, 32)[0])
 
 
 # -- pins ------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,10 @@ class GateState:
     runtime: tuple[int, int] = (0, 0)
     """For IPv4 and IPv6, which prefix lengths the runtime layer has: bit n for length n of the IPv4-mapped form."""
     sets: tuple[SetHead, SetHead] = field(default=(SetHead(), SetHead()))
+    source_lengths: tuple[int, int] = (32, 64)
+    """How many bits of an IPv4 and of an IPv6 address stand for a source, to strikes and the bans that follow."""
+    ban_lengths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    """For IPv4 and IPv6, which prefix lengths bans have, in the IPv4-mapped form, the longest first."""
 
     def in_force(self, now: int) -> int:
         """Which of the two sets the programs use at ``now``."""
@@ -64,15 +68,33 @@ class GateState:
     def pack(self) -> bytes:
         words = [bits >> shift & (1 << 64) - 1 for bits in self.runtime for shift in (0, 64, 128)]
         ports = (*self.failsafe_ports, *(0,) * 8)[:8]
-        fixed = (self.revision, self.deadline, self.active, self.fallback, self.flags, *ports, 0)
-        return abi.GATE.pack(*fixed, *words, self.sets[0].pack(), self.sets[1].pack())
+        fixed = (self.revision, self.deadline, self.active, self.fallback, self.flags, *ports, *self.source_lengths)
+        bans = map(_pack_lengths, self.ban_lengths)
+        return abi.GATE.pack(*fixed, *words, self.sets[0].pack(), self.sets[1].pack(), *bans)
 
     @classmethod
     def unpack(cls, raw: bytes) -> GateState:
         fields = abi.GATE.unpack(raw)
         revision, deadline, active, fallback, flags = cast("tuple[int, int, int, int, int]", fields[:5])
         ports = tuple(port for port in fields[5:13] if port)
-        a, b, c, d, e, f = cast("tuple[int, int, int, int, int, int]", fields[14:20])
+        sources = cast("tuple[int, int]", fields[13:15])
+        a, b, c, d, e, f = cast("tuple[int, int, int, int, int, int]", fields[15:21])
         runtime = (a | b << 64 | c << 128, d | e << 64 | f << 128)
-        sets = (SetHead.unpack(fields[20]), SetHead.unpack(fields[21]))
-        return cls(revision, deadline, active, fallback, flags, ports, runtime, sets)
+        sets = (SetHead.unpack(fields[21]), SetHead.unpack(fields[22]))
+        bans = (_unpack_lengths(fields[23]), _unpack_lengths(fields[24]))
+        return cls(revision, deadline, active, fallback, flags, ports, runtime, sets, sources, bans)
+
+
+def _pack_lengths(lengths: tuple[int, ...]) -> bytes:
+    """Exact addresses have the first place for themselves: no other ban's mask is ever moved for one of theirs."""
+    exact = 128 if 128 in lengths else 0
+    others = sorted((length for length in lengths if length != 128), reverse=True)
+    rows = [(128, exact), *((length, length) for length in others)]
+    packed = b"".join(
+        abi.BAN_MASK.pack(((1 << 128) - (1 << 128 - bits)).to_bytes(16, "big"), length) for bits, length in rows
+    )
+    return packed.ljust(abi.BAN_MASK.size * abi.constants()["MAX_BAN_LENGTHS"], b"\0")
+
+
+def _unpack_lengths(raw: bytes) -> tuple[int, ...]:
+    return tuple(length for _, length in abi.BAN_MASK.iter_unpack(raw) if length)

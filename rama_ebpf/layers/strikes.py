@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ..core.address import IPAddress, SocketAddress
 from ..core.blame import BLAME, judge
-from ..core.client import Carrier, HasExtensions, TrustedPeer, client_address
+from ..core.client import Carrier, HasExtensions, SourceLengths, TrustedPeer, client_address
 from ..core.errors import RamaError
 from ..core.first_bytes import FirstBytes, Refused
 from ..core.offender import Offender, strike
@@ -40,13 +40,14 @@ class StrikeLimit:
 
 
 class StrikeBook:
-    """Counts strikes by source: IPv4 by address, IPv6 by /64. Knows no clock and bans nobody.
+    """Counts strikes by source: IPv4 by address, IPv6 by /64, or as ``lengths`` says. Knows no clock and bans nobody.
 
     At most ``max_sources`` are remembered, the one quiet for longest is forgotten first.
     """
 
-    def __init__(self, max_sources: int = 65536) -> None:
+    def __init__(self, max_sources: int = 65536, lengths: Callable[[], SourceLengths] = SourceLengths) -> None:
         self._max_sources = max_sources
+        self._lengths = lengths
         self._struck: OrderedDict[Hashable, deque[float]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -54,7 +55,8 @@ class StrikeBook:
 
     def add(self, ip: IPAddress, limit: StrikeLimit, now: float) -> bool:
         """Write down a strike at ``now`` (monotonic seconds); return whether it is enough for a ban."""
-        source = (source_prefix(ip), limit)
+        lengths = self._lengths()
+        source = (source_prefix(ip, lengths.ipv4, lengths.ipv6), limit)
         times = self._struck.get(source)
         if times is None:
             if len(self._struck) >= self._max_sources:
@@ -80,10 +82,11 @@ class StrikeKeeper(Protocol):
 
 
 class Banner(Protocol):
-    """Who can keep an address out."""
+    """Who can keep a source out."""
 
     async def ban(self, ip: IPAddress, /, *, ttl: float, reason: str) -> None:
-        """Refuse connections of ``ip`` for ``ttl`` seconds, from the moment this returns.
+        """Refuse connections of the source that ``ip`` belongs to (what its strikes were counted by: an IPv4 address,
+        an IPv6 /64) for ``ttl`` seconds, from the moment this returns.
 
         Raises OSError or :class:`RamaError` if that fails.
         """

@@ -3,11 +3,14 @@ to, and then brought to the disk."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["bring_to_disk", "write_atomically"]
+__all__ = ["bring_to_disk", "replacing", "write_atomically"]
 
 
 def bring_to_disk(path: Path) -> None:
@@ -22,11 +25,19 @@ def bring_to_disk(path: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file by a whole one, on disk before it has the name. Raises OSError."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file, which replaces ``path`` when the block ends well; it is on disk before
+    it has the name. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with open(fd, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)

@@ -1,95 +1,182 @@
 """Bans on disk, so that they outlive the server and the machine's uptime.
 
-Every ban and every lift is a row, appended; at the start the rows are replayed and the log is written anew with what is
-still in force.
+``bans`` is a log: every ban and every lift is one line of JSON, appended. When it has grown it is put aside as
+``bans.1`` and a new one begun, all bans are written to ``bans.snapshot``, and ``bans.1`` goes. A start reads the three
+in the order snapshot, ``bans.1``, ``bans``. Each line says what holds from then on, so lines that a snapshot knows
+already do no harm: whenever a writer is killed, nothing is lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
-from ipaddress import ip_address
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Final
 
-from ..core.address import IPAddress
-from .lifetime import HasEnded, lifetime_of, lifetime_row
+from .atomic import bring_to_disk
+from .ban_record import BanBlock, read_ban
+from .ban_rows import RowReader, lift_row, row_of
+from .ban_snapshot import BanSnapshot, SnapshotDamaged, write_snapshot
+from .prefixes import IPNetwork
 from .row_log import RowLog
-from .rule import Action, Ban
+from .rule import Ban
 
-__all__ = ["BanLog"]
+__all__ = ["BanLog", "KeptBans"]
 
 log = logging.getLogger(__name__)
 
+_SMALL: Final = 1024 * 1024
+"""A log of so many bytes is not worth a snapshot."""
+_CHUNK: Final = 1024 * 1024
+_MAX_LINE: Final = 64 * 1024
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBans:
+    """What is on disk."""
+
+    snapshot: Path | None
+    count: int
+    """How many bans there are at most."""
+    changes: dict[bytes, bytes | None]
+    """What the log says, which is later than the snapshot: value by key, None where a ban was lifted or has ended."""
+
+    def blocks(self) -> Iterator[BanBlock]:
+        """Yield the bans that are in force. Raises OSError."""
+        if self.snapshot is not None:
+            with self.snapshot.open("rb") as file:
+                snapshot = BanSnapshot.open(file)
+                for block in snapshot.blocks():
+                    if self.changes:
+                        yield BanBlock.of((key, value) for key, value in block.rows() if key not in self.changes)
+                    else:
+                        yield block
+                if snapshot.lost:
+                    log.warning("%d bans of %s are damaged and left out", snapshot.lost, self.snapshot)
+        rows = [(key, value) for key, value in self.changes.items() if value is not None]
+        for at in range(0, len(rows), 4096):
+            yield BanBlock.of(rows[at : at + 4096])
+
 
 class BanLog:
-    """The log in a file. Calls are made under the store's lock."""
+    """The files. All calls but :meth:`compact` and :meth:`sync` are made under the store's lock."""
 
     def __init__(self, path: Path) -> None:
+        """``path`` is the log's; the others are beside it."""
+        self._path = path
         self._log = RowLog(path)
+        self._aside = path.with_name(path.name + ".1")
+        self._snapshot = path.with_name(path.name + ".snapshot")
 
     def banned(self, ban: Ban) -> None:
         """Note a ban. Raises OSError where the file system refuses; the log is as it was then."""
-        self._log.append(_row(ban))
+        self._log.append(row_of(ban))
 
-    def lifted(self, address: IPAddress) -> None:
-        """Note that a ban was lifted. Raises OSError like :meth:`banned`."""
-        self._log.append({"address": str(address), "lifted": True})
+    def lifted(self, networks: Iterable[IPNetwork]) -> None:
+        """Note that bans were lifted. Raises OSError like :meth:`banned`."""
+        for network in networks:
+            self._log.append(lift_row(network))
 
     def sync(self) -> None:
         """Have what was noted outlive a power failure, too. A disk that refuses is logged as an error."""
         try:
             self._log.sync()
         except OSError as error:
-            log.error("cannot sync %s: %s", self._log.path, error)
+            log.error("cannot sync %s: %s", self._path, error)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def read(self) -> KeptBans:
+        """Return what is on disk. Raises OSError for a file that is there and cannot be read."""
+        changes: dict[bytes, bytes | None] = {}
+        for path in (self._aside, self._path):
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                _read_log(file, path, changes)
+        present = sum(value is not None for value in changes.values())
+        try:
+            with self._snapshot.open("rb") as file:
+                count = BanSnapshot.open(file).count
+        except FileNotFoundError:
+            return KeptBans(None, present, changes)
+        except SnapshotDamaged as error:
+            aside = self._snapshot.with_name(self._snapshot.name + ".damaged")
+            self._snapshot.rename(aside)
+            log.error("bans of earlier are not in force, and kept as %s: %s", aside, error)
+            return KeptBans(None, present, changes)
+        return KeptBans(self._snapshot, count + present, changes)
 
     def replay(self) -> list[Ban]:
-        """Return the bans that are still in force. Raises OSError for a log that is there and cannot be read."""
-        bans: dict[IPAddress, Ban] = {}
-        damaged = 0
-        for row in self._log.rows():
-            try:
-                if row is None:
-                    raise ValueError("no row")
-                address = ip_address(str(row["address"]))
-                try:
-                    ban = None if row.get("lifted") else _ban(address, row)
-                except HasEnded:
-                    ban = None
-            except (ValueError, KeyError, TypeError, OverflowError):
-                damaged += 1
-                continue
-            if ban is None:
-                bans.pop(address, None)
-            else:
-                bans[address] = ban
-        if damaged:
-            log.warning("%d lines of %s are damaged and left out", damaged, self._log.path)
-        return list(bans.values())
+        """Return the bans that are in force. Raises OSError like :meth:`read`."""
+        return [read_ban(key, value) for block in self.read().blocks() for key, value in block.rows()]
+
+    # -- the snapshot --------------------------------------------------------------------------------------------
 
     def overgrown(self) -> bool:
-        """Whether so much was appended that it should be written anew."""
-        return self._log.overgrown()
+        """Whether the log is so long that a snapshot is worth it: 1 MiB, and a quarter of the last one, for it takes
+        several times as long to read."""
+        return self._aside.exists() or _size(self._path) > max(_SMALL, _size(self._snapshot) // 4)
 
-    def rewrite(self, bans: list[Ban]) -> None:
-        """Replace the log by these bans; where there are none, and never were, no file is made."""
-        try:
-            self._log.rewrite(map(_row, bans))
-        except OSError as error:
-            log.error("cannot write %s: %s", self._log.path, error)
+    def compact(
+        self, locked: Callable[[], AbstractContextManager[object]], blocks: Callable[[], Iterable[BanBlock]]
+    ) -> None:
+        """Put all bans into a snapshot and begin a new log. Waits for the disk; the lock is held for a moment only.
+
+        ``blocks`` yields all bans in force. What changes meanwhile is in the new log. Raises OSError; nothing is lost
+        then."""
+        for torn in self._path.parent.glob(f".{self._snapshot.name}-*"):
+            torn.unlink()  # of a server that was killed meanwhile
+        with locked():
+            if not self._aside.exists():
+                with contextlib.suppress(FileNotFoundError):
+                    bring_to_disk(self._path)
+                    self._path.rename(self._aside)
+        write_snapshot(self._snapshot, blocks())
+        bring_to_disk(self._snapshot)  # its name, before what it replaces goes
+        self._aside.unlink(missing_ok=True)
 
 
-def _row(ban: Ban) -> dict[str, object]:
-    return {
-        "address": str(ban.address),
-        "action": ban.action.name.lower(),
-        "created": ban.created,
-        "reason": ban.reason,
-        "automatic": ban.automatic,
-        **lifetime_row(ban.expires),
-    }
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
-def _ban(address: IPAddress, row: Mapping[str, object]) -> Ban:
-    expires, created = lifetime_of(row), int(str(row["created"]))
-    automatic = row.get("automatic") is True
-    return Ban(address, Action[str(row["action"]).upper()], expires, created, 0, str(row["reason"]), automatic)
+def _read_log(file: BinaryIO, path: Path, changes: dict[bytes, bytes | None]) -> None:
+    reader, damaged = RowReader(), 0
+
+    def lost() -> None:
+        nonlocal damaged
+        damaged += 1
+
+    for lines in _whole_lines(file, lost):
+        changes.update(reader.read_all(lines, lost))
+    if damaged:
+        log.warning("%d lines of %s are damaged and left out", damaged, path)
+
+
+def _whole_lines(file: BinaryIO, lost: Callable[[], None]) -> Iterator[bytes]:
+    """Yield the file in pieces of whole lines. A line of more than 64 KiB is no ban's, and is never held."""
+    rest, skipping, first = b"", False, True
+    while data := file.read(_CHUNK):
+        if first:
+            data, first = data.removeprefix(_BOM), False
+        if skipping:
+            _, end, data = data.partition(b"\n")
+            skipping = not end
+            if skipping:
+                continue
+        data = rest + data
+        cut = data.rfind(b"\n") + 1
+        rest = data[cut:]
+        if len(rest) > _MAX_LINE:
+            lost()
+            rest, skipping = b"", True
+        if cut:
+            yield data[:cut]
+    if rest:
+        yield rest

@@ -1,18 +1,44 @@
-"""Bans: single addresses that are shut out before all rules, in force and on disk."""
+"""The bans in force: which sources are shut out before all rules, and which of them make room for others.
+
+A ban is of one source: an exact address, or the prefix by which strikes are counted. Services may fill seven eighths of
+the table; then their ban that ends first goes for a new one. An operator's ban never goes for another, and takes the
+place of a service's in a full table.
+"""
 
 from __future__ import annotations
 
-import logging
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from ipaddress import ip_network
+from typing import Final
 
-from ..core.address import IPAddress
-from .ban_log import BanLog
+from ..core.address import IPAddress, unmap
+from .ban_record import BanBlock, ban_key, ban_value, is_automatic, read_ban, value_expires
+from .ban_table import BanTable, TableFull
 from .derived import DerivedState
+from .prefixes import IPNetwork, unmap_network
 from .rule import Ban, PolicyError, boottime_ns
-from .tables import TableFull, Tables
+from .tables import Tables
 
-__all__ = ["Bans"]
+__all__ = ["BanSurvey", "Bans"]
 
-log = logging.getLogger(__name__)
+_NEVER: Final = 1 << 64
+_CANDIDATES: Final = 16
+"""Of the bans that services made, one in so many is remembered as the next to go: all are looked through once for
+these."""
+_FORGOTTEN: Final = 65_536
+"""Bans that have ended and are forgotten at one go: the rest waits for the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class BanSurvey:
+    """What there was when all bans were looked through."""
+
+    revision: int
+    ended: list[bytes]
+    automatic: int
+    lengths: set[tuple[int, int]]
 
 
 class Bans:
@@ -21,100 +47,231 @@ class Bans:
     def __init__(self, tables: Tables, derived: DerivedState) -> None:
         self._tables = tables
         self._derived = derived
-        self._log: BanLog | None = None
-        self._left_out = False
-        """Whether there are bans on disk for which there was no room: the log must not be written anew without them."""
+        self._next = _NextToGo()
 
-    def keep_in(self, log: BanLog) -> None:
-        """Keep the bans there from now on."""
-        self._log = log
+    @property
+    def _table(self) -> BanTable:
+        return self._tables.bans
 
-    def get(self, address: IPAddress) -> Ban | None:
-        """Return the ban of an address, which may have ended."""
-        return self._tables.bans.get(address)
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    @property
+    def revision(self) -> int:
+        """Grows with every ban and every lift."""
+        return self._table.tally().revision
+
+    def source(self, address: IPAddress) -> IPNetwork:
+        """Return the prefix that stands for an address, to strikes and the bans that follow."""
+        address = unmap(address)
+        return ip_network((address, self.source_length(address.version)), strict=False)
+
+    def source_length(self, version: int) -> int:
+        """Return how many bits of an address stand for a source."""
+        return self._tables.gate().source_lengths[version == 6]
+
+    @property
+    def capacity(self) -> int:
+        """How many bans there may be."""
+        return self._table.capacity
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a ban, in force or not."""
+        return not self._table.is_empty()
+
+    def too_many(self, network: IPNetwork) -> PolicyError:
+        """A ban of this network finds no room."""
+        return self._tables.too_many_bans(network)
+
+    def target(self, banned: IPAddress | IPNetwork) -> IPNetwork:
+        """Return what an operator's ban is of. Raises :class:`.rule.PolicyError` for a network that is no one
+        source."""
+        network = unmap_network(ip_network(banned))
+        length = self.source_length(network.version)
+        if network.prefixlen not in (network.max_prefixlen, length):
+            prefix = "" if length == network.max_prefixlen else f", or a /{length}"
+            raise PolicyError(
+                f"{network} is not one source: a ban is of an address{prefix}; for others write for example "
+                f"rama-ebpf block {network}"
+            )
+        return network
+
+    def get(self, network: IPNetwork) -> Ban | None:
+        """Return the ban of exactly this network, which may have ended."""
+        key = ban_key(network)
+        value = self._table.get(key)
+        return None if value is None else read_ban(key, value)
+
+    def covering(self, address: IPAddress, now: int) -> Ban | None:
+        """Return the ban in force that shuts an address out, the longest prefix if there are several."""
+        number, width = int(address), address.max_prefixlen
+        for mapped_length in self._derived.ban_lengths(address.version):
+            length = mapped_length - (128 - width)
+            ban = self.get(ip_network((number >> (width - length) << (width - length), length)))
+            if ban is not None and ban.in_force(now):
+                return ban
+        return None
 
     def all(self) -> list[Ban]:
         """Return all bans, also those that have ended and were not swept."""
-        return self._tables.bans.values()
+        return [read_ban(key, value) for block in self._table.blocks() for key, value in block.rows()]
 
-    def put(self, ban: Ban) -> None:
-        """Put a ban into force; bans that have ended make room. Raises :class:`.rule.PolicyError` when full."""
-        self._derived.expect_bans()
+    def in_force(self) -> Iterator[BanBlock]:
+        """Yield all that have not ended."""
+        now = boottime_ns()
+        for block in self._table.blocks():
+            yield block.in_force(now)
+
+    # -- changing ------------------------------------------------------------------------------------------------
+
+    def put(self, ban: Ban) -> list[Ban]:
+        """Put a ban into force; return those that had to go for it. Raises :class:`.rule.PolicyError` when full."""
+        key, value = ban_key(ban.network), ban_value(ban)
+        self._derived.expect_ban(ban.network)
+        gone: list[Ban] = []
+        before = self._table.get(key)
+        before_automatic = before is not None and is_automatic(before)
+        most = self._table.capacity - self._table.capacity // 8
+        if ban.automatic and not before_automatic and self._table.tally().automatic >= most:
+            self._make_room(gone)
         try:
-            self._tables.bans.put(ban.address, ban)
+            self._table.put(key, value)
         except TableFull:
-            if not self.drop_ended(boottime_ns()):
-                raise self._tables.too_many_bans(ban.address) from None
+            if not self._make_room(gone) and not self._forget_ended():
+                raise self._tables.too_many_bans(ban.network) from None
             try:
-                self._tables.bans.put(ban.address, ban)
+                self._table.put(key, value)
             except TableFull as error:
-                raise self._tables.too_many_bans(ban.address) from error
+                raise self._tables.too_many_bans(ban.network) from error
+        if ban.automatic:
+            self._next.add(ban.expires or _NEVER, key)
+        self._count(int(ban.automatic) - int(before_automatic))
+        return gone
 
-    def ban(self, ban: Ban, now: int) -> Ban:
-        """Put a ban into force, and on disk, unless it is automatic and a stronger one is in force; return the one that
-        is. Where the disk refuses an operator's ban, OSError is raised and nothing is changed; an automatic one is in
-        force all the same, until the server ends."""
-        before = self.get(ban.address)
-        if before is not None and not before.in_force(now):
-            before = None
-        if ban.automatic and before is not None and (not before.automatic or before.outlasts(ban)):
-            return before
-        self.put(ban)
-        try:
-            if self._log is not None:
-                self._log.banned(ban)
-        except OSError as error:
-            if not ban.automatic:
-                self._tables.bans.drop(ban.address) if before is None else self.put(before)
-                raise
-            log.error("%s: the ban of %s ends with this server", error, ban.address)
-        return ban
-
-    def lift(self, address: IPAddress) -> bool:
-        """Lift a ban, on disk first: where that refuses, OSError is raised and the ban stays. Return whether there was
-        one."""
-        if self.get(address) is None:
+    def drop(self, network: IPNetwork) -> bool:
+        """Lift a ban; return whether there was one."""
+        key = ban_key(network)
+        value = self._table.get(key)
+        if value is None:
             return False
-        if self._log is not None:
-            self._log.lifted(address)
-        self._tables.bans.drop(address)
+        self._table.drop(key)
+        self._count(-int(is_automatic(value)))
         return True
 
-    def restore(self) -> int:
-        """Put the bans that are kept on disk into force again, as far as there is room; return how many were not in
-        force already."""
-        if self._log is None:
-            return 0
-        try:
-            kept = self._log.replay()
-        except OSError as error:
-            log.error("bans of earlier cannot be read, and are left as they are: %s", error)
-            return 0
-        present = {ban.address for ban in self.all()}
-        missing = [ban for ban in kept if ban.address not in present]
-        restored = 0
-        try:
-            for ban in missing:
-                self.put(ban)
-                restored += 1
-        except PolicyError as error:  # room for fewer than before: serve, and forget none of the rest on disk
-            self._left_out = True
-            log.error("%d bans of earlier are not in force: %s", len(missing) - restored, error)
-        else:
-            self._log.rewrite(self.all())
-        return restored
+    def put_all(self, block: BanBlock) -> int:
+        """Put many into force that are not there yet; return how many, from the first, found room.
 
-    def sweep(self, now: int) -> int:
-        """Forget those that have ended at ``now``, and keep the log from growing; return how many."""
-        if self._log is not None and not self._left_out and self._log.overgrown():
-            self._log.rewrite(self.all())
-        return self.drop_ended(now)
+        Raises :class:`.rule.PolicyError` for one prefix length too many."""
+        self._derived.expect_ban_lengths(block.lengths())
+        done = self._table.put_all(block)
+        self._next.forget()
+        self._count(block.cut(0, done).automatic(), changes=int(done > 0))
+        return done
 
-    def sync(self) -> None:
-        """Have what was noted outlive a power failure."""
-        if self._log is not None:
-            self._log.sync()
+    def keys(self) -> set[bytes]:
+        """Return the keys of all bans."""
+        return {key for block in self._table.blocks() for key in block.each_key()}
 
-    def drop_ended(self, now: int) -> int:
-        """Forget those that have ended at ``now``; return how many."""
-        return self._tables.bans.drop_ended(now)
+    def _make_room(self, gone: list[Ban]) -> bool:
+        """Take away the ban of a service that ends first; return whether there was one."""
+        key = self._next.take(self._table)
+        if key is None:
+            return False
+        value = self._table.get(key)
+        self._table.drop(key)
+        self._count(-1, changes=0)
+        if value is not None and (ban := read_ban(key, value)).in_force(boottime_ns()):
+            gone.append(ban)
+        return True
+
+    def _count(self, automatic: int, *, changes: int = 1) -> None:
+        tally = self._table.tally()
+        if automatic or changes:
+            count = max(0, tally.automatic + automatic)
+            self._table.set_tally(replace(tally, revision=tally.revision + changes, automatic=count))
+
+    # -- upkeep --------------------------------------------------------------------------------------------------
+
+    def survey(self, now: int) -> BanSurvey:
+        """Look through all bans; no lock is needed."""
+        revision, automatic = self.revision, 0
+        ended: list[bytes] = []
+        lengths: set[tuple[int, int]] = set()
+        for block in self._table.blocks():
+            automatic += block.automatic()
+            lengths |= block.lengths()
+            ended += block.ended(now)[: _FORGOTTEN - len(ended)]
+        return BanSurvey(revision, ended, automatic, lengths)
+
+    def lengths(self, survey: BanSurvey) -> set[tuple[int, int]]:
+        """Return which (IP version, length in the IPv4-mapped form) are to be looked for."""
+        if survey.revision == self.revision:
+            return survey.lengths
+        present = ((version, length) for version in (4, 6) for length in self._derived.ban_lengths(version))
+        return survey.lengths.union(present)
+
+    def settle(self, survey: BanSurvey, now: int) -> int:
+        """Forget the bans that have ended; return how many. How many bans services made is put right if nothing changed
+        since the survey."""
+        if survey.revision == self.revision:
+            self._count(survey.automatic - self._table.tally().automatic, changes=0)
+        forgotten = automatic = 0
+        for key in survey.ended:
+            value = self._table.get(key)
+            if value is not None and 0 < value_expires(value) <= now:  # and was not banned anew meanwhile
+                self._table.drop(key)
+                automatic += is_automatic(value)
+                forgotten += 1
+        self._count(-automatic, changes=0)
+        return forgotten
+
+    def _forget_ended(self) -> int:
+        now = boottime_ns()
+        return self.settle(self.survey(now), now)
+
+    def set_source_lengths(self, lengths: tuple[int, int]) -> None:
+        """Say how many bits of an IPv4 and of an IPv6 address stand for a source from now on."""
+        gate = self._tables.gate()
+        if gate.source_lengths != lengths:
+            self._tables.put_gate(replace(gate, source_lengths=lengths))
+
+
+class _NextToGo:
+    """The bans of services that end first: all of them up to some moment, so that a full table is not looked through
+    for each new one."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, bytes]] = []
+        self._up_to = -1
+
+    def add(self, expires: int, key: bytes) -> None:
+        """A ban is new, or has another end."""
+        if expires <= self._up_to:
+            heapq.heappush(self._heap, (expires, key))
+
+    def forget(self) -> None:
+        """Look through the table again before the next goes."""
+        self._heap, self._up_to = [], -1
+
+    def take(self, table: BanTable) -> bytes | None:
+        """Return the key of the ban that is to go, None if there is none of a service."""
+        for _ in range(2):
+            while self._heap:
+                expires, key = heapq.heappop(self._heap)
+                value = table.get(key)
+                if value is not None and is_automatic(value) and (value_expires(value) or _NEVER) == expires:
+                    return key
+            self._look(table)
+        return None
+
+    def _look(self, table: BanTable) -> None:
+        count = max(64, table.tally().automatic // _CANDIDATES)
+        self._heap = heapq.nsmallest(count, _automatic(table))  # sorted, so it is a heap
+        self._up_to = self._heap[-1][0] if self._heap else -1
+
+
+def _automatic(table: BanTable) -> Iterator[tuple[int, bytes]]:
+    for block in table.blocks():
+        for key, expires, automatic in zip(block.each_key(), block.expires(), block.automatic_flags(), strict=True):
+            if automatic:
+                yield expires or _NEVER, key

@@ -32,8 +32,8 @@ class Judgement:
         source = unmap(source)
         if self._failsafe.covers(source, port):
             return Verdict(Action.ALLOW, Stage.FAILSAFE)
-        ban = self._bans.get(source)
-        if ban is not None and ban.in_force(now):
+        ban = self._bans.covering(source, now)
+        if ban is not None:
             return Verdict(ban.action, Stage.BAN, "ban")
         dry: StoredRule | None = None
         for rule in self._applicable(source, port, now):

@@ -5,19 +5,20 @@ from __future__ import annotations
 import errno
 import struct
 import sys
-from ipaddress import IPv6Network, ip_address
+from ipaddress import IPv6Network
 from typing import Final
 
-from ..core.address import IPAddress, mapped, unmap
+from ..core.address import IPAddress, mapped
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from ..kernel.gate_state import GateState
 from .compiler import MAPPED
 from .counters import number
+from .kernel_bans import KernelBanTable
 from .kernel_sets import KernelSets
 from .loaded_set import packed_limit, unpacked_limit
 from .prefixes import IPNetwork, unmap_network
-from .rule import Action, Ban, PolicyError, Rule
+from .rule import Action, PolicyError, Rule, source_text
 from .stored import StoredRule
 from .tables import Place, TableFull
 
@@ -45,7 +46,7 @@ class KernelTables:
         self.maps = maps
         self.rules = _Rules(maps)
         self.runtime = _Runtime(maps["runtime"])
-        self.bans = _Bans(maps["bans"])
+        self.bans = KernelBanTable(maps)
         self.failsafe = _Failsafe(maps["failsafe"])
         self.sets = KernelSets(maps)
 
@@ -72,11 +73,11 @@ class KernelTables:
                 f"with --max-rules above {self.rules.most}"
             )
 
-    def too_many_bans(self, address: IPAddress) -> PolicyError:
+    def too_many_bans(self, network: IPNetwork) -> PolicyError:
         size = self.maps.capacity("bans")
         return PolicyError(
-            f"cannot ban {address}: {size} addresses are banned already; lift some, or restart with --max-bans "
-            f"above {size}"
+            f"cannot ban {source_text(network)}: {size} sources are banned already; lift some, or restart with "
+            f"--max-bans above {size}"
         )
 
 
@@ -200,40 +201,6 @@ class _Runtime:
         return rows
 
 
-class _Bans:
-    """The map ``bans``."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def get(self, address: IPAddress) -> Ban | None:
-        raw = bpf.map_lookup(self._fd, mapped(address), abi.BAN.size)
-        return None if raw is None else _ban(address, raw)
-
-    def put(self, address: IPAddress, ban: Ban) -> None:
-        text = ban.reason.encode()[:63]
-        raw = abi.BAN.pack(ban.expires or 0, ban.created, ban.hits, ban.action, ban.automatic, text)
-        _put(self._fd, mapped(address), raw)
-
-    def drop(self, address: IPAddress) -> bool:
-        return bpf.map_delete(self._fd, mapped(address))
-
-    def is_empty(self) -> bool:
-        return bpf.map_next_key(self._fd, None, 16) is None
-
-    def values(self) -> list[Ban]:
-        rows = bpf.map_lookup_batch(self._fd, 16, abi.BAN.size)
-        return [_ban(unmap(ip_address(key)), raw) for key, raw in rows]
-
-    def drop_ended(self, now: int) -> int:
-        ended = 0
-        for key, raw in bpf.map_lookup_batch(self._fd, 16, abi.BAN.size):
-            expires = int.from_bytes(raw[:8], sys.byteorder)
-            if expires and now >= expires:
-                ended += bpf.map_delete(self._fd, key)
-        return ended
-
-
 class _Failsafe:
     """The map ``failsafe``, a trie."""
 
@@ -272,11 +239,6 @@ def _failsafe_key(network: IPNetwork) -> bytes:
 
 def _network(packed: bytes, length: int) -> IPNetwork:
     return unmap_network(IPv6Network((packed, length)))
-
-
-def _ban(address: IPAddress, raw: bytes) -> Ban:
-    expires, created, hits, action, automatic, reason = abi.BAN.unpack(raw)
-    return Ban(address, Action(action), expires or None, created, hits, _text(reason), bool(automatic))
 
 
 def _text(raw: bytes) -> str:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 
-from ..core.address import IPAddress
+from ..core.address import IPAddress, unmap
+from .ban_record import ban_key
 from .local_tables import LocalTables
-from .rule import Verdict
+from .rule import Verdict, boottime_ns
 from .store import PolicyStore
 
 __all__ = ["CountedPolicy", "LocalStore"]
@@ -30,7 +31,9 @@ class LocalStore(PolicyStore):
         if verdict.dry_rule:
             self.tables.rules.count(verdict.dry_rule, dry=True)
         if verdict.rule == "ban":
-            self.tables.bans.count(source)
+            ban = self._bans.covering(unmap(source), boottime_ns())
+            if ban is not None:
+                self.tables.bans.count(ban_key(ban.network))
 
 
 class CountedPolicy:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 from ..core.address import IPAddress
 from ..kernel import abi
 from ..kernel.gate_state import GateState, SetHead
+from .ban_table import LocalBanTable
 from .compiler import CompiledSet, compile_rules, read_chain
 from .intervals import find
 from .prefixes import IPNetwork
-from .rule import Ban, PolicyError, Rule, RuleSet
+from .rule import PolicyError, Rule, RuleSet
 from .stored import StoredRule
-from .tables import Place, TableFull
+from .tables import Place
 
 __all__ = ["LocalTables"]
 
@@ -36,7 +36,7 @@ class LocalTables:
         self._gate = GateState()
         self.rules = LocalRules(most)
         self.runtime = _Runtime()
-        self.bans = LocalBans(most)
+        self.bans = LocalBanTable(most)
         self.failsafe = _Failsafe()
         self.sets = _Sets()
 
@@ -53,8 +53,8 @@ class LocalTables:
         if runtime + rules > self._most:
             raise PolicyError(f"a set of {rules} rules: the policy holds {self._most} with those at run time")
 
-    def too_many_bans(self, address: IPAddress) -> PolicyError:
-        return PolicyError(f"{self._most} addresses are banned already: lift some")
+    def too_many_bans(self, network: IPNetwork) -> PolicyError:
+        return PolicyError(f"{self._most} sources are banned already: lift some")
 
 
 class LocalRules:
@@ -134,43 +134,6 @@ class _Runtime:
 
     def items(self) -> list[tuple[Place, int]]:
         return list(self._rows.items())
-
-
-class LocalBans:
-    """Bans by address."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._rows: dict[IPAddress, Ban] = {}
-
-    def get(self, address: IPAddress) -> Ban | None:
-        return self._rows.get(address)
-
-    def put(self, address: IPAddress, ban: Ban) -> None:
-        if address not in self._rows and len(self._rows) >= self._most:
-            raise TableFull
-        self._rows[address] = ban
-
-    def drop(self, address: IPAddress) -> bool:
-        return self._rows.pop(address, None) is not None
-
-    def is_empty(self) -> bool:
-        return not self._rows
-
-    def values(self) -> list[Ban]:
-        return list(self._rows.values())
-
-    def drop_ended(self, now: int) -> int:
-        ended = [ban.address for ban in self.values() if not ban.in_force(now)]
-        for address in ended:
-            self.drop(address)
-        return len(ended)
-
-    def count(self, address: IPAddress) -> None:
-        """Count a SYN that a ban turned away."""
-        ban = self._rows.get(address)
-        if ban is not None:
-            self._rows[address] = replace(ban, hits=ban.hits + 1)
 
 
 class _Failsafe:

@@ -17,12 +17,12 @@ __all__ = ["Policy", "match"]
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A whole policy. ``bans`` maps an address (never an IPv4-mapped one) to (action, expiry or None)."""
+    """A whole policy. ``bans`` maps a network (never an IPv4-mapped one) to (action, expiry or None)."""
 
     rules: tuple[Rule, ...] = ()
     failsafe: tuple[IPNetwork, ...] = ()
     failsafe_ports: frozenset[int] = frozenset()
-    bans: dict[IPAddress, tuple[Action, int | None]] = field(default_factory=dict)
+    bans: dict[IPNetwork, tuple[Action, int | None]] = field(default_factory=dict)
     default: Action = Action.ALLOW
     per_source: SynLimit | None = None
     overall: SynLimit | None = None
@@ -36,9 +36,10 @@ def match(policy: Policy, source: IPAddress, port: int, now: int) -> Verdict:
     source = unmap(source)
     if port in policy.failsafe_ports or any(source in unmap_network(network) for network in policy.failsafe):
         return Verdict(Action.ALLOW, Stage.FAILSAFE)
-    ban = policy.bans.get(source)
-    if ban is not None and (ban[1] is None or now < ban[1]):
-        return Verdict(ban[0], Stage.BAN, "ban")
+    for network in sorted(policy.bans, key=lambda network: network.prefixlen, reverse=True):
+        action, expires = policy.bans[network]
+        if source in network and (expires is None or now < expires):
+            return Verdict(action, Stage.BAN, "ban")
 
     candidates = []
     for position, rule in enumerate(policy.rules):

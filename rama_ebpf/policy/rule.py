@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import Final
 
-from ..core.address import IPAddress
 from ..core.errors import RamaError
 from .prefixes import IPNetwork, Prefixes, unmap_network
 
 __all__ = [
     "DEFAULT_ACTIONS",
+    "LONGEST_SECONDS",
     "RULE_ACTIONS",
     "RUNTIME",
     "Action",
@@ -36,8 +36,11 @@ __all__ = [
     "boottime_ns",
     "parse_network",
     "parse_ttl",
+    "source_text",
 ]
 
+LONGEST_SECONDS: Final = 315_360_000
+"""Ten years: no rule and no ban with an end lasts longer."""
 RUNTIME: Final = "runtime"
 """Origin of the rules that are put into force one by one, on top of the set that was loaded."""
 
@@ -218,9 +221,10 @@ class RuleSet:
 
 @dataclass(frozen=True, slots=True)
 class Ban:
-    """An address that a service or an operator shut out: before all rules, after the failsafe."""
+    """A source that a service or an operator shut out: before all rules, after the failsafe. It is one address, or the
+    prefix by which strikes are counted."""
 
-    address: IPAddress
+    network: IPNetwork
     action: Action
     expires: int | None
     created: int
@@ -234,9 +238,10 @@ class Ban:
         """Whether it has not ended at ``now``."""
         return self.expires is None or now < self.expires
 
-    def outlasts(self, other: Ban) -> bool:
-        """Whether it ends no sooner than ``other``."""
-        return self.expires is None or (other.expires is not None and self.expires >= other.expires)
+    @property
+    def source(self) -> str:
+        """Its network as text; an address without its length."""
+        return source_text(self.network)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +261,11 @@ class Verdict:
     @property
     def allowed(self) -> bool:
         return self.action is Action.ALLOW
+
+
+def source_text(network: IPNetwork) -> str:
+    """Return a network as text, an address without its length."""
+    return str(network.network_address if network.prefixlen == network.max_prefixlen else network)
 
 
 def boottime_ns() -> int:
@@ -281,15 +291,16 @@ def parse_network(text: str) -> IPNetwork:
 def parse_ttl(text: str) -> int:
     """Parse a duration such as ``90``, ``90s``, ``15m``, ``1h``, ``7d``, ``1h30m`` into nanoseconds.
 
-    Raises :class:`PolicyError`, also for zero and for more than ten years.
+    More than ten years are ten years: what makes bans longer each time (fail2ban) need not stop. Raises
+    :class:`PolicyError`, also for zero.
     """
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-    if re.fullmatch(r"\d{1,12}", text):
+    if re.fullmatch(r"\d{1,40}", text):
         seconds = int(text)
-    elif re.fullmatch(r"(\d{1,9}[smhdw])+", text):
+    elif len(text) <= 80 and re.fullmatch(r"(\d{1,40}[smhdw])+", text):
         seconds = sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([smhdw])", text))
     else:
         raise PolicyError(f"TTL {text!r}: write for example 90s, 15m, 1h, 7d or 1h30m")
-    if not 1 <= seconds <= 315_360_000:
+    if seconds < 1:
         raise PolicyError(f"TTL {text!r}: use 1 second to 10 years")
-    return seconds * 1_000_000_000
+    return min(seconds, LONGEST_SECONDS) * 1_000_000_000

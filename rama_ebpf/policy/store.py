@@ -13,12 +13,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
 from ..core.address import IPAddress, unmap
+from ..core.client import SourceLengths
+from .ban_book import BanBook, stands
 from .ban_log import BanLog
+from .ban_record import BanBlock
 from .bans import Bans
 from .compiler import CompiledSet, compile_rules
 from .derived import DerivedState
@@ -28,8 +32,8 @@ from .journal import Journal
 from .judgement import Judgement
 from .keeping import Keeping
 from .loaded_set import LoadedSet
-from .prefixes import IPNetwork
-from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns
+from .prefixes import IPNetwork, unmap_network
+from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns, source_text
 from .rule_room import RuleRoom
 from .runtime_rules import RuntimeRules
 from .stored import RuleRecord, StaleRevision, StaleSet, StoredRule
@@ -59,6 +63,7 @@ class PolicyStore:
         self._keeping = Keeping(tables, self._loaded, self._runtime, self._failsafe)
         self._judgement = Judgement(tables, self._loaded, self._runtime, self._bans, self._failsafe)
         self._journal: Journal | None = None
+        self._ban_book = BanBook(self._bans)
         self._unsynced = False
         self._disagreed: Callable[[str], None] = log.error
 
@@ -71,7 +76,7 @@ class PolicyStore:
         """Keep the policy, the journal and the bans in this directory from now on."""
         self._keeping.keep_in(directory)
         self._journal = Journal(directory / "journal")
-        self._bans.keep_in(BanLog(directory / "bans"))
+        self._ban_book.keep_in(BanLog(directory / "bans"))
 
     def journal(self, count: int | None = None) -> list[dict[str, object]]:
         """Return the last entries of the journal (None: all there are), the oldest first."""
@@ -87,7 +92,7 @@ class PolicyStore:
         if not self._unsynced:
             return
         self._unsynced = False
-        self._bans.sync()
+        self._ban_book.sync()
         if self._journal is not None:
             self._journal.sync()
 
@@ -142,8 +147,25 @@ class PolicyStore:
 
     @property
     def revision(self) -> int:
-        """Grows with every change."""
+        """Grows with every change but bans and lifts, which have one of their own."""
         return self._tables.gate().revision
+
+    @property
+    def ban_revision(self) -> int:
+        """Grows with every ban and every lift."""
+        return self._bans.revision
+
+    def source(self, address: IPAddress) -> IPNetwork:
+        """Return the prefix that stands for an address, to strikes and the bans that follow."""
+        return self._bans.source(address)
+
+    def source_lengths(self) -> SourceLengths:
+        """Return what stands for a source."""
+        return SourceLengths(*self._tables.gate().source_lengths)
+
+    def covering_ban(self, address: IPAddress) -> Ban | None:
+        """Return the ban that shuts an address out, None if none does."""
+        return self._bans.covering(unmap(address), boottime_ns())
 
     @property
     def pending(self) -> int | None:
@@ -171,6 +193,10 @@ class PolicyStore:
         """Return all bans; some may have ended."""
         return self._bans.all()
 
+    def ban_blocks(self) -> Iterable[BanBlock]:
+        """Return all bans that are in force, many at a time."""
+        return self._bans.in_force()
+
     def failsafe(self) -> list[IPNetwork]:
         """Return the networks that nothing can shut out."""
         return self._failsafe.networks()
@@ -188,9 +214,9 @@ class PolicyStore:
         """Return a rule of either layer by its id, None if there is no such rule any more."""
         return self._tables.rules.get(rule_id)
 
-    def ban_of(self, address: IPAddress) -> Ban | None:
-        """Return the ban of exactly this address, also one that has ended; None if there is none."""
-        return self._bans.get(unmap(address))
+    def ban_of(self, banned: IPAddress | IPNetwork) -> Ban | None:
+        """Return the ban of exactly this address or prefix, also one that has ended; None if there is none."""
+        return self._bans.get(unmap_network(ip_network(banned)))
 
     def rule_name(self, rule_id: int) -> str:
         """Return a rule's name by its id, or the id if there is no such rule any more."""
@@ -364,61 +390,77 @@ class PolicyStore:
 
     def ban(
         self,
-        address: IPAddress,
+        banned: IPAddress | IPNetwork,
         *,
         ttl: float | None = None,
         reason: str = "",
         action: Action = Action.DROP,
         automatic: bool = False,
     ) -> Ban:
-        """Shut out one address at once, for ``ttl`` seconds or for good; return the ban that is in force then.
+        """Shut out one source at once, for ``ttl`` seconds or for good; return the ban that is in force then.
 
-        An operator's ban replaces any; an ``automatic`` one neither replaces an operator's nor shortens any. Where the
-        disk refuses an operator's ban, OSError is raised and nothing is changed; an automatic one is in force all the
-        same, until the server ends.
+        An operator's ban is of an address or of one source's prefix (see :meth:`source`), and replaces any. An
+        ``automatic`` one is of the source's prefix; it neither replaces an operator's nor shortens any, and one that
+        would last about as long as that which is there is that one. Where the disk refuses an operator's ban, OSError
+        is raised and nothing is changed; an automatic one is in force all the same, until the server ends.
+
+        Raises :class:`PolicyError` for a network that is no source's, and when there is no room.
         """
         with self._exclusive():
+            network = self._bans.source(_address(banned)) if automatic else self._bans.target(banned)
             now = boottime_ns()
             expires = None if ttl is None else now + round(ttl * 1e9)
-            ban = Ban(unmap(address), action, expires, time.time_ns(), 0, reason, automatic)
-            in_force = self._bans.ban(ban, now)
+            ban = Ban(network, action, expires, time.time_ns(), 0, reason, automatic)
+            in_force = self._ban_book.ban(ban, now)
             if in_force is ban:
-                told = {"address": str(ban.address), "ttl": ttl, "reason": reason or None}
-                self._note("ban", self._changed(), action=action.name.lower(), **told)
+                told = {"address": ban.source, "ttl": ttl, "reason": reason or None}
+                self._note("ban", self.revision, ban_revision=self.ban_revision, action=action.name.lower(), **told)
             return in_force
 
-    def unban(self, address: IPAddress) -> bool:
-        """Lift a ban; return whether there was one. Where the disk refuses, OSError is raised and it stays: else it
-        would come back with the next start."""
-        address = unmap(address)
+    def stands(self, address: IPAddress, ttl: float) -> bool:
+        """Whether an automatic ban for ``ttl`` seconds would change nothing. It takes no lock."""
+        now = boottime_ns()
+        before = self._bans.get(self._bans.source(address))
+        return before is not None and stands(before, now + round(ttl * 1e9), now)
+
+    def unban(self, banned: IPAddress | IPNetwork) -> bool:
+        """Lift the ban of exactly this address or prefix; return whether there was one. Where the disk refuses, OSError
+        is raised and it stays: else it would come back with the next start."""
         with self._exclusive():
-            if not self._bans.lift(address):
+            network = unmap_network(ip_network(banned))
+            if not self._ban_book.lift(network):
                 return False
-            self._note("unban", self._changed(), address=str(address))
+            self._note("unban", self.revision, ban_revision=self.ban_revision, address=source_text(network))
             return True
+
+    def set_source_lengths(self, lengths: SourceLengths) -> None:
+        """Say what stands for a source from now on. Bans that are in force stay as they are."""
+        with self._exclusive():
+            self._bans.set_source_lengths((lengths.ipv4, lengths.ipv6))
 
     def restore_bans(self) -> int:
         """Put the bans that are kept on disk into force again, as far as there is room; return how many were not in
         force already."""
         with self._exclusive():
-            restored = self._bans.restore()
-            if restored:
-                self._changed()
-            return restored
+            return self._ban_book.restore()
+
+    def compact_bans(self) -> None:
+        """Make a snapshot of the bans on disk, if their log has grown long. Waits for the disk."""
+        self._ban_book.compact(self._exclusive)
 
     def sweep(self, *, now: int | None = None) -> int:
         """Forget what has expired; return how many rules and bans. Only frees room: an expired rule decides nothing
         anyway."""
         now = boottime_ns() if now is None else now
         # Looked for without the lock: with 100,000 rules it takes a second, and mostly there are none.
-        candidates = self._runtime.ended(now)
+        candidates, survey = self._runtime.ended(now), self._bans.survey(now)
         with self._exclusive():
             self._settle()
             expired = self._runtime.drop_ended(now, candidates)
             self._room.free()
-            expired += self._bans.sweep(now)
+            expired += self._bans.settle(survey, now)
             self._keeping.sweep()
-            if self._derived.rebuild():
+            if self._derived.rebuild(self._bans.lengths(survey)):
                 self._disagreed("the programs did not look for some rules, bans or the failsafe")
             return expired
 
@@ -443,7 +485,7 @@ class PolicyStore:
     def rebuild(self) -> None:
         """Derive anew, from the entries, what the programs are told of them: a writer may have been killed half way."""
         with self._exclusive():
-            self._derived.rebuild()
+            self._derived.rebuild(self._bans.lengths(self._bans.survey(boottime_ns())))
 
     # -- carrying it -------------------------------------------------------------------------------------------
 
@@ -451,7 +493,7 @@ class PolicyStore:
         """Return the whole policy that lasts, but bans."""
         return self._keeping.image()
 
-    def put_image(self, image: PolicyImage, bans: Iterable[Ban] = ()) -> None:
+    def put_image(self, image: PolicyImage, bans: Iterable[BanBlock] = ()) -> None:
         """Put a whole policy into an empty place that nobody else knows yet: no lock is taken, nothing is noted.
 
         Raises :class:`PolicyError` for what does not fit.
@@ -463,8 +505,9 @@ class PolicyStore:
         self._loaded.install(compile_rules(image.ruleset), self._room.ids_for(image.ruleset))
         for one in runtime:
             self._room.place(one.rule, one.created)
-        for ban in bans:
-            self._bans.put(ban)
+        for block in bans:
+            if self._bans.put_all(block) < len(block):
+                raise self._bans.too_many(block.network(0))
         self._tables.put_gate(replace(self._tables.gate(), revision=image.revision))
 
     def _undo_trial(self) -> None:
@@ -497,3 +540,7 @@ class PolicyStore:
             self._keeping.take_back(mark)
             raise
         return gate.revision + 1
+
+
+def _address(banned: IPAddress | IPNetwork) -> IPAddress:
+    return banned if isinstance(banned, IPv4Address | IPv6Address) else banned.network_address

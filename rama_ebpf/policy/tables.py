@@ -14,9 +14,10 @@ from typing import Protocol, TypeVar
 
 from ..core.address import IPAddress
 from ..kernel.gate_state import GateState, SetHead
+from .ban_table import BanTable, TableFull
 from .compiler import CompiledSet
 from .prefixes import IPNetwork
-from .rule import Ban, PolicyError, Rule, RuleSet
+from .rule import PolicyError, Rule, RuleSet
 from .stored import StoredRule
 
 __all__ = [
@@ -40,10 +41,6 @@ Place = tuple[IPNetwork, int]
 """Where a rule of the runtime layer stands: a prefix, and a listener's port or 0 for any."""
 
 
-class TableFull(Exception):
-    """A table has no room for one entry more. Nothing was changed."""
-
-
 class Table(Protocol[K, V]):
     """Entries by key. One is replaced as a whole: who reads sees the old one or the new one."""
 
@@ -65,16 +62,6 @@ class RuntimeTable(Table[Place, int], Protocol):
 
     def items(self) -> list[tuple[Place, int]]:
         """Return all entries."""
-
-
-class BanTable(Table[IPAddress, Ban], Protocol):
-    """Bans by address."""
-
-    def values(self) -> list[Ban]:
-        """Return all bans."""
-
-    def drop_ended(self, now: int) -> int:
-        """Take away those that have ended at ``now``; return how many."""
 
 
 class FailsafeTable(Protocol):
@@ -196,8 +183,8 @@ class Tables(Protocol):
     def check_size(self, rules: int, runtime: int) -> None:
         """Raise :class:`PolicyError` if a set of so many rules does not fit beside so many at run time."""
 
-    def too_many_bans(self, address: IPAddress) -> PolicyError:
-        """A ban of this address finds no room."""
+    def too_many_bans(self, network: IPNetwork) -> PolicyError:
+        """A ban of this network finds no room."""
 
 
 Exclusive = Callable[[], AbstractContextManager[object]]

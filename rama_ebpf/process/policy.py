@@ -6,7 +6,7 @@ import dataclasses
 
 from ..core.address import IPAddress
 from ..layers.strikes import StrikeLimit
-from ..policy.rule import Action, Stage, Verdict
+from ..policy.rule import LONGEST_SECONDS, Action, Stage, Verdict
 from .channel import Channel
 
 __all__ = ["ServerPolicy"]
@@ -31,14 +31,16 @@ class ServerPolicy:
         return Verdict(Action(int(str(answer["action"]))), Stage(int(str(answer["stage"]))), str(answer["rule"]))
 
     async def ban(self, source: IPAddress, /, *, ttl: float, reason: str) -> None:
-        """Shut an address out, in the kernel where the gate is; in force when this returns.
+        """Shut out the source that an address belongs to, in the kernel where the gate is; in force when this returns.
+        More than ten years are ten years.
 
         Raises :class:`~.channel.RequestFailed` with the policy's own words, or PeerClosed.
         """
-        await self._channel.request("ban", {"source": str(source), "ttl": ttl, "reason": reason})
+        await self._channel.request("ban", {"source": str(source), "ttl": min(ttl, LONGEST_SECONDS), "reason": reason})
 
     async def strike(self, source: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
         """Count a strike against an address, over all workers; the ban that it may lead to is in force when this
         returns. Raises like :meth:`ban`."""
         body = {"source": str(source), "reason": reason}
+        limit = dataclasses.replace(limit, ban=min(limit.ban, LONGEST_SECONDS))
         await self._channel.request("strike", body | dataclasses.asdict(limit))

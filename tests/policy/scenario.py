@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from rama_ebpf.core.address import IPAddress, unmap
+from rama_ebpf.core.client import SourceLengths
 from rama_ebpf.policy.matcher import Policy
 from rama_ebpf.policy.prefixes import IPNetwork
 from rama_ebpf.policy.rule import RUNTIME, Action, Rule, RuleSet, Settings, SynLimit
@@ -30,6 +31,7 @@ class Scenario:
     runtime: list[Rule] = field(init=False)
     policy: Policy = field(init=False)
     networks: list[IPNetwork] = field(init=False, default_factory=list)
+    lengths: SourceLengths = field(init=False)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -43,8 +45,9 @@ class Scenario:
         self.loaded = RuleSet(tuple(rules), settings)
         self.runtime = [self._rule(f"runtime-{n}", 1, RUNTIME) for n in range(pick.choice((0, 0, 3, 12)))]
         in_force = {(rule.sources[0], rule.port): rule for rule in self.runtime}  # a later one replaces an earlier one
+        self.lengths = pick.choice((SourceLengths(), SourceLengths(24, 48), SourceLengths(32, 56)))
         bans = {
-            unmap(self.address()): (pick.choice((Action.DROP, Action.REJECT)), self._expiry())
+            self._banned(): (pick.choice((Action.DROP, Action.REJECT)), self._expiry())
             for _ in range(pick.choice((0, 0, 4)))
         }
         failsafe = tuple(self.network() for _ in range(pick.choice((0, 0, 0, 2))))
@@ -56,6 +59,16 @@ class Scenario:
             bans=bans,
             default=settings.default,
         )
+
+    def _banned(self) -> IPNetwork:
+        """An address, or the prefix that stands for its source."""
+        address = unmap(self.address())
+        length = self.lengths.ipv4 if address.version == 4 else self.lengths.ipv6
+        if self.random.random() < 0.5:
+            length = address.max_prefixlen
+        network: IPNetwork = ip_network((address, length), strict=False)
+        self.networks.append(network)
+        return network
 
     def _expiry(self) -> int | None:
         return self.random.choice((None, None, None, max(1, self.now - _HOUR), self.now + _HOUR))
@@ -123,10 +136,11 @@ class Scenario:
             if record.rule.origin == RUNTIME:
                 store.remove(record.sources[0], record.rule.port)
         for ban in store.bans():
-            store.unban(ban.address)
+            store.unban(ban.network)
         store.set_failsafe(self.policy.failsafe, sorted(self.policy.failsafe_ports))
         store.replace(self.loaded)
         for rule in self.runtime:
             store.add(rule)
-        for address, (action, expires) in self.policy.bans.items():
-            store.ban(address, action=action, ttl=None if expires is None else (expires - self.now) / 1e9)
+        store.set_source_lengths(self.lengths)
+        for network, (action, expires) in self.policy.bans.items():
+            store.ban(network, action=action, ttl=None if expires is None else (expires - self.now) / 1e9)

@@ -219,6 +219,21 @@ def test_ban_counts_each_syn_that_xdp_turns_away_once(probe: Probe, action: Acti
         probe.store.unban(A4)
 
 
+@pytest.mark.parametrize(("action", "code"), [(Action.DROP, XDP_DROP), (Action.REJECT, XDP_TX)])
+def test_xdp_turns_away_and_counts_every_address_of_a_banned_source(probe: Probe, action: Action, code: int) -> None:
+    source = probe.store.source(A6)
+    probe.store.ban(source, action=action)
+    try:
+        for host in (2, 3, 0xFFFF_FFFF_FFFF_FFFF):
+            frame = ethernet(ipv6(source[host], B6, syn()))
+            assert run(probe, frame)[0] == code
+        other = ethernet(ipv6(source[0] + (1 << 64), B6, syn()))
+        assert run(probe, other)[0] == XDP_TX  # what the rules say of anybody
+        assert [ban.hits for ban in probe.store.bans()] == [3]
+    finally:
+        probe.store.unban(source)
+
+
 # -- SYN cookies ------------------------------------------------------------------------------------------------------
 
 

@@ -113,6 +113,10 @@ def _without_bans(scene: Scene) -> None:
     scene.change_gate(flags=scene.store.tables.gate().flags & ~abi.constants()["GATE_BANS"])
 
 
+def _without_ban_lengths(scene: Scene) -> None:
+    scene.change_gate(ban_lengths=((), ()))
+
+
 def _without_failsafe(scene: Scene) -> None:
     scene.change_gate(flags=scene.store.tables.gate().flags & ~abi.constants()["GATE_FAILSAFE"])
 
@@ -193,6 +197,7 @@ PLANTED = [
     _without_length,
     _without_ports,
     _without_bans,
+    _without_ban_lengths,
     _without_failsafe,
     _other_default,
     _without_limits,

@@ -158,7 +158,7 @@ def _log(tmp_path: Path, *rows: dict[str, object]) -> BanLog:
 
 def test_a_ban_ends_when_it_was_to_whatever_the_wall_clock_was_set_to(tmp_path: Path) -> None:
     log = BanLog(tmp_path / "bans")
-    given = Ban(ip_address("198.18.1.1"), Action.DROP, boottime_ns() + 3600 * 10**9, 0, 0, "")
+    given = Ban(ip_network("198.18.1.1"), Action.DROP, boottime_ns() + 3600 * 10**9, 0, 0, "")
     log.banned(given)
     row = json.loads((tmp_path / "bans").read_text())
     for wrong in (-(10**9), 10**9):  # seconds: the clock that was right is wrong now
@@ -186,7 +186,7 @@ def test_hostile_rows_of_bans_hinder_no_start(tmp_path: Path) -> None:
         good.replace("1.1", "1.3").replace("drop", "dance"),
     )
     (tmp_path / "bans").write_text("\n".join([*hostile, good]) + "\n", encoding="utf-8")
-    assert [str(ban.address) for ban in BanLog(tmp_path / "bans").replay()] == ["198.18.1.1"]
+    assert [ban.source for ban in BanLog(tmp_path / "bans").replay()] == ["198.18.1.1"]
 
 
 def test_what_reads_feeds_keeps_the_settings_that_changed_meanwhile(store: PolicyStore) -> None:

@@ -294,7 +294,7 @@ def test_bans_are_listed_and_lifted_and_in_force_after_a_restart(policy: Policy)
     restarted.remember_in(policy.instance.state_dir)
     assert restarted.restore_bans() == 1
     (ban,) = restarted.bans()
-    assert (str(ban.address), ban.reason) == ("198.18.5.5", "three strikes")
+    assert (ban.source, ban.reason) == ("198.18.5.5", "three strikes")
 
 
 @pytest.mark.parametrize("args", [("ban", "198.18.5.0/24"), ("ban", "198.18.5.5", "--ttl", "0")])

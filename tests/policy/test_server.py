@@ -13,6 +13,7 @@ from rama_ebpf.control.verdicts import MAX_NAMED_RULES
 
 from ..conftest import StartProxy
 from ..lab import Host, Lab, wait_for
+from ..proxy import ProxyProcess
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
@@ -132,6 +133,89 @@ def test_strikes_ban_and_bans_and_the_configured_set_are_in_force_after_a_restar
     assert whats[:3] == ["load", "ban", "load"]
     proxy.command("unblock", client.ipv4)
     assert answered(client, server.ipv4)
+
+
+def _be(client: Host, source: str) -> None:
+    """Give a client an address, if it has not got it."""
+    extra = ("nodad",) if ":" in source else ()
+    client.ip("address", "replace", f"{source}/{128 if ':' in source else 32}", "dev", "lo", *extra)
+
+
+def _offends(client: Host, server: str, source: str) -> None:
+    """Break the SOCKS5 protocol, from an address that is there for that."""
+    _be(client, source)
+    with client.connect(server, PORT, source=source, timeout=15) as sock:
+        sock.sendall(b"\x05\x01\x00\x05\x09\x00\x01" + bytes(6))
+        with contextlib.suppress(ConnectionError):
+            while sock.recv(64):
+                pass
+
+
+def _gets_in(client: Host, server: str, source: str) -> bool:
+    _be(client, source)
+    with contextlib.suppress(OSError), client.connect(server, PORT, source=source, timeout=1) as sock:
+        sock.sendall(b"\x05\x01\x00")
+        return sock.recv(2) == b"\x05\x00"
+    return False
+
+
+def _banned(proxy: ProxyProcess) -> dict[str, str]:
+    """The reasons of the bans in force."""
+    return {row["address"]: row["reason"] for row in proxy.json("bans")["bans"]}
+
+
+def _attacked(lab: Lab, strikes: int, tmp_path: Path) -> tuple[Host, Host, Path]:
+    """A server, a client of many IPv6 addresses, and a configuration."""
+    server, client = lab.host("proxy"), lab.host("client")
+    server.ip("-6", "route", "add", "2001:db8:100::/40", "via", client.ipv6)
+    path = tmp_path / "rama.toml"
+    path.write_text(
+        f'[server]\nworkers = 1\n[listeners.a]\naddress = "{server.ipv4}:{PORT}"\nstack = "s"\n'
+        f'[listeners.b]\naddress = "[{server.ipv6}]:{PORT}"\nstack = "s"\n'
+        f'[stacks.s]\nservice = "mixed"\nlayers = [{{ strikes = {{ strikes = {strikes}, ban = "1h" }} }}]\n'
+        "[limits]\nmax_bans = 64\n"
+    )
+    return server, client, path
+
+
+def test_who_changes_the_address_within_a_64_is_kept_out_after_its_strikes(
+    lab: Lab, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    server, client, path = _attacked(lab, 3, tmp_path)
+    proxy = start_proxy(server, "--config", str(path))
+    for n in range(1, 4):
+        _offends(client, server.ipv6, f"2001:db8:178::{n}")
+    wait_for(lambda: _banned(proxy), what="the ban")
+    for n in range(4, 9):
+        assert not _gets_in(client, server.ipv6, f"2001:db8:178::{n}:{n}")
+    assert _gets_in(client, server.ipv6, "2001:db8:178:1::1")
+    (ban,) = proxy.json("bans")["bans"]
+    assert (ban["address"], ban["reason"][:9]) == ("2001:db8:178::/64", "3 strikes")
+    assert ban["hits"] >= 5
+    said = proxy.command("test", f"[2001:db8:178::ffff]:{PORT}", check=False)
+    assert said.stdout.splitlines()[0] == (f"2001:db8:178::ffff to port {PORT}: drop (ban by ban of 2001:db8:178::/64)")
+    assert "the ban of 2001:db8:178::/64 covers it" in proxy.command("unblock", "2001:db8:178::1", check=False).stdout
+    proxy.command("unblock", "2001:db8:178::/64")
+    assert _gets_in(client, server.ipv6, "2001:db8:178::4:4")
+
+
+def test_bans_of_attackers_leave_room_for_operators_and_new_offenders(
+    lab: Lab, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    server, client, path = _attacked(lab, 1, tmp_path)
+    proxy = start_proxy(server, "--config", str(path))
+    for n in range(70):
+        _offends(client, server.ipv6, f"2001:db8:1{n:02x}::1")
+    wait_for(lambda: "2001:db8:145::/64" in _banned(proxy), what="the last attacker's ban")
+    assert len(_banned(proxy)) == 56
+    proxy.command("ban", "198.18.9.9", "--reason", "an operator's")
+    _offends(client, server.ipv4, "198.18.7.7")
+    wait_for(lambda: "198.18.7.7" in _banned(proxy), what="the ban of an IPv4 address")
+    assert not _gets_in(client, server.ipv4, "198.18.7.7")
+    assert not _gets_in(client, server.ipv6, "2001:db8:145::9")  # the last attacker, not the first
+    rows = _banned(proxy)
+    assert rows["198.18.9.9"] == "an operator's"
+    assert len(rows) == 57
 
 
 def test_a_set_on_trial_is_undone_by_a_reload_and_when_the_server_starts_anew(

@@ -45,7 +45,7 @@ class Policy:
 
     @property
     def banned(self) -> list[str]:
-        return [str(ban.address) for ban in self.store.bans()]
+        return [ban.source for ban in self.store.bans()]
 
 
 async def nonsense(stream: Stream) -> None:

@@ -1,0 +1,158 @@
+"""Bans that are remembered: put into force and written to disk, and put into force again by the next start."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from .ban_log import BanLog, KeptBans
+from .ban_record import BanBlock, is_automatic, value_expires
+from .bans import Bans
+from .prefixes import IPNetwork
+from .rule import Ban, PolicyError
+from .tables import Exclusive
+
+__all__ = ["BanBook"]
+
+log = logging.getLogger(__name__)
+
+_SAME: Final = 16
+"""A ban that would last longer by less than this part of it is the one that is there."""
+_SAID_EVERY: Final = 600.0
+_BLOCK: Final = 4096
+
+
+class BanBook:
+    """Bans and lifts. All but :meth:`compact` are called under the policy's lock."""
+
+    def __init__(self, bans: Bans) -> None:
+        self._bans = bans
+        self._log: BanLog | None = None
+        self._left_out = False
+        """Whether there are bans on disk for which there was no room: no snapshot must be made without them."""
+        self._said = float("-inf")
+
+    def keep_in(self, log: BanLog) -> None:
+        """Keep the bans there from now on."""
+        self._log = log
+
+    def ban(self, ban: Ban, now: int) -> Ban:
+        """Put a ban into force, and on disk; return the one that is in force. That is another if the ban is automatic
+        and would change nothing (see :func:`stands`). Where the disk refuses an operator's ban, OSError is raised and
+        nothing is changed; an automatic one is in force all the same, until the server ends."""
+        before = self._bans.get(ban.network)
+        if before is not None and not before.in_force(now):
+            before = None
+        if ban.automatic and before is not None and stands(before, ban.expires, now):
+            return before
+        gone = self._bans.put(ban)
+        try:
+            if self._log is not None:
+                if gone:
+                    self._log.lifted([other.network for other in gone])
+                self._log.banned(ban)
+        except OSError as error:
+            if not ban.automatic:
+                self._bans.drop(ban.network)
+                for other in gone if before is None else (before, *gone):
+                    self._bans.put(other)
+                raise
+            log.error("%s: the ban of %s ends with this server", error, ban.source)
+        if gone:
+            self._say(gone[0])
+        return ban
+
+    def _say(self, gone: Ban) -> None:
+        if time.monotonic() - self._said > _SAID_EVERY:
+            self._said = time.monotonic()
+            log.warning(
+                "bans of services fill their share of the table (7/8 of max_bans): those that end first make room, now "
+                "that of %s; raise max_bans to keep them",
+                gone.source,
+            )
+
+    def lift(self, network: IPNetwork) -> bool:
+        """Lift a ban, on disk first: where that refuses, OSError is raised and the ban stays. Return whether there was
+        one."""
+        if self._bans.get(network) is None:
+            return False
+        if self._log is not None:
+            self._log.lifted([network])
+        self._bans.drop(network)
+        return True
+
+    # -- from run to run -----------------------------------------------------------------------------------------
+
+    def restore(self) -> int:
+        """Put the bans that are kept on disk into force, as far as there is room: those of operators first, then those
+        that end last. Return how many were not in force already."""
+        if self._log is None:
+            return 0
+        try:
+            kept = self._log.read()
+            restored, left_out, why = self._restore(kept)
+        except OSError as error:
+            self._left_out = True
+            log.error("bans of earlier cannot be read, and are left as they are: %s", error)
+            return 0
+        if left_out:  # serve, and forget none of the rest on disk
+            self._left_out = True
+            log.error("%d bans of earlier are not in force: %s", left_out, why)
+        return restored
+
+    def _restore(self, kept: KeptBans) -> tuple[int, int, object]:
+        present = self._bans.keys() if self._bans.has_any else set()
+        blocks: Iterator[BanBlock] = kept.blocks()
+        if present:
+            blocks = (
+                BanBlock.of((key, value) for key, value in block.rows() if key not in present) for block in blocks
+            )
+        if kept.count + len(present) > self._bans.capacity:
+            blocks = _most_wanted_first(blocks)
+        restored, left_out, why = 0, 0, None
+        for block in blocks:
+            if not block:
+                continue
+            try:
+                done = self._bans.put_all(block)
+            except PolicyError as error:
+                done, why = 0, error
+            restored += done
+            if done < len(block):
+                left_out += len(block) - done
+                why = why or self._bans.too_many(block.network(done))
+        return restored, left_out, why
+
+    def compact(self, exclusive: Exclusive) -> None:
+        """Put all bans into a snapshot if the log has grown long. It waits for the disk, and holds the lock for a
+        moment only. A disk that refuses is logged as an error."""
+        if self._log is None or self._left_out or not self._log.overgrown():
+            return
+        try:
+            self._log.compact(exclusive, self._bans.in_force)
+        except OSError as error:
+            log.error("bans are kept in their long log, which cannot be shortened: %s", error)
+
+    def sync(self) -> None:
+        """Have what was noted outlive a power failure."""
+        if self._log is not None:
+            self._log.sync()
+
+
+def stands(before: Ban, expires: int | None, now: int) -> bool:
+    """Whether a service's ban until ``expires`` changes nothing: an operator's is in force, or a service's that lasts
+    about as long. So a burst of strikes is one ban."""
+    if not before.in_force(now):
+        return False
+    if not before.automatic or before.expires is None:
+        return True
+    return expires is not None and before.expires >= expires - (expires - now) // _SAME
+
+
+def _most_wanted_first(blocks: Iterator[BanBlock]) -> Iterator[BanBlock]:
+    rows = [row for block in blocks for row in block.rows()]
+    rows.sort(key=lambda row: (is_automatic(row[1]), -(value_expires(row[1]) or 1 << 64)))
+    for at in range(0, len(rows), _BLOCK):
+        yield BanBlock.of(rows[at : at + _BLOCK])
