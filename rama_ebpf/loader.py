@@ -22,21 +22,21 @@ import mmap
 import os
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from .core.address import SocketAddress, mapped
-from .kernel import abi, bpf, bpffs, cgroup, sock_diag
+from .core.address import SocketAddress
+from .kernel import abi, bpf, bpffs, cgroup
 from .kernel.attachments import HOOKS, Attachments, Mending, Target
 from .kernel.compile import Unit, amalgamate
 from .kernel.gate_maps import USUAL_REJECTS, GateMaps, LayoutMismatch, MapSizes
 from .kernel.instance import Instance, InstanceBusy, PolicyBusy
 from .kernel.programs import code_cache, load_programs
 from .kernel.sock_diag import ListeningSocket
+from .kernel.steering import Steering
 from .kernel.witness import WITNESS_PROGRAM, Witness
 from .kernel.xdp import XdpAttachment
 
@@ -57,19 +57,6 @@ class PolicyKeeper(Protocol):
     def fill(self, new: GateMaps, pinned: GateMaps | None, why: str) -> None:
         """Put the policy into new maps. ``pinned`` are those that they replace, if they can be used; if not, ``why``
         says so, and is empty where there were none."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Listener:
-    key: bytes
-    id: int
-    sockets: int
-    is_open: bool = False
-
-
-def _entry(listener: _Listener) -> bytes:
-    state = abi.constants()["LISTENER_OPEN" if listener.is_open else "LISTENER_CLOSED"]
-    return abi.LISTENER.pack(listener.id, listener.sockets, state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +87,7 @@ class Gate:
         """Whether the maps were made for this gate: no policy was pinned before."""
         self.programs = programs
         self.attachments = Attachments(instance.cgroup_name, maps, programs)
-        self._listeners: dict[SocketAddress, _Listener] = {}
-        self._steered: dict[bytes, socket.socket] = {}
+        self.listeners = Steering(maps)
 
     # -- attach --------------------------------------------------------------------------------------------------
 
@@ -160,88 +146,14 @@ class Gate:
         if len(addresses) != 1:
             raise ValueError(f"the sockets of one listener share one address, not {len(addresses)}")
         address = addresses.pop()
-        self.close_listener(address)
-        self.steer(address, sockets)
-        self.open_listener(address)
+        self.listeners.close(address)
+        self.listeners.steer(address, sockets)
+        self.listeners.open(address)
         return address
 
-    def close_listener(self, address: SocketAddress) -> None:
-        """Let no SYN to ``address`` in from now on, whatever the policy says: silence. A new address gets an entry, and
-        its SYNs are answered with RST until :meth:`steer` names sockets. Raises ValueError for too many listeners."""
-        listener = self._listeners.get(address)
-        if listener is None:
-            most = abi.constants()["MAX_LISTENERS"]
-            used = {listener.id for listener in self._listeners.values()}
-            free = next((i for i in range(most) if i not in used), None)
-            if free is None:
-                raise ValueError(f"a gate has at most {most} listeners")
-            key = abi.LISTENER_KEY.pack(mapped(address.ip), address.port, 0)
-            listener = self._listeners[address] = _Listener(key, free, 0)
-        self._put_listener(address, replace(listener, is_open=False))
-
-    def steer(self, address: SocketAddress, sockets: Sequence[socket.socket]) -> None:
-        """Steer the connections of a listener to these listening sockets of its address, and to no others any more;
-        without any they are answered with RST. Raises ValueError for too many sockets, KeyError for an address that
-        has no entry."""
-        listener, most = self._listeners[address], abi.constants()["SOCKETS_PER_LISTENER"]
-        if len(sockets) > most:
-            raise ValueError(f"{len(sockets)} sockets: a listener has at most {most}")
-        for index, sock in enumerate(sockets):
-            self.steer_slot(address, index, sock)
-        self._put_listener(address, replace(listener, sockets=len(sockets)))
-        for index in range(len(sockets), listener.sockets):
-            self._clear_slot(listener, index)
-
-    def steer_slot(self, address: SocketAddress, index: int, sock: socket.socket) -> None:
-        """Steer one share of a listener's connections, by its index in :meth:`steer`, to another socket. Raises
-        OSError if that does not listen."""
-        slot = self._slot(self._listeners[address], index)
-        # Not again to the same: the kernel would take the old link of the slot for the new one, and remove both.
-        if self._steered.get(slot) is not sock:
-            bpf.map_update(self.maps["sockets"], slot, sock.fileno().to_bytes(8, sys.byteorder))
-            self._steered[slot] = sock
-
-    def open_listener(self, address: SocketAddress) -> None:
-        """Let in to a listener whom the policy lets in. Raises KeyError for an address that has no entry."""
-        self._put_listener(address, replace(self._listeners[address], is_open=True))
-
     def remove_listener(self, address: SocketAddress) -> None:
-        """Take a listener from under the gate: all its sockets must be closed, or they serve whoever comes. Raises
-        KeyError if it is not under it."""
-        listener = self._listeners.pop(address)
-        bpf.map_delete(self.maps["listeners"], listener.key)
-        for index in range(listener.sockets):
-            self._clear_slot(listener, index)
-
-    def _put_listener(self, address: SocketAddress, listener: _Listener) -> None:
-        bpf.map_update(self.maps["listeners"], listener.key, _entry(listener))
-        self._listeners[address] = listener
-
-    @staticmethod
-    def _slot(listener: _Listener, index: int) -> bytes:
-        return (listener.id * abi.constants()["SOCKETS_PER_LISTENER"] + index).to_bytes(4, sys.byteorder)
-
-    def _clear_slot(self, listener: _Listener, index: int) -> None:
-        self._steered.pop(self._slot(listener, index), None)
-        # A socket that was closed has left the map by itself; SOCKMAP answers EINVAL then.
-        with contextlib.suppress(OSError):
-            bpf.map_delete(self.maps["sockets"], self._slot(listener, index))
-
-    def is_open(self, address: SocketAddress) -> bool:
-        """Whether the policy decides who gets in at an address that has an entry. Raises KeyError."""
-        return self._listeners[address].is_open
-
-    def guards(self, address: SocketAddress) -> bool:
-        """Whether an address has an entry."""
-        return address in self._listeners
-
-    def listener_id(self, address: SocketAddress) -> int:
-        """Return the index of a listener in the per-listener maps. Raises KeyError."""
-        return self._listeners[address].id
-
-    def accept_slot(self, address: SocketAddress) -> int:
-        """Return the index, in the map ``accepted``, of worker 0 on a listener; the other workers' follow."""
-        return self.listener_id(address) * abi.constants()["SOCKETS_PER_LISTENER"]
+        """Take a listener from under the gate: see :meth:`.kernel.steering.Steering.remove`."""
+        self.listeners.remove(address)
 
     # -- what guards -----------------------------------------------------------------------------------------------
 
@@ -280,7 +192,7 @@ class Gate:
     def cover(self, address: SocketAddress, cookies: Iterable[int], listening: Iterable[ListeningSocket]) -> Cover:
         """Say whether the sockets of a listener, by their cookies, are guarded: among those that listen in this network
         namespace, of a cgroup where the gate judges, and with an entry in it."""
-        if not self.guards(address):
+        if address not in self.listeners:
             return Cover(why="it has no entry in the gate")
         found = {sock.cookie: sock for sock in listening}
         cgroups: set[int | None] = set()
@@ -295,33 +207,12 @@ class Gate:
         steering = ("sk_lookup",) if self.attachments.steers() else ()
         return Cover(("cgroup", *steering, *(f"XDP on {name}" for name in self.attachments.live_xdp)))
 
-    def mend_listeners(self) -> list[SocketAddress]:
-        """Put the entries of listeners, and what they are steered to, as they were meant; return which were not so."""
-        wrong = []
-        for address, listener in list(self._listeners.items()):
-            found = bpf.map_lookup(self.maps["listeners"], listener.key, abi.LISTENER.size)
-            right = found == _entry(listener)
-            for index in range(listener.sockets):
-                slot = self._slot(listener, index)
-                sock = self._steered.get(slot)
-                if sock is None or sock.fileno() < 0:
-                    continue
-                held = bpf.map_lookup(self.maps["sockets"], slot, 8)
-                if held != sock_diag.cookie_of(sock).to_bytes(8, sys.byteorder):
-                    right = False
-                    with contextlib.suppress(OSError):  # it does not listen: said by cover
-                        bpf.map_update(self.maps["sockets"], slot, sock.fileno().to_bytes(8, sys.byteorder))
-            if not right:
-                self._put_listener(address, listener)
-                wrong.append(address)
-        return wrong
-
     # -- end -----------------------------------------------------------------------------------------------------
 
     def close(self, *, keep_policy: bool = False) -> None:
         """Detach everything and remove the cgroup; remove the maps' pins too unless ``keep_policy``."""
-        for address in list(self._listeners):
-            self.remove_listener(address)
+        for address in self.listeners:
+            self.listeners.remove(address)
         self.detach()
         for fd in self.programs.values():
             os.close(fd)

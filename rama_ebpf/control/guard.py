@@ -11,14 +11,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from ..core.address import SocketAddress
 from ..kernel import netdev, sock_diag
 from ..kernel.attachments import Mending
+from ..kernel.sock_diag import ListeningSocket
 from ..loader import Cover, Gate
 from .listeners import Listeners, OpenListener, Watched
 
@@ -73,19 +76,22 @@ class Guard:
         if self._gate is None:
             return
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
-        with netdev.changes() as sock:
-            loop.add_reader(sock, _drain, sock, changed)
+        with contextlib.ExitStack() as cleanup:
             try:
-                while True:
-                    began = loop.time()
-                    await self.probe()
-                    await asyncio.sleep(max(_QUIET_SECONDS, _QUIET_SHARE * (loop.time() - began)))
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(_AGAIN_SECONDS if self.problems else _PROBE_SECONDS):
-                            await changed.wait()
-                    changed.clear()
-            finally:
-                loop.remove_reader(sock)
+                sock = cleanup.enter_context(netdev.changes())
+            except OSError as error:
+                log.warning("gate: changes of interfaces are seen each minute only: no netlink (%s)", error.strerror)
+            else:
+                loop.add_reader(sock, _drain, sock, changed)
+                cleanup.callback(loop.remove_reader, sock)
+            while True:
+                began = loop.time()
+                await self.probe()
+                await asyncio.sleep(max(_QUIET_SECONDS, _QUIET_SHARE * (loop.time() - began)))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_AGAIN_SECONDS if self.problems else _PROBE_SECONDS):
+                        await changed.wait()
+                changed.clear()
 
     async def probe(self) -> None:
         """Look now, and open and close listeners as that says."""
@@ -126,10 +132,26 @@ def _look(gate: Gate, workers: Collection[int], watched: list[Watched]) -> tuple
     try:
         found = gate.mend(workers)
         listening = sock_diag.listening()
+        _look_for_others(watched, listening, found)
         return found, {one.listener: gate.cover(one.address, one.cookies, listening) for one in watched}
     except OSError as error:  # out of descriptors, say: what was known of listeners stands, new ones stay closed
         found.faults["probe"] = f"the gate cannot be looked at: {error.strerror or error}"
         return found, {}
+
+
+def _look_for_others(watched: list[Watched], listening: list[ListeningSocket], found: Mending) -> None:
+    """Somebody of our user may share an address with us after we began to listen (SO_REUSEPORT)."""
+    ours = {cookie for one in watched for cookie in one.cookies}
+    for one in watched:
+        for other in listening:
+            if other.cookie in ours or not other.meets(one.address.ip, one.address.port):
+                continue
+            if not sock_diag.has_socket(os.getpid(), other.inode):  # else it was opened a moment ago
+                where = SocketAddress(other.address, other.port)
+                text = (
+                    f"{sock_diag.owner_of(other.inode)} listens at {where}, too: which of us a client reaches is open"
+                )
+                found.faults[f"address {one.address}"] = text
 
 
 def _drain(sock: socket.socket, changed: asyncio.Event) -> None:

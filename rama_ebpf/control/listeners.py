@@ -135,8 +135,8 @@ class Listeners(WorkerObserver):
         sockets = _bind(wanted, count, shared=held)
         address = SocketAddress.from_sockaddr(sockets[0].getsockname())
         try:
-            if self._gate is not None and not self._gate.guards(address):
-                self._gate.close_listener(address)
+            if self._gate is not None and address not in self._gate.listeners:
+                self._gate.listeners.close(address)
             for sock in sockets:
                 if self._gate is not None:
                     seal(sock)
@@ -165,7 +165,7 @@ class Listeners(WorkerObserver):
         self._changing = True
         if self._gate is not None:
             for address in self._in_force.addresses:
-                self._gate.close_listener(address)
+                self._gate.listeners.close(address)
 
     def reopen_gate(self) -> None:
         """Let in again to the revision in force, after :meth:`close_gate`, on what is guarded."""
@@ -184,10 +184,10 @@ class Listeners(WorkerObserver):
             if cover.guarded or not at.needs_gate:
                 for sock in sockets:
                     unseal(sock)
-                if not self._gate.is_open(listener.address):
-                    self._gate.open_listener(listener.address)
+                if not self._gate.listeners.is_open(listener.address):
+                    self._gate.listeners.open(listener.address)
             else:
-                self._gate.close_listener(listener.address)
+                self._gate.listeners.close(listener.address)
                 for sock in sockets:
                     seal(sock)
 
@@ -201,7 +201,7 @@ class Listeners(WorkerObserver):
         """Take what a probe found: open what is guarded, close what is not."""
         self._covers.update(covers)
         if self._gate is not None and not self._changing:
-            for address in self._gate.mend_listeners():
+            for address in self._gate.listeners.mend():
                 log.warning("the gate's entry of %s was not as it was meant: put back", address)
             self._open_guarded()
 
@@ -230,16 +230,16 @@ class Listeners(WorkerObserver):
             return
         try:
             for address, sockets in new.addresses.items():
-                self._gate.steer(address, sockets)
+                self._gate.listeners.steer(address, sockets)
         except BaseException:
             self._in_force = old
             for address, sockets in old.addresses.items():
-                self._gate.steer(address, sockets)
+                self._gate.listeners.steer(address, sockets)
             raise
         self._away.clear()
         for address in old.addresses.keys() - new.addresses.keys():
-            self._gate.close_listener(address)
-            self._gate.steer(address, ())
+            self._gate.listeners.close(address)
+            self._gate.listeners.steer(address, ())
 
     def give_up(self, unwanted: SocketSet) -> None:
         """Close what only this set has. Of a set that was in force, no worker may listen any more; of one that was not,
@@ -260,8 +260,8 @@ class Listeners(WorkerObserver):
     def _drop_entry(self, address: SocketAddress) -> None:
         """Take an address from under the gate that no set has any more."""
         wanted = any(address in one.addresses for one in self._sets)
-        if self._gate is not None and self._gate.guards(address) and not wanted:
-            self._gate.remove_listener(address)
+        if self._gate is not None and address in self._gate.listeners and not wanted:
+            self._gate.listeners.remove(address)
 
     def stop(self) -> None:
         """Close our own sockets; those that workers have are judged on."""
@@ -314,7 +314,7 @@ class Listeners(WorkerObserver):
             for index in range(len(entry.sockets)):
                 takes = index if index in serving or not serving else serving[index % len(serving)]
                 if entry.sockets[takes].fileno() >= 0:
-                    self._gate.steer_slot(entry.address, index, entry.sockets[takes])
+                    self._gate.listeners.steer_slot(entry.address, index, entry.sockets[takes])
 
     # -- what is seen --------------------------------------------------------------------------------------------
 
@@ -328,8 +328,8 @@ class Listeners(WorkerObserver):
         for at in self._in_force.wanted:
             address = self._in_force.address(at)
             row: dict[str, object] = {"name": at.name, "address": str(at.endpoint if address is None else address)}
-            if self._gate is not None and address is not None and self._gate.guards(address):
-                row["id"] = self._gate.listener_id(address)
+            if self._gate is not None and address is not None and address in self._gate.listeners:
+                row["id"] = self._gate.listeners.id_of(address)
             if (cover := self.cover(at)) is not None:
                 optional = "" if at.needs_gate or cover.guarded else " (gate is optional)"
                 row |= {
@@ -345,7 +345,9 @@ class Listeners(WorkerObserver):
         if self._gate is None:
             return {}
         found = {at.name: sockets.address(at) for at in sockets.wanted}
-        return {name: self._gate.accept_slot(address) for name, address in found.items() if address is not None}
+        return {
+            name: self._gate.listeners.accept_slot(address) for name, address in found.items() if address is not None
+        }
 
 
 def _watched(sockets: SocketSet) -> list[Watched]:

@@ -72,13 +72,13 @@ def open_policy_host(options: DaemonOptions) -> Iterator[PolicyHost]:
         finally:
             gate.close(keep_policy=keep)
         return
-    refuse_without_gate(options, why)
     if options.instance.pinned:
         # Commands work on those pins, and clients would be judged by another policy than the one they show.
         raise GateUnavailable(
             f"no gate in the kernel: {why}. The policy that is pinned at {options.instance.pin_dir} would not be in "
             "force (rama-ebpf doctor says more; rama-ebpf unload forgets that policy)"
         )
+    refuse_without_gate(options, why)
     log.warning(
         "POLICY IS NOT IN THE KERNEL: unwanted clients are turned away only after accept. Reason: %s "
         "(rama-ebpf doctor says more; --require-kernel refuses to run like this)",
@@ -99,7 +99,8 @@ def refuse_without_gate(options: DaemonOptions, why: str) -> None:
     if needing:
         names = ", ".join(f"{at.name} ({at.endpoint})" for at in needing)
         raise GateUnavailable(
-            f"no gate in the kernel: {why}. Listeners that need it: {names} (rama-ebpf doctor says more; to serve with "
+            f"no gate in the kernel: {why.splitlines()[0]}. Listeners that need it: {names} (rama-ebpf doctor says "
+            "more; to serve with "
             'the policy in userspace, after accept, give a listener gate = "optional", or run with --gate optional)'
         )
 

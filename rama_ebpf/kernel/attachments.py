@@ -328,10 +328,15 @@ class Attachments:
             own = cgroup.own_cgroup()
             fd = os.open(own, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                if os.fstat(fd).st_ino == before.identity or (before.workers is None and self._reaches(fd)):
+                if os.fstat(fd).st_ino == before.identity:
                     return
+                below = self._reaches(fd)
             finally:
                 os.close(fd)
+            if below and before.workers is None:
+                return
+            if below:  # a second gate there would judge, and charge, twice
+                cgroup.move_here(before.directory)
             place = self._settle()
         except OSError as error:
             text = f"the server is not in {before.directory} any more, and not guarded where it is: {error.strerror}"
@@ -388,7 +393,7 @@ class Attachments:
         if interface.live:
             device = netdev.link(attached.index)
             if device is not None and device.program == bpf.prog_info(self._programs[_BY_INTERFACE.name]).id:
-                self._keep_interface(interface)
+                self._keep_interface(interface, device.name)
                 return
             gone = "it was removed" if device is None else "it was detached"
             if bpf.link_info(attached.link).ifindex:
@@ -406,10 +411,10 @@ class Attachments:
         else:
             found.losses.append(("xdp", f"{label}: attached again, {interface.attached.mode}"))
 
-    def _keep_interface(self, interface: _Interface) -> None:
-        """What the program was told of an interface may have changed."""
+    def _keep_interface(self, interface: _Interface, name: str) -> None:
+        """What the program was told of an interface, which is called ``name`` now, may have changed."""
         with contextlib.suppress(XdpError, OSError):  # it has just gone: the next look finds that
-            hardware, why, answers = xdp.traits(interface.name, interface.attached.index, interface.attached.mode)
+            hardware, why, answers = xdp.traits(name, interface.attached.index, interface.attached.mode)
             now = replace(interface.attached, hardware=hardware, why_silent=why, answers=answers)
             if now != interface.attached:
                 interface.attached = now

@@ -11,11 +11,13 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
-from rama_ebpf.kernel import bpf, cgroup
+from rama_ebpf.core.address import mapped
+from rama_ebpf.kernel import abi, bpf, cgroup
 from rama_ebpf.kernel.bpf import MapType
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.loader import unload
@@ -344,6 +346,23 @@ def test_lost_bpffs_and_pins_are_put_back_with_the_policy(scene: Scene, instance
     assert not scene.gets_in(scene.allowed, scene.server.ipv4)
 
 
+def test_entries_that_somebody_else_wrote_shut_and_open_nothing_for_long(scene: Scene, instance: str) -> None:
+    host, place = scene.server, Instance(instance)
+    scene.start(f"{host.ipv4}:{PORT}")
+    listeners = bpf.obj_get(str(place.pin_dir / "listeners"))
+    try:
+        ours = abi.LISTENER_KEY.pack(mapped(ip_address(host.ipv4)), PORT, 0)
+        ssh = abi.LISTENER_KEY.pack(mapped(ip_address(host.ipv4)), 22, 0)
+        bpf.map_update(listeners, ssh, abi.LISTENER.pack(5, 0, 0))
+        bpf.map_delete(listeners, ours)
+        assert scene.proxy.json("status")["problems"] == {}
+        assert bpf.map_lookup(listeners, ssh, abi.LISTENER.size) is None
+    finally:
+        bpf.close(listeners)
+    assert scene.is_guarded(host.ipv4)
+    assert scene.logged(f"the gate's entry of {host.ipv4}:{PORT} was not as it was meant: put back") == 1
+
+
 # -- one address, one owner -------------------------------------------------------------------------------------------
 
 
@@ -380,6 +399,21 @@ def test_address_that_somebody_shares_with_all_of_its_user_is_refused(lab: Lab, 
         refused = host.run(ProxyProcess.COMMAND, *arguments, check=False)
     assert refused.returncode == 3
     assert f"process {os.getpid()} (" in refused.stderr
+
+
+def test_address_that_somebody_comes_to_share_is_said_until_it_ends(scene: Scene) -> None:
+    host = scene.server
+    scene.start(f"0.0.0.0:{PORT}")
+    with host.socket() as foreign:
+        foreign.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        foreign.bind((host.ipv4, PORT))
+        foreign.listen()
+        (text,) = scene.proxy.json("status")["problems"].values()
+        assert text.startswith(f"process {os.getpid()} (")
+        assert f"listens at {host.ipv4}:{PORT}, too" in text
+        assert ready(host)[0] == 503
+    assert scene.proxy.json("status")["problems"] == {}
+    assert scene.is_guarded(host.ipv4)
 
 
 def test_check_names_the_instance_that_serves_an_address(lab: Lab, start_proxy: StartProxy, tmp_path: Path) -> None:
