@@ -165,7 +165,7 @@ async def test_trusted_proxies_may_have_any_number_of_connections(front: Start) 
         _, writer = await proxy.server.open()
         writer.write(b"GET ")
         assert await proxy.status() == (503 if refused else 200)
-        await eventually(lambda: proxy.server.tcp.live == 1)
+        await eventually(lambda tcp=proxy.server.tcp: tcp.live == 1)  # type: ignore[misc]
         assert any(isinstance(error, ShareExceeded) for error in proxy.server.errors) is refused
         writer.close()
 

@@ -123,6 +123,49 @@ async def test_a_client_that_there_is_no_descriptor_for_is_refused_at_once_and_l
         await server.drain(5)
 
 
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n", b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"),
+        (b"\x05\x01\x00", b"\x05\xff"),
+        (b"\x05\x01\x00\x05\x01\x00\x01\x7f\x00\x00\x01\x00\x50", b"\x05\x00\x05\x01\x00\x01"),
+        (b"\x04\x01\x00\x50\x7f\x00\x00\x01\0", b"\x00\x5b"),
+        (b"\x16\x03\x01\x02\x00\x01", b"\x15\x03\x01\x00\x02\x02\x50"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x08\x07"),
+        (b"\xff\xfe", b""),
+    ],
+    ids=["HTTP", "SOCKS5 greeting", "SOCKS5 in one", "SOCKS4", "TLS", "HTTP/2", "nothing known"],
+)
+async def test_without_descriptors_a_client_is_refused_in_its_protocol(sent: bytes, told: bytes) -> None:
+    async def serve(stream: Stream) -> None:
+        raise AssertionError("there was no descriptor for it")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    loop = asyncio.get_running_loop()
+    with bind_tcp("127.0.0.1", 0) as listener, socket.socket() as client:
+        server = TcpServer(listener, serve)
+        server.start()
+        held: list[int] = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(os.dup(0))
+            client.setblocking(False)
+            await loop.sock_connect(client, listener.getsockname())
+            await loop.sock_sendall(client, sent)
+            got = b""
+            while data := await loop.sock_recv(client, 1000):  # until it ends, in order
+                got += data
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in held:
+                os.close(fd)
+        assert got.startswith(told)
+        assert bool(got) is bool(told)
+        await server.drain(1)
+
+
 async def test_a_flood_of_failures_does_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async def fail(stream: Stream) -> None:
         raise ProtocolError("nonsense")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from ipaddress import IPv4Address, IPv6Address
@@ -20,6 +21,8 @@ from .names import ascii_name, known_addresses
 from .servers import NameServers
 
 __all__ = ["DnsResolver"]
+
+log = logging.getLogger(__name__)
 
 _FAMILIES: Final[tuple[Family, ...]] = (IPv6Address, IPv4Address)
 _WATCH_SECONDS: Final = 1.0
@@ -68,6 +71,7 @@ class DnsResolver:
         )
         self._look_again = clock() + _WATCH_SECONDS
         self._reading: asyncio.Future[None] | None = None
+        self._complained = False
 
     async def resolve(self, name: str) -> Sequence[IPAddress]:
         """Return the addresses of ``name``, IPv6 first. Raises :class:`ResolveError` or
@@ -180,9 +184,16 @@ class DnsResolver:
             if self._conf.value != before:
                 self._servers = self._name_servers()
                 self._cache.clear()
-        if (self._reading is None or self._reading.done()) and self._hosts.changed():
+        if (self._reading is None or self._reading.done()) and (self._hosts.changed() or self._complained):
             # In a thread: some files of hosts have 100,000 lines.
-            self._reading = asyncio.get_running_loop().run_in_executor(None, self._hosts.read)
+            try:
+                self._reading = asyncio.get_running_loop().run_in_executor(None, self._hosts.read)
+            except RuntimeError as error:  # no thread can be started (pids.max)
+                if not self._complained:
+                    log.warning("the hosts file has changed and cannot be read again yet: %s", error)
+                self._complained = True
+            else:
+                self._complained = False
 
 
 def _no_address(name: str, exists: bool) -> ResolveError:
