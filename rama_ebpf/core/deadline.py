@@ -27,9 +27,12 @@ class Deadline:
 
     def start(self, seconds: float) -> None:
         """The running task has ``seconds`` from now; an earlier start is forgotten."""
-        loop = self._loop
-        self._task = asyncio.current_task(loop)
-        self._due = due = loop.time() + seconds
+        self._task = asyncio.current_task(self._loop)
+        self.prolong(seconds)
+
+    def prolong(self, seconds: float) -> None:
+        """The task that called start has ``seconds`` from now; for callbacks that work in its place."""
+        self._due = due = self._loop.time() + seconds
         if self._timer is None:
             self._arm(due)
         elif self._when > due:

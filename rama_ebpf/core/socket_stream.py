@@ -91,6 +91,7 @@ class SocketStream(Stream):
         self._reset = False
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
+        self._teller: Watcher | None = None
         self._eof_sent = False
         self._closed = False
         self._connected = True
@@ -239,6 +240,38 @@ class SocketStream(Stream):
             del pending[:done]
             if sent:
                 pending[0] = pending[0][sent:]
+
+    def tell(self, watcher: Watcher | None) -> None:
+        """Let ``watcher`` be told of events (:mod:`.poller`), until another is; it reads by :meth:`read_now`. No task
+        may read meanwhile. Raises OSError if the kernel watches no more sockets."""
+        if watcher is not None:
+            self._check_open()
+            if self._poller is None:
+                self._watch()
+        self._teller = watcher
+
+    @property
+    def maybe_readable(self) -> bool:
+        """Whether :meth:`read_now` may have something now of which nobody is told any more."""
+        return self._maybe_readable or bool(self._unread)
+
+    def read_now(self, max_bytes: int) -> bytes | None:
+        """Return what there is, up to ``max_bytes`` bytes, b"" at EOF, or None if there is nothing now. Raises
+        OSError."""
+        if self._unread:
+            data = bytes(self._unread[:max_bytes])
+            del self._unread[:max_bytes]
+            return data
+        self._check_open()
+        if not self._maybe_readable:
+            return None
+        try:
+            data = self._sock.recv(max_bytes)
+        except BlockingIOError:
+            self._maybe_readable = False
+            return None
+        self._count_received(len(data), max_bytes)
+        return data
 
     def write_now(self, data: bytes) -> int:
         if self._writer is not None or self._closed:
@@ -398,6 +431,8 @@ class SocketStream(Stream):
                 self._reader.set_result(None)
         if events & _WRITE_EVENTS and self._writer is not None and not self._writer.done():
             self._writer.set_result(None)
+        if self._teller is not None:
+            self._teller(events)
 
     def _watch(self, *, writes: bool = False) -> None:
         poller = Poller.current()

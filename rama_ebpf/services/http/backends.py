@@ -17,11 +17,12 @@ from ...core.stream import Stream
 from ..proxy_protocol import ProxyProtocolConnector
 from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, returned
 from .errors import HttpError
-from .h1_client import H1ClientConnection
+from .h1_client import H1ClientConnection, NoResponse
 from .health import BackendHealth, HealthCheck, PassiveHealth
 from .limits import HttpLimits, HttpTimeouts, OriginOptions
 from .model import Request, Response
 from .pool import ConnectionPool, PoolLimits, repeatable
+from .quick import Exchange
 
 __all__ = ["BackendPool"]
 
@@ -111,8 +112,10 @@ class BackendPool:
         own = answer_max_forwards(request)
         if own is not None:
             return own
+        return await self._serve(request, set())
+
+    async def _serve(self, request: Request, tried: set[Authority]) -> Response:
         onward = forwardable(request, self._via, self._upgrades)
-        tried: set[Authority] = set()
         while True:
             backend = self._pick(tried)
             tried.add(backend.target)
@@ -128,6 +131,33 @@ class BackendPool:
                 await response.body.close()
                 continue
             return returned(response, self._via)
+
+    def quick_exchange(self, request: Request, /) -> Exchange | None:
+        """See :mod:`.quick`."""
+        if self._proxy_protocol is not None or self._retry_statuses:
+            return None
+        onward = forwardable(request, self._via, self._upgrades)
+        backend = self._pick(set())
+        connection = self.connections.ready(request, backend.target)
+        if connection is None:
+            return None
+        if self._own_host or not onward.authority:
+            onward.authority = str(backend.target)
+
+        def finish(response: Response) -> Response:
+            backend.health.succeeded()
+            return returned(response, self._via)
+
+        async def recover(request: Request, error: HttpError) -> Response:
+            if isinstance(error, NoResponse):
+                return await self._serve(request, set())  # a kept connection that was closed meanwhile
+            backend.health.failed()
+            log.info("backend %s: %s", backend.target, explained(error))
+            if not self._retries or len(self._backends) == 1 or not _may_move_on(request, error):
+                raise error
+            return await self._serve(request, {backend.target})
+
+        return Exchange(connection, onward, finish, recover)
 
     def _pick(self, tried: set[Authority]) -> _Backend:
         passing = [backend for backend in self._backends if backend.health.passing]

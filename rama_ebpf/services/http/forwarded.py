@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from ...core.stream import Stream
 from .errors import HttpError
 from .headers import Headers
 from .model import Request, Response
+from .quick import Exchange, quick_of
 
 __all__ = ["ClientDenied", "ForwardedField", "ForwardedLayer", "TrustedPeersLayer"]
 
@@ -107,6 +109,18 @@ class ForwardedLayer:
                 await self._judge(self._policy, request)
             return await inner(request)
 
+        decide = quick_of(inner)
+        if decide is not None:
+
+            def quick_exchange(request: Request) -> Exchange | None:
+                told = replace(request)
+                self._apply(told)
+                exchange = decide(told)
+                if exchange is None:
+                    return None
+                return exchange._replace(recover=lambda _request, error: exchange.recover(told, error))
+
+            serve.quick_exchange = quick_exchange  # type: ignore[attr-defined]  # functions take attributes
         return serve
 
     def _trusts(self, ip: IPAddress) -> bool:

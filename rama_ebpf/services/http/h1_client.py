@@ -17,7 +17,7 @@ from .heads import ResponseHead
 from .limits import HttpLimits, HttpTimeouts
 from .model import Body, Request, Response
 from .pace import Pace
-from .strict import NEED_DATA, Content, End, Role, StrictConnection
+from .strict import NEED_DATA, Content, End, Event, Role, StrictConnection
 from .tunnel import Tunnel
 from .upload import BodyFailed, Upload
 from .websocket import ACCEPT, KEY, accept_for, new_key
@@ -64,6 +64,14 @@ class H1ClientConnection:
         self._keep = keep
         self._deadline = Deadline()
         self._upload: Upload | None = None
+        self.whole = False
+        """The latest response was complete when :meth:`received` returned it."""
+        self.stuck = False
+        """:meth:`received` can do no more."""
+        self._unsent = b""
+        self._failure: Exception | None = None
+        self._head_read: Event | None = None
+        self._begun: tuple[Response, _ResponseBody] | None = None
         self._key: str | None = None
         self._over = False
 
@@ -81,7 +89,6 @@ class H1ClientConnection:
         self.reusable = False
         self._over = False
         if request.body.length == 0:
-            self._upload = None
             return await self._send_head_only(request)
         self._upload = upload = Upload(
             request.body,
@@ -110,13 +117,70 @@ class H1ClientConnection:
 
     async def _send_head_only(self, request: Request) -> Response:
         """:meth:`send` for the many requests without a body: one write, one deadline."""
+        self.begin(request)
+        return await self.receive(request)
+
+    def begin(self, request: Request) -> bool:
+        """Send ``request``, which has no body, as far as that needs no waiting; return whether it was sent. What comes
+        next is for :meth:`received` or, with waiting, :meth:`receive`."""
+        self.reusable = self.whole = self.stuck = False
+        self._over = False
+        self._upload = self._failure = self._head_read = self._begun = None
+        data = self._head(request) + self._strict.writer.end(None)
+        try:
+            sent = self.stream.write_now(data)
+        except OSError as error:
+            self._failure = error
+            sent = 0
+        self._unsent = data[sent:]
+        return not self._unsent
+
+    def received(self, request: Request, data: bytes) -> Response | None:
+        """Take ``data`` from the upstream, b"" at its end; return the response if its header section is complete.
+
+        :attr:`whole` tells that its body is, too, and that the connection is free. None with :attr:`stuck` says that
+        the rest is for :meth:`receive`, as a response is that is not whole."""
+        strict = self._strict
+        strict.receive(data)
+        try:
+            head = strict.next_event()
+            if head is NEED_DATA:
+                return None
+            if not isinstance(head, ResponseHead) or head.status < 200:
+                self._head_read = head
+                self.stuck = True
+                return None
+            body = _ResponseBody(self, head, self._timeouts)
+        except MalformedMessage as error:
+            self._failure = error
+            self.stuck = True
+            return None
+        self.persistent = head.persistent
+        response = Response(
+            head.status, head.headers, body, reason=head.reason, version=head.version, length_if_known=head.declared
+        )
+        self._begun = response, body
+        if body.look():
+            self.whole = strict.reusable and not body.trailers
+            if self.whole:
+                strict.next_cycle()
+                self.reusable = True
+                self.release()
+        return response
+
+    async def receive(self, request: Request) -> Response:
+        """Return the response to a request that :meth:`begin` has begun to send. Raises as :meth:`send`."""
         deadline = self._deadline
         deadline.start(self._timeouts.response)
         try:
-            data = self._head(request) + self._strict.writer.end(None)
-            sent = self.stream.write_now(data)
-            if sent < len(data):
-                await self.stream.write(memoryview(data)[sent:])
+            if self._failure is not None:
+                raise self._failure
+            if self._begun is not None:
+                response, body = self._begun
+                await body.settle()
+                return response
+            if self._unsent:
+                await self.stream.write(self._unsent)
             head = await self._read_head(request, None)
             deadline.stop()
             return await self._response(request, head)
@@ -205,8 +269,11 @@ class H1ClientConnection:
 
     async def _read_head(self, request: Request, upload: Upload | None) -> ResponseHead:
         while True:
-            while (event := self._strict.next_event()) is NEED_DATA:
-                await self._fill()
+            event: Event = self._head_read or NEED_DATA
+            self._head_read = None
+            if event is NEED_DATA:
+                while (event := self._strict.next_event()) is NEED_DATA:
+                    await self._fill()
             if not isinstance(event, ResponseHead):
                 raise PeerClosed("the upstream closed without a response")
             if event.status >= 200 or event.status == 101:
@@ -219,11 +286,9 @@ class H1ClientConnection:
     async def _fill(self) -> None:
         self._strict.receive(await self.stream.read(_READ))
 
-    async def read_content(self, pace: Pace | None) -> Content | End | None:
-        """Return the next piece of the current response's body; without ``pace`` None if that needs waiting."""
+    async def read_content(self, pace: Pace) -> Content | End:
+        """Return the next piece of the current response's body."""
         while (event := self._strict.next_event()) is NEED_DATA:
-            if pace is None:
-                return None
             await pace.wait(self._fill)
         assert isinstance(event, Content | End)
         return event
@@ -282,6 +347,15 @@ class H1ClientConnection:
             await self.stream.close()
             self.release()
 
+    def next_content(self) -> Event:
+        """Return the next piece of the current response's body, its end, or NEED_DATA."""
+        return self._strict.next_event()
+
+    @property
+    def released(self) -> bool:
+        """Whether the current response is over."""
+        return self._over
+
     @property
     def complete(self) -> bool:
         """Nothing of the current response is missing."""
@@ -301,12 +375,37 @@ class _ResponseBody(Body):
     async def begin(cls, connection: H1ClientConnection, head: ResponseHead, timeouts: HttpTimeouts) -> _ResponseBody:
         """Look at what came with the header section: a short body is over at once, and its connection free."""
         body = cls(connection, head, timeouts)
-        event = await body._read(None)
-        if isinstance(event, Content):
-            body._ahead = event
-            if connection.complete:
-                await body._read(None)  # its end, too
+        body.look()
+        await body.settle()
         return body
+
+    def look(self) -> bool:
+        """Take what has come of it; return whether that was all. :meth:`settle` belongs behind it."""
+        try:
+            event = self._connection.next_content()
+            if isinstance(event, Content):
+                self._ahead = event
+                self._pace.received += len(event.data)
+                event = self._connection.next_content() if self._connection.complete else NEED_DATA
+        except MalformedMessage as error:
+            self._broke(error)
+            return False
+        if isinstance(event, End):
+            self._over = True
+            self.trailers = event.trailers
+        return self._over
+
+    async def settle(self) -> None:
+        """Free the connection of a body that is over."""
+        if self._error is not None:
+            await self._connection.abort()
+        elif self._over and not self._connection.released:
+            await self._connection.finish()
+
+    def _broke(self, error: Exception) -> None:
+        self._over = True
+        self._error = HttpError(502, f"the upstream's response broke off: {error}", close=True)
+        self._error.__cause__ = error
 
     def take_whole(self) -> bytes | None:
         if not self._over or self._error is not None or self.trailers:
@@ -336,18 +435,16 @@ class _ResponseBody(Body):
             return ahead.data
         if self._error is not None:
             raise self._error
-        event = None if self._over else await self._read(self._pace)
+        event = None if self._over else await self._read()
         if self._error is not None:
             raise self._error
         return event.data if isinstance(event, Content) else b""
 
-    async def _read(self, pace: Pace | None) -> Content | End | None:
+    async def _read(self) -> Content | End | None:
         try:
-            event = await self._connection.read_content(pace)
+            event = await self._connection.read_content(self._pace)
         except (MalformedMessage, OSError) as error:
-            self._over = True
-            self._error = HttpError(502, f"the upstream's response broke off: {error}", close=True)
-            self._error.__cause__ = error
+            self._broke(error)
             await self._connection.abort()
             return None
         if isinstance(event, Content):

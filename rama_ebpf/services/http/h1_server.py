@@ -23,6 +23,7 @@ from .heads import RequestHead
 from .limits import HttpLimits, HttpTimeouts
 from .model import Body, Request, Response
 from .pace import Pace
+from .quick import Handover, QuickPath, quick_of, unanswered
 from .running import RunningRequest
 from .strict import NEED_DATA, Closed, Content, End, Role, StrictConnection
 
@@ -60,7 +61,11 @@ class H1ServerConnection:
         self._name = name
         self._timeouts = timeouts
         self._date = date
-        self._strict = StrictConnection(Role.SERVER, limits)
+        self.strict = StrictConnection(Role.SERVER, limits)
+        self._loop = asyncio.get_running_loop()
+        quick = quick_of(service) if isinstance(stream, SocketStream) else None
+        self._path = QuickPath(self, stream, quick) if quick is not None and isinstance(stream, SocketStream) else None
+        self._waits_for: str | None = None
         self._watch = DisconnectWatch(stream, delay=timeouts.watch)
         self._deadline = Deadline()
         self._idle = False
@@ -79,10 +84,9 @@ class H1ServerConnection:
     async def serve(self) -> None:
         """Serve until either side closes. Raises :class:`MalformedMessage` after it has been answered and the stream
         closed, and OSError or what a service raised too late for a response; the caller then aborts the stream."""
-        strict = self._strict
+        strict = self.strict
         try:
-            while await self._serve_one():
-                strict.next_cycle()
+            while await (self._serve_one() if self._path is None else self._serve_quickly(self._path)):
                 if not strict.quiet:
                     # A client whose next request is always there must not keep the others waiting.
                     await asyncio.sleep(0)
@@ -98,46 +102,190 @@ class H1ServerConnection:
     async def _serve_one(self) -> bool:
         """Serve one request; return whether the connection can take another."""
         head = await self._read_head()
-        if head is None:
-            return False
-        if not self._established:
-            self._established = True
-            Lifecycle.of(self._stream.extensions).reached(Stage.ESTABLISHED)
-        self.continued = False
-        if head.length == 0:
-            self._strict.next_event()  # its end
-            body = self._no_body
-        else:
+        return False if head is None else await self._serve_head(head)
+
+    async def _serve_head(
+        self,
+        head: RequestHead,
+        request: Request | None = None,
+        running: RunningRequest | None = None,
+        service: Service[Request, Response] | None = None,
+    ) -> bool:
+        """Serve the request with this head, or go on with it from where callbacks have left it."""
+        body = self._no_body
+        if request is None and head.length == 0:
+            request = self.request_of(head)
+        elif request is None:
             body = _RequestBody(self, head, self._timeouts)
-        request = self._request(head, body)
-        running = RunningRequest(request, self._stream, self._counted)
+            request = self._request(head, body)
+        if running is None:
+            running = self.begin(request)
         try:
-            upgraded = await self._exchange(head, body, request, running)
+            upgraded = await self._exchange(head, body, request, running, service or self._service)
         except BaseException as error:
             running.ended(error)
             raise
         running.ended()
+        return await self._keep(body, upgraded)
+
+    async def _keep(self, body: _RequestBody, upgraded: bool) -> bool:
+        """Behind a request: return whether the connection can take another."""
         self._received, self._sent = self._stream.bytes_received, self._stream.bytes_sent
-        if not body.over and not self._strict.last:
+        if not body.over and not self.strict.last:
             await body.drain(self._timeouts.linger)
-        if self._strict.reusable:
+        if self.strict.reusable:
+            self.strict.next_cycle()
             return True
         if not upgraded:
             await self._linger()
         return False
 
+    # -- the callback path (.quick) ----------------------------------------------------------------------------
+
+    async def _serve_quickly(self, path: QuickPath) -> bool:
+        """Let callbacks serve requests, and do what they cannot; return whether the connection can take another."""
+        deadline = self._deadline
+        if self._draining and self.strict.quiet:
+            return False
+        self._waits_for = None
+        deadline.start(self._timeouts.idle)
+        self.waits(self.strict.quiet)
+        try:
+            found = await path.serve()
+        except asyncio.CancelledError as error:
+            found = path.under_way()
+            expired = deadline.expired()
+            if found.exchange is not None and found.running is not None and not expired:
+                await found.exchange.connection.abort()
+                found.running.ended(error)
+            if not expired:
+                raise
+            if found.exchange is None:
+                if self._idle:
+                    return False
+                raise MalformedMessage("the request's header section did not come in time", 408) from error
+            await found.exchange.connection.abort()
+            found = found._replace(failure=unanswered())
+        except OSError as error:
+            log.debug("%s: no callbacks: %s", self._stream.peer, error)
+            self._path = None
+            return True
+        finally:
+            deadline.stop()
+            self._idle = False
+        return await self._take_over(found)
+
+    async def _take_over(self, found: Handover) -> bool:
+        """Go on with a request where callbacks have stopped."""
+        if found.failure is not None and found.exchange is None:
+            if found.running is not None:
+                found.running.ended(found.failure)
+            raise found.failure
+        if found.head is None:
+            return False
+        if found.rest is not None:
+            return await self._write_rest(found.rest, found.running)
+        exchange = found.exchange
+        if exchange is None:
+            return await self._serve_head(found.head, found.request)
+        if found.failure is not None and not isinstance(found.failure, HttpError):
+            await exchange.connection.abort()
+
+        async def answer(request: Request) -> Response:
+            try:
+                if found.failure is not None:
+                    raise found.failure
+                return exchange.finish(await exchange.connection.receive(exchange.onward))
+            except HttpError as error:
+                return await exchange.recover(request, error)
+
+        return await self._serve_head(found.head, found.request, found.running, answer)
+
+    async def _write_rest(self, rest: memoryview, running: RunningRequest | None) -> bool:
+        """Write what is left of a response; ``running`` is its request, None if that has ended."""
+        if running is not None:
+            try:
+                await self._write(bytes(rest))
+            except BaseException as error:
+                running.ended(error)
+                raise
+            running.ended()
+        return await self._keep(self._no_body, upgraded=False)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop."""
+        return self._loop
+
+    def waits(self, idle: bool) -> None:
+        """The client is waited for: for a request, or for the rest of its header section."""
+        wanted = "a request" if idle else "a head"
+        if self._waits_for == wanted:
+            return
+        self._waits_for = wanted
+        self._idle = idle
+        self._deadline.prolong(self._timeouts.idle if idle else self._timeouts.head)
+
+    def waits_for_response(self) -> None:
+        """The upstream is waited for."""
+        self._waits_for = "a response"
+        self._idle = False
+        self._deadline.prolong(self._timeouts.response)
+
+    @property
+    def draining(self) -> bool:
+        """Whether no other request is to be taken."""
+        return self._draining
+
+    def request_of(self, head: RequestHead) -> Request:
+        """Return the request of a head that has no body."""
+        self.strict.next_event()  # its end
+        return self._request(head, self._no_body)
+
+    def may_be_quick(self, request: Request) -> bool:
+        """Whether the service may be asked to decide at once."""
+        return self._forward or request.scheme == request.arrived_by
+
+    def begin(self, request: Request) -> RunningRequest:
+        """A request is to be served from here on."""
+        self.continued = False
+        return RunningRequest(request, self._stream, self._counted)
+
+    def whole_response(self, head: RequestHead, response: Response) -> bytes:
+        """Return the bytes of a response all of which is here."""
+        out, bodiless = self._head_of(head, self._no_body, response)
+        whole = b"" if bodiless else response.body.take_whole()
+        assert whole is not None
+        writer = self.strict.writer
+        return out + (writer.content(whole) if whole else b"") + writer.end(None)
+
+    def over(self, running: RunningRequest) -> bool:
+        """A request's response was written; return whether the connection can take another."""
+        running.ended()
+        self._received, self._sent = self._stream.bytes_received, self._stream.bytes_sent
+        if not self.strict.reusable:
+            return False
+        self.strict.next_cycle()
+        self._waits_for = None
+        return True
+
     def _counted(self) -> tuple[int, int]:
         """Bytes from and to the client since the request before."""
         return self._stream.bytes_received - self._received, self._stream.bytes_sent - self._sent
 
-    async def _exchange(self, head: RequestHead, body: _RequestBody, request: Request, running: RunningRequest) -> bool:
+    async def _exchange(
+        self,
+        head: RequestHead,
+        body: _RequestBody,
+        request: Request,
+        running: RunningRequest,
+        service: Service[Request, Response],
+    ) -> bool:
         """Answer a request; return whether the connection was switched to another protocol, which is over."""
         watch = self._watch
         watch.enter()
         try:
-            response = await checked_response(
-                self._service, request, self._name, self._stream.peer, forward=self._forward
-            )
+            response = await checked_response(service, request, self._name, self._stream.peer, forward=self._forward)
             try:
                 running.responded(response.status)
                 if response.upgrade is None:
@@ -165,11 +313,11 @@ class H1ServerConnection:
 
     async def fill(self) -> None:
         """Read once from the client."""
-        self._strict.receive(await self._watch.read(_READ))
+        self.strict.receive(await self._watch.read(_READ))
 
     async def _read_head(self) -> RequestHead | None:
         """Return the next request's head; None if there will be none."""
-        strict, deadline = self._strict, self._deadline
+        strict, deadline = self.strict, self._deadline
         event = strict.next_event()
         if event is NEED_DATA:
             self._idle = strict.quiet
@@ -202,6 +350,9 @@ class H1ServerConnection:
         return event
 
     def _request(self, head: RequestHead, body: Body) -> Request:
+        if not self._established:
+            self._established = True
+            Lifecycle.of(self._stream.extensions).reached(Stage.ESTABLISHED)
         return Request(
             method=head.method,
             authority=head.authority,
@@ -221,19 +372,19 @@ class H1ServerConnection:
     @property
     def movable(self) -> int:
         """How many bytes of the current request's body :meth:`splice_to` may move."""
-        return self._strict.movable if isinstance(self._stream, SocketStream) else 0
+        return self.strict.movable if isinstance(self._stream, SocketStream) else 0
 
     def splice_to(self, pipe: int) -> int:
         """Move bytes of the current request's body into a pipe, without waiting; return how many. Raises OSError."""
         assert isinstance(self._stream, SocketStream)
-        count = self._stream.splice_to(pipe, self._strict.movable)
+        count = self._stream.splice_to(pipe, self.strict.movable)
         if count:
-            self._strict.skip(count)
+            self.strict.skip(count)
         return count
 
     async def read_content(self, pace: Pace) -> Content | End:
         """Return the next piece of the current request's body."""
-        while (event := self._strict.next_event()) is NEED_DATA:
+        while (event := self.strict.next_event()) is NEED_DATA:
             await pace.wait(self.fill)
         if isinstance(event, Content):
             pace.received += len(event.data)
@@ -247,23 +398,23 @@ class H1ServerConnection:
         """Tell the client to send its body, unless it was told. Raises :class:`PeerClosed` if it has got a final
         response instead: such a client does not send it."""
         if not self.continued:
-            if not self._strict.may_respond:
+            if not self.strict.may_respond:
                 raise PeerClosed("a body that was not asked for before the response")
             await self._inform(100, Headers())
 
     async def _inform(self, status: int, headers: Headers) -> None:
         if status == 100:
             self.continued = True
-        await self._write(self._strict.writer.interim(status, headers))
+        await self._write(self.strict.writer.interim(status, headers))
 
-    async def _respond(self, head: RequestHead, body: _RequestBody, response: Response) -> None:
+    def _head_of(self, head: RequestHead, body: _RequestBody, response: Response) -> tuple[bytes, bool]:
+        """Return a response's header section as it is sent, and whether no body follows it."""
         content, headers, status = response.body, response.headers, response.status
-        writer = self._strict.writer
         bodiless = head.method == "HEAD" or status in (204, 304)
         close = (
             response.close
             or self._draining
-            or self._strict.last
+            or self.strict.last
             or not body.worth_draining
             # RFC 9110 section 15.5.14: who is told that its content is too large is to stop sending it.
             or (status == 413 and not body.over)
@@ -274,7 +425,7 @@ class H1ServerConnection:
             extra.append(b"Upgrade: %b\r\n" % offered.encode("latin-1"))
             if not close:
                 extra.append(b"Connection: Upgrade\r\n")
-        out = writer.response(
+        out = self.strict.writer.response(
             status,
             response.reason,
             headers,
@@ -284,6 +435,11 @@ class H1ServerConnection:
             http_1_0=head.version == "1.0",
             close=close,
         )
+        return out, bodiless
+
+    async def _respond(self, head: RequestHead, body: _RequestBody, response: Response) -> None:
+        content, writer = response.body, self.strict.writer
+        out, bodiless = self._head_of(head, body, response)
         whole = b"" if bodiless else content.take_whole()
         if whole is not None:  # as most are: one write
             await self._write(out + (writer.content(whole) if whole else b"") + writer.end(None))
@@ -308,9 +464,9 @@ class H1ServerConnection:
         if response.status == 101:
             assert head.upgrade is not None
             extra += [b"Connection: Upgrade\r\n", b"Upgrade: %b\r\n" % head.upgrade.encode("ascii")]
-        await self._write(self._strict.writer.switch(response.status, response.reason, response.headers, extra))
+        await self._write(self.strict.writer.switch(response.status, response.reason, response.headers, extra))
         await self._watch.leave()
-        self._stream.unread(self._strict.trailing)
+        self._stream.unread(self.strict.trailing)
         self._stream.extensions.adopt(request.extensions)
         await response.upgrade.run(self._stream)
 
@@ -331,7 +487,7 @@ class H1ServerConnection:
     async def _move(self, content: Body) -> int:
         try:
             async with asyncio.timeout(self._timeouts.write):
-                return await move(content, self._stream, self._strict.writer.skip)
+                return await move(content, self._stream, self.strict.writer.skip)
         except TimeoutError as error:
             raise PeerClosed(f"the client took nothing for {self._timeouts.write} s") from error
 

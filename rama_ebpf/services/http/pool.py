@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from ...core.address import Authority
 from ...core.request_log import Upstream
 from ...core.service import Service
+from ...core.socket_stream import SocketStream
 from ...core.stream import Stream
 from ...core.target import Target
 from ..tls.stream import TlsParameters
@@ -162,6 +163,20 @@ class ConnectionPool:
                 raise
             # Closed meanwhile: again, on a new one.
         return None
+
+    def ready(self, request: Request, target: Authority, *, partition: Hashable = None) -> H1ClientConnection | None:
+        """Return a kept connection of HTTP/1.1 over a plain socket on which ``request``, a safe one without a body,
+        can be sent at once; None if there is none. What :meth:`send` would do with it is the caller's then."""
+        key = (target if type(target) is Authority else Authority(target.host, target.port), partition)
+        idle = self._idle.get(key)
+        if not idle or key in self._h2 or not isinstance(idle[-1].connection.stream, SocketStream):
+            return None
+        kept = self._take(key)
+        if kept is None:
+            return None
+        self._busy[key[0]] += 1
+        request.extensions.add(Upstream(kept.stream.peer, kept=True))
+        return kept
 
     def close(self) -> None:
         """Close what is idle; what is in use is closed after its response."""

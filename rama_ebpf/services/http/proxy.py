@@ -14,9 +14,11 @@ from ...relay import TunnelLimits
 from ..connect import Connector
 from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, returned
 from .errors import HttpError
+from .h1_client import NoResponse
 from .limits import HttpLimits, HttpTimeouts, OriginOptions
 from .model import Request, Response
 from .pool import ConnectionPool, Origins, PoolLimits
+from .quick import Exchange
 from .server import HttpServer
 from .tunnel import Tunnel
 
@@ -80,6 +82,22 @@ class ForwardProxy:
             partition=None if self._share else _client(request),
         )
         return returned(response, self._via)
+
+    def quick_exchange(self, request: Request, /) -> Exchange | None:
+        """See :mod:`.quick`."""
+        if not request.absolute or request.scheme != "http":
+            return None
+        onward = forwardable(request, self._via, self._upgrades)
+        connection = self.pool.ready(request, request.target, partition=None if self._share else _client(request))
+        return None if connection is None else Exchange(connection, onward, self._returned, self._recover)
+
+    def _returned(self, response: Response) -> Response:
+        return returned(response, self._via)
+
+    async def _recover(self, request: Request, error: HttpError) -> Response:
+        if isinstance(error, NoResponse):
+            return await self(request)  # a kept connection that was closed meanwhile: again, as the pool does
+        raise error
 
     async def _connect(self, request: Request) -> Response:
         target = request.target

@@ -10,6 +10,7 @@ from typing import Any, Final
 from ...core.service import Service
 from .errors import HttpError
 from .model import Request, Response
+from .quick import Exchange, quick_of
 
 __all__ = ["Route", "Routes"]
 
@@ -73,6 +74,11 @@ class Routes:
 
     async def __call__(self, request: Request, /) -> Response:
         return await self.find(request).service(request)
+
+    def quick_exchange(self, request: Request, /) -> Exchange | None:
+        """See :mod:`.quick`."""
+        quick = quick_of(self.find(request).service)
+        return None if quick is None else quick(request)
 
     def find(self, request: Request) -> Route:
         """Return the route of ``request``. Raises :class:`HttpError` if there is none."""
