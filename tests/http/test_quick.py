@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -372,18 +371,25 @@ async def test_a_client_that_half_closes_gets_its_answer_however_late(run: Run, 
     client.writer.close()
 
 
-async def test_a_client_that_reads_nothing_is_waited_for_and_gets_every_byte(run: Run, proxy: Server) -> None:
+async def test_a_client_that_reads_nothing_is_waited_for_and_gets_every_byte(
+    run: Run, proxy: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted()
+    original = H1ServerConnection._write_rest
+
+    async def write_rest(self: H1ServerConnection, *arguments: Any) -> bool:
+        counted.coroutines += 1
+        return await original(self, *arguments)
+
+    monkeypatch.setattr(H1ServerConnection, "_write_rest", write_rest)
     body = bytes(60_000)
     origin = scripted(run, HEAD + b"Content-Length: 60000\r\n\r\n" + body)
     client = await Client.warm(proxy, origin)
-    sock = client.writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.reader._transport.pause_reading()  # type: ignore[attr-defined]  # nothing is read for a while
-    client.writer.write(get(origin) * 100)
-    await eventually(lambda: len(origin.requests) > 2)
-    await asyncio.sleep(0.3)  # until the send queue is full, of which nobody is told
+    client.writer.write(get(origin) * 400)
+    await eventually(lambda: counted.coroutines > 0)  # the send queue is full: a task waits for room
     client.reader._transport.resume_reading()  # type: ignore[attr-defined]
-    for _ in range(100):
+    for _ in range(400):
         assert (await client.response()).endswith(b"\r\n\r\n" + body)
     client.writer.close()
 

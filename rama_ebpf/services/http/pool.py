@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -48,6 +47,18 @@ class _Idle(NamedTuple):
     since: float
 
 
+class _Origin:
+    """What there is to one target for one partition."""
+
+    __slots__ = ("busy", "h2", "idle", "key")
+
+    def __init__(self, key: _Key) -> None:
+        self.key = key
+        self.busy = 0
+        self.idle: list[_Idle] = []
+        self.h2: list[H2ClientConnection] = []
+
+
 def repeatable(request: Request) -> bool:
     """Whether the same request may be sent again after a first attempt without a response."""
     return request.method in IDEMPOTENT and request.body.length == 0 and request.upgrade is None
@@ -86,18 +97,18 @@ class ConnectionPool:
         self._pool_limits = PoolLimits() if pool_limits is None else pool_limits
         self._limits = HttpLimits() if limits is None else limits
         self._timeouts = HttpTimeouts() if timeouts is None else timeouts
-        self._idle: dict[_Key, list[_Idle]] = {}
+        self._known: dict[_Key, _Origin] = {}
         self._idle_count = 0
         self._sweeper: asyncio.TimerHandle | None = None
-        self._h2: dict[_Key, list[H2ClientConnection]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._busy: Counter[Authority] = Counter()
 
     def busy(self, target: Authority) -> int:
         """How many requests and tunnels to ``target`` are under way."""
-        return self._busy[target] + sum(
-            len(connection.channels) for key, live in self._h2.items() if key[0] == target for connection in live
+        return sum(
+            origin.busy + sum(len(connection.channels) for connection in origin.h2)
+            for origin in self._known.values()
+            if origin.key[0] == target
         )
 
     @property
@@ -117,45 +128,45 @@ class ConnectionPool:
 
         ``connector``, if given, connects for this request alone, and its connection is not kept.
         """
-        key = (target if type(target) is Authority else Authority(target.host, target.port), partition)
-        options = self._origins(key[0])
+        options = self._origins(target)
         keep = connector is None and options.keep
-        if keep and (response := await self._send_on_kept(request, key)) is not None:
+        known = self._known.get((target, partition)) if keep else None
+        if known is not None and (response := await self._send_on_kept(request, known)) is not None:
             return response
         if connector is None and request.upgrade is not None:
             connector = self._upgrade_connector
-        self._busy[target] += 1
+        origin = self._origin(target, partition)
+        origin.busy += 1
         try:
             stream = await (connector or self._connector)(Target(target.host, target.port, request.extensions))
         except BaseException:
-            self._unbusy(target)
+            self._unbusy(origin)
             raise
         request.extensions.add(Upstream(stream.peer, kept=False))
         tls = stream.extensions.get(TlsParameters)
         if tls.alpn == "h2" if tls is not None else (self._h2_prior_knowledge and connector is None):
-            self._unbusy(target)
-            return await self._add_h2(key, stream, keep=keep).send(request)
-        connection = H1ClientConnection(
+            connection = self._add_h2(origin, stream, keep=keep)
+            self._unbusy(origin)
+            return await connection.send(request)
+        return await H1ClientConnection(
             stream,
             limits=self._limits,
             timeouts=self._timeouts,
-            released=lambda connection: self._released(key, connection, keep=keep),
+            released=lambda connection: self._released(origin, connection, keep=keep),
             keep=keep,
             lenient=options.lenient,
-        )
-        return await connection.send(request)
+        ).send(request)
 
-    async def _send_on_kept(self, request: Request, key: _Key) -> Response | None:
+    async def _send_on_kept(self, request: Request, origin: _Origin) -> Response | None:
         """Send on a connection that is there already; return None if there is none that will do."""
         may_repeat = request.method in _SAFE and repeatable(request)
         try:
             if request.upgrade is None or self._upgrade_connector is None:
-                for connection in self._h2.get(key, ()):
+                for connection in origin.h2:
                     if connection.available:
                         request.extensions.add(Upstream(connection.stream.peer, kept=True))
                         return await connection.send(request)
-            if may_repeat and (kept := self._take(key)) is not None:
-                self._busy[key[0]] += 1
+            if may_repeat and (kept := self._take(origin)) is not None:
                 request.extensions.add(Upstream(kept.stream.peer, kept=True))
                 return await kept.send(request)
         except NoResponse:
@@ -167,14 +178,11 @@ class ConnectionPool:
     def ready(self, request: Request, target: Authority, *, partition: Hashable = None) -> H1ClientConnection | None:
         """Return a kept connection of HTTP/1.1 over a plain socket on which ``request``, a safe one without a body,
         can be sent at once; None if there is none. What :meth:`send` would do with it is the caller's then."""
-        key = (target if type(target) is Authority else Authority(target.host, target.port), partition)
-        idle = self._idle.get(key)
-        if not idle or key in self._h2 or not isinstance(idle[-1].connection.stream, SocketStream):
+        origin = self._known.get((target, partition))
+        if origin is None or not origin.idle or origin.h2:
             return None
-        kept = self._take(key)
-        if kept is None:
+        if not isinstance(origin.idle[-1].connection.stream, SocketStream) or (kept := self._take(origin)) is None:
             return None
-        self._busy[key[0]] += 1
         request.extensions.add(Upstream(kept.stream.peer, kept=True))
         return kept
 
@@ -184,67 +192,79 @@ class ConnectionPool:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
-        for key in list(self._idle):
-            while (kept := self._take(key)) is not None:
-                self._in_background(kept.stream.close())
-        for live in list(self._h2.values()):
-            for connection in live:
+        for origin in list(self._known.values()):
+            for idle in origin.idle:
+                self._in_background(idle.connection.stream.close())
+            self._idle_count -= len(origin.idle)
+            origin.idle.clear()
+            for connection in origin.h2:
                 self._in_background(connection.retire())
+            self._forget(origin)
 
     async def wait_closed(self) -> None:
         """Return when the connections that :meth:`close` found idle are closed."""
         while self._closing:
             await asyncio.gather(*self._closing, return_exceptions=True)
 
+    def _origin(self, target: Authority, partition: Hashable) -> _Origin:
+        key = (target if type(target) is Authority else Authority(target.host, target.port), partition)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = _Origin(key)
+        return found
+
+    def _forget(self, origin: _Origin) -> None:
+        """Keep no origin to which there is nothing."""
+        if not (origin.busy or origin.idle or origin.h2) and self._known.get(origin.key) is origin:
+            del self._known[origin.key]
+
     # -- HTTP/2 ------------------------------------------------------------------------------------------------
 
-    def _add_h2(self, key: _Key, stream: Stream, *, keep: bool) -> H2ClientConnection:
+    def _add_h2(self, origin: _Origin, stream: Stream, *, keep: bool) -> H2ClientConnection:
         timeouts = replace(self._timeouts, idle=self._pool_limits.keep)
         connection = H2ClientConnection(
-            stream, limits=self._limits, timeouts=timeouts, ended=lambda ended: self._remove_h2(key, ended)
+            stream, limits=self._limits, timeouts=timeouts, ended=lambda ended: self._remove_h2(origin, ended)
         )
         if keep and not self._closed:
-            self._h2.setdefault(key, []).append(connection)
+            origin.h2.append(connection)
         connection.start()
         return connection
 
-    def _remove_h2(self, key: _Key, connection: H2ClientConnection) -> None:
-        live = [other for other in self._h2.get(key, ()) if other is not connection]
-        if live:
-            self._h2[key] = live
-        else:
-            self._h2.pop(key, None)
+    def _remove_h2(self, origin: _Origin, connection: H2ClientConnection) -> None:
+        if connection in origin.h2:
+            origin.h2.remove(connection)
+        self._forget(origin)
 
     # -- HTTP/1.1 ----------------------------------------------------------------------------------------------
 
-    def _take(self, key: _Key) -> H1ClientConnection | None:
-        kept = self._idle.get(key)
-        while kept:
-            idle = kept.pop()
+    def _take(self, origin: _Origin) -> H1ClientConnection | None:
+        """Return a kept connection that can be used; it is busy from now on."""
+        while origin.idle:
+            connection = origin.idle.pop().connection
             self._idle_count -= 1
-            if not kept:
-                del self._idle[key]
-            if idle.connection.quiet:
-                return idle.connection
-            self._in_background(idle.connection.stream.close())
+            if connection.quiet:
+                origin.busy += 1
+                return connection
+            self._in_background(connection.stream.close())
         return None
 
-    def _unbusy(self, target: Authority) -> None:
-        self._busy[target] -= 1
-        if not self._busy[target]:
-            del self._busy[target]
+    def _unbusy(self, origin: _Origin) -> None:
+        origin.busy -= 1
+        self._forget(origin)
 
-    def _released(self, key: _Key, connection: H1ClientConnection, *, keep: bool) -> None:
-        self._unbusy(key[0])
+    def _released(self, origin: _Origin, connection: H1ClientConnection, *, keep: bool) -> None:
         if not connection.reusable:
+            self._unbusy(origin)
             return
         limits = self._pool_limits
-        full = self._idle_count >= limits.idle or len(self._idle.get(key, ())) >= limits.idle_per_origin
+        full = self._idle_count >= limits.idle or len(origin.idle) >= limits.idle_per_origin
         if self._closed or full or not keep:
+            self._unbusy(origin)
             self._in_background(connection.stream.close())
             return
+        origin.busy -= 1
         loop = asyncio.get_running_loop()
-        self._idle.setdefault(key, []).append(_Idle(connection, loop.time()))
+        origin.idle.append(_Idle(connection, loop.time()))
         self._idle_count += 1
         if self._sweeper is None:
             self._sweeper = loop.call_later(limits.keep, self._sweep)
@@ -255,17 +275,14 @@ class ConnectionPool:
         loop = asyncio.get_running_loop()
         due = loop.time() - self._pool_limits.keep
         oldest: list[float] = []
-        for key, kept in list(self._idle.items()):
-            fresh = [idle for idle in kept if idle.since > due]
-            for idle in kept:
+        for origin in list(self._known.values()):
+            for idle in origin.idle:
                 if idle.since <= due:
                     self._in_background(idle.connection.stream.close())
-            self._idle_count -= len(kept) - len(fresh)
-            if fresh:
-                self._idle[key] = fresh
-                oldest.append(min(idle.since for idle in fresh))
-            else:
-                del self._idle[key]
+                    self._idle_count -= 1
+            origin.idle = [idle for idle in origin.idle if idle.since > due]
+            oldest += [min(idle.since for idle in origin.idle)] if origin.idle else []
+            self._forget(origin)
         if oldest:
             self._sweeper = loop.call_at(min(oldest) + self._pool_limits.keep, self._sweep)
 
