@@ -13,9 +13,10 @@ from typing import BinaryIO
 __all__ = ["bring_to_disk", "replacing", "write_atomically"]
 
 
-def bring_to_disk(path: Path) -> None:
-    """Return when what was appended to a file outlives a power failure. Raises OSError."""
-    for what, sync in ((path, os.fdatasync), (path.parent, os.fsync)):  # the directory, in which its name may be new
+def bring_to_disk(path: Path, *, also_its_name: bool = True) -> None:
+    """Return when what was appended to a file outlives a power failure; the directory, in which its name may be new, is
+    as dear as the file. Raises OSError."""
+    for what, sync in ((path, os.fdatasync), (path.parent, os.fsync))[: 1 + also_its_name]:
         fd = os.open(what, os.O_RDONLY | os.O_CLOEXEC)
         try:
             sync(fd)

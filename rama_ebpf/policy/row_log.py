@@ -29,6 +29,7 @@ class RowLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rewritten = 0  # bytes
+        self._is_new = False
 
     def append(self, row: Mapping[str, object]) -> int:
         """Add a row; return what :meth:`cut` takes it back by. If it raises, the log is as it was."""
@@ -37,6 +38,7 @@ class RowLog:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
             try:
                 size = os.fstat(fd).st_size
+                self._is_new |= not size
                 torn = size and os.pread(fd, 1, size - 1) != b"\n"
                 line = (b"\n" if torn else b"") + json.dumps(row).encode() + b"\n"
                 try:
@@ -94,9 +96,10 @@ class RowLog:
     def sync(self) -> None:
         """Have what was appended outlive a power failure."""
         try:
-            bring_to_disk(self.path)
+            bring_to_disk(self.path, also_its_name=self._is_new)
         except FileNotFoundError:
             return  # nothing was ever noted
+        self._is_new = False
 
 
 def _parsed(line: bytes) -> dict[str, object] | None:
