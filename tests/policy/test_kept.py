@@ -361,16 +361,17 @@ def new_maps(place: Instance) -> GateMaps:
 
 def test_of_pins_and_disk_the_younger_wins(place: Instance, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    host = HostPolicy(place)
+    host, on_disk = HostPolicy(place), KeptPolicy(place.state_dir)
     with GateMaps.open(place.pin_dir) as pins:
         assert not host.supersedes(pins)
         assert caplog.text == ""
         with KernelStore(place) as store:
-            store.ban(ip_address("198.18.66.1"))  # raises the pins' revision alone
+            store.ban(ip_address("198.18.66.1"))
+            on_disk.write(replace(store.image(), revision=store.revision - 1))
             assert not host.supersedes(pins)
             assert f"the policy pinned at {place.pin_dir}" in caplog.text
             younger = replace(store.image(), revision=store.revision + 7, ruleset=RuleSet((loaded("younger", "::/0"),)))
-        KeptPolicy(place.state_dir).write(younger)
+        on_disk.write(younger)
         assert host.supersedes(pins)
         assert f"the policy in {place.state_dir} (revision {younger.revision}) is younger" in caplog.text
         with new_maps(place) as maps:
