@@ -33,7 +33,7 @@ async def sweep(store: PolicyStore, thread: PolicyThread) -> None:
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
         try:
-            await thread.run(store.judge_again)
+            await thread.run(store.judge_when_sure)
             freed = await thread.run(store.sweep)
         except PolicyError as error:
             log.warning("cannot keep the policy in order, trying again: %s", error)
@@ -47,9 +47,12 @@ async def watch_clock(store: PolicyStore, thread: PolicyThread) -> None:
     """When the wall clock is set, judge again what was judged by it."""
     with ClockSteps() as steps:
         while True:
+            changed = await thread.run(
+                store.judge_again
+            )  # also at first: it may have been set since the policy was read
+            if changed:
+                log.info("the wall clock was set: %d rules at run time and bans have another end by it", changed)
             await steps.wait()
-            changed = await thread.run(store.judge_again)
-            log.info("the wall clock was set: %d rules at run time have another end by it", changed)
 
 
 async def refresh(store: PolicyStore, refresher: Refresher) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
+from ..kernel.clock import is_synchronized
 from .ban_log import BanLog, KeptBans
-from .ban_record import BanBlock, is_automatic, value_expires
+from .ban_record import BanBlock, ban_network, is_automatic, read_ban, value_expires
 from .bans import Bans
 from .prefixes import IPNetwork
-from .rule import Ban, PolicyError
+from .rule import Ban, PolicyError, boottime_ns
 from .tables import Exclusive
 
 __all__ = ["BanBook"]
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _SAME: Final = 16
 """A ban that would last longer by less than this part of it is the one that is there."""
+_SAME_END: Final = 1_000_000_000
+"""Ends that differ by less, in nanoseconds, are one: the clocks are not read at the same time."""
 _SAID_EVERY: Final = 600.0
 _BLOCK: Final = 4096
 
@@ -32,6 +36,8 @@ class BanBook:
         self._log: BanLog | None = None
         self._left_out = False
         """Whether there are bans on disk for which there was no room: no snapshot must be made without them."""
+        self._in_doubt = False
+        """Whether some on disk are of an earlier boot, and the wall clock that says when they end may be wrong."""
         self._said = float("-inf")
 
     def keep_in(self, log: BanLog) -> None:
@@ -92,6 +98,7 @@ class BanBook:
             return 0
         try:
             kept = self._log.read()
+            self._in_doubt = kept.by_wall and not is_synchronized()
             restored, left_out, why = self._restore(kept)
         except OSError as error:
             self._left_out = True
@@ -125,11 +132,35 @@ class BanBook:
                 why = why or self._bans.too_many(block.network(done))
         return restored, left_out, why
 
+    def judge_again(self) -> int:
+        """Put those into force that have not ended by the wall clock as it is now, and end those sooner that it says
+        so of; return how many. Raises OSError."""
+        if self._log is None or not self._in_doubt:
+            return 0
+        kept = self._log.read()
+        self._in_doubt = kept.by_wall and not is_synchronized()
+        restored, _, _ = self._restore(kept)
+        return restored + sum(self._end_sooner(block) for block in kept.all_blocks())
+
+    def _end_sooner(self, said: BanBlock) -> int:
+        """End bans that are in force when the disk says, if that is sooner; return how many."""
+        now, sooner = boottime_ns(), 0
+        for key, value in said.rows():
+            expires, present = value_expires(value), self._bans.get(ban_network(key))
+            if not expires or present is None or present.expires is None or (expires <= now and self._in_doubt):
+                continue
+            if present.created == read_ban(key, value).created and expires < present.expires - _SAME_END:
+                self._bans.put(replace(present, expires=expires))
+                sooner += 1
+        return sooner
+
     def compact(self, exclusive: Exclusive) -> None:
         """Put all bans into a snapshot if the log has grown long. It waits for the disk, and holds the lock for a
         moment only. A disk that refuses is logged as an error."""
         if self._log is None or self._left_out or not self._log.overgrown():
             return
+        if self._in_doubt and not self._log.is_huge():
+            return  # a snapshot would be without those that have ended by a clock that may be wrong
         try:
             self._log.compact(exclusive, self._bans.in_force)
         except OSError as error:

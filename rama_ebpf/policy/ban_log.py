@@ -22,7 +22,7 @@ from .ban_rows import RowReader, lift_row, row_of
 from .ban_snapshot import BanSnapshot, SnapshotDamaged, write_snapshot
 from .prefixes import IPNetwork
 from .row_log import RowLog
-from .rule import Ban
+from .rule import Ban, boottime_ns
 
 __all__ = ["BanLog", "KeptBans"]
 
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _SMALL: Final = 1024 * 1024
 """A log of so many bytes is not worth a snapshot."""
+_HUGE: Final = 256 * 1024 * 1024
 _CHUNK: Final = 1024 * 1024
 _MAX_LINE: Final = 64 * 1024
 _BOM: Final = b"\xef\xbb\xbf"
@@ -43,13 +44,21 @@ class KeptBans:
     count: int
     """How many bans there are at most."""
     changes: dict[bytes, bytes | None]
-    """What the log says, which is later than the snapshot: value by key, None where a ban was lifted or has ended."""
+    """What the log says, which is later than the snapshot: value by key, None where a ban was lifted."""
+    since: int
+    by_wall: bool
+    """Whether some were written in an earlier boot and end: the wall clock says when."""
 
     def blocks(self) -> Iterator[BanBlock]:
         """Yield the bans that are in force. Raises OSError."""
+        now = boottime_ns()
+        return (block.in_force(now) for block in self.all_blocks())
+
+    def all_blocks(self) -> Iterator[BanBlock]:
+        """Yield the bans, also those that have ended. Raises OSError."""
         if self.snapshot is not None:
             with self.snapshot.open("rb") as file:
-                snapshot = BanSnapshot.open(file)
+                snapshot = BanSnapshot.open(file, self.since)
                 for block in snapshot.blocks():
                     if self.changes:
                         yield BanBlock.of((key, value) for key, value in block.rows() if key not in self.changes)
@@ -71,6 +80,7 @@ class BanLog:
         self._log = RowLog(path)
         self._aside = path.with_name(path.name + ".1")
         self._snapshot = path.with_name(path.name + ".snapshot")
+        self._since = boottime_ns()
 
     def banned(self, ban: Ban) -> None:
         """Note a ban. Raises OSError where the file system refuses; the log is as it was then."""
@@ -93,27 +103,33 @@ class BanLog:
     def read(self) -> KeptBans:
         """Return what is on disk. Raises OSError for a file that is there and cannot be read."""
         changes: dict[bytes, bytes | None] = {}
+        by_wall = False
         for path in (self._aside, self._path):
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-                _read_log(file, path, changes)
+                by_wall |= _read_log(file, path, changes, self._since)
         present = sum(value is not None for value in changes.values())
         try:
             with self._snapshot.open("rb") as file:
-                count = BanSnapshot.open(file).count
+                snapshot = BanSnapshot.open(file, self._since)
         except FileNotFoundError:
-            return KeptBans(None, present, changes)
+            return KeptBans(None, present, changes, self._since, by_wall)
         except SnapshotDamaged as error:
             aside = self._snapshot.with_name(self._snapshot.name + ".damaged")
             self._snapshot.rename(aside)
             log.error("bans of earlier are not in force, and kept as %s: %s", aside, error)
-            return KeptBans(None, present, changes)
-        return KeptBans(self._snapshot, count + present, changes)
+            return KeptBans(None, present, changes, self._since, by_wall)
+        count = snapshot.count + present
+        return KeptBans(self._snapshot, count, changes, self._since, by_wall or snapshot.by_wall)
 
     def replay(self) -> list[Ban]:
         """Return the bans that are in force. Raises OSError like :meth:`read`."""
         return [read_ban(key, value) for block in self.read().blocks() for key, value in block.rows()]
 
     # -- the snapshot --------------------------------------------------------------------------------------------
+
+    def is_huge(self) -> bool:
+        """Whether the log is so long that it is made shorter whatever that loses."""
+        return _size(self._path) > _HUGE
 
     def overgrown(self) -> bool:
         """Whether the log is so long that a snapshot is worth it: 1 MiB, and a quarter of the last one, for it takes
@@ -146,8 +162,9 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _read_log(file: BinaryIO, path: Path, changes: dict[bytes, bytes | None]) -> None:
-    reader, damaged = RowReader(), 0
+def _read_log(file: BinaryIO, path: Path, changes: dict[bytes, bytes | None], since: int) -> bool:
+    """Return whether the wall clock was needed."""
+    reader, damaged = RowReader(since), 0
 
     def lost() -> None:
         nonlocal damaged
@@ -157,6 +174,7 @@ def _read_log(file: BinaryIO, path: Path, changes: dict[bytes, bytes | None]) ->
         changes.update(reader.read_all(lines, lost))
     if damaged:
         log.warning("%d lines of %s are damaged and left out", damaged, path)
+    return reader.by_wall
 
 
 def _whole_lines(file: BinaryIO, lost: Callable[[], None]) -> Iterator[bytes]:

@@ -61,9 +61,12 @@ def lift_row(network: IPNetwork) -> dict[str, object]:
 
 
 class RowReader:
-    """Reads rows. Each is (key, value) of a ban, without a value where it was lifted or has ended."""
+    """Reads rows. Each is (key, value) of a ban, which may have ended, without a value where it was lifted. What was
+    left of a ban of an earlier boot is counted from ``since`` on; ``by_wall`` is whether there was one that ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, since: int) -> None:
+        self.by_wall = False
+        self._since = since
         self._decoder = msgspec.json.Decoder(_Row)
         self._boot = boot_id()
         self._now, self._wall = boottime_ns(), time.time()
@@ -100,9 +103,7 @@ class RowReader:
             raise ValueError("no ban")
         expires = 0
         if bytes(until) != _NULL:
-            expires = self._expires(until, row)
-            if expires <= self._now:
-                return key, None
+            expires = max(1, self._expires(until, row))
         text = self._reasons.get(reason)
         if text is None:
             if len(self._reasons) >= _REASONS:
@@ -114,10 +115,11 @@ class RowReader:
         """Return when a ban ends, in CLOCK_BOOTTIME nanoseconds."""
         if row.boot_until is not None and row.boot == self._boot:
             return min(row.boot_until, _LATEST)
-        left = float(bytes(until)) - self._wall
+        self.by_wall = True
+        expires = self._now + round((float(bytes(until)) - self._wall) * 1e9)
         if row.left is not UNSET and bytes(row.left) != _NULL:
-            left = min(left, float(bytes(row.left)))
-        return min(self._now + round(left * 1e9), _LATEST)
+            expires = min(expires, self._since + round(float(bytes(row.left)) * 1e9))
+        return min(expires, _LATEST)
 
 
 def _key(text: str) -> bytes:

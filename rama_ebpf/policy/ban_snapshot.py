@@ -44,27 +44,30 @@ class BanSnapshot:
     _file: BinaryIO
     _passed: int
     """How many nanoseconds are to be taken off the ends: what passed between two boots."""
+    by_wall: bool = False
+    """Whether the wall clock said how many."""
     lost: int = 0
 
     @classmethod
-    def open(cls, file: BinaryIO) -> BanSnapshot:
-        """Read the header. Raises :class:`SnapshotDamaged`."""
+    def open(cls, file: BinaryIO, since: int) -> BanSnapshot:
+        """Read the header. What was left of a ban of an earlier boot is counted from ``since`` on. Raises
+        :class:`SnapshotDamaged`."""
         header, checksum = file.read(_HEADER.size), file.read(_SUM.size)
         if len(checksum) < _SUM.size or zlib.crc32(header) != _SUM.unpack(checksum)[0]:
             raise SnapshotDamaged("its header is damaged")
         magic, boot, wall, clock, count, key_size, value_size = _HEADER.unpack(header)
         if (magic, key_size, value_size) != (_MAGIC, KEY_SIZE, VALUE_SIZE):
             raise SnapshotDamaged("it was written by another version")
-        passed = 0
+        passed, by_wall = 0, False
         if boot.decode(errors="replace") != boot_id():
             # No longer than was left then, whatever the wall clock says: one that begins in 1970 prolongs nothing.
-            elapsed = max(0.0, time.time() - wall)
-            passed = clock + round(elapsed * 1e9) - boottime_ns()
-        return cls(count, file, passed)
+            passed = max(clock + round((time.time() - wall) * 1e9) - boottime_ns(), clock - since)
+            by_wall = True
+        return cls(count, file, passed, by_wall)
 
     def blocks(self) -> Iterator[BanBlock]:
-        """Yield the bans that are in force, but for damaged blocks."""
-        now, left = boottime_ns(), self.count
+        """Yield the bans, of which some may have ended, but for damaged blocks."""
+        left = self.count
         while left > 0:
             raw, rows = self._file.read(_BLOCK_SIZE), min(left, _BLOCK)
             if not raw:
@@ -85,7 +88,7 @@ class BanSnapshot:
                     if expires:
                         ends[index] = max(1, expires - self._passed)
                 block = block.with_expires(ends)
-            yield block.in_force(now)
+            yield block
 
 
 def write_snapshot(path: Path, blocks: Iterable[BanBlock]) -> int:

@@ -20,6 +20,7 @@ from typing import Final
 
 from ..core.address import IPAddress, unmap
 from ..core.client import SourceLengths
+from ..kernel.clock import is_synchronized
 from .ban_book import BanBook, stands
 from .ban_log import BanLog
 from .ban_record import BanBlock
@@ -104,8 +105,10 @@ class PolicyStore:
 
     def judge_again(self) -> int:
         """After a reboot ends are judged by the wall clock, which may have been wrong: do so again. Return how many
-        rules at run time have come into force, ended, or got another end. Raises OSError or :class:`PolicyError`."""
+        rules at run time and bans have come into force, ended, or got another end. Raises OSError or
+        :class:`PolicyError`."""
         with self._exclusive():
+            bans = self._ban_book.judge_again()
             changes = self._keeping.judged_again()
             for (network, port), wanted in changes:
                 if wanted is None:
@@ -114,7 +117,11 @@ class PolicyStore:
                     self._room.place(wanted.rule, wanted.created)
             if changes:
                 self._changed()
-            return len(changes)
+            return len(changes) + bans
+
+    def judge_when_sure(self) -> int:
+        """:meth:`judge_again`, if the wall clock is known to be right by now."""
+        return self.judge_again() if is_synchronized() else 0
 
     def _note(self, what: str, revision: int, **details: object) -> None:
         self._unsynced |= what not in _OF_SINGLE_RULES

@@ -16,7 +16,7 @@ from rama_ebpf.control.host_policy import GateUnavailable, HostPolicy
 from rama_ebpf.kernel import bpffs
 from rama_ebpf.kernel.gate_maps import GateMaps, MapSizes
 from rama_ebpf.kernel.instance import Instance
-from rama_ebpf.policy import keeping, kept, lifetime
+from rama_ebpf.policy import ban_book, ban_log, ban_rows, ban_snapshot, keeping, kept, lifetime
 from rama_ebpf.policy.kept import KeptPolicy, PolicyDamaged
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.local import LocalStore
@@ -244,7 +244,7 @@ class Clock:
         self.ahead = 0.0
         self.synchronized = False
         patch.setattr(lifetime.time, "time", lambda: self._real() + self.ahead)
-        for module in (lifetime, keeping):
+        for module in (lifetime, keeping, ban_book):
             patch.setattr(module, "is_synchronized", lambda: self.synchronized)
 
 
@@ -262,10 +262,12 @@ def reboot(instance: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Local
     def start() -> LocalStore:
         boot = f"boot {next(boots)}"
         monkeypatch.setattr(lifetime, "boot_id", lambda: boot)
-        monkeypatch.setattr(kept, "boot_id", lambda: boot)
+        for module in (kept, ban_rows, ban_snapshot):
+            monkeypatch.setattr(module, "boot_id", lambda: boot)
         store = LocalStore()
         store.remember_in(place.state_dir)
         HostPolicy(place).restore(store)
+        store.restore_bans()
         store.keep()
         store.sync()
         return store
@@ -342,6 +344,42 @@ def test_a_rule_that_was_made_anew_or_taken_back_meanwhile_stays_so(
     assert {record.rule.name for record in store.records()} == {"mine", "block:198.18.7.0/24"}
 
 
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_bans_are_judged_again_when_the_clock_is_set(
+    clock: Clock, reboot: Callable[[], LocalStore], monkeypatch: pytest.MonkeyPatch, snapshot: bool
+) -> None:
+    monkeypatch.setattr(ban_log, "_SMALL", 0 if snapshot else 1 << 30)
+    before = reboot()
+    before.ban(SOURCE, ttl=3600)
+    before.ban(ip_address("198.18.6.1"))
+    before.compact_bans()
+
+    def banned(store: LocalStore) -> dict[str, float | None]:
+        now = boottime_ns()
+        ends = {ban.source: ban.expires for ban in store.bans()}
+        return {
+            source: None if end is None else (end - now) / 1e9 for source, end in ends.items() if (end or now + 1) > now
+        }
+
+    clock.ahead = YEAR
+    store = reboot()
+    assert set(banned(store)) == {"198.18.6.1"}
+    store.ban(ip_address("198.18.7.1"))
+    store.compact_bans()  # loses none of those that may not have ended
+    store.sweep()
+    clock.ahead = 3000
+    assert store.judge_again() == 1
+    assert 0 < (banned(store)[str(SOURCE)] or 0) <= 600
+    clock.ahead = -20 * YEAR
+    store = reboot()
+    assert 0 < (banned(store)[str(SOURCE)] or 0) <= 3600
+    clock.ahead, clock.synchronized = 3000, True
+    assert store.judge_again() == 1
+    assert 0 < (banned(store)[str(SOURCE)] or 0) <= 600
+    clock.ahead = 7200
+    assert set(banned(reboot())) == {"198.18.6.1", "198.18.7.1"}
+
+
 # -- pins and disk ----------------------------------------------------------------------------------------------------
 
 
@@ -378,7 +416,7 @@ def test_of_pins_and_disk_the_younger_wins(place: Instance, caplog: pytest.LogCa
             host.fill(maps, pins, "")
             again = KernelStore(place, maps)
             assert [rule.name for rule in again.ruleset().rules] == ["younger"]
-            assert [str(ban.address) for ban in again.bans()] == ["198.18.66.1"]
+            assert [ban.source for ban in again.bans()] == ["198.18.66.1"]
             assert again.revision == younger.revision
     bpffs.remove_tree(place.pin_root / "new-test")
 
