@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,15 @@ class ProxyProcess:
 
     def start(self, timeout: float = 60.0) -> ProxyProcess:
         """Start the server and wait until it is ready."""
+        self._launch()
+        wait_for(lambda: self.logged("ready after") or self._ended(), timeout=timeout, what="the proxy's readiness")
+        return self
+
+    def _launch(self, *under: str, pass_fds: Sequence[int] = ()) -> None:
+        """Start the process, by a command before it if there is one."""
         self.log = []
         self._process = self.host.popen(
+            *under,
             self.COMMAND,
             "run",
             "--instance",
@@ -57,11 +65,10 @@ class ProxyProcess:
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             cwd=self._cwd,
+            pass_fds=pass_fds,
         )
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
-        wait_for(lambda: self.logged("ready after") or self._ended(), timeout=timeout, what="the proxy's readiness")
-        return self
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
