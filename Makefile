@@ -8,7 +8,7 @@ PYTEST ?= $(BIN)/python -m pytest
 # Many tests wait for a time to pass: half as many processes again as there are cores, and not more than memory bears.
 WORKERS ?= $(shell cores=$$(nproc); n=$$((cores + (cores + 1) / 2)); echo $$((n < 8 ? n : 8)))
 
-.PHONY: run test check lint setup setup-test docker-test serial kernels vagrant-test clean help
+.PHONY: run test check lint crash faults hammer setup setup-test docker-test serial kernels vagrant-test clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -46,6 +46,15 @@ kernels: setup-test ## the kernel suite on the host's kernel and on Debian's, in
 
 vagrant-test: setup-test ## a Debian 12 machine: install the project, run the suite in it, bring the reports out, destroy it
 	@vagrant/test
+
+crash: setup-test ## every writer of the policy, and the server, killed and failed at each of their calls; an hour
+	nice $(BIN)/python -m tests.crash $(CRASH)
+
+faults: setup-test ## 500 rounds of random faults, and a million messages of a hostile worker; an hour
+	RAMA_EBPF_FAULT_ROUNDS=500 nice $(PYTEST) tests/faults $(PYTEST_ARGS)
+
+hammer: setup-test ## denied clients through 100 starts, reloads, stops, loads and trials; N=100
+	nice $(BIN)/python -m tests.hammering $(or $(N),100)
 
 clean: ## remove the virtual environment and caches (also of images, kernels and boxes)
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache

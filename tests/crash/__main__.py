@@ -47,8 +47,11 @@ def main() -> int:
                     begun, tried, faults = time.monotonic(), trial.tried, len(trial.faults)
                     trial.run(operation, every=args.every)
                     seconds = time.monotonic() - begun
-                    print(f"{operation.name}: {trial.tried - tried} points, {seconds:.1f} s, of it {trial.seconds['afterwards']:.1f} after {trial.restarted} states", flush=True)
-                    trial.seconds.clear()
+                    tried, afterwards = trial.tried - tried, trial.seconds.pop("afterwards", 0)
+                    print(
+                        f"{operation.name}: {tried} points, {seconds:.1f} s, {afterwards:.1f} of it afterwards",
+                        flush=True,
+                    )
                     for fault in trial.faults[faults:]:
                         print(f"  FAULT {fault}", flush=True)
             server = ServerTrial(scene, directory)

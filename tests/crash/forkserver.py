@@ -62,7 +62,7 @@ def _forget_rules(store: KernelStore) -> None:
 def _forget_bans(store: KernelStore) -> None:
     """As after a reboot: they are on disk only."""
     for ban in store.bans():
-        bpf.map_delete(store._maps["bans"], mapped(ban.address))
+        bpf.map_delete(store.tables.maps["bans"], mapped(ban.address))
     store.rebuild()
 
 

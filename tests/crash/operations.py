@@ -144,5 +144,7 @@ OPERATIONS: Sequence[Operation] = (
     Operation("no failsafe", ("writer", "no failsafe"), in_tests=False),
     Operation("default drop", ("writer", "default drop")),
     Operation("default allow", ("writer", "default allow"), [("writer", "default drop")], in_tests=False),
-    Operation("feeds by the clock", ("writer", "feeds"), [_feed_as_it_was, _load("feed"), _feed_changes], in_tests=False),
+    Operation(
+        "feeds by the clock", ("writer", "feeds"), [_feed_as_it_was, _load("feed"), _feed_changes], in_tests=False
+    ),
 )

@@ -101,17 +101,17 @@ class Trial:
             if digest not in self._known:
                 self._known.add(digest)
                 begun = time.monotonic()
-                wrong += self._afterwards(found.met)
+                wrong += self._afterwards(found.met, restart=self.restarts and (every == 1 or not fault.error))
                 self.seconds["afterwards"] += time.monotonic() - begun
             self.faults += [f"{operation.name}, {fault} {fault.at} {call}: {text}" for text in wrong]
         _close(start)
 
-    def _afterwards(self, met: Verdicts) -> list[str]:
+    def _afterwards(self, met: Verdicts, *, restart: bool) -> list[str]:
         """Crash and start, then use one command of each kind, and say what did not work."""
         scene = self.scene
         wrong: list[str] = []
         kept = scene.save()
-        if self.restarts:
+        if restart:
             self.restarted += 1
             try:
                 scene.restart()

@@ -126,7 +126,7 @@ class Scene:
     def _drops(self) -> int:
         try:
             with self.store() as store:
-                return sum(count for (_, _, action), count in store.totals().items() if action == "drop")
+                return sum(count for (_, _, action), count in store.counters.totals().items() if action == "drop")
         except FileNotFoundError:
             return 0
 
@@ -226,7 +226,7 @@ class Scene:
             for fd in fds:
                 bpf.close(fd)
         with self.store() as store:
-            gate = store._gate()
+            gate = store.tables.gate()
         shape = (
             sorted(self.listed()),
             {name: len(rows) for name, rows in policy.hashes.items()},

@@ -1,4 +1,4 @@
-"""The server killed at each call of its start, a reload and its stop, and each of these calls made to fail.
+"""The server killed at each call of its start, a reload and its stop, and these calls made to fail.
 
 Denied sources connect all the while, and none may get in: not before the gate stands, not after it fell, not between two
 configurations. What must hold beside that:
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from rama_ebpf.kernel import bpffs, cgroup
 
+from ..hammer import Denied
 from ..lab import Host, wait_for
 from ..proxy import ProxyProcess
 from .interpose import Call, Fault, Watch, receive_listener
@@ -76,45 +77,6 @@ class WatchedProxy(ProxyProcess):
         super().end()
         if self._answering is not None:
             self._answering.join(30)
-
-
-class Hammer:
-    """Connects from sources that are to be denied, again and again, and counts who got in."""
-
-    def __init__(self, host: Host, sources: Sequence[str]) -> None:
-        self.got_in: list[str] = []
-        self.tries = 0
-        self._stopping = threading.Event()
-        self._threads = [
-            threading.Thread(target=lambda source=source: host.call(lambda: self._run(source))) for source in sources
-        ]
-
-    def _run(self, source: str) -> None:
-        family = socket.AF_INET6 if ":" in source else socket.AF_INET
-        target = (SERVER[6 if family == socket.AF_INET6 else 4], PORT)
-        while not self._stopping.is_set():
-            with socket.socket(family) as sock:
-                sock.settimeout(0.03)
-                try:
-                    sock.bind((source, 0))
-                    sock.connect(target)
-                except ConnectionRefusedError:
-                    self._stopping.wait(0.002)
-                except OSError:
-                    pass
-                else:
-                    self.got_in.append(source)
-                self.tries += 1
-
-    def __enter__(self) -> Hammer:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
 
 
 CONFIG = """
@@ -185,7 +147,8 @@ class ServerTrial:
 
     @contextmanager
     def _hammering(self, what: str) -> Iterator[None]:
-        with Hammer(self.scene.host, [SOURCES[name] for name in DENIED]) as hammer:
+        targets = [(address, PORT) for address in SERVER.values()]
+        with Denied(self.scene.host, [SOURCES[name] for name in DENIED], targets) as hammer:
             yield
         if hammer.got_in:
             self.faults.append(f"{what}: {len(hammer.got_in)} of {hammer.tries} denied connections GOT IN")
@@ -215,26 +178,27 @@ class ServerTrial:
             scene.put_back(policy)
             what = f"start, {fault} {fault.at} {calls[fault.at]}"
             with self._hammering(what):
-                proxy = self._new()
-                proxy.launch(fault)
-                wait_for(lambda: proxy.logged(_STARTED) or proxy.over(), timeout=60, what=what)
-                if proxy.watch.happened:
-                    self.tried += 1
-                served = not proxy.over()
-                if served:
-                    self._compare(what, scene.connect_all(), wanted)
-                elif fault.error:
-                    self._words(what, proxy)
-                if not served:
-                    proxy.end()
-                    try:
-                        self._up()
-                    except AssertionError as error:
-                        self.faults.append(f"{what}: no start afterwards: {error}")
-                        scene.proxy.end()
-                        self._up()
-                    self._compare(f"{what}, and a start", scene.connect_all(), wanted)
+                self._start_with(fault, what, wanted)
             self._no_strange_files(what)
+
+    def _start_with(self, fault: Fault, what: str, wanted: Verdicts) -> None:
+        proxy = self._new()
+        proxy.launch(fault)
+        wait_for(lambda: proxy.logged(_STARTED) or proxy.over(), timeout=60, what=what)
+        self.tried += proxy.watch.happened
+        if not proxy.over():
+            self._compare(what, self.scene.connect_all(), wanted)
+            return
+        if fault.error:
+            self._words(what, proxy)
+        proxy.end()
+        try:
+            self._up()
+        except AssertionError as error:
+            self.faults.append(f"{what}: no start afterwards: {error}")
+            self.scene.proxy.end()
+            self._up()
+        self._compare(f"{what}, and a start", self.scene.connect_all(), wanted)
 
     def _words(self, what: str, proxy: ProxyProcess) -> None:
         text = "\n".join(proxy.log[-12:])
@@ -289,7 +253,9 @@ class ServerTrial:
                     self._compare(f"{what}, and a start", scene.connect_all(), after)
                 else:
                     done = any(re.search(_RELOADED, line) for line in proxy.log)
-                    self._compare(f"{what} ({'done' if done else 'refused'})", scene.connect_all(), after if done else before)
+                    self._compare(
+                        f"{what} ({'done' if done else 'refused'})", scene.connect_all(), after if done else before
+                    )
                     if any("Traceback" in line for line in proxy.log):
                         self.faults.append(f"{what}: a traceback: {proxy.log[-12:]}")
                     self._reloaded(None, RULES_B)
@@ -314,7 +280,9 @@ class ServerTrial:
         proxy.watch.arm(fault)
         proxy.signal(signal.SIGHUP)
         wait_for(
-            lambda: proxy.logged(_RELOADED) or proxy.logged(_NOT_RELOADED) or proxy.over(), timeout=90, what="the reload"
+            lambda: proxy.logged(_RELOADED) or proxy.logged(_NOT_RELOADED) or proxy.over(),
+            timeout=90,
+            what="the reload",
         )
         return list(proxy.watch.calls)
 
@@ -342,11 +310,10 @@ class ServerTrial:
                 if "Traceback" in text:
                     self.faults.append(f"{what}: a traceback:\n{text}")
             self._nothing_left(what, fault, persist)
-            if persist or not fault.error:
-                if scene.instance.pinned:
-                    self._up()
-                    self._compare(f"{what}, and a start", scene.connect_all(), wanted)
-                    scene.crash()
+            if (persist or not fault.error) and scene.instance.pinned:
+                self._up()
+                self._compare(f"{what}, and a start", scene.connect_all(), wanted)
+                scene.crash()
         self._configure(RULES_A)
         self._up()
         scene.put_back(policy)

@@ -6,9 +6,6 @@ import os
 import signal
 import socket
 import struct
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ import pytest
 from rama_ebpf.kernel.instance import Instance
 
 from ..conftest import StartProxy
+from ..hammer import Denied
 from ..lab import Host, Lab, wait_for
 from ..proxy import rama_ebpf
 
@@ -27,49 +25,6 @@ LISTENER = '[listeners.main]\naddress = "127.0.0.1:1080"\nstack = "echo"\n'
 ADMIN = '[listeners.admin]\naddress = "127.0.0.1:1081"\nstack = "echo"\n'
 STACK = '[stacks.echo]\nservice = {echo = {}}\n[server]\nworkers = 2\ndrain = "1s"\n'
 ADMIN_RULE = '[[policy.rules]]\nname = "admin"\naction = "drop"\nport = 1081\nsources = ["127.0.0.9/32"]\n'
-
-
-class Hammer:
-    """Connects from one source again and again, and keeps what got in."""
-
-    def __init__(self, host: Host, source: str, port: int) -> None:
-        self.tries = 0
-        self.got_in: list[socket.socket] = []
-        self._host, self._source, self._port = host, source, port
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=lambda: host.call(self._run))
-
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            sock = socket.socket()
-            sock.settimeout(0.05)
-            try:
-                sock.bind((self._source, 0))
-                sock.connect(("127.0.0.1", self._port))
-            except OSError:
-                sock.close()
-            else:
-                self.got_in.append(sock)
-            self.tries += 1
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def end(self) -> None:
-        self._stopping.set()
-        self._thread.join()
-        for sock in self.got_in:
-            sock.close()
-
-
-@contextmanager
-def hammering(host: Host, port: int) -> Iterator[Hammer]:
-    hammer = Hammer(host, DENIED, port)
-    hammer.start()
-    try:
-        yield hammer
-    finally:
-        hammer.end()
 
 
 @pytest.fixture
@@ -89,7 +44,7 @@ def test_denied_source_gets_in_at_no_moment_of_a_stop(
     configuration(file, admin=False)
     proxy = start_proxy(host, "--config", str(file))
     rama_ebpf("block", "--instance", instance, DENIED)
-    with hammering(host, 1080) as hammer:
+    with Denied(host, [DENIED], [("127.0.0.1", 1080)]) as hammer:
         wait_for(lambda: hammer.tries > 3, what="tries before the stop")
         workers = proxy.workers()
         for pid in workers:
@@ -110,7 +65,7 @@ def test_new_listener_is_under_its_new_rule_from_the_first_moment_of_a_reload(
     configuration(file, admin=False)
     proxy = start_proxy(host, "--config", str(file))
     configuration(file, admin=True)
-    with hammering(host, 1081) as hammer:
+    with Denied(host, [DENIED], [("127.0.0.1", 1081)]) as hammer:
         wait_for(lambda: hammer.tries > 3, what="tries before the reload")
         proxy.signal(signal.SIGHUP)
         wait_for(lambda: any(line.endswith(": reloaded") for line in proxy.log), timeout=30, what="the reload")

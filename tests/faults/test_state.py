@@ -1,0 +1,204 @@
+"""Files of an instance that are not what they should be, disks that refuse, locks whose holder sleeps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rama_ebpf.kernel.instance import Instance
+
+from ..conftest import StartProxy
+from ..hammer import Denied
+from ..lab import Host, wait_for
+from ..proxy import rama_ebpf
+from .conftest import ALLOWED, DENIED, TARGET, StartEcho
+
+pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+
+
+def _fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def _directory(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def _loop(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name)
+
+
+def _elsewhere(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+def _huge(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(3 << 30)
+
+
+def _noise(path: Path) -> None:
+    path.write_bytes(
+        os.urandom(65536) + b"\n" + b"[" * 200_000 + b'\n{"address": 7}\n{"address":"1.1.1.1","until":1e999}\n'
+    )
+
+
+def _torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7] if path.exists() else b'{"addr')
+
+
+HARMS: list[Callable[[Path], None]] = [_fifo, _directory, _loop, _elsewhere, _huge, _noise, _torn]
+FILES = ["bans", "journal", "policy", "feeds"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.timeout(300)
+def test_whatever_lies_in_place_of_a_state_file_hinders_no_start_or_is_named(
+    name: str, start_echo: StartEcho, instance: str
+) -> None:
+    """With each a start serves, or ends with one line that names the file; commands answer, and nothing waits."""
+    server = start_echo(workers=1)
+    server.proxy.command("ban", "198.18.66.9")
+    state = Instance(instance).state_dir
+    for harm in HARMS:
+        server.proxy.signal(signal.SIGKILL)
+        server.proxy.end()
+        saved = {path: path.read_bytes() for path in state.rglob("*") if path.is_file() and not path.is_symlink()}
+        subprocess.run(["rm", "-rf", str(state / name)], check=True)
+        if name in ("bans", "journal") and harm is _torn:
+            (state / name).write_bytes(saved[state / name])
+        harm(state / name)
+        what = f"{name} is {harm.__name__}"
+        try:
+            server.proxy.start()
+        except AssertionError:
+            assert str(state / name) in "\n".join(server.proxy.log), f"{what}: {server.proxy.log}"
+            assert not server.proxy.logged("Traceback"), f"{what}: {server.proxy.log}"
+        else:
+            assert server.served(), what
+            assert not server.served(DENIED[0]), what
+            for command in (
+                ("block", ALLOWED[3]),
+                ("unblock", ALLOWED[3]),
+                ("ban", ALLOWED[3]),
+                ("unblock", ALLOWED[3]),
+            ):
+                done = server.proxy.command(*command, check=False)
+                assert "Traceback" not in done.stderr, f"{what}: {done.stderr}"
+                assert done.returncode == 0 or str(state / name) in done.stderr, f"{what}: {command} {done}"
+            for command in (("list",), ("bans",), ("status",), ("policy", "log")):
+                words = (
+                    [*command[:2], "--instance", instance] if len(command) > 1 else [command[0], "--instance", instance]
+                )
+                done = rama_ebpf(*words, check=False)
+                assert "Traceback" not in done.stderr, f"{what}: {done.stderr}"
+            assert not server.proxy.logged("Traceback"), f"{what}: {server.proxy.log}"
+        server.proxy.signal(signal.SIGKILL)
+        server.proxy.end()
+        subprocess.run(["rm", "-rf", str(state / name)], check=True)
+        for path, data in saved.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        server.proxy.start()
+        server.wait_until_whole()
+
+
+class Disk:
+    """The state directory on a file system of a few pages."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._filler = path / "filler"
+
+    def fill(self) -> None:
+        with self._filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(512))
+            except OSError:
+                pass
+
+    def empty(self) -> None:
+        self._filler.unlink()
+
+    def make_read_only(self, read_only: bool) -> None:
+        subprocess.run(["mount", "-o", f"remount,{'ro' if read_only else 'rw'}", str(self.path)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    path = tmp_path / "state"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=755", "tmpfs", str(path)], check=True)
+    monkeypatch.setenv("RAMA_EBPF_STATE_DIR", str(path))
+    try:
+        yield Disk(path)
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_disk_that_refuses_loses_no_policy_and_hinders_no_start(
+    disk: Disk, how: str, host: Host, instance: str, start_proxy: StartProxy
+) -> None:
+    """What a command cannot keep it refuses, and the gate is as it was; the server starts, reloads and stops."""
+    proxy = start_proxy(host, "--listen", f"{TARGET[0]}:{TARGET[1]}", "--workers", "1", "--persist")
+    proxy.command("ban", "198.18.66.6")
+    proxy.command("block", "198.18.66.7")
+    disk.fill() if how == "full" else disk.make_read_only(True)
+
+    def met(source: str) -> str:
+        try:
+            host.connect(*TARGET, source=source, timeout=0.3).close()
+        except TimeoutError:
+            return "silence"
+        return "in"
+
+    with Denied(host, DENIED, [TARGET]) as denied:
+        for command, source, before, after in (
+            (("ban", ALLOWED[1]), ALLOWED[1], "in", "silence"),
+            (("unblock", DENIED[0]), DENIED[0], "silence", "in"),
+            (("block", ALLOWED[2]), ALLOWED[2], "in", "silence"),
+        ):
+            done = proxy.command(*command, check=False)
+            assert "Traceback" not in done.stderr, done.stderr
+            assert met(source) == (after if done.returncode == 0 else before), (command, done)
+            assert (done.returncode == 0) or done.stderr.strip(), command
+            if source == DENIED[0]:
+                assert done.returncode == 3, "a lift that is not kept comes back with the next start"
+        proxy.signal(signal.SIGKILL)
+        proxy.end()
+        proxy.start()
+    assert denied.got_in == []
+    proxy.signal(signal.SIGTERM)
+    assert proxy.wait() == 0
+    assert not proxy.logged("Traceback"), proxy.log
+    disk.empty() if how == "full" else disk.make_read_only(False)
+    proxy.start()
+    assert [met(source) for source in DENIED] == ["silence", "silence"]
+    proxy.command("unblock", DENIED[0])
+    assert met(DENIED[0]) == "in"
+
+
+def test_whoever_sleeps_with_the_lock_holds_up_changes_alone(start_echo: StartEcho, instance: str) -> None:
+    server = start_echo()
+    with Instance(instance).policy_lock(), Denied(server.host, DENIED, [TARGET]) as denied:
+        assert server.proxy.json("status")["running"]
+        assert "workers" in server.proxy.json("flows")
+        assert server.proxy.command("test", ALLOWED[0]).returncode == 0
+        os.kill(server.proxy.workers()[0], signal.SIGKILL)
+        wait_for(server.served, timeout=30, what="service")
+        wait_for(server.serves_by_all, timeout=60, what="all workers")
+        server.proxy.signal(signal.SIGTERM)
+        assert server.proxy.wait() == 0
+    assert denied.got_in == []
+    assert not Instance(instance).pinned
