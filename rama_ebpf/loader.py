@@ -4,8 +4,8 @@ What is where, and who outlives whom:
 
 - **Maps** are pinned under ``/sys/fs/bpf/rama-ebpf/<instance>/layout-N``, so that commands in other processes change
   them and a crash loses no policy: the next start takes them over.
-- **Programs** are attached with links, and the links are held by the server's descriptors alone. When the server ends,
-  by whatever signal, the kernel detaches them; nothing of a dead server can filter, steer or leak.
+- **Programs** are attached with links, and the links are held by descriptors of the server's processes alone. When they
+  end, by whatever signal, the kernel detaches them; nothing of a dead server can filter, steer or leak.
 - The **cgroup** of an instance is a child of the one the server was started in. It is empty after the server's end and
   is removed by a clean stop, the next start, or :func:`unload`.
 

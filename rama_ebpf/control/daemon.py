@@ -220,6 +220,7 @@ class _Daemon(WorkerObserver):
                 "metrics": self._metrics is not None,
             },
             fds=self._relay.descriptors | ({} if gate is None else {"accepted": gate.maps["accepted"]}),
+            held=tuple if gate is None else lambda: gate.attachments.guarding,
             environment={} if self._metrics is None else self._metrics.environment,
             drain=options.drain,
             linger=options.linger,

@@ -1,7 +1,8 @@
 """Where the programs of a gate are attached: how they get there, how it is known that they still are, and how they get
 back.
 
-All attachments are links that this process's descriptors hold, so the kernel ends them with the process. A link
+All attachments are links that descriptors hold, so the kernel ends them with the processes that have these: this one,
+and for what judges connections every process that listens (:attr:`Attachments.guarding`). A link
 outlives what it is attached to: it is asked whether it still is, and where (``struct bpf_link_info``). What was lost is
 put back by :meth:`Attachments.mend`; what cannot be is its answer.
 
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import fcntl
 import logging
 import os
+import resource
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -77,6 +80,9 @@ HOOKS: Final = (
 _JUDGE: Final = HOOKS[0]
 _STEERING: Final = next(hook for hook in HOOKS if hook.target is Target.NAMESPACE)
 _BY_INTERFACE: Final = next(hook for hook in HOOKS if hook.target is Target.INTERFACE)
+_LAST: Final = "closed last: "
+_MANY_DESCRIPTORS: Final = 4096
+"""Above this there are no listening sockets."""
 _NAMED: Final = {Target.CGROUP: "cgroup", Target.EGRESS: "egress", Target.WORKERS: "egress"}
 
 
@@ -132,6 +138,7 @@ class Attachments:
         self._programs = programs
         self._places: list[_Place] = []
         self._steering: int | None = None
+        self._steering_last: int | None = None
         self._interfaces: dict[str, _Interface] = {}
 
     # -- attach --------------------------------------------------------------------------------------------------
@@ -146,6 +153,7 @@ class Attachments:
             if place.workers is None:
                 log.info("cgroups may not be changed here: the gate is attached to %s as a whole", place.directory)
             self._steering = self._link(_STEERING, _NAMESPACE)
+            self._steering_last = _closed_last(self._steering)
         except BaseException:
             self.detach()
             raise
@@ -171,7 +179,9 @@ class Attachments:
         try:
             for hook in HOOKS:
                 if hook.name not in place.links and (where := place.of(hook)) is not None:
-                    place.links[hook.name] = self._link(hook, where[0])
+                    place.links[hook.name] = link = self._link(hook, where[0])
+                    if hook is _JUDGE:
+                        place.links[_LAST + hook.name] = _closed_last(link)
         except BaseException:
             if len(self._places) > 1:  # those before still judge
                 self._places.remove(place)
@@ -201,9 +211,10 @@ class Attachments:
 
     def detach(self) -> None:
         """Detach all hooks and leave the cgroup, which is removed if it was made for this gate. May be done twice."""
-        if self._steering is not None:
-            os.close(self._steering)
-            self._steering = None
+        for steering in (self._steering, self._steering_last):
+            if steering is not None:
+                os.close(steering)
+        self._steering = self._steering_last = None
         for interface in self._interfaces.values():
             if interface.live:
                 os.close(interface.attached.link)
@@ -233,6 +244,14 @@ class Attachments:
     def workers(self) -> Path | None:
         """The cgroup for workers, None where cgroups may not be changed."""
         return self._places[-1].workers if self._places else None
+
+    @property
+    def guarding(self) -> tuple[int, ...]:
+        """Descriptors of the links of what judges connections. Each process that has listening sockets holds them:
+        whatever is killed, the gate stands for as long as one of them listens."""
+        names = (_JUDGE.name, _LAST + _JUDGE.name)
+        links = [place.links.get(name) for place in list(self._places) for name in names]
+        return tuple(fd for fd in (*links, self._steering, self._steering_last) if fd is not None)
 
     @property
     def former_cgroups(self) -> tuple[Path, ...]:
@@ -368,9 +387,13 @@ class Attachments:
                 text = f"{hook.name} is detached from {directory}, and cannot be attached again: {error.strerror}"
                 found.faults[label] = text
                 continue
+            for name in (_LAST + hook.name, hook.name):
+                if name in place.links:
+                    os.dup2(link, place.links[name], inheritable=False)  # in one step: workers may be given it just now
             if hook.name in place.links:
-                os.close(place.links.pop(hook.name))
-            place.links[hook.name] = link
+                os.close(link)
+            else:
+                place.links[hook.name] = link
             found.losses.append((label, f"{hook.name} was detached from {directory}: attached again"))
 
     def _mend_steering(self, found: Mending) -> None:
@@ -382,9 +405,13 @@ class Attachments:
             text = f"{_STEERING.name} is detached, and cannot be attached again: {error.strerror}"
             found.faults["sk_lookup"] = text
             return
-        if self._steering is not None:
-            os.close(self._steering)
-        self._steering = link
+        for steering in (self._steering, self._steering_last):
+            if steering is not None:
+                os.dup2(link, steering, inheritable=False)  # in one step: workers may be given it just now
+        if self._steering is None:
+            self._steering = link
+        else:
+            os.close(link)
         found.losses.append(("sk_lookup", f"{_STEERING.name} was detached from the network namespace: attached again"))
 
     def _mend_interface(self, interface: _Interface, found: Mending) -> None:
@@ -419,3 +446,11 @@ class Attachments:
             if now != interface.attached:
                 interface.attached = now
                 self._describe(now)
+
+
+def _closed_last(link: int) -> int:
+    """Return another descriptor of a link, with a high number. The kernel closes the descriptors of a killed process by
+    their numbers, up or down: a link that has one before all sockets and one after them stays until these are closed.
+    """
+    limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _MANY_DESCRIPTORS)
+    return fcntl.fcntl(link, fcntl.F_DUPFD_CLOEXEC, max(3, limit - 2 * len(HOOKS)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from ..core.errors import RamaError
@@ -48,10 +48,17 @@ class Plan:
     ``target`` is ``module:attribute``, a service or a function of a :class:`~.context.WorkerContext` that makes one;
     ``directory`` is put in front of the module search path. ``params`` is JSON that the function finds in its
     context. ``user`` is who the workers become (None: they stay who they are), ``sandbox`` whether they must give up
+<<<<<<< HEAD
     files and system calls, and ``read`` and ``write`` are paths that are left to them. ``fds`` are further descriptors
     by name that every worker gets. ``drain`` is how many seconds live connections have after SIGTERM, ``linger`` for
     how many it goes on to accept before that, ``watchdog`` after how many seconds of silence a worker is taken for hung
     and replaced. ``environment`` is added to the workers'.
+=======
+    system calls. ``fds`` are further descriptors by name that every worker gets. ``held`` says, whenever a worker
+    starts, which descriptors it has to hold without knowing what they are for. ``drain`` is how many seconds live
+    connections have after SIGTERM, ``linger`` for how many it goes on to accept before that, ``watchdog`` after how
+    many seconds of silence a worker is taken for hung and replaced. ``environment`` is added to the workers'.
+>>>>>>> 92daf6b (Keep the gate attached until the last listening socket is closed)
     """
 
     target: str
@@ -64,6 +71,7 @@ class Plan:
     params: Json = field(default_factory=dict)
     directory: str | None = None
     fds: Mapping[str, int] = field(default_factory=dict)
+    held: Callable[[], Collection[int]] = tuple
     environment: Mapping[str, str] = field(default_factory=dict)
     drain: float = 300.0
     linger: float = 0.0

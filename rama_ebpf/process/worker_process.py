@@ -168,7 +168,8 @@ class WorkerFactory:
             raise OSError("too many workers of earlier configurations still drain")
         ours, theirs = socket.socketpair()
         listeners = [(listener.name, listener.for_worker(number, plan.workers)) for listener in plan.listeners]
-        fds = {theirs.fileno(), self._shared_fd, *plan.fds.values()}
+        held = list(plan.held())
+        fds = {theirs.fileno(), self._shared_fd, *plan.fds.values(), *held}
         fds.update(sock.fileno() for _, sockets in listeners for _, sock in sockets)
         try:
             with theirs:
@@ -200,6 +201,7 @@ class WorkerFactory:
                 for name, sockets in listeners
             ],
             "fds": plan.fds,
+            "held": held,
             "user": None if plan.user is None else (plan.user.uid, plan.user.gid),
             "sandbox": plan.sandbox.value,
             "read": plan.read,

@@ -1,7 +1,7 @@
 """The server killed at each call of its start, a reload and its stop, and these calls made to fail.
 
-Denied sources connect all the while, and none may get in: not before the gate stands, not after it fell, not between two
-configurations. What must hold beside that:
+Denied sources connect all the while, and none may get in: not before the gate stands, not after it fell, and not
+between two configurations. What must hold beside that:
 
 - a start that failed leaves the policy as it was, and the next one serves it; so does one after a death at any call;
 - a reload is done or refused, in words, and clients get the verdicts of one configuration or of the other;

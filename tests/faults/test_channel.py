@@ -130,7 +130,7 @@ async def test_no_message_of_a_worker_harms_the_server(quiet: None) -> None:
             theirs.setblocking(False)
             with subprocess.Popen(["sleep", "inf"]) as process:  # noqa: ASYNC220  it takes a moment
                 process.kill()
-                worker = WorkerProcess(Plan("", (), 1), 0, "0g0", process, 0)
+                worker = WorkerProcess(Plan("tests.faults:none", (), 1), 0, "0g0", process, 0)
                 requests.started(worker)
                 worker.channel.on("alive", lambda body: {})
                 await worker.channel.open(ours)
