@@ -125,8 +125,17 @@ class ControlApi:
         alone, for a ban is for all ports."""
         source, port = parse_network(_text(params, "source")), cast("int | None", params.get("port"))
         # The ban first: where the disk refuses that, nothing is changed.
-        lifted = port is None and self._unban(source)
-        removed = carry_out(lambda: self._store.remove(source, port), lambda: self._store.rule_at(source, port) is None)
+        with self._store.held():
+            lifted = port is None and self._unban(source)
+            try:
+                removed = carry_out(
+                    lambda: self._store.remove(source, port), lambda: self._store.rule_at(source, port) is None
+                )
+            except OSError as error:
+                if lifted:
+                    text = f"the ban of {source} is lifted, but its rule stays: {error}"
+                    raise OSError(error.errno, text) from error
+                raise
         wider = self._store.covering_ban(source.network_address) if port is None and not lifted else None
         result: Json = {
             "removed": [rule.name for rule in removed],

@@ -4,13 +4,18 @@ to, and then brought to the disk."""
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 __all__ = ["bring_to_disk", "replacing", "write_atomically"]
+
+_TRIES: Final = 8
 
 
 def bring_to_disk(path: Path, *, also_its_name: bool = True) -> None:
@@ -33,15 +38,40 @@ def write_atomically(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file, which replaces ``path`` when the block ends well; it is on disk before
-    it has the name. Raises OSError."""
+    it has the name. What writers of it that were killed have left is removed. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    _sweep(path)
+    fd, temporary = _temporary(path)
     try:
         with open(fd, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.rename(temporary, path)
+            os.rename(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """Make a file beside ``path``, with a lock that says that its writer lives."""
+    for _ in range(_TRIES):
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                return fd, temporary
+        os.close(fd)  # it was swept before it had its lock
+    raise OSError(errno.EBUSY, "others remove what is written", str(path))
+
+
+def _sweep(path: Path) -> None:
+    for left in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        with contextlib.suppress(OSError):  # removed meanwhile, or still written
+            fd = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(fd)

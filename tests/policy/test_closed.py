@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from rama_ebpf.control.api import ControlApi
 from rama_ebpf.kernel import bpf
 from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.policy.atomic import write_atomically
 from rama_ebpf.policy.ban_log import BanLog
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.local import LocalStore
@@ -194,3 +196,13 @@ def test_what_reads_feeds_keeps_the_settings_that_changed_meanwhile(store: Polic
     store.set_settings(Settings(Action.DROP))
     store.replace(ruleset, expected_set=token, settings=lambda present: present)
     assert store.settings().default is Action.DROP
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_live_one_writes_stays(tmp_path: Path) -> None:
+    file, left, live = tmp_path / "bans", tmp_path / ".bans-killed", tmp_path / ".bans-live"
+    left.write_text("torn")
+    with live.open("w") as written:
+        fcntl.flock(written, fcntl.LOCK_EX)
+        write_atomically(file, b"whole")
+        assert file.read_bytes() == b"whole"
+        assert {path.name for path in tmp_path.iterdir()} == {"bans", ".bans-live"}
