@@ -8,6 +8,7 @@ themselves keep: no process has to be there.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -18,6 +19,9 @@ from .rule import Action, RuleSet, Settings, SynLimit, boottime_ns
 from .tables import OpenSet, Tables
 
 __all__ = ["LoadedSet", "packed_limit", "unpacked_limit"]
+
+
+log = logging.getLogger(__name__)
 
 
 def _nowhere() -> None:
@@ -37,13 +41,13 @@ class LoadedSet:
     def pending(self) -> int | None:
         """When the set that was loaded last will be undone unless it is confirmed, None if it need not be."""
         gate = self._tables.gate()
-        return gate.deadline if gate.deadline and boottime_ns() < gate.deadline else None
+        return gate.deadline if _is_trial(gate) and boottime_ns() < gate.deadline else None
 
     @property
     def trial_is_over(self) -> bool:
         """Whether a trial has ended unconfirmed: the programs judge by the set before already."""
         gate = self._tables.gate()
-        return bool(gate.deadline) and boottime_ns() >= gate.deadline
+        return _is_trial(gate) and boottime_ns() >= gate.deadline
 
     def settings(self) -> Settings:
         """Return the settings in force."""
@@ -140,13 +144,13 @@ class LoadedSet:
                 keep()
             except OSError:
                 self._put(replace(self._tables.gate(), active=before.active))
-                self._retire(which)
+                self.finish()
                 raise
-            self._retire(1 - which)
+            self.finish()
         return revision
 
     # A trial: `fallback` and `active` are made equal before the deadline is taken away, and programs read the deadline
-    # first, so none of these steps shows a packet anything but the set that is meant.
+    # first, so none of these steps shows a packet anything but the set that is meant. Equal they say that it is over.
 
     def confirm(self, keep: Callable[[], None] = _nowhere) -> int:
         """Keep the set that is on trial, and have ``keep`` write that down; what that raises undoes it."""
@@ -157,28 +161,39 @@ class LoadedSet:
         except OSError:
             self._put(replace(self._tables.gate(), fallback=gate.fallback))
             raise
-        self._tables.put_gate(replace(self._tables.gate(), deadline=0))
-        self._retire(1 - gate.active)
+        self.finish()
         return revision
 
     def roll_back(self) -> int:
         """Undo the set that is on trial, or was."""
         gate = self._tables.gate()
         revision = self._put(replace(gate, active=gate.fallback))
-        self._tables.sets.wait_for_readers()
-        self._tables.put_gate(replace(self._tables.gate(), deadline=0))
-        self._retire(1 - gate.fallback)
+        self.finish()
         return revision
+
+    def finish(self) -> None:
+        """Do what follows once it is decided which set is in force: free the other one, when nobody can be reading it.
+        Whoever decided it cannot have failed any more: what the kernel refuses is logged, and is done by the next
+        change or sweep, as it is where a writer was killed."""
+        try:
+            gate = self._tables.gate()
+            idle = 1 - gate.active
+            if _is_trial(gate) or (not gate.deadline and gate.sets[idle] == SetHead()):
+                return
+            self._tables.sets.wait_for_readers()
+            self._tables.put_gate(replace(self._tables.gate(), deadline=0))
+            self._tables.sets.empty(idle)
+            self._tables.put_gate(_with_head(self._tables.gate(), idle, SetHead()))
+        except OSError as error:
+            log.warning("the set that is no longer in force is not freed yet: %s", error)
 
     def _put(self, gate: GateState) -> int:
         self._tables.put_gate(replace(gate, revision=gate.revision + 1))
         return gate.revision + 1
 
-    def _retire(self, which: int) -> None:
-        """Free a set that is no longer in force, once nobody can be reading it."""
-        self._tables.sets.wait_for_readers()
-        self._tables.sets.empty(which)
-        self._tables.put_gate(_with_head(self._tables.gate(), which, SetHead()))
+
+def _is_trial(gate: GateState) -> bool:
+    return bool(gate.deadline) and gate.active != gate.fallback
 
 
 def _with_head(gate: GateState, which: int, head: SetHead) -> GateState:

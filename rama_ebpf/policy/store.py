@@ -379,9 +379,9 @@ class PolicyStore:
                     "nothing waits to be confirmed: it was confirmed, or its time is over and it is undone"
                 )
             ruleset = self.ruleset()
-            self._loaded.confirm(partial(self._keeping.loaded, ruleset, at_once=True))
+            revision = self._loaded.confirm(partial(self._keeping.loaded, ruleset, at_once=True))
             self._tidy()
-            self._note("confirm", self.revision)
+            self._note("confirm", revision)
 
     def roll_back(self, *, expected_set: int | None = None) -> None:
         """Undo the set that is on trial at once. Raises :class:`PolicyError` if none is, and :class:`StaleSet` if it is
@@ -392,8 +392,7 @@ class PolicyStore:
                 raise StaleSet
             if self.pending is None:
                 raise PolicyError("nothing to roll back: no change waits to be confirmed")
-            self._undo_trial()
-            self._note("rollback", self.revision)
+            self._note("rollback", self._undo_trial())
 
     def ban(
         self,
@@ -517,16 +516,17 @@ class PolicyStore:
                 raise self._bans.too_many(block.network(0))
         self._tables.put_gate(replace(self._tables.gate(), revision=image.revision))
 
-    def _undo_trial(self) -> None:
-        self._loaded.roll_back()
+    def _undo_trial(self) -> int:
+        revision = self._loaded.roll_back()
         self._keeping.fall_behind()  # by a revision
         self._tidy()
+        return revision
 
     def _settle(self) -> None:
         """If a trial has ended unconfirmed, make what the programs do by themselves final."""
+        self._loaded.finish()
         if self._loaded.trial_is_over:
-            self._undo_trial()
-            self._note("rollback", self.revision, reason="not confirmed in time")
+            self._note("rollback", self._undo_trial(), reason="not confirmed in time")
 
     def _tidy(self) -> None:
         """Forget rules that nothing refers to any more. What was done is done: if the kernel refuses, the next sweep

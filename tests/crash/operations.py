@@ -98,6 +98,8 @@ class Operation:
     prepare: Sequence[Words | Callable[[Scene, Path], None]] = ()
     in_tests: bool = True
     """Whether a part of its points is tried in ``make test``."""
+    is_one_change: bool = True
+    """Whether it is done or not; else a failure may leave a part of it done."""
 
     def begin(self, scene: Scene, runner: CommandRunner, directory: Path) -> None:
         """Bring about what it begins with."""
@@ -137,7 +139,7 @@ OPERATIONS: Sequence[Operation] = (
     Operation("refresh", ("policy", "refresh"), [_feed_as_it_was, _load("feed"), _feed_changes]),
     Operation("sweep", ("writer", "sweep"), _ENDED),
     Operation("sweep of a trial", ("writer", "sweep"), [_load("shut", "--confirm-timeout", "1s"), _wait]),
-    Operation("restore bans", ("writer", "restore bans"), [("writer", "forget bans")]),
+    Operation("restore bans", ("writer", "restore bans"), [("writer", "forget bans")], is_one_change=False),
     Operation("strike", ("writer", "strike")),
     Operation("strike of a banned one", ("writer", "strike a banned one"), in_tests=False),
     Operation("failsafe", ("writer", "failsafe")),

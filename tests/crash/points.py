@@ -94,7 +94,7 @@ class Trial:
             found = _Found(scene.connect_all(), scene.told(), scene.listed())
             call = outcome.calls[fault.at]
             wrong = _judged(found, before, after, listed_before, listed_after)
-            wrong += _words(outcome, fault, found.met, before, after)
+            wrong += _words(outcome, fault, found.met, before if operation.is_one_change else found.met, after)
             if not scene.status()["running"]:
                 wrong.append("status does not know the server")
             digest = scene.digest()
