@@ -111,6 +111,7 @@ class _Daemon(WorkerObserver):
         self._guard = Guard(host.gate, self._listeners, self._worker_pids, self._write_state)
         cleanup.callback(self._guard.close)
         self._is_ready = False
+        self._stale = ""
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(MetricsDirectory())
@@ -366,29 +367,38 @@ class _Daemon(WorkerObserver):
     # -- what is seen from outside -------------------------------------------------------------------------------
 
     def _write_state(self) -> None:
+        """A disk that refuses costs nobody but who reads it: it is told once, and the next change tries again."""
+        try:
+            self._options.instance.write_state(self._state())
+        except OSError as error:
+            if str(error) != self._stale:
+                log.error("what status shows cannot be written: %s", error)
+            self._stale = str(error)
+        else:
+            self._stale = ""
+
+    def _state(self) -> dict[str, object]:
         host, counts = self._host, self._supervisor.counts
         since = None if counts.since is None else time.time() - counts.since
-        self._options.instance.write_state(
-            {
-                "pid": os.getpid(),
-                "policy": host.store.kind,
-                "maps": host.store.counters.identity if isinstance(host.store, KernelStore) else None,
-                "witness": None if host.gate is None else host.gate.witness.identity,
-                "why_local": host.why_local or None,
-                "cgroup": str(host.gate.cgroup) if host.gate is not None else None,
-                "former_cgroups": []
-                if host.gate is None
-                else [str(former) for former in host.gate.attachments.former_cgroups],
-                "egress": "services" if host.gate is None or not host.gate.guards_workers else "services and kernel",
-                "audit": None if self._audit is None else self._audit.described(),
-                "syn_cookies": self._cookies.state,
-                "sockmap": asdict(self._relay.status),
-                "workers": {"expected": counts.expected, "serving": counts.serving, "since": since},
-                "sandbox": self._sandbox(),
-                "drain": self._options.drain,
-                **self._guarded(),
-            }
-        )
+        return {
+            "pid": os.getpid(),
+            "policy": host.store.kind,
+            "maps": host.store.counters.identity if isinstance(host.store, KernelStore) else None,
+            "witness": None if host.gate is None else host.gate.witness.identity,
+            "why_local": host.why_local or None,
+            "cgroup": str(host.gate.cgroup) if host.gate is not None else None,
+            "former_cgroups": []
+            if host.gate is None
+            else [str(former) for former in host.gate.attachments.former_cgroups],
+            "egress": "services" if host.gate is None or not host.gate.guards_workers else "services and kernel",
+            "audit": None if self._audit is None else self._audit.described(),
+            "syn_cookies": self._cookies.state,
+            "sockmap": asdict(self._relay.status),
+            "workers": {"expected": counts.expected, "serving": counts.serving, "since": since},
+            "sandbox": self._sandbox(),
+            "drain": self._options.drain,
+            **self._guarded(),
+        }
 
     def _sandbox(self) -> dict[str, object]:
         """What workers are confined to, by the weakest of those that serve."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -78,25 +79,30 @@ class ServedRevision:
         """In the policy thread; ``on_loop`` has a step done on the event loop, whose the listeners are."""
         to, options, before = self._to, self.options, self._before
         with to.host.store.held():
-            try:
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._open, on_loop)
                 on_loop(to.listeners.close_gate)
-                on_loop(lambda: to.egress.put(options.egress, options.name_servers))
-                try:
-                    undo = self._put_policy()
-                    try:
-                        on_loop(lambda: to.listeners.switch(self._sockets))
-                    except BaseException:
-                        undo()
-                        raise
-                except BaseException:
-                    if before is not None:
-                        on_loop(lambda: to.egress.put(before.egress, before.name_servers))
-                    raise
-                if to.host.gate is not None:
-                    limit = options.rejects
-                    to.host.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
-            finally:
-                on_loop(to.listeners.reopen_gate)
+                if before is not None:
+                    undo.callback(self._put_settings, before, on_loop)
+                self._put_settings(options, on_loop)
+                undo.callback(self._put_policy())
+                on_loop(lambda: to.listeners.switch(self._sockets))
+                undo.pop_all()  # clients meet this revision now: whatever fails from here on, it is the one in force
+            self._open(on_loop)
+
+    def _open(self, on_loop: Callable[[Callable[[], None]], None]) -> None:
+        """Open the listeners of the revision in force. A listener that the kernel does not open stays closed, until the
+        next probe of the gate opens it."""
+        try:
+            on_loop(self._to.listeners.reopen_gate)
+        except OSError as error:
+            log.error("some listeners stay closed for now: %s", error)
+
+    def _put_settings(self, options: DaemonOptions, on_loop: Callable[[Callable[[], None]], None]) -> None:
+        on_loop(lambda: self._to.egress.put(options.egress, options.name_servers))
+        if self._to.host.gate is not None:
+            limit = options.rejects
+            self._to.host.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
 
     def _put_policy(self) -> Callable[[], None]:
         store = self._to.host.store

@@ -35,7 +35,7 @@ async def sweep(store: PolicyStore, thread: PolicyThread) -> None:
         try:
             await thread.run(store.judge_when_sure)
             freed = await thread.run(store.sweep)
-        except PolicyError as error:
+        except (PolicyError, OSError) as error:
             log.warning("cannot keep the policy in order, trying again: %s", error)
         else:
             if freed:
@@ -68,7 +68,7 @@ async def refresh(store: PolicyStore, refresher: Refresher) -> None:
             await asyncio.to_thread(once, all_feeds=all_feeds)
         except PolicyError as error:
             log.warning("cannot keep feeds fresh, trying again: %s", error)
-        except OSError:
-            log.exception("cannot keep feeds fresh, trying again")
+        except OSError as error:
+            log.error("cannot keep feeds fresh, trying again: %s", error)
         all_feeds = False
         await asyncio.sleep(_REFRESH_SECONDS)

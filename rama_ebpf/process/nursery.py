@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
+from ..core.errors import RamaError
+
 __all__ = ["BackOff", "Nursery"]
 
 log = logging.getLogger("rama_ebpf.supervisor")
@@ -82,12 +84,13 @@ class Nursery:
             began = loop.time()
             try:
                 await work()
-            except Exception:
+            except Exception as error:
                 if loop.time() - began > _LAST_PAUSE:
                     back_off.succeed()
                 pause = back_off.fail()
                 self.failures[name] += 1
-                log.exception("%s failed, and starts again in %g s", name, pause)
+                told = None if isinstance(error, OSError | RamaError) else error
+                log.error("%s failed, and starts again in %g s: %s", name, pause, error, exc_info=told)
                 await asyncio.sleep(pause)
             else:
                 return
@@ -96,4 +99,5 @@ class Nursery:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.failures[task.get_name()] += 1
-            log.error("%s failed", task.get_name(), exc_info=error)
+            told = None if isinstance(error, OSError | RamaError) else error
+            log.error("%s failed: %s", task.get_name(), error, exc_info=told)

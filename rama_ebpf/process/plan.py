@@ -48,17 +48,11 @@ class Plan:
     ``target`` is ``module:attribute``, a service or a function of a :class:`~.context.WorkerContext` that makes one;
     ``directory`` is put in front of the module search path. ``params`` is JSON that the function finds in its
     context. ``user`` is who the workers become (None: they stay who they are), ``sandbox`` whether they must give up
-<<<<<<< HEAD
     files and system calls, and ``read`` and ``write`` are paths that are left to them. ``fds`` are further descriptors
-    by name that every worker gets. ``drain`` is how many seconds live connections have after SIGTERM, ``linger`` for
-    how many it goes on to accept before that, ``watchdog`` after how many seconds of silence a worker is taken for hung
+    by name that every worker gets. ``held`` says, whenever a worker starts, which descriptors it has to hold without
+    knowing what they are for. ``drain`` is how many seconds live connections have after SIGTERM, ``linger`` for how
+    many it goes on to accept before that, ``watchdog`` after how many seconds of silence a worker is taken for hung
     and replaced. ``environment`` is added to the workers'.
-=======
-    system calls. ``fds`` are further descriptors by name that every worker gets. ``held`` says, whenever a worker
-    starts, which descriptors it has to hold without knowing what they are for. ``drain`` is how many seconds live
-    connections have after SIGTERM, ``linger`` for how many it goes on to accept before that, ``watchdog`` after how
-    many seconds of silence a worker is taken for hung and replaced. ``environment`` is added to the workers'.
->>>>>>> 92daf6b (Keep the gate attached until the last listening socket is closed)
     """
 
     target: str

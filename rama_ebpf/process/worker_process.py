@@ -256,7 +256,10 @@ class WorkerFactory:
         self._free_columns.add(worker.column)
         worker.fail(f"worker {worker.number} ended with {outcome(worker.ended.result())} before it served")
         for observer in self.observers:
-            observer.ended(worker)
+            try:
+                observer.ended(worker)
+            except OSError as error:  # the others have to know, and it has to be replaced
+                log.error("worker %d has ended, and not all could be put away: %s", worker.number, error)
         for future in (worker.released, worker.closed, worker.gone):
             _settle(future)
 

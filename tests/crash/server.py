@@ -296,6 +296,9 @@ class ServerTrial:
         proxy = self._up()
         policy, wanted = scene.save(), scene.connect_all()
         calls = self._stopped(proxy, None)
+        self._up()
+        forgotten = scene.connect_all()  # unless the policy is to be kept, it may have gone, and not in part
+        scene.crash()
         for fault in self.points(calls, every):
             proxy = self._up()
             scene.put_back(policy)
@@ -312,7 +315,7 @@ class ServerTrial:
             self._nothing_left(what, fault, persist)
             if (persist or not fault.error) and scene.instance.pinned:
                 self._up()
-                self._compare(f"{what}, and a start", scene.connect_all(), wanted)
+                self._compare(f"{what}, and a start", scene.connect_all(), wanted, forgotten)
                 scene.crash()
         self._configure(RULES_A)
         self._up()
@@ -334,7 +337,7 @@ class ServerTrial:
             left += [path for path in cgroup.own_cgroup().glob(f"{place.cgroup_name}*")]
             if not persist and place.pin_root.exists():
                 left.append(place.pin_root)
-        if left and not any("stay" in line or "left" in line for line in self.scene.proxy.log):
+        if left and not any("stay" in line or str(place.pin_root) in line for line in self.scene.proxy.log):
             self.faults.append(f"{what}: left, and nobody says so: {left}")
         if persist and not place.pinned:
             self.faults.append(f"{what}: the policy is lost")

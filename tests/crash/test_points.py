@@ -64,10 +64,10 @@ def test_wherever_a_writer_dies_or_fails_the_gate_is_as_before_or_after(stage: S
 def test_wherever_the_server_dies_or_fails_nobody_gets_in_who_is_denied(stage: Stage, part: str) -> None:
     server = stage.server
     if part == "start":
-        server.start(every=25)
+        server.start(every=40)
     elif part == "reload":
-        server.reload(every=12)
+        server.reload(every=30)
     else:
-        server.stop(every=12, persist=part != "stop")
+        server.stop(every=25, persist=part != "stop")
     faults, server.faults = server.faults, []
     assert not faults, "\n".join(faults)
