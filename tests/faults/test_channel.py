@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 import random
@@ -91,7 +92,7 @@ def hostile(chance: random.Random) -> bytes:
         if chance.random() < 0.2:
             where.pop(name, None)
         else:
-            where[name] = chance.choice(ODD)
+            where[name] = copy.deepcopy(chance.choice(ODD))
     line = json.dumps(message).encode() + b"\n"
     if kind < 0.3:
         cut = chance.randrange(len(line))
@@ -122,33 +123,33 @@ async def test_no_message_of_a_worker_harms_the_server(quiet: None) -> None:
     store = LocalStore(max_entries=4096)
     sent, channels = 0, 0
     stranger = ip_address("203.0.113.1")
-    with PolicyThread() as thread:
+    process = await asyncio.to_thread(subprocess.Popen, ["true"])
+    with PolicyThread() as thread, process:
         requests = WorkerRequests(store, thread, EventHub())
         while sent < MESSAGES:
             channels += 1
             ours, theirs = socket.socketpair()
             theirs.setblocking(False)
-            with subprocess.Popen(["sleep", "inf"]) as process:  # noqa: ASYNC220  it takes a moment
-                process.kill()
-                worker = WorkerProcess(Plan("tests.faults:none", (), 1), 0, "0g0", process, 0)
-                requests.started(worker)
-                worker.channel.on("alive", lambda body: {})
-                await worker.channel.open(ours)
-                running = asyncio.ensure_future(worker.channel.run())
-                reading = asyncio.ensure_future(_swallow(theirs))
-                try:
-                    while not running.done() and sent < MESSAGES:
-                        await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(theirs, hostile(chance)), 30)
-                        sent += 1
-                        if sent % 16 == 0:
-                            await asyncio.sleep(0)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # it has had enough of us
-                theirs.shutdown(socket.SHUT_WR)
-                await asyncio.wait_for(running, 60)
-                await worker.channel.close()
-                reading.cancel()
-                theirs.close()
+            worker = WorkerProcess(Plan("tests.faults:none", (), 1), 0, "0g0", process, 0)
+            requests.started(worker)
+            worker.channel.on("alive", lambda body: {})
+            await worker.channel.open(ours)
+            running = asyncio.ensure_future(worker.channel.run())
+            reading = asyncio.ensure_future(_swallow(theirs))
+            while not running.done() and sent < MESSAGES:
+                sending = asyncio.ensure_future(asyncio.get_running_loop().sock_sendall(theirs, hostile(chance)))
+                done, _ = await asyncio.wait((sending, running), timeout=60, return_when=asyncio.FIRST_COMPLETED)
+                assert done, "nobody reads, and nobody has closed"
+                sending.cancel()
+                sent += 1
+                if sent % 16 == 0:
+                    await asyncio.sleep(0)
+            theirs.shutdown(socket.SHUT_WR)
+            await asyncio.wait_for(running, 60)  # what it raises fails the test
+            await worker.channel.close()
+            reading.cancel()
+            await asyncio.wait((reading,))
+            theirs.close()
         # All that it did is what messages of the schema may do.
         assert all(ban.expires is not None and ban.automatic for ban in store.bans())
         assert store.verdict(stranger, 1080).action.name == "ALLOW"
