@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream, stack
+from rama_ebpf.core import Authority, Service, Stream, client_address, stack
 from rama_ebpf.core.request_log import RequestRecord
 from rama_ebpf.layers.access_log import AccessLogLayer
 from rama_ebpf.services.http import (
@@ -127,6 +127,26 @@ async def test_the_default_stack_of_a_reverse_proxy_decides_at_once(
         assert request.count(b"Via: ") == 1
     client.writer.close()
     await pool.stop()
+
+
+async def test_who_is_asked_and_cannot_decide_leaves_nothing(run: Run, connector: Connect) -> None:
+    seen: list[bytes] = []
+
+    async def app(request: Request) -> Response:
+        client = client_address(request)
+        seen.append(str(client.ip if client else None).encode())
+        return Response.text(200, "ok")
+
+    def undecided(request: Request) -> None:
+        return None
+
+    app.quick_exchange = undecided  # type: ignore[attr-defined]
+    server = run(HttpServer(stack(ForwardedLayer(trusted=["127.0.0.0/8"]), app)))
+    client = Client(*await server.open())
+    for _ in range(2):
+        await client.ask(b"GET / HTTP/1.1\r\nHost: a.test\r\nX-Forwarded-For: 192.0.2.7\r\n\r\n")
+    assert seen == [b"192.0.2.7"] * 2
+    client.writer.close()
 
 
 async def test_a_layer_that_is_asynchronous_is_never_passed_by(run: Run, connector: Connect) -> None:

@@ -113,11 +113,13 @@ class ForwardedLayer:
         if decide is not None:
 
             def quick_exchange(request: Request) -> Exchange | None:
-                told = replace(request)
-                self._apply(told)
+                told = replace(request, extensions=request.extensions.fork())  # for nothing may have happened
+                if self._apply(told) and self._policy is not None:
+                    return None  # policy has to be waited for
                 exchange = decide(told)
                 if exchange is None:
                     return None
+                request.extensions.adopt(told.extensions)
                 return exchange._replace(recover=lambda _request, error: exchange.recover(told, error))
 
             serve.quick_exchange = quick_exchange  # type: ignore[attr-defined]  # functions take attributes

@@ -130,6 +130,7 @@ class ConnectionPool:
         """
         options = self._origins(target)
         keep = connector is None and options.keep
+        target = target if type(target) is Authority else Authority(target.host, target.port)
         known = self._known.get((target, partition)) if keep else None
         if known is not None and (response := await self._send_on_kept(request, known)) is not None:
             return response
@@ -207,10 +208,9 @@ class ConnectionPool:
             await asyncio.gather(*self._closing, return_exceptions=True)
 
     def _origin(self, target: Authority, partition: Hashable) -> _Origin:
-        key = (target if type(target) is Authority else Authority(target.host, target.port), partition)
-        found = self._known.get(key)
+        found = self._known.get((target, partition))
         if found is None:
-            found = self._known[key] = _Origin(key)
+            found = self._known[target, partition] = _Origin((target, partition))
         return found
 
     def _forget(self, origin: _Origin) -> None:
