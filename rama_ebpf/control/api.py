@@ -340,7 +340,7 @@ def _wanted(rule: Rule) -> Callable[[Decision], bool]:
     if rule.dry_run:
         return lambda decision: decision.verdict.dry_rule == rule.name
     if rule.action is Action.ALLOW:
-        return lambda decision: decision.verdict.allowed
+        return lambda decision: decision.verdict.allowed and not decision.is_limited
     return _is_denied
 
 

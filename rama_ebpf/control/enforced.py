@@ -80,6 +80,11 @@ class Decision:
     guarded: bool = True
 
     @property
+    def is_limited(self) -> bool:
+        """Whether it lets in no more than a rule's rate."""
+        return self.rule is not None and self.rule.action is Action.LIMIT
+
+    @property
     def by(self) -> str:
         """Who decided, in words."""
         verdict, rule = self.verdict, self.rule
@@ -91,7 +96,8 @@ class Decision:
         action, colon, source = verdict.rule.partition(":")
         if colon and action.upper() in Action.__members__:  # of `block` or `allow`
             return f'"{action} {source}{port}"'
-        return f"rule {verdict.rule}{port.replace(' --', ', ')}"
+        limit = " (limit)" if self.is_limited else ""
+        return f"rule {verdict.rule}{port.replace(' --', ', ')}{limit}"
 
     def json(self) -> Json:
         """As it is shown to programs."""

@@ -105,6 +105,19 @@ def test_unblock_says_who_turns_the_source_away_all_the_same(scene: Scene, tmp_p
     assert scene.said("unblock", "198.18.0.0/16") == (0, "unblocked 198.18.0.0/16")
 
 
+def test_an_allow_behind_a_limit_is_not_called_allowed(scene: Scene, tmp_path: Path) -> None:
+    source = scene.client.ipv4
+    path = tmp_path / "set.toml"
+    limit = 'action = "limit"\nrate = "10/s"\nburst = 10\n'
+    path.write_text(
+        "".join(f'[[rules]]\nname = "slow{p}"\n{limit}port = {p}\nsources = ["{source}/32"]\n' for p in (443, 1080))
+    )
+    assert scene.said("policy", "load", str(path))[0] == 0
+    code, words = scene.said("allow", source)
+    assert (code, words.partition(" comes")[0]) == (3, "recorded, not enforced: rule slow443, port 443 (limit)")
+    assert answered(scene.client, scene.server.ipv4)
+
+
 def test_a_dry_run_never_takes_the_place_of_a_rule_in_force(scene: Scene) -> None:
     source = scene.client.ipv4
     scene.proxy.command("block", source)
