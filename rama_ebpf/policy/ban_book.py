@@ -166,6 +166,20 @@ class BanBook:
         except OSError as error:
             log.error("bans are kept in their long log, which cannot be shortened: %s", error)
 
+    def lost(self) -> tuple[int, list[Ban]]:
+        """Return how many bans are on disk, and those of them that are not in force. A look needs no lock; what changes
+        meanwhile may be among them. Raises OSError."""
+        if self._log is None or self._left_out:
+            return 0, []
+        kept, now = self._log.read(), boottime_ns()
+        rows = (row for block in kept.blocks() for row in block.rows())
+        lost = [read_ban(key, value) for key, value in rows if not self._bans.has(key)]
+        return kept.count, [ban for ban in lost if ban.in_force(now)]
+
+    def bring_back(self, ban: Ban) -> None:
+        """Put a ban that is on disk into force again. Raises :class:`.rule.PolicyError` where there is no room."""
+        self._bans.put(ban)
+
     def sync(self) -> None:
         """Have what was noted outlive a power failure."""
         if self._log is not None:

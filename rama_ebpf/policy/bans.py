@@ -102,6 +102,10 @@ class Bans:
         value = self._table.get(key)
         return None if value is None else read_ban(key, value)
 
+    def has(self, key: bytes) -> bool:
+        """Whether there is a ban of this key."""
+        return self._table.get(key) is not None
+
     def covering(self, address: IPAddress, now: int) -> Ban | None:
         """Return the ban in force that shuts an address out, the longest prefix if there are several."""
         number, width = int(address), address.max_prefixlen

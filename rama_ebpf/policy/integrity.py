@@ -40,6 +40,12 @@ __all__ = ["Difference", "Integrity"]
 _MAPPED_IPV4: Final = b"\0" * 10 + b"\xff\xff"
 _ANY_PORT: Final = 1080
 """The port to ask about where a rule has none."""
+_LOOKS_AT_FEW_BANS: Final = 6
+"""In so many calls all bans are compared with the disk, if they are few."""
+_BANS_IN_A_ROUND: Final = 100_000
+"""So many are compared in an hour."""
+_MOST_LOST: Final = 32
+"""Lost bans that are put back one by one in a call; the next call has the rest."""
 _BEFORE_RULES: Final = (Stage.FAILSAFE, Stage.BAN)
 
 
@@ -83,6 +89,7 @@ class Integrity:
         self._next_rule = 0
         self._met: list[bytes] = []
         self._kept: KeptWalk | None = None
+        self._until_bans = 0
         maps = store.tables.maps
         self._place = bpf.MapReader(maps["runtime"], abi.RUNTIME_KEY.size, 4)
         self._row = bpf.MapReader(maps["rules"], 4, abi.RULE.size)
@@ -111,6 +118,7 @@ class Integrity:
         yield from self._kept_rules(least, rounds)
         yield from self._set_rules(least, rounds)
         yield from self._banned(self._bans.next(max(least, -(-self._bans.known // rounds))))
+        yield from self._lost_bans(rounds)
 
     def some_sources(self, count: int) -> list[IPAddress]:
         """Return sources at the edges of rules that were looked at last."""
@@ -474,6 +482,21 @@ class Integrity:
                     lambda key=key: self._is_missed_ban(key),  # type: ignore[misc]
                     self._store.rebuild,
                 )
+
+    def _lost_bans(self, rounds: int) -> Iterator[Difference]:
+        """Compare all with the disk, now and then: the more there are, the less often."""
+        self._until_bans -= 1
+        if self._until_bans > 0:
+            return
+        count, lost = self._store.lost_bans()
+        self._until_bans = max(_LOOKS_AT_FEW_BANS, count * rounds // _BANS_IN_A_ROUND)
+        for ban in lost[:_MOST_LOST]:
+            yield Difference(
+                "ban",
+                f"the ban of {ban.network} is on disk, and not in the kernel",
+                lambda ban=ban: ban.network in {one.network for one in self._store.lost_bans()[1]},  # type: ignore[misc]
+                lambda ban=ban: self._store.bring_back_ban(ban),  # type: ignore[misc]
+            )
 
     def _is_missed_ban(self, key: bytes) -> bool:
         value = bpf.map_lookup(self._store.tables.maps["bans"], key, abi.BAN.size)

@@ -450,6 +450,16 @@ class PolicyStore:
         with self._exclusive():
             return self._ban_book.restore()
 
+    def lost_bans(self) -> tuple[int, list[Ban]]:
+        """Return how many bans are on disk, and those of them that are not in force. It reads all of them."""
+        return self._ban_book.lost()
+
+    def bring_back_ban(self, ban: Ban) -> None:
+        """Put a ban that is on disk, and was lost, into force again."""
+        with self._exclusive():
+            self._ban_book.bring_back(ban)
+            self._note("ban put back", self.revision, ban_revision=self.ban_revision, address=source_text(ban.network))
+
     def compact_bans(self) -> None:
         """Make a snapshot of the bans on disk, if their log has grown long. Waits for the disk."""
         self._ban_book.compact(self._exclusive)

@@ -175,6 +175,12 @@ def _taken_back_and_there(scene: Scene) -> None:
     scene.store.tables.runtime.put(place, rule_id)
 
 
+def _ban_gone(scene: Scene) -> None:
+    key = bpf.map_next_key(scene.maps["bans"], None, abi.BAN_KEY.size)
+    assert key is not None
+    bpf.map_delete(scene.maps["bans"], key)
+
+
 def _described_no_more(scene: Scene) -> None:
     bpf.map_delete(scene.maps["rule_info"], scene.id_of("reject:2001:db8:1::/48"))
 
@@ -210,6 +216,7 @@ PLANTED = [
     _rule_of_runtime_gone,
     _action_of_runtime,
     _taken_back_and_there,
+    _ban_gone,
     _described_no_more,
     _other_set,
     _without_chains,
@@ -245,7 +252,8 @@ def test_a_planted_difference_is_found_put_in_order_and_told(
 ) -> None:
     settings = scene.store.settings()
     plant(scene)
-    scene.audit.look()
+    for _ in range(6):  # a minute
+        scene.audit.look()
     assert scene.audit.disagreements >= 1
     assert "the policy in the kernel was not what it is to be, and is again" in caplog.text
     assert "policy" in scene.audit.problems
