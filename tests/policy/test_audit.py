@@ -292,8 +292,8 @@ def test_every_rule_is_looked_at_within_its_rounds(scene: Scene) -> None:
     looked: set[bytes] = set()
     rounds = 0
     while len(looked) < 3003:
-        scene.integrity._runtime.known = 3003
-        looked.update(key for key, _ in scene.integrity._runtime.next(100))
+        scene.integrity._runtime._walk.known = 3003
+        looked.update(key for key, _ in scene.integrity._runtime._walk.next(100))
         rounds += 1
         assert rounds < 60
 

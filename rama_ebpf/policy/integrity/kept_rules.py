@@ -1,0 +1,94 @@
+"""The rules at run time on disk: the kernel has them, and not those that were taken back."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+
+from ...kernel import abi
+from ..image import RuntimeRule
+from ..kept_walk import KeptWalk, Suspect
+from ..kernel_store import KernelStore
+from ..kernel_tables import packed_rule, runtime_key
+from ..rule import PRECEDENCE, Action, boottime_ns
+from ..tables import Place
+from .difference import Difference, slice_of
+from .rows import MAPPED_IPV4, RuleRows
+
+__all__ = ["KeptCheck"]
+
+
+class KeptCheck:
+    """Close it when done."""
+
+    def __init__(self, store: KernelStore, rows: RuleRows) -> None:
+        self._store = store
+        self._rows = rows
+        self._walk: KeptWalk | None = None
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._walk is not None:
+            self._walk.close()
+
+    def look(self, least: int, rounds: int) -> Iterator[Difference]:
+        """Look at a slice."""
+        path = self._store.rules_on_disk
+        if path is None:  # the disk is behind, and no witness
+            return
+        if self._walk is None:
+            self._walk = KeptWalk(path, self._agrees, self._surely_agrees)
+        kept = self._walk
+        for suspect in kept.next(slice_of(kept.known, least, rounds)):
+            network, port = suspect.place
+            where = f"{network} port {port}" if port else str(network)
+            has = (
+                "is on disk, and not like that in the kernel"
+                if suspect.rule
+                else "was taken back, and is in the kernel"
+            )
+            yield Difference(
+                "rule",
+                f"the rule at run time for {where} {has}",
+                lambda suspect=suspect: self._is_apart(kept, suspect),  # type: ignore[misc]
+                lambda suspect=suspect: self._store.put_back(suspect.place, suspect.rule),  # type: ignore[misc]
+            )
+        kept.end()
+
+    def _is_apart(self, kept: KeptWalk, suspect: Suspect) -> bool:
+        if self._store.rules_on_disk is None or not kept.is_whole():
+            return False
+        one = suspect.rule
+        if one is not None and one.rule.expires is not None and one.rule.expires <= boottime_ns():
+            return False
+        return not self._agrees(suspect.place, one)
+
+    def _surely_agrees(self, row: Mapping[str, object]) -> bool:
+        """The usual row of this boot, read without making a rule of it."""
+        source, port = str(row["source"]), row["port"]
+        address, _, length = source.partition("/")
+        try:
+            if ":" in address:
+                key = abi.RUNTIME_KEY.pack(int(length), port, socket.inet_pton(socket.AF_INET6, address))
+            else:
+                packed = MAPPED_IPV4 + socket.inet_pton(socket.AF_INET, address)
+                key = abi.RUNTIME_KEY.pack(int(length) + 96, port, packed)
+            value = self._rows.place(key)
+            if value is None or row.get("removed"):
+                return value is None and bool(row.get("removed"))
+            if row["limit"] is not None or row["dry_run"] or row["until"] is not None:
+                return False
+            action = Action[str(row["action"]).upper()]
+            order = 8 * (port != 0) + 2 * PRECEDENCE[action] + 1
+            flags = 0 if port else abi.constants()["RULE_CERTAIN"]
+            return self._rows.row(value) == abi.RULE.pack(action, flags, 0, 0, 0, port, order, 0)
+        except (LookupError, ValueError, TypeError, OSError, struct.error):
+            return False
+
+    def _agrees(self, place: Place, one: RuntimeRule | None) -> bool:
+        value = self._rows.place(runtime_key(place))
+        if value is None or one is None:
+            return value is None and one is None
+        row = self._rows.row(value)
+        return row == packed_rule(one.rule)

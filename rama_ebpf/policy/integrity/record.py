@@ -1,0 +1,129 @@
+"""The record: settings, which set is in force, the failsafe, and whether bans and failsafe are looked for at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ...kernel import abi
+from ...kernel.gate_state import GateState
+from ..kernel_sets import KernelSet
+from ..kernel_store import KernelStore
+from ..prefixes import IPNetwork
+from .difference import Difference
+
+__all__ = ["RecordCheck"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    """What a revision of the policy was, as it was seen under the lock. ``opened`` keeps its set alive."""
+
+    gate: GateState
+    failsafe: frozenset[IPNetwork]
+    token: int
+    opened: KernelSet
+
+    def differs(self, gate: GateState) -> bool:
+        return _whole(self.gate) != _whole(gate)
+
+
+def _whole(gate: GateState) -> tuple[object, ...]:
+    return gate.active, gate.fallback, gate.deadline, gate.sets, gate.failsafe_ports
+
+
+class RecordCheck:
+    """Close it when done."""
+
+    def __init__(self, store: KernelStore) -> None:
+        self._store = store
+        self._remembered: _Remembered | None = None
+
+    def close(self) -> None:
+        """Let go of the set that is remembered."""
+        if self._remembered is not None:
+            self._remembered.opened.close()
+            self._remembered = None
+
+    def look(self) -> Iterator[Difference]:
+        """Compare with what the same revision was. Whoever changes the policy raises the revision."""
+        tables = self._store.tables
+        if self._remembered is None or self._remembered.gate.revision != tables.gate().revision:
+            self._remember()
+            return
+        known = self._remembered
+        if known.differs(tables.gate()):
+            yield Difference(
+                "settings",
+                f"the record of revision {known.gate.revision} (settings, set in force, failsafe's ports) was changed",
+                lambda: self._same_revision(known) and known.differs(tables.gate()),
+                lambda: self._put_back(known),
+            )
+        elif (token := self._token()) != known.token:
+            yield Difference(
+                "set",
+                f"the set of revision {known.gate.revision} was exchanged for map {token}",
+                lambda: self._same_revision(known) and self._token() != known.token,
+                lambda: self._put_set_back(known),
+            )
+        if frozenset(tables.failsafe.networks()) != known.failsafe:
+            yield Difference(
+                "failsafe",
+                f"the failsafe of revision {known.gate.revision} was changed",
+                lambda: self._same_revision(known) and frozenset(tables.failsafe.networks()) != known.failsafe,
+                lambda: self._store.set_failsafe(list(known.failsafe), known.gate.failsafe_ports),
+            )
+        yield from self._flags()
+
+    def _flags(self) -> Iterator[Difference]:
+        tables = self._store.tables
+        for flag, what, is_empty in (
+            ("GATE_BANS", "bans", tables.bans.is_empty),
+            ("GATE_FAILSAFE", "failsafe", lambda: not tables.failsafe.networks() and not tables.gate().failsafe_ports),
+        ):
+
+            def missing(flag: str = flag, is_empty: Callable[[], bool] = is_empty) -> bool:
+                return not is_empty() and not tables.gate().flags & abi.constants()[flag]
+
+            if missing():
+                yield Difference("flag", f"the programs do not look for the {what}", missing, self._store.rebuild)
+
+    def _remember(self) -> None:
+        tables = self._store.tables
+        with self._store.held():
+            gate = tables.gate()
+            opened = tables.sets.open(gate.active)
+            self.close()
+            self._remembered = _Remembered(gate, frozenset(tables.failsafe.networks()), opened.token, opened)
+
+    def _same_revision(self, known: _Remembered) -> bool:
+        return self._store.tables.gate().revision == known.gate.revision
+
+    def _token(self) -> int:
+        tables = self._store.tables
+        opened = tables.sets.open(tables.gate().active)
+        try:
+            return opened.token
+        finally:
+            opened.close()
+
+    def _put_back(self, known: _Remembered) -> None:
+        """Put the record back, with a revision of its own: what is derived stays as it is."""
+        tables, was = self._store.tables, known.gate
+        with self._store.held():
+            gate = tables.gate()
+            tables.put_gate(
+                replace(
+                    gate,
+                    revision=gate.revision + 1,
+                    active=was.active,
+                    fallback=was.fallback,
+                    deadline=was.deadline,
+                    sets=was.sets,
+                    failsafe_ports=was.failsafe_ports,
+                )
+            )
+
+    def _put_set_back(self, known: _Remembered) -> None:
+        with self._store.held():
+            self._store.tables.sets.put_back(known.gate.active, known.opened)
