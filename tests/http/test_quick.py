@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from rama_ebpf.layers.access_log import AccessLogLayer
 from rama_ebpf.services.http import (
     BackendPool,
     ForwardedLayer,
+    ForwardProxy,
     HttpProxy,
     HttpServer,
     HttpTimeouts,
@@ -25,6 +27,7 @@ from rama_ebpf.services.http import (
     Routes,
 )
 from rama_ebpf.services.http.h1_server import H1ServerConnection
+from rama_ebpf.services.http.quick import decides
 from rama_ebpf.services.http.running import running
 
 from .conftest import DATE, OK, Origin, Run, Server, abort, descriptors, eventually, read_until_reset
@@ -129,6 +132,31 @@ async def test_the_default_stack_of_a_reverse_proxy_decides_at_once(
     await pool.stop()
 
 
+async def test_what_looks_like_a_service_that_decides_is_never_passed_by(run: Run, connector: Connect) -> None:
+    seen: list[str] = []
+
+    class Watched(ForwardProxy):
+        async def __call__(self, request: Request, /) -> Response:
+            seen.append("inherits")
+            return await super().__call__(request)
+
+    def layer(inner: Service[Request, Response]) -> Service[Request, Response]:
+        @functools.wraps(inner)
+        async def serve(request: Request) -> Response:
+            seen.append("wraps")
+            return await inner(request)
+
+        return serve
+
+    origin = scripted(run)
+    for service in (Watched(connector), stack(layer, ForwardedLayer(), ForwardProxy(connector))):
+        client = await Client.warm(run(HttpServer(service)), origin)
+        for _ in range(2):
+            await client.ask(get(origin))
+        client.writer.close()
+    assert seen == ["inherits"] * 3 + ["wraps"] * 3
+
+
 async def test_who_is_asked_and_cannot_decide_leaves_nothing(run: Run, connector: Connect) -> None:
     seen: list[bytes] = []
 
@@ -140,7 +168,7 @@ async def test_who_is_asked_and_cannot_decide_leaves_nothing(run: Run, connector
     def undecided(request: Request) -> None:
         return None
 
-    app.quick_exchange = undecided  # type: ignore[attr-defined]
+    decides(app, undecided)
     server = run(HttpServer(stack(ForwardedLayer(trusted=["127.0.0.0/8"]), app)))
     client = Client(*await server.open())
     for _ in range(2):

@@ -22,7 +22,7 @@ from ...core.stream import Stream
 from .errors import HttpError
 from .headers import Headers
 from .model import Request, Response
-from .quick import Exchange, quick_of
+from .quick import Exchange, decides, quick_of
 
 __all__ = ["ClientDenied", "ForwardedField", "ForwardedLayer", "TrustedPeersLayer"]
 
@@ -122,7 +122,7 @@ class ForwardedLayer:
                 request.extensions.adopt(told.extensions)
                 return exchange._replace(recover=lambda _request, error: exchange.recover(told, error))
 
-            serve.quick_exchange = quick_exchange  # type: ignore[attr-defined]  # functions take attributes
+            decides(serve, quick_exchange)
         return serve
 
     def _trusts(self, ip: IPAddress) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .h1_client import H1ClientConnection
     from .h1_server import H1ServerConnection
 
-__all__ = ["Exchange", "Handover", "QuickPath", "quick_of", "unanswered"]
+__all__ = ["Exchange", "Handover", "QuickPath", "decides", "quick_of", "unanswered"]
 
 _READ: Final = 64 * 1024
 _GONE: Final = 0x008 | 0x010 | 0x2000  # EPOLLERR, EPOLLHUP, EPOLLRDHUP
@@ -44,10 +44,26 @@ def unanswered() -> HttpError:
     return HttpError(504, "the upstream did not answer", proxy_error="http_response_timeout")
 
 
+def decides(service: Callable[..., object], quick: Callable[[Request], Exchange | None]) -> None:
+    """Let ``quick`` be the ``quick_exchange`` of a service that is a function, as that of a layer is."""
+    service.quick_exchange = quick  # type: ignore[attr-defined]  # functions take attributes
+    quick.decides_for = service  # type: ignore[attr-defined]
+
+
 def quick_of(service: object) -> Callable[[Request], Exchange | None] | None:
-    """Return the ``quick_exchange`` of a service, None if it has none."""
+    """Return the ``quick_exchange`` of a service, None if it has none of its own.
+
+    What stands around a service must not be passed by: a function that was made to look like it (functools.wraps),
+    and a class that inherits from its class and has a ``__call__`` of its own. """
     found: Callable[[Request], Exchange | None] | None = getattr(service, "quick_exchange", None)
-    return found
+    if found is None or getattr(found, "decides_for", None) is service:
+        return found
+    for kind in type(service).__mro__:
+        if "quick_exchange" in vars(kind):
+            return found
+        if "__call__" in vars(kind):
+            return None
+    return None
 
 
 class Handover(NamedTuple):
