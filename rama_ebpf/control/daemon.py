@@ -197,7 +197,7 @@ class _Daemon(WorkerObserver):
             await control.stop()
             with contextlib.suppress(TimeoutError):  # held up: then it is no clean stop
                 async with asyncio.timeout(_SYNC_SECONDS):
-                    await thread.run(store.sync)
+                    await thread.run(store.finish)
 
     def _plan(self, options: DaemonOptions, sockets: SocketSet) -> Plan:
         gate = self._host.gate

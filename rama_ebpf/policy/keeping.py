@@ -113,9 +113,17 @@ class Keeping:
         return changes
 
     def sweep(self) -> None:
-        """Keep the rows of rules from growing for ever."""
-        if self._kept is not None and self._kept.is_overgrown:
-            self.fall_behind(rules=True)
+        """Keep the rows of rules from growing for ever, and find out whether the disk is behind: a command may have
+        been killed when its change was in force and not written down."""
+        if self._kept is None:
+            return
+        try:
+            behind = self._kept.revision() < self._tables.gate().revision
+        except OSError as error:
+            self._complain(error)
+        else:
+            if behind or self._kept.is_overgrown:
+                self.fall_behind(rules=True)
 
     def catch_up(self, exclusive: Exclusive) -> None:
         """Write what the disk does not have yet, with the lock. A disk that refuses is logged as an error, once; the
@@ -131,9 +139,12 @@ class Keeping:
                 self._behind_set, self._behind_rules = False, self._behind_rules and self._holds
                 self._said = ""
         except (PolicyError, OSError) as error:
-            if str(error) != self._said:
-                self._said = str(error)
-                log.error("the policy cannot be kept on disk, trying again: %s", error)
+            self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        if str(error) != self._said:
+            self._said = str(error)
+            log.error("the policy cannot be kept on disk, trying again: %s", error)
 
     def _image_of(self, ruleset: RuleSet) -> PolicyImage:
         revision = self._tables.gate().revision

@@ -8,6 +8,7 @@ undone where the disk refuses. So pins are never older than the disk, unless old
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 _FORMAT: Final = 1
 _LARGEST: Final = 1 << 30
 _LONGEST_HEADER: Final = 1 << 20
+_LONGEST_ROW: Final = 1 << 16
 _LAST_REVISION: Final = 1 << 62
 _LATEST: Final = (1 << 63) - 1
 _ENDED: Final = 1
@@ -83,6 +85,26 @@ class KeptPolicy:
         image = image or PolicyImage(0, RuleSet())
         revision = max(image.revision, kept.revision or 0)
         return replace(image, revision=revision, runtime=tuple(kept.rules.values()))
+
+    def revision(self) -> int:
+        """Return the revision of what was written last, 0 if nothing can be read."""
+        found = 0
+        for path, last in ((self._set, False), (self._rules.path, True)):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except FileNotFoundError:
+                continue
+            with open(fd, "rb") as file:
+                if last:
+                    file.seek(max(0, os.fstat(fd).st_size - _LONGEST_ROW))
+                lines = file.readlines(_LONGEST_ROW) if last else [file.readline(_LONGEST_HEADER)]
+            for line in reversed(lines):
+                with contextlib.suppress(
+                    ValueError, LookupError, TypeError, RecursionError
+                ):  # torn, or not from its start
+                    found = max(found, _revision(json.loads(line)))
+                    break
+        return found
 
     def write(self, image: PolicyImage) -> None:
         """Replace everything."""

@@ -97,6 +97,11 @@ class PolicyStore:
         if self._journal is not None:
             self._journal.sync()
 
+    def finish(self) -> None:
+        """:meth:`sync`, before the tables go: also of what commands have left unwritten that were killed."""
+        self._keeping.sweep()
+        self.sync()
+
     def keep(self) -> None:
         """Have the whole policy written to disk anew by the next :meth:`sync`, and judge by the wall clock again what
         depends on it (:meth:`judge_again`)."""

@@ -155,6 +155,32 @@ def test_a_trial_that_cannot_be_written_down_is_not_confirmed(store: PolicyStore
     assert store.verdict(ip_address("198.18.1.1"), 1080).rule == "listed"
 
 
+class Killed(BaseException):
+    """The writer's end."""
+
+
+def test_what_a_killed_command_has_put_into_force_is_written_down_by_a_sweep(
+    store: PolicyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_args: object) -> None:
+        raise Killed
+
+    fill(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptPolicy, "write_set", die)
+        with pytest.raises(Killed):
+            store.replace(RuleSet((loaded("new", "198.18.44.0/24"),)))
+    assert store.verdict(ip_address("198.18.44.1"), 1080).rule == "new"
+    store.sweep()
+    store.sync()
+    image = KeptPolicy(tmp_path).read()
+    assert image is not None
+    assert ([rule.name for rule in image.ruleset.rules], image.revision) == (["new"], store.revision)
+    assert KeptPolicy(tmp_path).revision() == store.revision
+    store.remove(ip_network("198.18.5.0/24"))
+    assert KeptPolicy(tmp_path).revision() == store.revision
+
+
 def test_the_server_serves_on_a_disk_that_refuses_and_catches_up(
     store: PolicyStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
