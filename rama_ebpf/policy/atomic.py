@@ -8,21 +8,32 @@ import errno
 import fcntl
 import glob
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-__all__ = ["bring_to_disk", "replacing", "write_atomically"]
+__all__ = ["bring_to_disk", "open_regular", "replacing", "write_atomically"]
 
 _TRIES: Final = 8
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Open a file of ours, which is made if ``flags`` have O_CREAT. Raises OSError if it is no regular file: whatever
+    else lies there, nobody waits for it, and nothing is read from a device."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return fd
 
 
 def bring_to_disk(path: Path, *, also_its_name: bool = True) -> None:
     """Return when what was appended to a file outlives a power failure; the directory, in which its name may be new, is
     as dear as the file. Raises OSError."""
     for what, sync in ((path, os.fdatasync), (path.parent, os.fsync))[: 1 + also_its_name]:
-        fd = os.open(what, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(what, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO in its place holds nobody up
         try:
             sync(fd)
         finally:

@@ -13,19 +13,22 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from .atomic import bring_to_disk
+from .atomic import bring_to_disk, open_regular
 
 __all__ = ["Journal", "acting_for", "actor"]
 
 log = logging.getLogger(__name__)
 
 _NO_LOGIN: Final = 2**32 - 1
+_PATIENCE: Final = 2.0
+"""Seconds to wait for others who write an entry."""
 
 
 _asking: ContextVar[Mapping[str, object] | None] = ContextVar("asking", default=None)
@@ -85,9 +88,9 @@ class Journal:
         line = json.dumps(entry, default=str).encode() + b"\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            fd = open_regular(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                _lock(fd)
                 size = os.fstat(fd).st_size
                 if size and os.pread(fd, 1, size - 1) != b"\n":
                     line = b"\n" + line  # the last line was torn by a crash
@@ -118,14 +121,30 @@ class Journal:
         entries: list[dict[str, object]] = []
         for path in (self._path.with_name(self._path.name + ".1"), self._path):
             try:
-                data = path.read_bytes()
+                fd = open_regular(path, os.O_RDONLY)
             except FileNotFoundError:
                 continue
+            with open(fd, "rb") as file:
+                file.seek(max(0, os.fstat(fd).st_size - 2 * self._max_bytes))
+                data = file.read(2 * self._max_bytes)
             for line in data.splitlines():
                 try:
                     entry = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue  # torn
                 if isinstance(entry, dict):
                     entries.append(entry)
         return entries if count is None else entries[len(entries) - min(count, len(entries)) :]
+
+
+def _lock(fd: int) -> None:
+    """Keep others from writing an entry. Raises OSError if somebody does not let go of the file."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.01)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from .atomic import bring_to_disk, write_atomically
+from .atomic import bring_to_disk, open_regular, write_atomically
 
 __all__ = ["RowLog"]
 
@@ -35,7 +34,7 @@ class RowLog:
         """Add a row; return what :meth:`cut` takes it back by. If it raises, the log is as it was."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+            fd = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
                 size = os.fstat(fd).st_size
                 self._is_new |= not size
@@ -63,14 +62,11 @@ class RowLog:
     def rows(self) -> Iterator[dict[str, object] | None]:
         """Yield each row, None for a line that is none; nothing if there is no log."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_regular(self.path, os.O_RDONLY)
         except FileNotFoundError:
             return
         with open(fd, "rb") as file:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EINVAL, f"{self.path} is no regular file")
-            if found.st_size > _LARGEST:
+            if os.fstat(fd).st_size > _LARGEST:
                 raise OSError(errno.EFBIG, f"{self.path} is larger than {_LARGEST >> 20} MiB")
             while line := file.readline(_LONGEST_LINE):
                 whole = line.endswith(b"\n")

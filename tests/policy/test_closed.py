@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
@@ -14,6 +16,7 @@ import pytest
 
 from rama_ebpf.control.api import ControlApi
 from rama_ebpf.kernel import bpf
+from rama_ebpf.kernel.gate_state import GateState
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.policy.atomic import write_atomically
 from rama_ebpf.policy.ban_log import BanLog
@@ -206,3 +209,80 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_live_one_wr
         write_atomically(file, b"whole")
         assert file.read_bytes() == b"whole"
         assert {path.name for path in tmp_path.iterdir()} == {"bans", ".bans-live"}
+
+
+def test_what_follows_the_end_of_a_trial_may_fail_and_it_has_ended(
+    kernel_store: KernelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (
+        RuleSet((Rule(name, (ip_network("198.18.1.0/24"),), Action.DROP, origin="file"),)) for name in ("one", "other")
+    )
+    kernel_store.replace(one)
+    for end, stays in ((kernel_store.roll_back, "one"), (kernel_store.confirm, "other")):
+        kernel_store.replace(other, confirm_within=600)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel_store.tables.sets, "wait_for_readers", _refuse)
+            end()
+        assert kernel_store.pending is None
+        assert kernel_store.ruleset().rules[0].name == stays
+        kernel_store.sweep()
+        assert kernel_store.tables.gate().deadline == 0
+        kernel_store.replace(one)
+
+
+def _refuse(*_: object) -> None:
+    raise OSError(errno.ENOMEM, "no memory")
+
+
+def test_a_load_that_dies_before_its_trial_begins_keeps_no_other_out(
+    kernel_store: KernelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, calls = kernel_store.tables.put_gate, 0
+
+    def dies(gate: GateState) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the first one only prepares
+            raise Killed
+        put(gate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_store.tables, "put_gate", dies)
+        with contextlib.suppress(Killed):
+            kernel_store.replace(RuleSet(()), confirm_within=600)
+    assert kernel_store.pending is None
+    kernel_store.replace(RuleSet(()), confirm_within=600)
+    kernel_store.confirm()
+
+
+def test_a_lifted_ban_is_told_of_where_its_rule_cannot_be_removed(
+    store: PolicyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = ControlApi(store)
+    store.ban(ip_address("198.18.1.1"))
+    store.add(block("198.18.1.1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "remove", _refuse)
+        with pytest.raises(OSError, match=r"the ban of .* is lifted, but its rule stays"):
+            api.remove({"source": "198.18.1.1"})
+    assert api.remove({"source": "198.18.1.1"})["removed"] == ["block:198.18.1.1"]
+
+
+@pytest.mark.parametrize("what", ["fifo", "device", "directory"])
+def test_nobody_waits_for_what_lies_in_place_of_a_file(tmp_path: Path, what: str) -> None:
+    paths = [tmp_path / name for name in ("bans", "journal")]
+    for path in paths:
+        if what == "fifo":
+            os.mkfifo(path)
+        elif what == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            path.mkdir()
+    local = LocalStore()
+    local.remember_in(tmp_path)
+    with pytest.raises(OSError, match="bans"):
+        local.ban(ip_address("198.18.1.1"))
+    local.add(block("198.18.1.2"))
+    local.sync()
+    with pytest.raises(OSError, match="journal"):
+        local.journal()
