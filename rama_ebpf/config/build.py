@@ -87,7 +87,9 @@ class _NoClients:
     async def verdict(self, ip: IPAddress, port: int, /) -> SourceVerdict:
         raise AssertionError("a stack that is only checked serves nobody")
 
-    async def strike(self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
+    async def strike(
+        self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str, spared: IPAddress | None = None
+    ) -> None:
         raise AssertionError("a stack that is only checked serves nobody")
 
 

@@ -84,7 +84,7 @@ def open_policy_host(options: DaemonOptions) -> Iterator[PolicyHost]:
         "(rama-ebpf doctor says more; --require-kernel refuses to run like this)",
         why.splitlines()[0],
     )
-    local = LocalStore()
+    local = LocalStore(max_bans=options.sizes.bans)
     local.remember_in(options.instance.state_dir)
     HostPolicy(options.instance).restore(local)
     local.keep()

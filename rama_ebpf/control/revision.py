@@ -109,7 +109,7 @@ class ServedRevision:
         if self._before is None:
             restored = store.restore_bans()
             if restored:
-                log.info("%d bans of earlier are in force again", restored)
+                log.info("restored %d ban%s from the previous run", restored, "" if restored == 1 else "s")
         policy = self._policy
         if policy is None or policy.known != store.set_token():  # another set was loaded since it was prepared
             policy = Policy.of(self.options, store, self._to.feeds)

@@ -11,11 +11,12 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from ..core.address import IPAddress, unmap
 from ..core.bucket import TokenBucket
 from ..core.errors import RamaError
 from ..layers.strikes import StrikeBook, StrikeLimit
 from ..policy.local import CountedPolicy, LocalStore
-from ..policy.rule import LONGEST_SECONDS, Action, Stage
+from ..policy.rule import LONGEST_SECONDS, Action, IPNetwork, Stage
 from ..policy.store import PolicyStore
 from ..process import WorkerObserver, WorkerProcess
 from ..process.plan import Json
@@ -53,6 +54,7 @@ class _Strike(msgspec.Struct, forbid_unknown_fields=True):
     strikes: Annotated[int, Meta(ge=1, le=10_000)]
     window: _Seconds
     ban: _Seconds
+    spared: _Address | None = None
 
 
 class TooManyBans(RamaError):
@@ -93,19 +95,24 @@ class WorkerRequests(WorkerObserver):
         limit = StrikeLimit(body.strikes, body.window, body.ban)
         if not self._book.add(ip_address(body.source), limit, time.monotonic()):
             return None
-        return share.ban(body.source, limit.ban, f"{limit.strikes} strikes, the last: {body.reason}")
+        return share.ban(body.source, limit.ban, f"{limit.strikes} strikes, the last: {body.reason}", body.spared)
 
-    def is_banned(self, source: str, ttl: float) -> bool:
+    def is_banned(self, banned: IPAddress | IPNetwork, ttl: float) -> bool:
         """Whether a ban for so long would change nothing: the rest of a burst."""
-        return self._store.stands(ip_address(source), ttl)
+        return self._store.stands(banned, ttl)
 
-    def ban(self, source: str, ttl: float, reason: str) -> asyncio.Future[Json]:
-        """Ban a source in the policy thread."""
+    def target(self, source: str, spared: str | None) -> IPAddress | IPNetwork:
+        """Return what a ban is of: the source, or one address of it where that must not shut ``spared`` out."""
         address = ip_address(source)
+        prefix = self._store.source(address)
+        return address if spared is not None and unmap(ip_address(spared)) in prefix else prefix
+
+    def ban(self, banned: IPAddress | IPNetwork, ttl: float, reason: str) -> asyncio.Future[Json]:
+        """Ban a source in the policy thread."""
 
         def work() -> Json:
             begun = time.time_ns()
-            done = self._store.ban(address, ttl=ttl, reason=reason[:_MAX_REASON], automatic=True)
+            done = self._store.ban(banned, ttl=ttl, reason=reason[:_MAX_REASON], automatic=True)
             if done.created >= begun:  # not one that was there, and lasts as long
                 log.warning("banned %s for %g s: %s", done.source, ttl, done.reason)
             return {}
@@ -123,9 +130,10 @@ class _Share:
         self._waiting = 0
         self._said = 0.0
 
-    def ban(self, source: str, ttl: float, reason: str) -> asyncio.Future[Json] | None:
+    def ban(self, source: str, ttl: float, reason: str, spared: str | None = None) -> asyncio.Future[Json] | None:
         """Ban a source; None if it is banned for as long already. Raises :class:`TooManyBans`."""
-        if self._requests.is_banned(source, ttl):
+        banned = self._requests.target(source, spared)
+        if self._requests.is_banned(banned, ttl):
             return None
         now = time.monotonic()
         if self._waiting >= _BANS_WAITING or self._rate.take(now):
@@ -133,7 +141,7 @@ class _Share:
                 self._said = now
                 log.error("worker %d asks for more bans than a worker may: some are refused", self._number)
             raise TooManyBans(f"more than {_BANS_A_SECOND:g} bans a second, or {_BANS_WAITING} at once")
-        future = self._requests.ban(source, ttl, reason)
+        future = self._requests.ban(banned, ttl, reason)
         self._waiting += 1
         future.add_done_callback(lambda _: self._done())
         return future

@@ -74,8 +74,11 @@ class StrikeKeeper(Protocol):
     """Who counts strikes and bans; in a worker of ``rama-ebpf run`` that is ``context.policy``, which counts for all
     workers together."""
 
-    async def strike(self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
-        """Count a strike of ``ip``; if it is the last one allowed, ban it before this returns.
+    async def strike(
+        self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str, spared: IPAddress | None = None
+    ) -> None:
+        """Count a strike of ``ip``; if it is the last one allowed, ban it before this returns. No ban is of ``spared``:
+        if that is of the same source, the ban is of the address alone.
 
         Raises OSError or :class:`RamaError` if that fails.
         """
@@ -102,9 +105,12 @@ class LocalStrikes:
         self._banner = banner
         self._clock = clock
 
-    async def strike(self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
-        """See :class:`StrikeKeeper`."""
-        if self.book.add(ip, limit, self._clock()):
+    async def strike(
+        self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str, spared: IPAddress | None = None
+    ) -> None:
+        """See :class:`StrikeKeeper`. A ``spared`` of the same source spares all of it: that is what ``banner`` bans."""
+        same = spared is not None and source_prefix(spared) == source_prefix(ip)
+        if self.book.add(ip, limit, self._clock()) and not same:
             await self._banner.ban(ip, ttl=limit.ban, reason=f"{limit.strikes} strikes, the last: {reason}")
 
 
@@ -174,16 +180,16 @@ class StrikeLayer:
         trusted = input.extensions.get(TrustedPeer)
         if trusted is not None and trusted.ip == address.ip:
             return None  # a balancer: to ban it would shut out everybody behind it
-        return self._start(address.ip, reason)
+        return self._start(address.ip, reason, None if trusted is None else trusted.ip)
 
-    def _start(self, ip: IPAddress, reason: str) -> asyncio.Task[None]:
-        report = asyncio.create_task(self._report(ip, reason))
+    def _start(self, ip: IPAddress, reason: str, spared: IPAddress | None = None) -> asyncio.Task[None]:
+        report = asyncio.create_task(self._report(ip, reason, spared))
         self._reports.add(report)
         report.add_done_callback(self._reports.discard)
         return report
 
-    async def _report(self, ip: IPAddress, reason: str) -> None:
+    async def _report(self, ip: IPAddress, reason: str, spared: IPAddress | None) -> None:
         try:
-            await self._keeper.strike(ip, self._limit, reason=reason)
+            await self._keeper.strike(ip, self._limit, reason=reason, spared=spared)
         except (OSError, RamaError) as error:
             log.error("a strike of %s (%s) did not count: %s", ip, reason, error)

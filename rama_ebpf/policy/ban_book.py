@@ -102,11 +102,11 @@ class BanBook:
             restored, left_out, why = self._restore(kept)
         except OSError as error:
             self._left_out = True
-            log.error("bans of earlier cannot be read, and are left as they are: %s", error)
+            log.error("bans of the previous run cannot be read, and stay on disk as they are: %s", error)
             return 0
         if left_out:  # serve, and forget none of the rest on disk
             self._left_out = True
-            log.error("%d bans of earlier are not in force: %s", left_out, why)
+            log.error("%d bans of the previous run are not in force: %s", left_out, why)
         return restored
 
     def _restore(self, kept: KeptBans) -> tuple[int, int, object]:

@@ -116,7 +116,7 @@ class BanLog:
         except SnapshotDamaged as error:
             aside = self._snapshot.with_name(self._snapshot.name + ".damaged")
             self._snapshot.rename(aside)
-            log.error("bans of earlier are not in force, and kept as %s: %s", aside, error)
+            log.error("the snapshot of bans cannot be used, and is kept as %s: %s", aside, error)
             return KeptBans(None, present, changes, self._since, by_wall)
         count = snapshot.count + present
         return KeptBans(self._snapshot, count, changes, self._since, by_wall or snapshot.by_wall)

@@ -17,10 +17,10 @@ __all__ = ["CountedPolicy", "LocalStore"]
 
 
 class LocalStore(PolicyStore):
-    """The store over tables in this process. ``max_entries`` bounds rules and bans alike."""
+    """The store over tables in this process. ``max_entries`` bounds rules, and bans unless ``max_bans`` does."""
 
-    def __init__(self, *, max_entries: int = 1_048_576) -> None:
-        self.tables = LocalTables(max_entries)
+    def __init__(self, *, max_entries: int = 1_048_576, max_bans: int | None = None) -> None:
+        self.tables = LocalTables(max_entries, max_entries if max_bans is None else max_bans)
         lock = threading.RLock()
         super().__init__(self.tables, lambda: lock)
 

@@ -25,18 +25,18 @@ _SPARE_RULES: Final = 8192
 
 
 class LocalTables:
-    """Dictionaries. ``most`` bounds rules and bans alike. Whoever reads needs no lock: entries, the record and the
+    """Dictionaries. ``most`` bounds rules, ``most_bans`` bans. Whoever reads needs no lock: entries, the record and the
     sets are replaced as a whole."""
 
     kind = "local"
     most_lengths = 129
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, most_bans: int) -> None:
         self._most = most
         self._gate = GateState()
         self.rules = LocalRules(most)
         self.runtime = _Runtime()
-        self.bans = LocalBanTable(most)
+        self.bans = LocalBanTable(most_bans)
         self.failsafe = _Failsafe()
         self.sets = _Sets()
 
@@ -54,7 +54,7 @@ class LocalTables:
             raise PolicyError(f"a set of {rules} rules: the policy holds {self._most} with those at run time")
 
     def too_many_bans(self, network: IPNetwork) -> PolicyError:
-        return PolicyError(f"{self._most} sources are banned already: lift some")
+        return PolicyError(f"{self.bans.capacity} sources are banned already: lift some")
 
 
 class LocalRules:

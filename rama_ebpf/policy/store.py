@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from ipaddress import ip_network
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -410,15 +410,15 @@ class PolicyStore:
     ) -> Ban:
         """Shut out one source at once, for ``ttl`` seconds or for good; return the ban that is in force then.
 
-        An operator's ban is of an address or of one source's prefix (see :meth:`source`), and replaces any. An
-        ``automatic`` one is of the source's prefix; it neither replaces an operator's nor shortens any, and one that
+        A ban is of an address or of one source's prefix (see :meth:`source`). An operator's replaces any; an
+        ``automatic`` one neither replaces an operator's nor shortens any, and one that
         would last about as long as that which is there is that one. Where the disk refuses an operator's ban, OSError
         is raised and nothing is changed; an automatic one is in force all the same, until the server ends.
 
-        Raises :class:`PolicyError` for a network that is no source's, and when there is no room.
+        Raises :class:`PolicyError` for an operator's of a network that is no source's, and when there is no room.
         """
         with self._exclusive():
-            network = self._bans.source(_address(banned)) if automatic else self._bans.target(banned)
+            network = unmap_network(ip_network(banned)) if automatic else self._bans.target(banned)
             now = boottime_ns()
             expires = None if ttl is None else now + round(ttl * 1e9)
             ban = Ban(network, action, expires, time.time_ns(), 0, reason, automatic)
@@ -428,10 +428,9 @@ class PolicyStore:
                 self._note("ban", self.revision, ban_revision=self.ban_revision, action=action.name.lower(), **told)
             return in_force
 
-    def stands(self, address: IPAddress, ttl: float) -> bool:
-        """Whether an automatic ban for ``ttl`` seconds would change nothing. It takes no lock."""
-        now = boottime_ns()
-        before = self._bans.get(self._bans.source(address))
+    def stands(self, banned: IPAddress | IPNetwork, ttl: float) -> bool:
+        """Whether an automatic ban of it for ``ttl`` seconds would change nothing. It takes no lock."""
+        now, before = boottime_ns(), self.ban_of(banned)
         return before is not None and stands(before, now + round(ttl * 1e9), now)
 
     def unban(self, banned: IPAddress | IPNetwork) -> bool:
@@ -562,7 +561,3 @@ class PolicyStore:
             self._keeping.take_back(mark)
             raise
         return gate.revision + 1
-
-
-def _address(banned: IPAddress | IPNetwork) -> IPAddress:
-    return banned if isinstance(banned, IPv4Address | IPv6Address) else banned.network_address

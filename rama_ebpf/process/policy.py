@@ -38,9 +38,11 @@ class ServerPolicy:
         """
         await self._channel.request("ban", {"source": str(source), "ttl": min(ttl, LONGEST_SECONDS), "reason": reason})
 
-    async def strike(self, source: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
+    async def strike(
+        self, source: IPAddress, limit: StrikeLimit, /, *, reason: str, spared: IPAddress | None = None
+    ) -> None:
         """Count a strike against an address, over all workers; the ban that it may lead to is in force when this
-        returns. Raises like :meth:`ban`."""
-        body = {"source": str(source), "reason": reason}
+        returns, and does not shut out ``spared``. Raises like :meth:`ban`."""
+        body = {"source": str(source), "reason": reason, "spared": None if spared is None else str(spared)}
         limit = dataclasses.replace(limit, ban=min(limit.ban, LONGEST_SECONDS))
         await self._channel.request("strike", body | dataclasses.asdict(limit))

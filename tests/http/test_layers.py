@@ -175,7 +175,9 @@ async def test_wrong_credentials_are_strikes_and_none_are_not(run: Run, connecto
     struck: list[str] = []
 
     class Keeper:
-        async def strike(self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
+        async def strike(
+            self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str, spared: IPAddress | None = None
+        ) -> None:
             struck.append(reason)
 
     proxy = run(stack(StrikeLayer(Keeper()), HttpProxy(connector, layers=[ProxyAuthLayer(only_tom)])))

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from rama_ebpf.control.api import ControlApi
+from rama_ebpf.control.events import EventHub
+from rama_ebpf.control.policy_thread import PolicyThread
+from rama_ebpf.control.worker_requests import WorkerRequests
 from rama_ebpf.core.client import SourceLengths
 from rama_ebpf.kernel import bpf
 from rama_ebpf.kernel.instance import Instance
@@ -66,7 +69,7 @@ def sources(store: PolicyStore) -> set[str]:
 
 
 def struck(store: PolicyStore, address: str, ttl: float = 3600, reason: str = "strikes") -> Ban:
-    return store.ban(ip_address(address), ttl=ttl, reason=reason, automatic=True)
+    return store.ban(store.source(ip_address(address)), ttl=ttl, reason=reason, automatic=True)
 
 
 # -- whom a ban shuts out ---------------------------------------------------------------------------------------------
@@ -142,6 +145,15 @@ def test_times_above_ten_years_are_ten_years(store: PolicyStore) -> None:
         parse_ttl("0")
 
 
+async def test_a_ban_does_not_shut_out_the_balancer_that_named_the_client(store: PolicyStore) -> None:
+    with PolicyThread() as thread:
+        requests = WorkerRequests(store, thread, EventHub())
+        await requests.ban(requests.target("2001:db8:7::66", "2001:db8:7::1"), 3600, "strikes")
+        await requests.ban(requests.target("2001:db8:8::66", "2001:db8:7::1"), 3600, "strikes")
+    assert sources(store) == {"2001:db8:7::66", "2001:db8:8::/64"}
+    assert stage(store, "2001:db8:7::1") is Stage.DEFAULT
+
+
 # -- room -------------------------------------------------------------------------------------------------------------
 
 
@@ -202,16 +214,16 @@ def test_a_burst_is_one_ban(store: PolicyStore, tmp_path: Path) -> None:
     written, revision = (tmp_path / "bans").read_bytes(), store.ban_revision
     for n in range(50):
         assert struck(store, f"2001:db8:7::{n:x}").created == first.created
-        assert store.stands(ip_address(f"2001:db8:7::{n:x}"), 3600)
+        assert store.stands(store.source(ip_address(f"2001:db8:7::{n:x}")), 3600)
     assert ((tmp_path / "bans").read_bytes(), store.ban_revision) == (written, revision)
-    assert not store.stands(ip_address("2001:db8:7::1"), 7200)
+    assert not store.stands(ip_network("2001:db8:7::/64"), 7200)
     assert struck(store, "2001:db8:7::1", ttl=7200).created > first.created
 
 
 def test_a_service_never_touches_an_operator_s_ban(store: PolicyStore) -> None:
     store.ban(ip_network("2001:db8:7::/64"), ttl=60, reason="an operator's")
     assert struck(store, "2001:db8:7::1").reason == "an operator's"
-    assert store.stands(ip_address("2001:db8:7::1"), 3600)
+    assert store.stands(ip_network("2001:db8:7::/64"), 3600)
     (ban,) = store.bans()
     assert not ban.automatic
 

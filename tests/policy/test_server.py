@@ -122,7 +122,7 @@ def test_strikes_ban_and_bans_and_the_configured_set_are_in_force_after_a_restar
     assert proxy.wait() == 0
 
     proxy = start_proxy(server, *config)
-    assert proxy.logged("1 bans of earlier are in force again")
+    assert proxy.logged("restored 1 ban from the previous run")
     assert shut_out(client, server.ipv4)
     assert shut_out(other, server.ipv4)
     (ban,) = proxy.json("bans")["bans"]

@@ -322,7 +322,7 @@ def test_a_disk_that_refuses_is_told_and_hinders_no_ban_of_a_service(
     assert f"cannot write {tmp_path}/taken/bans" in caplog.text
     assert f"cannot write the journal {tmp_path}/taken/journal" in caplog.text
     assert local.restore_bans() == 0
-    assert "bans of earlier cannot be read, and are left as they are" in caplog.text
+    assert "bans of the previous run cannot be read, and stay on disk as they are" in caplog.text
     with pytest.raises(NotADirectoryError):
         local.journal()
 
@@ -335,7 +335,7 @@ def test_a_log_of_bans_that_cannot_be_read_is_not_overwritten(tmp_path: Path, ca
     local.remember_in(tmp_path)
     assert local.restore_bans() == 0
     assert bans.is_symlink()
-    assert "bans of earlier cannot be read, and are left as they are" in caplog.text
+    assert "bans of the previous run cannot be read, and stay on disk as they are" in caplog.text
 
 
 def test_bans_that_find_no_room_hinder_no_start_and_are_not_forgotten(
@@ -346,7 +346,7 @@ def test_bans_that_find_no_room_hinder_no_start_and_are_not_forgotten(
     for n in range(70):
         larger.ban(ip_address(f"198.18.1.{n}"))
     assert kernel_store.restore_bans() == 64
-    assert "6 bans of earlier are not in force" in caplog.text
+    assert "6 bans of the previous run are not in force" in caplog.text
     assert "--max-bans above 64" in caplog.text
     again = LocalStore()
     again.remember_in(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from rama_ebpf.config.build import BuildEnvironment, build_stack
 from rama_ebpf.config.layers import LAYERS, ProxyProtocolSettings, StrikesSettings, check_order
 from rama_ebpf.config.model import StackConfig
-from rama_ebpf.config.services import EchoSettings
+from rama_ebpf.config.services import EchoSettings, Socks5Settings
 from rama_ebpf.core import IPAddress, ProtocolError, Stream, stack
 from rama_ebpf.core.shares import ShareExceeded, SourceLimits
 from rama_ebpf.layers.strikes import LocalStrikes, StrikeLayer, StrikeLimit
@@ -33,15 +33,19 @@ class Policy:
     def __init__(self) -> None:
         self.store = LocalStore()
         self._strikes = LocalStrikes(self)
+        self.spared: set[str] = set()
 
     async def verdict(self, ip: IPAddress, port: int, /) -> Any:
         return self.store.verdict(ip, port)
 
     async def ban(self, ip: IPAddress, /, *, ttl: float, reason: str) -> None:
-        self.store.ban(ip, ttl=ttl, reason=reason)
+        self.store.ban(self.store.source(ip), ttl=ttl, reason=reason, automatic=True)
 
-    async def strike(self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str) -> None:
-        await self._strikes.strike(ip, limit, reason=reason)
+    async def strike(
+        self, ip: IPAddress, limit: StrikeLimit, /, *, reason: str, spared: IPAddress | None = None
+    ) -> None:
+        self.spared.add(str(spared))
+        await self._strikes.strike(ip, limit, reason=reason, spared=spared)
 
     @property
     def banned(self) -> list[str]:
@@ -79,6 +83,30 @@ async def test_the_client_in_the_header_is_struck(run: Run, inside: bool) -> Non
             await server.exchange(V1 + b"nonsense")
     await server.idle()
     assert policy.banned == ["192.0.2.1"]
+    assert policy.spared == {"127.0.0.1"}
+
+
+async def test_the_source_of_the_client_in_the_header_is_banned_whatever_address_it_takes(run: Run) -> None:
+    policy = Policy()
+    environment = BuildEnvironment(
+        policy, bytes(32), None, SystemResolver(threads=1), EgressPolicy(), "", lambda factory: factory
+    )
+    layers = (StrikesSettings(strikes=2), ProxyProtocolSettings(trusted=tuple(map(parse_network, TRUSTED))))
+    server = run(build_stack(StackConfig(Socks5Settings(), layers=layers), environment))
+
+    async def refused(address: str) -> bool:
+        header = f"PROXY TCP6 {address} 2001:db8:5::7 56324 443\r\n".encode()
+        try:
+            return await server.exchange(header + b"\x05\x01\x00\x05\x09\x00\x01" + bytes(6)) == b""
+        except ConnectionResetError:
+            return True
+
+    assert not await refused("2001:db8:7::1")
+    assert not await refused("2001:db8:7::2")
+    await server.idle()
+    assert policy.banned == ["2001:db8:7::/64"]
+    assert await refused("2001:db8:7::3")
+    assert not await refused("2001:db8:7:1::1")
 
 
 async def test_rules_and_bans_judge_the_client_in_the_header(run: Run) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from ipaddress import IPv6Network
 from typing import Final
 
 from ...kernel import abi, bpf
 from ...kernel.map_walk import MapWalk
 from ...kernel.witness import SourceQuestion, Witness
+from ..ban_record import ban_network
 from ..kernel_store import KernelStore
-from ..prefixes import unmap_network
-from ..rule import boottime_ns
+from ..rule import boottime_ns, source_text
 from .difference import ANY_PORT, BEFORE_RULES, Difference, slice_of
 
 __all__ = ["BanCheck"]
@@ -44,7 +43,7 @@ class BanCheck:
             if answer.stage not in BEFORE_RULES:
                 yield Difference(
                     "ban",
-                    f"the programs do not find the ban of {unmap_network(IPv6Network(key[:16])).network_address}",
+                    f"the programs do not find the ban of {source_text(ban_network(key))}",
                     lambda key=key: self._is_missed_ban(key),  # type: ignore[misc]
                     self._store.rebuild,
                 )
