@@ -148,10 +148,7 @@ def _user(name: str | None) -> UserIds | None:
         return None
     if name is not None:
         return UserIds.of(name)
-    user = UserIds.of_workers()
-    if user.name != WORKERS:
-        log.warning("there is no user %s (packaging/sysusers.d makes it): workers become %s", WORKERS, user.name)
-    return user
+    return UserIds.of_workers()
 
 
 def _sandbox(args: argparse.Namespace) -> Sandbox:
@@ -171,6 +168,9 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    if options.user is not None and options.user.name == FALLBACK:
+        text = "workers become %s, whom other daemons may be as well: packaging/sysusers.d makes a user %s"
+        log.info(text, FALLBACK, WORKERS)
     serve(options, make)
     return OK
 

@@ -175,7 +175,7 @@ class _Daemon(WorkerObserver):
         await control.start()
         metrics = self._metrics_server()
         if metrics is not None:
-            metrics.start()
+            nursery.keep("serving metrics", metrics.run)
         self._write_state()
         nursery.keep("sweeping the policy", lambda: upkeep.sweep(store, thread))
         nursery.keep("watching the wall clock", lambda: upkeep.watch_clock(store, thread))
@@ -193,7 +193,7 @@ class _Daemon(WorkerObserver):
         finally:
             self._feeds.cancel()  # their threads are waited for at the end
             if metrics is not None:
-                await metrics.stop()
+                metrics.stop()
             await control.stop()
             with contextlib.suppress(TimeoutError):  # held up: then it is no clean stop
                 async with asyncio.timeout(_SYNC_SECONDS):
@@ -431,7 +431,14 @@ class _Daemon(WorkerObserver):
             collectors.append(silent_rejects_collector(store.counters.silent_rejects))
         if (audit := self._audit) is not None:
             collectors.append(disagreements_collector(lambda: audit.disagreements))
-        return MetricsServer(bind_tcp(str(address.ip), address.port), self._metrics, collectors, self._unready)
+        return MetricsServer(
+            bind_tcp(str(address.ip), address.port),
+            self._metrics,
+            collectors,
+            self._unready,
+            user=self._options.user,
+            adopt=self.spawned,
+        )
 
 
 def _be_spared_by_oom() -> None:

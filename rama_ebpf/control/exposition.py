@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import json
+import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Annotated
 
-from prometheus_client import CollectorRegistry
+import msgspec
+from msgspec import Meta
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from ..core.service import stack
-from ..layers.concurrency import ConcurrencyLimitLayer
-from ..layers.timeout import TimeoutLayer
-from ..metrics.directory import MetricsDirectory
-from ..metrics.files import FilesCollector
+from ..kernel.privileges import UserIds
+from ..metrics.directory import ENDED, MetricsDirectory
+from ..metrics.files import MAX_FILES, FilesSum
+from ..metrics.handover import FILES_AT_ONCE, OWN, PACKET_BYTES
 from ..process import Supervisor, WorkerObserver, WorkerProcess
-from ..services.http import Body, Headers, HttpServer, Request, Response
-from ..services.tcp import TcpServer
 
 __all__ = [
     "MetricsFiles",
@@ -114,9 +119,18 @@ class MetricsFiles(WorkerObserver):
         self._directory.worker_exited(worker.identity)
 
 
+class _Request(msgspec.Struct, forbid_unknown_fields=True):
+    ask: bool
+    added: Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=MAX_FILES)]
+
+
 class MetricsServer:
-    """Serves ``/metrics`` on ``listener``: what the workers write to ``directory``, and what ``collectors`` add. And
-    ``/ready``: 200, or 503 with a line for each thing that ``unready`` names."""
+    """Has ``/metrics`` served on ``listener``: what the workers write to ``directory``, and what ``collectors`` add.
+    And ``/ready``: 200, or 503 with a line for each thing that ``unready`` names.
+
+    That is done by a child (:mod:`.metrics_child`), which becomes ``user``; ``adopt`` is told its process id. Here
+    files are only opened, and requests have a schema.
+    """
 
     def __init__(
         self,
@@ -124,38 +138,114 @@ class MetricsServer:
         directory: MetricsDirectory,
         collectors: Iterable[Collector],
         unready: Callable[[], Mapping[str, str]],
+        *,
+        user: UserIds | None = None,
+        adopt: Callable[[int], None] = lambda pid: None,
     ) -> None:
-        self._unready = unready
-        self._registry = CollectorRegistry()
-        self._registry.register(FilesCollector(directory.path))
-        for collector in collectors:
-            self._registry.register(collector)
-        # A scrape reads every worker's files: one at a time, so that a scraper gone wild does not become the load.
-        # Connections are another matter: idle ones must not keep a scraper out.
-        self._scraping = asyncio.Semaphore(1)
-        service = stack(ConcurrencyLimitLayer(256), TimeoutLayer(None, idle=20, total=300), HttpServer(self._answer))
-        self._server = TcpServer(listener, service)
         self._listener = listener
+        self._directory = directory.path
+        self._collectors = tuple(collectors)
+        self._unready = unready
+        self._user = user
+        self._adopt = adopt
+        self._files = FilesSum()  # for what it says of those that cannot be opened
+        self._offered: set[str] = set()
 
-    def start(self) -> None:
-        """Start to serve, on the running event loop."""
-        self._server.start()
+    async def run(self) -> None:
+        """Serve until cancelled. Raises RuntimeError when the child ends, or asks for what it may not."""
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        readable = asyncio.Event()
+        process: subprocess.Popen[bytes] | None = None
+        with ours:
+            with theirs:
+                process = self._spawn(theirs)
+            try:
+                ours.setblocking(False)
+                self._adopt(process.pid)
+                loop.add_reader(ours.fileno(), readable.set)
+                while True:
+                    await readable.wait()
+                    readable.clear()
+                    with contextlib.suppress(BlockingIOError):
+                        while data := ours.recv(PACKET_BYTES):
+                            await asyncio.to_thread(self._answer, ours, data)
+                        raise RuntimeError("the process that serves metrics has ended")
+            finally:
+                loop.remove_reader(ours.fileno())
+                process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
 
-    async def stop(self) -> None:
-        """Stop, and close the listening socket."""
-        await self._server.drain(0)
+    def stop(self) -> None:
+        """Close the listening socket."""
         self._listener.close()
 
-    async def _answer(self, request: Request) -> Response:
-        path = request.path.partition("?")[0]
-        if path not in ("/metrics", "/ready"):
-            return Response.text(404, "metrics are at /metrics\n")
-        if request.method not in ("GET", "HEAD"):
-            return Response(405, Headers([("Allow", "GET, HEAD")]))
-        if path == "/ready":
-            lines = [f"{what}: {why}\n" for what, why in self._unready().items()]
-            return Response.text(503, "".join(lines)) if lines else Response.text(200, "ready\n")
-        encode, content_type = choose_encoder(request.headers.get("Accept") or "")
-        async with self._scraping:
-            text: bytes = await asyncio.to_thread(encode, self._registry)
-        return Response(200, Headers([("Content-Type", content_type)]), Body.of(text))
+    def _spawn(self, channel: socket.socket) -> subprocess.Popen[bytes]:
+        user = self._user or UserIds(0, 0)
+        fds = channel.fileno(), self._listener.fileno()
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "rama_ebpf.control.metrics_child",
+                *map(str, (*fds, user.uid, user.gid, os.getpid())),
+            ],
+            stdin=subprocess.DEVNULL,
+            pass_fds=fds,
+            process_group=0,  # a terminal's Ctrl-C is for us alone
+        )
+
+    def _answer(self, channel: socket.socket, data: bytes) -> None:
+        """In a thread: remove what was added up, and pass what is to be. Raises RuntimeError."""
+        try:
+            request = msgspec.json.decode(data, type=_Request)
+        except msgspec.DecodeError as error:
+            raise RuntimeError(f"the process that serves metrics breaks its protocol: {error}") from error
+        for name in self._offered.intersection(request.added):
+            with contextlib.suppress(OSError):  # a directory, which stays until the end
+                self._directory.joinpath(name).unlink()
+        with contextlib.ExitStack() as held:
+            files: list[tuple[str, int]] = []
+            if request.ask:
+                files.append((OWN, held.enter_context(self._own()).fileno()))
+                files += self._opened(held)
+                self._offered = {name for name, _ in files if ENDED in name}
+            for at in range(0, max(1, len(files)), FILES_AT_ONCE):
+                some = files[at : at + FILES_AT_ONCE]
+                message = {"names": [name for name, _ in some], "last": at + FILES_AT_ONCE >= len(files)}
+                try:
+                    socket.send_fds(channel, [json.dumps(message).encode()], [fd for _, fd in some])
+                except OSError as error:
+                    raise RuntimeError(f"the process that serves metrics does not listen: {error}") from error
+
+    @contextlib.contextmanager
+    def _own(self) -> Iterator[IO[bytes]]:
+        metrics = [
+            (
+                metric.name,
+                metric.documentation,
+                metric.type,
+                [(row.name, row.labels, row.value) for row in metric.samples],
+            )
+            for collector in self._collectors
+            for metric in collector.collect()
+        ]
+        with open(os.memfd_create("metrics", os.MFD_CLOEXEC), "w+b") as file:
+            file.write(json.dumps({"metrics": metrics, "unready": dict(self._unready())}).encode())
+            file.flush()
+            yield file
+
+    def _opened(self, held: contextlib.ExitStack) -> Iterator[tuple[str, int]]:
+        for path in itertools.islice(sorted(self._directory.iterdir()), MAX_FILES):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+                held.callback(os.close, fd)
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise ValueError("it is no regular file")
+            except FileNotFoundError:
+                continue  # of a worker that has ended
+            except (OSError, ValueError) as error:
+                self._files.complain(path.name, error)
+                continue
+            yield path.name, fd

@@ -1,8 +1,8 @@
 """Reading what workers have counted: the files of prometheus-client's multiprocess mode, as strangers' bytes.
 
-A worker may have been taken over by its clients, and what reads its files has the gate in its hands. So a file is
-opened without waiting and without following links, is read up to a bound, and whatever is wrong with it costs that file
-and nothing else. ``MultiProcessCollector`` would wait at a FIFO and allocate what a length field asks for.
+A worker may have been taken over by its clients, so these are read by a process without privileges, up to a bound, and
+whatever is wrong with one costs that file and nothing else. ``MultiProcessCollector`` would wait at a FIFO and allocate
+what a length field asks for.
 
 A file begins with how many of its bytes are used (a native 32-bit integer, then four bytes of padding). Entries
 follow: a length, a key of that length (JSON: metric, sample, labels, help), padding to a multiple of 8, value and time
@@ -11,27 +11,22 @@ follow: a length, a key of that length (JSON: metric, sample, labels, help), pad
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
 import math
 import os
-import stat
 import struct
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from prometheus_client.core import Metric
-from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from .directory import ENDED
 
-__all__ = ["FILE_BYTES", "MAX_SERIES", "FilesCollector", "read_entries"]
+__all__ = ["FILE_BYTES", "MAX_FILES", "MAX_SERIES", "FilesSum", "read_entries"]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +34,8 @@ FILE_BYTES: Final = 8 * 1024 * 1024
 """A file may be so long: a worker of ours needs one of 1 MiB."""
 MAX_SERIES: Final = 10_000
 """Samples of one file."""
-_MAX_FILES: Final = 8192
+MAX_FILES: Final = 8192
+"""That are looked at."""
 _KEY_BYTES: Final = 4096
 _TYPES: Final = frozenset({"counter", "gauge", "histogram"})
 
@@ -90,50 +86,50 @@ class _Family:
     values: dict[tuple[str, Labels], float] = field(default_factory=dict)
 
 
-class FilesCollector(Collector):
+class FilesSum:
     """Adds up what all workers have counted. Files of those that have ended (:data:`.directory.ENDED`) are added to a
-    sum in memory and removed."""
+    sum in memory, once, and are to be removed then."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self) -> None:
         self._said: set[str] = set()
         self._ended: dict[str, _Family] = {}
-        self._lock = threading.Lock()
+        self._added: set[str] = set()
 
-    def collect(self) -> Iterable[Metric]:
-        """Return the sums. What is wrong with a file is logged once."""
-        with self._lock:
-            return self._collect()
-
-    def _collect(self) -> Iterable[Metric]:
+    def add(self, files: Iterable[tuple[str, int]]) -> tuple[list[Metric], list[str]]:
+        """Return the sums of all ``files``, by name and open descriptor, and the names of those that need not be given
+        again. What is wrong with a file is logged once."""
         families: dict[str, _Family] = {}
-        for path in itertools.islice(sorted(self._directory.iterdir()), _MAX_FILES):
-            kind, ended = path.name.partition("_")[0], ENDED in path.name
+        added: set[str] = set()
+        for name, fd in itertools.islice(files, MAX_FILES):
+            kind, ended = name.partition("_")[0], ENDED in name
+            if name in self._added:
+                added.add(name)
+                continue
             try:
-                if kind not in _TYPES or path.suffix != ".db":
+                if kind not in _TYPES or not name.endswith(".db"):
                     raise ValueError("it is none of a worker's")
-                entries = list(read_entries(_read(path)))
+                entries = list(read_entries(_read(fd)))
                 if any(families.get(metric, _Family(kind, "")).kind != kind for metric, *_ in entries):
                     raise ValueError("a metric of another type")
                 if not all(math.isfinite(value) for *_, value in entries):
                     raise ValueError("a value that is no number")
-            except FileNotFoundError:
-                continue  # of a worker that has ended
             except (OSError, ValueError) as error:
-                if path.name not in self._said and len(self._said) < _MAX_FILES:
-                    self._said.add(path.name)
-                    log.error("the metrics in %s do not count: %s", path, error)
-                if not ended:
-                    continue
+                self.complain(name, error)
                 entries = []
             for metric, sample, labels, text, value in entries:
                 _add(self._ended if ended else families, metric, _Family(kind, text, {(sample, labels): value}))
             if ended:
-                with contextlib.suppress(OSError):  # a directory, which stays until the end
-                    path.unlink()
+                added.add(name)
+        self._added = added
         for metric, family in self._ended.items():
             _add(families, metric, family)
-        return [_metric(name, family) for name, family in families.items()]
+        return [_metric(name, family) for name, family in families.items()], sorted(added)
+
+    def complain(self, name: str, error: Exception) -> None:
+        """Log why a file does not count, if that was not said of it before."""
+        if name not in self._said and len(self._said) < MAX_FILES:
+            self._said.add(name)
+            log.error("the metrics in %s do not count: %s", name, error)
 
 
 def _add(families: dict[str, _Family], metric: str, more: _Family) -> None:
@@ -143,15 +139,11 @@ def _add(families: dict[str, _Family], metric: str, more: _Family) -> None:
             family.values[key] = family.values.get(key, 0.0) + value
 
 
-def _read(path: Path) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
-        if status.st_size > FILE_BYTES:
-            raise ValueError(f"longer than {FILE_BYTES} bytes")
-        return file.read(min(status.st_size, FILE_BYTES))
+def _read(fd: int) -> bytes:
+    status = os.fstat(fd)
+    if status.st_size > FILE_BYTES:
+        raise ValueError(f"longer than {FILE_BYTES} bytes")
+    return os.pread(fd, status.st_size, 0)
 
 
 def _metric(name: str, family: _Family) -> Metric:

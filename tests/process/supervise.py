@@ -43,6 +43,7 @@ def main() -> int:
     names = options.pop("listeners", ["main"])
     sockets = options.pop("sockets", options.get("workers", 2))
     user = options.pop("user", None)
+    as_user = None if user is None else UserIds.of(user)
     listeners = []
     for name in names:
         first = bind_tcp("127.0.0.1", 0, reuse_port=True)
@@ -104,10 +105,12 @@ def main() -> int:
                 observers=[Questions(), MetricsFiles(directory)],
                 on_ready=lambda: print("ready", json.dumps(ports), flush=True),
             )
-            metrics = MetricsServer(scraped, directory, [supervisor_collector(supervisor), verdicts], dict)
-            metrics.start()
+            metrics = MetricsServer(
+                scraped, directory, [supervisor_collector(supervisor), verdicts], dict, user=as_user
+            )
+            nursery.keep("serving metrics", metrics.run)
             await supervisor.run()
-            await metrics.stop()
+            metrics.stop()
 
     try:
         with cleanup, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

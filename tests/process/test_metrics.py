@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import json
 import os
+import pwd
 import signal
+import socket
+import stat
 import struct
 import urllib.request
 from collections.abc import Callable
@@ -15,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rama_ebpf.metrics.directory import sweep
 
-from .conftest import Client, Start, Supervised
+from .conftest import Client, Start, Supervised, status
 
 
 async def scrape(server: Supervised) -> dict[str, dict[tuple[str, ...], float]]:
@@ -214,6 +219,72 @@ async def test_reloads_leave_no_files_and_no_count_is_lost(supervise: Start) -> 
         else:
             raise AssertionError(f"files of earlier generations stay: {names}")
         assert (await scrape(server))["rama_accepted_connections_total"]["main",] == before
+
+
+def server_of_metrics(server: Supervised) -> int:
+    """The process id of the child that serves them."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    (found,) = (pid for pid in children if b"metrics_child" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return int(found)
+
+
+async def test_metrics_are_served_by_a_process_that_may_do_nothing_else(supervise: Start) -> None:
+    server = await supervise("measured", metrics=True, user="nobody")
+    await scrape(server)
+    facts = status(server_of_metrics(server))
+    assert facts["Uid"] == [str(pwd.getpwnam("nobody").pw_uid)] * 4
+    assert facts["Groups"] == []
+    assert facts["CapEff"] == facts["CapPrm"] == facts["CapBnd"] == ["0" * 16]
+    assert facts["NoNewPrivs"] == ["1"]
+    assert facts["Seccomp"] == ["2"]
+    (directory,) = server.temporary.glob("rama-ebpf-metrics-*")
+    assert {path.stat().st_uid for path in (directory, *directory.iterdir())} == {0}
+    assert directory.stat().st_mode & 0o077 == 0
+
+
+async def test_metrics_are_served_again_after_their_process_has_ended(supervise: Start) -> None:
+    server = await supervise("measured", metrics=True)
+    await established(server, 0)
+    await until(server, "rama_connections", ("main",), 1)
+    os.kill(server_of_metrics(server), signal.SIGKILL)
+    await server.logged("serving metrics failed")
+    samples = await scrape(server)
+    assert samples["rama_connections"] == {("main",): 1}
+    assert samples["rama_failures_total"] == {("serving metrics",): 1}
+
+
+async def test_a_process_of_metrics_that_breaks_its_protocol_is_replaced(supervise: Start) -> None:
+    """What it may ask for is bounded: taken over, it gets neither other files nor anything removed."""
+    server = await supervise("measured", metrics=True)
+    await scrape(server)
+    (directory,) = server.temporary.glob("rama-ebpf-metrics-*")
+    kept = await asyncio.to_thread(server.metrics_files)
+    victim = server_of_metrics(server)
+    # Another end of its channel: it is its descriptor 3 or above, the only socket of packets.
+    pidfd = os.pidfd_open(victim)
+    for number in sorted(map(int, os.listdir(f"/proc/{victim}/fd"))):
+        fd = int(ctypes.CDLL(None).syscall(438, pidfd, number, 0))  # pidfd_getfd(2)
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            channel = socket.socket(fileno=fd)
+            if channel.type == socket.SOCK_SEQPACKET:
+                break
+            channel.close()
+        else:
+            os.close(fd)
+    else:
+        raise AssertionError("it has no channel")
+    os.close(pidfd)
+    os.kill(victim, signal.SIGSTOP)
+    channel.settimeout(20)
+    names = ["../victim", "/etc/passwd", *(path.name for path in kept)]
+    channel.send(json.dumps({"ask": False, "added": names}).encode())
+    assert json.loads(channel.recv(4096))["last"]
+    assert await asyncio.to_thread(server.metrics_files) == kept
+    channel.send(b'{"ask": true, "added": [], "path": "/etc/shadow"}')
+    await server.logged("breaks its protocol")
+    channel.close()
+    assert (await scrape(server))["rama_workers"][()] == 2
+    assert await asyncio.to_thread(directory.exists)
 
 
 async def test_idle_connections_do_not_keep_a_scraper_out(supervise: Start) -> None:
