@@ -35,24 +35,22 @@ class HostPolicy:
 
     def supersedes(self, pinned: GateMaps) -> bool:
         """Whether the policy on disk is younger than that of pinned maps."""
+        revision, on_disk = KernelStore(self._instance, pinned).revision, 0
         try:
-            kept = self._kept.read()
+            on_disk = self._kept.revision()
+            if on_disk > revision:
+                self._kept.read()  # else the whole is not looked at: that takes its time
         except OSError as error:
             log.error("the policy on disk cannot be read, the pinned one stays in force: %s", error)
             return False
-        revision = KernelStore(self._instance, pinned).revision
-        if kept is None or kept.revision == revision:
-            return False
         where, directory = self._instance.pin_dir, self._kept.directory
-        if kept.revision > revision:
-            text = (
-                "the policy in %s (revision %d) is younger than the one pinned at %s (revision %d): it comes into force"
-            )
-            log.warning(text, directory, kept.revision, where, revision)
-            return True
-        text = "the policy pinned at %s (revision %d) is younger than the one in %s (revision %d): it stays in force"
-        log.info(text, where, revision, directory, kept.revision)
-        return False
+        if on_disk > revision:
+            text = "the policy in %s (revision %d) is younger than that of the pins at %s (%d): it comes into force"
+            log.warning(text, directory, on_disk, where, revision)
+        elif 0 < on_disk < revision:
+            text = "the policy pinned at %s (revision %d) is younger than the one in %s (%d): it stays in force"
+            log.info(text, where, revision, directory, on_disk)
+        return on_disk > revision
 
     def fill(self, new: GateMaps, pinned: GateMaps | None, why: str) -> None:
         """Put the policy that belongs to this host into new maps. Raises :class:`GateUnavailable` or PolicyError if
@@ -67,8 +65,9 @@ class HostPolicy:
         image = before.image()
         try:
             kept = self._kept.read()
-        except OSError:
-            kept = None  # supersedes() has said it
+        except OSError as error:
+            log.error("the policy on disk cannot be read, the pinned one stays in force: %s", error)
+            kept = None
         store.put_image(kept if kept is not None and kept.revision > image.revision else image, before.ban_blocks())
 
     def restore(self, store: PolicyStore, why: str = "") -> None:

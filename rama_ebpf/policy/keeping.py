@@ -36,8 +36,9 @@ class Keeping:
         self._failsafe = failsafe
         self._kept: KeptPolicy | None = None
         self._behind_set = self._behind_rules = False
-        self._holds = False
-        """Whether rules on disk that are not in force may have to be: they are not written anew without them."""
+        self._holds: bool | None = False
+        """Whether rules on disk that are not in force may have to be: they are not written anew without them. None: it
+        is to be found out."""
         self._said = ""
 
     def keep_in(self, directory: Path) -> None:
@@ -86,16 +87,12 @@ class Keeping:
     def take_up(self) -> None:
         """Have everything written anew, but for rules of which some on disk are to be judged again."""
         self.fall_behind(rules=True)
-        try:
-            self._holds = self._kept is not None and bool(self._kept.read_rules().earlier) and not is_synchronized()
-        except OSError as error:
-            self._holds = True
-            log.error("rules at run time that are on disk cannot be read, and are left as they are: %s", error)
+        self._holds = None
 
     def judged_again(self) -> list[tuple[Place, RuntimeRule | None]]:
         """Return what is to be in force, where the wall clock, as it is now, says another thing than it did. Rules that
         were written in an earlier boot are judged by it. Raises OSError."""
-        if self._kept is None or not self._holds:
+        if self._kept is None or self._holds is False:
             return []
         changes: list[tuple[Place, RuntimeRule | None]] = []
         kept = self._kept.read_rules()
@@ -132,6 +129,8 @@ class Keeping:
             return
         try:
             with exclusive():
+                if self._holds is None:
+                    self._holds = not is_synchronized() and bool(self._kept.read_rules().earlier)
                 if self._behind_rules and not self._holds:
                     self._kept.write(self.image())
                 elif self._behind_set:
