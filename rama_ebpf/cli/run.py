@@ -179,10 +179,15 @@ def _read_by_workers(args: argparse.Namespace) -> tuple[str, ...]:
     """The application's directory, that of the password file, which is replaced as a whole, and what is named."""
     found = [*map(os.path.abspath, args.sandbox_read)]
     if args.app:
-        found.append(os.getcwd())
+        found += _unless_root(os.getcwd())
     if args.users is not None:
-        found.append(os.path.dirname(os.path.abspath(args.users)))
+        found += _unless_root(os.path.dirname(os.path.abspath(args.users)))
     return tuple(found)
+
+
+def _unless_root(directory: str) -> list[str]:
+    """A file in the root directory is no reason to leave all files to workers."""
+    return [] if directory == "/" else [directory]
 
 
 def _password_file(args: argparse.Namespace) -> str:
@@ -226,7 +231,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         workers=server.workers,
         user=_user(server.user),
         sandbox=_sandbox(args),
-        read=(*config.sandbox.read, *watched_directories(config), str(args.config.absolute().parent)),
+        read=(*config.sandbox.read, *watched_directories(config), *_unless_root(str(args.config.absolute().parent))),
         write=config.sandbox.write,
         egress=config.egress.policy(),
         name_servers=config.resolver.name_servers(),

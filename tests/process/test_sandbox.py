@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from rama_ebpf.kernel import landlock
+
 from ..conftest import StartProxy
 from ..lab import Lab
 from ..proxy import ProxyProcess
+from .conftest import status
 
 PORT = 1080
 
@@ -128,6 +131,45 @@ def test_a_worker_that_was_taken_over_finds_no_way_out_by_system_calls(
     assert found == {name: code for name, (_, _, code) in calls.items()}
 
 
+THREADED = """
+import threading
+
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+async def service(stream):
+    await stream.close()
+"""
+
+
+@pytest.mark.root
+def test_what_is_missing_of_the_sandbox_is_said_and_with_require_sandbox_nothing_is_served(
+    lab: Lab, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    """A thread that runs before the rules are set would not be under them."""
+    (tmp_path / "threaded.py").write_text(THREADED, encoding="utf-8")
+    server = lab.host("proxy")
+    arguments = ("threaded:service", "--listen", f"{server.ipv4}:{PORT}", "--workers", "1")
+    with pytest.raises(AssertionError, match="files are not restricted: 1 other threads were started before"):
+        start_proxy(server, *arguments, "--require-sandbox", cwd=tmp_path)
+    proxy = start_proxy(server, *arguments, cwd=tmp_path)
+    assert proxy.logged("no whole sandbox: files are not restricted")
+    sandbox = proxy.json("status")["sandbox"]
+    assert (sandbox["wanted"], sandbox["seccomp"], sandbox["landlock"]) == (True, True, 0)
+    assert "system calls filtered, FILES NOT RESTRICTED (doctor says why)" in proxy.command("status").stdout
+
+
+@pytest.mark.root
+def test_status_says_what_workers_are_confined_to(lab: Lab, start_proxy: StartProxy) -> None:
+    server = lab.host("proxy")
+    proxy = start_proxy(server, "--listen", f"{server.ipv4}:{PORT}", "--workers", "1")
+    sandbox = proxy.json("status")["sandbox"]
+    assert sandbox == {"user": sandbox["user"], "wanted": True, "seccomp": True, "landlock": landlock.abi()}
+    assert sandbox["user"] in ("rama-ebpf", "nobody")
+    (worker,) = proxy.workers()
+    facts = status(worker)
+    assert (facts["Seccomp"], facts["NoNewPrivs"]) == (["2"], ["1"])
+
+
 @pytest.mark.root
 def test_without_the_sandbox_these_ways_are_open_and_the_log_says_so(
     lab: Lab, start_proxy: StartProxy, tmp_path: Path
@@ -136,3 +178,4 @@ def test_without_the_sandbox_these_ways_are_open_and_the_log_says_so(
     found, proxy = outcomes(lab, start_proxy, tmp_path, {name: WAYS_OUT[name] for name in names}, "--no-sandbox")
     assert found == dict.fromkeys(names, 0)
     assert proxy.logged("NO SANDBOX")
+    assert "WITHOUT A SANDBOX" in proxy.command("status").stdout

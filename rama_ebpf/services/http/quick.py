@@ -54,7 +54,7 @@ def quick_of(service: object) -> Callable[[Request], Exchange | None] | None:
     """Return the ``quick_exchange`` of a service, None if it has none of its own.
 
     What stands around a service must not be passed by: a function that was made to look like it (functools.wraps),
-    and a class that inherits from its class and has a ``__call__`` of its own. """
+    and a class that inherits from its class and has a ``__call__`` of its own."""
     found: Callable[[Request], Exchange | None] | None = getattr(service, "quick_exchange", None)
     if found is None or getattr(found, "decides_for", None) is service:
         return found
