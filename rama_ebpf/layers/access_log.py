@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from ..core.address import Authority, SocketAddress
 from ..core.auth import User
@@ -20,12 +21,15 @@ from ..core.logfmt import logfmt
 from ..core.notes import Note
 from ..core.request_log import RequestLog, RequestRecord, error_reason
 from ..core.service import Output, Service
+from ..core.shares import ShareExceeded
 from ..core.stream import Stream
 from ..relay.report import TunnelReport
 
 __all__ = ["AccessLogLayer", "AccessRecord", "close_reason"]
 
 log = logging.getLogger("rama_ebpf.access")
+
+_CROWDED_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class AccessLogLayer:
         self._sink = sink
         self._request_sink = request_sink
         self._clock = clock
+        self._crowded = _Crowded(clock)
 
     def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
         """Those who are refused by their first bytes have no line: the server counts them in one a minute."""
@@ -114,12 +119,32 @@ class AccessLogLayer:
                 raise
             finally:
                 if not requests.lines or (error is not None and error is not requests.told):
-                    self._sink(_record(stream, error, self._clock() - started))
+                    notes = self._crowded.notes(error) if isinstance(error, ShareExceeded) else ()
+                    if notes is not None:
+                        self._sink(_record(stream, error, self._clock() - started, notes))
 
         return serve
 
 
-def _record(stream: Stream, error: BaseException | None, age: float) -> AccessRecord:
+class _Crowded:
+    """Lines of connections above what one source may hold: one a minute for each kind, or it could fill the log."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._seen: dict[str, tuple[float, int]] = {}
+
+    def notes(self, error: ShareExceeded) -> tuple[Note, ...] | None:
+        """Return what the line of this one says besides, None for no line."""
+        now = self._clock()
+        since, more = self._seen.get(error.kind, (float("-inf"), 0))
+        if now - since < _CROWDED_SECONDS:
+            self._seen[error.kind] = since, more + 1
+            return None
+        self._seen[error.kind] = now, 0
+        return (Note("more", str(more)),) if more else ()
+
+
+def _record(stream: Stream, error: BaseException | None, age: float, notes: tuple[Note, ...]) -> AccessRecord:
     extensions = stream.extensions
     user = extensions.get(User)
     report = extensions.get(TunnelReport)
@@ -134,5 +159,5 @@ def _record(stream: Stream, error: BaseException | None, age: float) -> AccessRe
         age=age,
         relay="" if report is None else report.relay,
         error="" if error is None or isinstance(error, asyncio.CancelledError) else str(error),
-        notes=tuple(extensions.all(Note)),
+        notes=(*extensions.all(Note), *notes),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 from pathlib import Path
@@ -63,6 +64,38 @@ def test_each_kind_of_error_has_its_row() -> None:
     kinds = {error.kind for error in _errors()}
     assert kinds - SERVER_SIDE - BLAME.keys() == set(), "write a row in core/blame.py: who is to blame?"
     assert not SERVER_SIDE & BLAME.keys()
+
+
+def _kinds_in(node: ast.expr) -> set[str]:
+    """The texts that an expression can be: ``"a" if … else "b"`` is two."""
+    return {found.value for found in ast.walk(node) if isinstance(found, ast.Constant) and isinstance(found.value, str)}
+
+
+def _kinds_given() -> dict[str, str]:
+    """Each kind that is given to an error when it is made, or to a refusal by first bytes, and where."""
+    errors = {error.__name__ for error in _errors()}
+    given: dict[str, str] = {}
+    for path in (ROOT / "rama_ebpf").rglob("*.py"):
+        text = path.read_text()
+        by_first_bytes = "first_bytes import" in text or path.stem == "first_bytes"
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            kinds: set[str] = set()
+            if name == "Refused" and by_first_bytes and node.args:
+                kinds = _kinds_in(node.args[0])
+            elif name in errors or name == "_malformed" or (name == "__init__" and "errors" in path.name):
+                kinds = {kind for word in node.keywords if word.arg == "kind" for kind in _kinds_in(word.value)}
+            given |= dict.fromkeys(kinds, f"{path.relative_to(ROOT)}:{node.lineno}")
+    return given
+
+
+def test_each_kind_that_an_error_is_given_has_its_row() -> None:
+    given = _kinds_given()
+    assert given.keys() >= {"wrong_protocol", "auth_absent", "peer_closed", "source_queue", "tls_not_served"}
+    missing = {kind: where for kind, where in given.items() if kind not in BLAME and kind not in SERVER_SIDE}
+    assert missing == {}, "write a row in core/blame.py: who is to blame?"
 
 
 def test_each_refusal_of_a_share_has_its_row_and_is_no_strike() -> None:

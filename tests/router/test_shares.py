@@ -17,6 +17,7 @@ import pytest
 from rama_ebpf.core import IPAddress, Stream, stack
 from rama_ebpf.core.errors import LimitExceeded
 from rama_ebpf.core.shares import Held, ShareExceeded, SourceShare
+from rama_ebpf.layers.access_log import AccessLogLayer, AccessRecord
 from rama_ebpf.layers.strikes import LocalStrikes, StrikeLayer
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import Connector
@@ -137,6 +138,22 @@ async def test_connection_above_the_share_is_refused_in_its_protocol(full: Full)
     assert [type(error) for error in server.errors] == [ShareExceeded] * 7
     assert share.refused == 7
     assert bans.banned == []
+
+
+async def test_a_crowd_above_its_share_has_one_access_line_a_minute(run: Run) -> None:
+    records: list[AccessRecord] = []
+    clock = [0.0]
+    share = SourceShare(Held.CONNECTIONS, 1)
+    server = run(stack(AccessLogLayer(records.append, clock=lambda: clock[0]), SourceShareLayer(share), echo))
+    _, writer = await server.open()
+    writer.write(b"held")
+    for minute in range(2):
+        clock[0] = minute * 61.0
+        for _ in range(5):
+            await server.ask(HTTP)
+        await eventually(lambda: server.tcp.live == 1)
+    assert [record.reason for record in records] == ["source_connections"] * 2
+    assert [[(note.key, note.value) for note in record.notes] for record in records] == [[], [("more", "4")]]
 
 
 async def test_http2_client_above_the_share_is_told_to_calm_down(full: Full) -> None:

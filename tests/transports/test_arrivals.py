@@ -16,6 +16,7 @@ from rama_ebpf.core.turns import Turns
 from rama_ebpf.layers import AccessLogLayer, TimeoutLayer
 from rama_ebpf.layers.strikes import LocalStrikes, StrikeLayer
 from rama_ebpf.services import arrivals
+from rama_ebpf.services.http import HttpServer, Request, Response
 from rama_ebpf.services.protocols import is_socks
 from rama_ebpf.services.proxy_protocol import ProxyProtocolLayer
 from rama_ebpf.services.router import PeekRouter
@@ -197,6 +198,25 @@ async def test_not_tls_is_told_so_and_closed_in_order(run: Run) -> None:
         for _ in range(20):
             await loop.sock_sendall(client, GARBAGE)
     assert await ended(client) == b"\x15\x03\x01\x00\x02\x02\x0a"
+
+
+async def app(request: Request) -> Response:
+    return Response(204)
+
+
+@pytest.mark.parametrize(
+    ("sent", "banned"),
+    [(GARBAGE, True), (bytes(8), True), (b"\x16\x03\x01\x02\x00\x01", False), (b"(\r\n\r\n", True)],
+    ids=["garbage", "zeros", "TLS", "a separator"],
+)
+async def test_what_no_request_begins_with_is_a_bad_request_at_once(run: Run, sent: bytes, banned: bool) -> None:
+    bans = Bans()
+    bans.may_ban.set()
+    server = run(stack(StrikeLayer(LocalStrikes(bans), strikes=1), HttpServer(app)))
+    assert (await ended(dial(server, data=sent))).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert bool(bans.banned) is banned
+    request = b"\r\nGET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n"
+    assert (await ended(dial(server, "127.0.0.2", request))).startswith(b"HTTP/1.1 204 ")
 
 
 class Bans:

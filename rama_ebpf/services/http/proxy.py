@@ -150,6 +150,7 @@ class HttpProxy:
             timeouts=timeouts,
         )
         self.server = HttpServer(stack(*layers, self.proxy), forward=True, name=via, limits=limits, timeouts=timeouts)
+        self.first_bytes = self.server.first_bytes
 
     async def __call__(self, stream: Stream, /) -> None:
         await self.server(stream)

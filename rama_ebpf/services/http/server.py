@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
+from ...core.blame import speaks_another_protocol
+from ...core.first_bytes import FirstBytes, Refused
 from ...core.graceful import Drain
 from ...core.service import Service, check_fit, innermost
 from ...core.stream import Stream
 from ..tls.stream import TlsParameters
+from .errors import AmbiguousMessage, MalformedMessage
 from .h1_server import H1ServerConnection
 from .h2_server import H2_PREFACE, H2ServerConnection
 from .limits import HttpLimits, HttpTimeouts
 from .model import Request, Response
 
 __all__ = ["HttpServer"]
+
+
+_SEPARATORS: Final = frozenset(b'"(),/:;<=>?@[\\]{} \t')
+_NOISE, _STRAY = (
+    Refused(error.kind, str(error), error.wire)
+    for error in (AmbiguousMessage("not HTTP"), MalformedMessage("not HTTP"))
+)
+
+
+def refuse_what_is_not_http(data: bytes) -> Refused | None:
+    """Judge the first bytes of a client that is to speak HTTP (see :mod:`rama_ebpf.core.first_bytes`): one that no
+    request begins with (RFC 9112 sections 2.2 and 3)."""
+    if not data or (0x20 < data[0] < 0x7F and data[0] not in _SEPARATORS) or data[0] in b"\r\n":
+        return None
+    return _STRAY if speaks_another_protocol(data) else _NOISE
 
 
 class HttpServer:
@@ -56,6 +75,7 @@ class HttpServer:
         self._timeouts = HttpTimeouts() if timeouts is None else timeouts
         self._live: set[H1ServerConnection | H2ServerConnection] = set()
         self._draining = False
+        self.first_bytes = FirstBytes(refuse_what_is_not_http)
 
     async def __call__(self, stream: Stream, /) -> None:
         connection = self._h2(stream) if await self._speaks_h2(stream) else self._h1(stream)
