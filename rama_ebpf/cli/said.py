@@ -41,18 +41,17 @@ def outcome(done: str, result: Json) -> tuple[str, int]:
     note_where_nobody_serves(enforced)
     if why := _unasked(enforced):
         return (f"{done}: recorded, but {why}", ENVIRONMENT) if enforced["serving"] else (done, OK)
-    if unguarded := cast("list[str]", enforced["unguarded"]):
-        where = "; ".join(unguarded[:_EXAMPLES])
-        if not enforced["guarded"]:
-            return f"recorded, not enforced: {where}", ENVIRONMENT
-        done = f"{done}, but not where {where}"
     otherwise, before = cast("list[Json]", enforced["otherwise"]), cast("list[Json]", enforced["before"])
+    unguarded = cast("list[str]", enforced["unguarded"])[:_EXAMPLES]
+    if unguarded and not enforced["guarded"]:
+        return f"recorded, not enforced: {'; '.join(unguarded)}", ENVIRONMENT
     if enforced["state"] == "none":
         if result.get("dry_run"):
-            return f"{done}, but {_come_first(otherwise)}: it is never reached", OK
+            return f"recorded, but {_come_first(otherwise)}: the dry run is never reached", OK
         return f"recorded, not enforced: {_come_first(otherwise)}", ENVIRONMENT
-    if otherwise:
-        return f"{done}, but {_come_first(otherwise)}", OK
+    if otherwise or unguarded:
+        why = "; ".join(([_come_first(otherwise)] if otherwise else []) + unguarded)
+        return f"recorded, but {why}; elsewhere {done}", OK
     if before:
         return f"{done} ({', '.join(str(row['by']) for row in before)} comes first, and does the same)", OK
     if enforced["serving"] and not enforced["listening"] and result.get("port") is not None:
@@ -72,7 +71,7 @@ def still_denied(done: str, result: Json) -> tuple[str, int]:
     if not otherwise:
         return done, OK
     by = ", ".join(str(row["by"]) for row in otherwise[:_EXAMPLES])
-    return f"{done}, but it is still turned away: {by}", OK
+    return f"recorded, but still turned away: {by}", OK
 
 
 def outcome_of_set(done: str, result: Json) -> tuple[str, int]:

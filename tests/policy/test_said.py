@@ -83,7 +83,8 @@ def test_a_command_says_who_comes_first_instead_of_what_was_asked_for(scene: Sce
     assert scene.said("block", source) == (0, f"blocked {source}/32")
     assert shut_out(scene.client, server)
     assert scene.said("allow", source, "--port", "443") == (0, f"allowed {source}/32")
-    words = f'blocked {source}/32, but "allow {source}/32 --port 443" comes first ({source} to {server}:443)'
+    words = f'recorded, but "allow {source}/32 --port 443" comes first ({source} to {server}:443)'
+    words += f"; elsewhere blocked {source}/32"
     assert scene.said("block", source) == (0, words)
     assert scene.said("ban", source, "--ttl", "1h") == (0, f"banned {source} for 1h")
     code, words = scene.said("allow", source)
@@ -100,7 +101,7 @@ def test_unblock_says_who_turns_the_source_away_all_the_same(scene: Scene, tmp_p
     path.write_text(f'[[rules]]\nname = "listed"\naction = "drop"\nsources = ["{source}/32"]\n')
     assert scene.said("policy", "load", str(path))[0] == 0
     scene.proxy.command("block", source)
-    assert scene.said("unblock", source) == (0, f"unblocked {source}, but it is still turned away: rule listed")
+    assert scene.said("unblock", source) == (0, "recorded, but still turned away: rule listed")
     assert scene.said("allow", "198.18.0.0/16")[1].startswith("allowed 198.18.0.0/16")
     assert scene.said("unblock", "198.18.0.0/16") == (0, "unblocked 198.18.0.0/16")
 
@@ -212,6 +213,6 @@ def test_a_block_does_not_hold_where_the_gate_does_not_guard() -> None:
     assert _unguarded([{**row, "open": False}, {**row, "guarded": True}, {"name": "unix", "address": "/run/x"}]) == {}
     enforced = {"state": "all", "serving": True, "listening": True, "otherwise": [], "before": []}
     some = {"enforced": {**enforced, "unguarded": ["[2001:db8::1]:80 is NOT GUARDED: why"], "guarded": 1}}
-    assert outcome("blocked X", some) == ("blocked X, but not where [2001:db8::1]:80 is NOT GUARDED: why", 0)
+    assert outcome("blocked X", some) == ("recorded, but [2001:db8::1]:80 is NOT GUARDED: why; elsewhere blocked X", 0)
     some["enforced"]["guarded"] = 0
     assert outcome("blocked X", some) == ("recorded, not enforced: [2001:db8::1]:80 is NOT GUARDED: why", 3)
