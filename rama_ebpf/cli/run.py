@@ -267,6 +267,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
         egress = EgressPolicy(allow, deny, own_addresses=args.own_addresses)
     except PolicyError as error:
         raise PolicyError(f"egress: {error}") from None
+    failsafe = None if args.failsafe is None else tuple(map(parse_network, args.failsafe))  # before anything is logged
     metrics = None
     if args.metrics is not None:
         from ..config.kinds import LOOPBACK_ENDPOINT  # see _from_file
@@ -295,7 +296,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
         egress=egress,
         drain=args.drain,
         default=None if args.default is None else Action[args.default.upper()],
-        failsafe=None if args.failsafe is None else tuple(parse_network(cidr) for cidr in args.failsafe),
+        failsafe=failsafe,
         sizes=MapSizes(rules=args.max_rules, bans=args.max_bans),
         kernel_headers=args.kernel_headers,
         require_kernel=args.require_kernel,
