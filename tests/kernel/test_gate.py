@@ -185,7 +185,8 @@ def test_failsafe_source_gets_in_whatever_is_blocked(lab: Lab, start_proxy: Star
     proxy = start_proxy(server, "--listen", f"{server.ipv4}:{PORT}", "--default", "drop", "--failsafe", client.ipv4)
     scene = Scene(proxy, server, client)
     proxy.command("block", "0.0.0.0/0")
-    proxy.command("block", client.ipv4)
+    recorded = proxy.command("block", client.ipv4, check=False)
+    assert (recorded.returncode, "the failsafe comes first" in recorded.stdout) == (3, True)
     assert scene.greet() == b"\x05\x00"
     client.add_address("198.18.77.1/16", "eth0")
     assert scene.attempt(source="198.18.77.1") == []
