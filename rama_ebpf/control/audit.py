@@ -15,10 +15,12 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from ..core.address import IPAddress, SocketAddress
+from ..core.errors import RamaError
 from ..policy.integrity import Difference, Integrity
 from ..policy.kernel_store import KernelStore
 from ..policy.rule import PolicyError
 from .enforced import KernelJudge
+from .policy_thread import PolicyThread
 
 __all__ = ["Audit"]
 
@@ -52,16 +54,16 @@ class Audit:
         """How many were found since the start."""
         store.tell_of_disagreements(self._mended)
 
-    async def watch(self) -> None:
-        """Look, for ever."""
+    async def watch(self, thread: PolicyThread) -> None:
+        """Look, for ever, in the thread that changes the policy: a stop does not wait for it if it is held up."""
         told: object = None
         hindered = ""
         while True:
             await asyncio.sleep(_SECONDS)
             try:
-                await asyncio.to_thread(self.look)
+                await thread.run(self.look)
                 hindered = ""
-            except (PolicyError, OSError) as error:
+            except (RamaError, OSError) as error:
                 if not hindered:
                     log.warning("the audit of the policy is hindered, and tried again: %s", error)
                 hindered = str(error)

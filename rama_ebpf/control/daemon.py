@@ -182,8 +182,8 @@ class _Daemon(WorkerObserver):
         nursery.keep("keeping bans on disk", lambda: upkeep.sync(store, thread))
         nursery.keep("refreshing feeds", lambda: upkeep.refresh(store, Refresher(store, self._feeds)))
         nursery.keep("ending denied connections", self._enforce)
-        if self._audit is not None:
-            nursery.keep("auditing the policy", self._audit.watch)
+        if (audit := self._audit) is not None:
+            nursery.keep("auditing the policy", lambda: audit.watch(thread))
         nursery.keep("following the nameservers", self._egress.follow_nameservers)
         nursery.keep("probing the gate", self._guard.watch)
         nursery.keep("following this host's addresses", self._egress.follow_addresses)
