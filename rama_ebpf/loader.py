@@ -211,16 +211,22 @@ class Gate:
 
     def close(self, *, keep_policy: bool = False) -> None:
         """Detach everything and remove the cgroup; remove the maps' pins too unless ``keep_policy``."""
-        for address in self.listeners:
-            self.listeners.remove(address)
-        self.detach()
-        for fd in self.programs.values():
-            os.close(fd)
-        self.programs = {}
-        self.maps.close()
-        if not keep_policy:
-            with _locked_if_possible(self.instance):
-                _remove_pins(self.instance)
+        with contextlib.ExitStack() as steps:  # from the last to the first, each whatever becomes of those before it
+            if not keep_policy:
+                steps.callback(self._forget_policy)
+            steps.callback(self.maps.close)
+            steps.callback(self._close_programs)
+            steps.callback(self.detach)
+            for address in list(self.listeners):
+                steps.callback(self.listeners.remove, address)
+
+    def _forget_policy(self) -> None:
+        with _locked_if_possible(self.instance):
+            _remove_pins(self.instance)
+
+    def _close_programs(self) -> None:
+        while self.programs:
+            os.close(self.programs.popitem()[1])
 
     def detach(self) -> None:
         """Detach all hooks and leave the cgroup, which is removed if it was made for this gate. May be done twice."""

@@ -35,7 +35,7 @@ from ..policy.rule import (
 )
 from ..policy.store import PolicyStore
 from ..policy.stored import RuleRecord, StoredRule
-from .enforced import Decision, Judge, StoreJudge, carry_out, enforcement, targets, unheard
+from .enforced import Decision, InForce, Judge, StoreJudge, carry_out, enforcement, targets, unheard
 
 __all__ = ["ControlApi", "Json"]
 
@@ -94,7 +94,7 @@ class ControlApi:
         )
         lasts = None if ttl is None else parse_ttl(ttl)
         stored = carry_out(lambda: self._store.add(rule, ttl=lasts), lambda: self._is_there(rule, lasts))
-        result = self._rule(stored, (source,)) | {"revision": self._store.revision}
+        result = self._rule(stored, (source,)) | self._revision()
         return result | self._enforced(source, rule.port, _wanted(rule), "" if rule.dry_run else rule.name)
 
     def _is_there(self, rule: Rule, ttl: int | None) -> bool:
@@ -103,6 +103,14 @@ class ControlApi:
             return False
         facts = (found.name, found.action, found.expires is None, found.dry_run, found.reason)
         return facts == (rule.name, rule.action, ttl is None, rule.dry_run, rule.reason)
+
+    def _revision(self, *, bans: bool = False) -> Json:
+        """The revision after a change. Raises :class:`.enforced.InForce` where it cannot be read: all is done."""
+        try:
+            told: Json = {"revision": self._store.revision}
+            return told | {"ban_revision": self._store.ban_revision} if bans else told
+        except OSError as error:
+            raise InForce(f"in force, but its revision cannot be read: {error}") from error
 
     def _enforced(
         self, network: IPNetwork, port: int | None, wanted: Callable[[Decision], bool], name: str = ""
@@ -170,7 +178,7 @@ class ControlApi:
             ),
             is_banned,
         )
-        result = self._ban(ban) | {"revision": self._store.revision, "ban_revision": self._store.ban_revision}
+        result = self._ban(ban) | self._revision(bans=True)
         return result | self._enforced(ban.network, None, _is_denied)
 
     # -- the set -------------------------------------------------------------------------------------------------
@@ -233,20 +241,20 @@ class ControlApi:
         """Keep the set that is on trial."""
         tried = self._store.set_token()
         carry_out(lambda: self._store.confirm(expected_set=tried), lambda: self._store.pending is None)
-        return {"revision": self._store.revision} | self._unheard()
+        return self._revision() | self._unheard()
 
     def rollback(self, _params: Mapping[str, object]) -> Json:
         """Undo the set that is on trial."""
         tried = self._store.set_token()
         carry_out(lambda: self._store.roll_back(expected_set=tried), lambda: self._store.pending is None)
-        return {"revision": self._store.revision} | self._unheard()
+        return self._revision() | self._unheard()
 
     def refresh(self, _params: Mapping[str, object]) -> Json:
         """Read all feeds of the set in force again, now."""
         if self._feeds is None:
             raise PolicyError("no place to keep feeds")
         reports = Refresher(self._store, self._feeds).run(all_feeds=True)
-        return {"revision": self._store.revision, "feeds": [_feed_report(report) for report in reports]}
+        return self._revision() | {"feeds": [_feed_report(report) for report in reports]}
 
     def log(self, params: Mapping[str, object]) -> Json:
         """Return the last ``count`` entries of the journal."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from rama_ebpf.control.api import ControlApi
+from rama_ebpf.control.enforced import InForce
 from rama_ebpf.kernel import bpf
 from rama_ebpf.kernel.gate_state import GateState
 from rama_ebpf.kernel.instance import Instance
@@ -286,3 +287,16 @@ def test_nobody_waits_for_what_lies_in_place_of_a_file(tmp_path: Path, what: str
     local.sync()
     with pytest.raises(OSError, match="journal"):
         local.journal()
+
+
+def test_a_change_whose_revision_cannot_be_read_is_said_to_be_in_force(
+    kernel_store: KernelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api, source = ControlApi(kernel_store), {"source": "198.18.1.1", "action": "drop"}
+    seen = type(kernel_store).revision
+    with monkeypatch.context() as patch:
+        patch.setattr(type(kernel_store), "revision", property(_refuse))
+        with pytest.raises(InForce, match="in force"):
+            api.add(source)
+    assert type(kernel_store).revision is seen
+    assert kernel_store.verdict(ip_address("198.18.1.1"), 1080).action is Action.DROP
