@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from .atomic import bring_to_disk
+from .atomic import bring_to_disk, open_regular
 from .ban_record import BanBlock, read_ban
 from .ban_rows import RowReader, lift_row, row_of
 from .ban_snapshot import BanSnapshot, SnapshotDamaged, write_snapshot
@@ -57,7 +58,7 @@ class KeptBans:
     def all_blocks(self) -> Iterator[BanBlock]:
         """Yield the bans, also those that have ended. Raises OSError."""
         if self.snapshot is not None:
-            with self.snapshot.open("rb") as file:
+            with open(open_regular(self.snapshot, os.O_RDONLY), "rb") as file:
                 snapshot = BanSnapshot.open(file, self.since)
                 for block in snapshot.blocks():
                     if self.changes:
@@ -105,11 +106,11 @@ class BanLog:
         changes: dict[bytes, bytes | None] = {}
         by_wall = False
         for path in (self._aside, self._path):
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            with contextlib.suppress(FileNotFoundError), open(open_regular(path, os.O_RDONLY), "rb") as file:
                 by_wall |= _read_log(file, path, changes, self._since)
         present = sum(value is not None for value in changes.values())
         try:
-            with self._snapshot.open("rb") as file:
+            with open(open_regular(self._snapshot, os.O_RDONLY), "rb") as file:
                 snapshot = BanSnapshot.open(file, self._since)
         except FileNotFoundError:
             return KeptBans(None, present, changes, self._since, by_wall)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from .atomic import write_atomically
+from .atomic import open_regular, write_atomically
 from .feed import FeedContent, FeedError, judge_feed
 from .feed_record import V6_BYTES, decode, encode
 from .fetch import Answer, Fetcher, FetchError
@@ -138,7 +138,7 @@ class FeedStore:
 
     def _kept(self, feed: Feed) -> _Kept | None:
         try:
-            with open(self._path(feed), "rb") as file:
+            with open(open_regular(self._path(feed), os.O_RDONLY), "rb") as file:
                 copy = file.read(feed.max_size * V6_BYTES + _COPY_BYTES)
             line, _, record = copy.partition(b"\n")
             fields = json.loads(line)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from . import document
-from .atomic import write_atomically
+from .atomic import open_regular, write_atomically
 from .image import PolicyImage, RuntimeRule
 from .lifetime import HasEnded, MayHaveEnded, boot_id, is_of_this_boot, lifetime_of, lifetime_row
 from .prefixes import IPNetwork
@@ -91,7 +91,7 @@ class KeptPolicy:
         found = 0
         for path, last in ((self._set, False), (self._rules.path, True)):
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                fd = open_regular(path, os.O_RDONLY)
             except FileNotFoundError:
                 continue
             with open(fd, "rb") as file:

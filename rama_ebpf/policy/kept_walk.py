@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from .atomic import open_regular
 from .image import RuntimeRule
 from .kept import kept_row
 from .tables import Place
@@ -51,7 +52,7 @@ class KeptWalk:
         """Look at about ``count`` rows more. Raises OSError where the file cannot be read."""
         if self._file is None:
             try:
-                fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                fd = open_regular(self._path, os.O_RDONLY)
             except FileNotFoundError:
                 return []
             self._file, self._suspects, self._met = os.fdopen(fd, "rb"), {}, 0
