@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from ..core.service import stack
@@ -22,6 +23,7 @@ def application(context: WorkerContext) -> Application:
     environment = BuildEnvironment(
         policy=context.policy,
         limits=config.limits.per_source(),
+        counts=context.shared.counts(),
         observe_refusal=context.observe_refusal,
         secret=context.secret,
         shared=context.shared,
@@ -30,7 +32,10 @@ def application(context: WorkerContext) -> Application:
         directory=str(context.params["directory"]),
         call=lambda factory: factory(context),
     )
-    stacks = {name: build_stack(stack_config, environment) for name, stack_config in config.stacks.items()}
+    stacks = {
+        name: build_stack(stack_config, replace(environment, stack=name))
+        for name, stack_config in config.stacks.items()
+    }
     services = {
         name: stack(
             AddExtensionLayer(RelayOptions(RelayKind(listener.relay), listener.lossless)), stacks[listener.stack]

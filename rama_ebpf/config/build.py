@@ -10,6 +10,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
 from ..core.address import Authority, IPAddress
+from ..core.counts import Counts
 from ..core.errors import RamaError
 from ..core.service import Service, stack
 from ..core.shares import Held, SourceLimits, SourceShare
@@ -40,6 +41,9 @@ class BuildEnvironment:
     observe_refusal: Callable[[str], None] | None = None
     connector: Service[Authority, Stream] | None = None
     exempt: tuple[IPv4Network | IPv6Network, ...] = ()
+    counts: Counts | None = None
+    """What sources hold, over all workers; each worker makes it before anything else that is shared."""
+    stack: str = ""
     starts: list[Callable[[], None]] = field(default_factory=list)
     closes: list[Callable[[], None]] = field(default_factory=list)
 
@@ -52,9 +56,16 @@ class BuildEnvironment:
         self.closes.append(close)
 
     def share(self, held: Held, /) -> SourceShare:
-        """Return a new count of what sources hold, for all workers that make theirs in the same order."""
-        shared = None if held is Held.CHECKS else self.shared
-        return SourceShare(held, self.limits.of(held), shared=shared, observe=self.observe_refusal, exempt=self.exempt)
+        """Return the count of what sources hold of this in this stack, for all workers, of other configurations too."""
+        counts = None if held is Held.CHECKS else self.counts
+        return SourceShare(
+            held,
+            self.limits.of(held),
+            counts=counts,
+            label=self.stack,
+            observe=self.observe_refusal,
+            exempt=self.exempt,
+        )
 
     def load(self, target: str) -> Any:
         """Import ``module:attribute``. Raises ValueError naming what is missing."""

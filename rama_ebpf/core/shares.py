@@ -72,8 +72,9 @@ class SourceLimits:
 class SourceShare:
     """Counts what each source holds of ``held``, ``limit`` at most (0: any number).
 
-    With ``shared`` the limit is one for all processes that share it. ``observe`` is called with the value of ``held``
-    for each refusal. Sources within ``exempt`` are not counted: proxies, say, that come for many clients.
+    With ``shared`` the limit is one for all processes that share it. Shares with the same ``counts`` and ``label`` are
+    one, whichever process made them, and after what else. ``observe`` is called with the value of ``held`` for each
+    refusal. Sources within ``exempt`` are not counted: proxies, say, that come for many clients.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class SourceShare:
         limit: int | None = None,
         *,
         shared: SharesCounts | None = None,
+        counts: Counts | None = None,
+        label: str = "",
         observe: Callable[[str], None] | None = None,
         exempt: Sequence[IPv4Network | IPv6Network] = (),
     ) -> None:
@@ -93,7 +96,10 @@ class SourceShare:
         self.refused = 0
         """How many were refused."""
         self._observe = observe
-        self._counts: Counts = LocalCounts() if shared is None else shared.counts()
+        self._label = label
+        if counts is None:
+            counts = LocalCounts() if shared is None else shared.counts()
+        self._counts = counts
 
     @contextlib.contextmanager
     def hold(self, ip: IPAddress | None) -> Iterator[None]:
@@ -104,7 +110,7 @@ class SourceShare:
         if ip is None or not self.limit or any(ip in network for network in self._exempt):
             yield
             return
-        source: Hashable = source_prefix(ip)
+        source: Hashable = (self.held.value, self._label, source_prefix(ip))
         if not self._counts.enter(source, self.limit):
             raise self.refusal()
         try:

@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from ipaddress import ip_address
 
 import pytest
 
+from rama_ebpf.core.shares import Held, ShareExceeded, SourceShare
 from rama_ebpf.layers.concurrency import ConcurrencyExceeded, ConcurrencyLimitLayer
 from rama_ebpf.process import shared
 from rama_ebpf.process.shared import SharedTable, TableFull
@@ -28,6 +30,25 @@ def fd() -> Iterator[int]:
 def worker(fd: int, column: int) -> SharedTable:
     """The table as another worker maps it. (Record locks are a process's: contention needs real processes.)"""
     return SharedTable(fd, COLUMNS, column, SECRET)
+
+
+def test_shares_of_one_stack_are_one_and_of_others_apart(fd: int) -> None:
+    tables = [worker(fd, column) for column in range(2)]
+    source = ip_address("192.0.2.1")
+
+    def shares(table: SharedTable, *stacks: str) -> list[SourceShare]:
+        counts = table.counts()
+        return [SourceShare(Held.BINDS, 1, counts=counts, label=stack) for stack in stacks]
+
+    # A worker of the configuration before, and one of the next, in which a stack has come before the others.
+    before, after = shares(tables[0], "a", "b"), shares(tables[1], "new", "a", "b")
+    with before[0].hold(source):
+        with pytest.raises(ShareExceeded), after[1].hold(source):
+            pass
+        with after[0].hold(source), after[2].hold(source):
+            pass
+    with after[1].hold(source):
+        pass
 
 
 def test_a_limit_is_one_for_all_workers(fd: int) -> None:

@@ -7,6 +7,7 @@ import pytest
 from rama_ebpf.config.build import BuildEnvironment
 from rama_ebpf.config.load import ConfigError, load_config
 from rama_ebpf.config.services import Socks5Settings
+from rama_ebpf.core.shares import SourceLimits
 from rama_ebpf.layers.auth import hash_password
 
 from .conftest import echo
@@ -32,6 +33,21 @@ async def test_udp_and_bind_are_served_where_they_are_switched_on(run_proxy, loo
     for command, name in ((UDP_ASSOCIATE, UNSPECIFIED[loopback]), (BIND, loopback)):
         _reader, writer, bound = await start(proxy, name, 0, command)
         assert bound[0] == PUBLIC[loopback]
+        writer.close()
+
+
+async def test_one_source_has_as_many_associations_and_binds_as_configured(run_proxy, loopback):
+    def make(connector):
+        limits = SourceLimits(associations=1, binds=1)
+        environment = BuildEnvironment(
+            None, bytes(32), None, connector.resolver, connector.egress, ".", None, limits=limits
+        )
+        return Socks5Settings(udp=True, bind=True).make(environment, connector)
+
+    proxy = await run_proxy(make=make)
+    for command, name in ((UDP_ASSOCIATE, UNSPECIFIED[loopback]), (BIND, loopback)):
+        _reader, writer, _bound = await start(proxy, name, 0, command)
+        assert await exchange(proxy, GREETING + request(name, 80, command)) == failed(1)
         writer.close()
 
 
