@@ -81,7 +81,7 @@ class LoggingConfig:
     """What is logged to standard error."""
 
     level: str = setting(choice("debug", "info", "warning", "error"), "the least that is logged", default="info")
-    access: bool = setting(BOOLEAN, "a line for each connection when it has ended", default=True)
+    access: bool = setting(BOOLEAN, "a line for each connection, or HTTP request, when it has ended", default=True)
 
 
 @dataclass(frozen=True)

@@ -369,10 +369,11 @@ async def test_a_status_above_599_is_a_servers_failure_whose_response_arrives(
     )
 
 
+@pytest.mark.parametrize("behind", [b"0\r\n\r\n", b""])
 async def test_a_204_ends_with_its_header_section_and_its_connection_is_not_used_again(
-    run: Run, connector: Connect, run_origin: RunOrigin
+    run: Run, connector: Connect, run_origin: RunOrigin, behind: bytes
 ) -> None:
-    origin = run_origin(b"HTTP/1.1 204 No Content\r\n" + DATE + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+    origin = run_origin(b"HTTP/1.1 204 No Content\r\n" + DATE + b"Transfer-Encoding: chunked\r\n\r\n" + behind)
     proxy = run(HttpProxy(connector))
     for _ in range(2):
         answer = await proxy.exchange(get(f"http://{origin.authority}/", host=origin.authority))
