@@ -468,6 +468,26 @@ async def test_what_is_refused_is_refused_in_callbacks_too(run: Run, proxy: Serv
     client.writer.close()
 
 
+async def test_a_request_that_cannot_be_sent_is_500_and_holds_no_connection(run: Run, connector: Connect) -> None:
+    origin = scripted(run)
+    proxy = ForwardProxy(connector)
+
+    async def spoils(request: Request) -> Response:
+        if request.path == "/spoilt":
+            request.path = "/a b"
+        return await proxy(request)
+
+    server = run(HttpServer(spoils, forward=True))
+    client = await Client.warm(server, origin)
+    for _ in range(3):
+        assert (await client.ask(get(origin, path=b"/spoilt"))).startswith(b"HTTP/1.1 500 ")
+        assert proxy.pool.busy(Authority.of("127.0.0.1", origin.port)) == 0
+        assert (await client.ask(get(origin))).endswith(b"ok")
+    client.writer.close()
+    proxy.pool.close()
+    await proxy.pool.wait_closed()
+
+
 async def test_a_failing_backend_is_left_for_another_one(run: Run, connector: Connect) -> None:
     rude = scripted(run, b"nonsense\r\n\r\n")
     good = Origin(0, [OK], [b"\r\n\r\n"], False)

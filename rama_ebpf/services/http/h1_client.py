@@ -13,6 +13,7 @@ from ...core.socket_stream import SocketStream
 from ...core.stream import Stream
 from .bulk import move, worth_moving
 from .errors import HttpError, MalformedMessage
+from .h1_body import ResponseBody
 from .heads import ResponseHead
 from .limits import HttpLimits, HttpTimeouts
 from .model import Body, Request, Response
@@ -71,7 +72,7 @@ class H1ClientConnection:
         self._unsent = b""
         self._failure: Exception | None = None
         self._head_read: Event | None = None
-        self._begun: tuple[Response, _ResponseBody] | None = None
+        self._begun: tuple[Response, ResponseBody] | None = None
         self._key: str | None = None
         self._over = False
 
@@ -117,7 +118,11 @@ class H1ClientConnection:
 
     async def _send_head_only(self, request: Request) -> Response:
         """:meth:`send` for the many requests without a body: one write, one deadline."""
-        self.begin(request)
+        try:
+            self.begin(request)
+        except BaseException:
+            await self.abort()
+            raise
         return await self.receive(request)
 
     def begin(self, request: Request) -> bool:
@@ -150,7 +155,7 @@ class H1ClientConnection:
                 self._head_read = head
                 self.stuck = True
                 return None
-            body = _ResponseBody(self, head, self._timeouts)
+            body = ResponseBody(self, head, self._timeouts)
         except MalformedMessage as error:
             self._failure = error
             self.stuck = True
@@ -203,6 +208,11 @@ class H1ClientConnection:
             raise
         finally:
             deadline.stop()
+
+    async def close(self) -> None:
+        """Close a kept connection in order."""
+        self._deadline.close()
+        await self.stream.close()
 
     async def abort(self) -> None:
         """Close at once. Idempotent."""
@@ -316,7 +326,7 @@ class H1ClientConnection:
             self.stream.unread(self._strict.trailing)
             upgrade = Tunnel(self.stream, over=self.release)
         else:
-            body = await _ResponseBody.begin(self, head, self._timeouts)
+            body = await ResponseBody.begin(self, head, self._timeouts)
         return Response(
             head.status,
             head.headers,
@@ -360,102 +370,3 @@ class H1ClientConnection:
     def complete(self) -> bool:
         """Nothing of the current response is missing."""
         return self._strict.complete
-
-
-class _ResponseBody(Body):
-    def __init__(self, connection: H1ClientConnection, head: ResponseHead, timeouts: HttpTimeouts) -> None:
-        self._connection = connection
-        self._pace = Pace(timeouts, client=False)
-        self._ahead: Content | None = None
-        self._over = False
-        self._error: Exception | None = None
-        self.length = head.length
-
-    @classmethod
-    async def begin(cls, connection: H1ClientConnection, head: ResponseHead, timeouts: HttpTimeouts) -> _ResponseBody:
-        """Look at what came with the header section: a short body is over at once, and its connection free."""
-        body = cls(connection, head, timeouts)
-        body.look()
-        await body.settle()
-        return body
-
-    def look(self) -> bool:
-        """Take what has come of it; return whether that was all. :meth:`settle` belongs behind it."""
-        try:
-            event = self._connection.next_content()
-            if isinstance(event, Content):
-                self._ahead = event
-                self._pace.received += len(event.data)
-                event = self._connection.next_content() if self._connection.complete else NEED_DATA
-        except MalformedMessage as error:
-            self._broke(error)
-            return False
-        if isinstance(event, End):
-            self._over = True
-            self.trailers = event.trailers
-        return self._over
-
-    async def settle(self) -> None:
-        """Free the connection of a body that is over."""
-        if self._error is not None:
-            await self._connection.abort()
-        elif self._over and not self._connection.released:
-            await self._connection.finish()
-
-    def _broke(self, error: Exception) -> None:
-        self._over = True
-        self._error = HttpError(502, f"the upstream's response broke off: {error}", close=True)
-        self._error.__cause__ = error
-
-    def take_whole(self) -> bytes | None:
-        if not self._over or self._error is not None or self.trailers:
-            return None
-        ahead, self._ahead = self._ahead, None
-        return b"" if ahead is None else ahead.data
-
-    @property
-    def ready(self) -> bool:
-        return self._ahead is not None
-
-    @property
-    def movable(self) -> int:
-        return 0 if self._over or self._ahead is not None else self._connection.movable
-
-    def splice_to(self, pipe: int) -> int:
-        try:
-            count = self._connection.splice_to(pipe)
-        except OSError:
-            return 0  # next() will meet it too, and can wait
-        self._pace.received += count
-        return count
-
-    async def next(self) -> bytes:
-        if self._ahead is not None:
-            ahead, self._ahead = self._ahead, None
-            return ahead.data
-        if self._error is not None:
-            raise self._error
-        event = None if self._over else await self._read()
-        if self._error is not None:
-            raise self._error
-        return event.data if isinstance(event, Content) else b""
-
-    async def _read(self) -> Content | End | None:
-        try:
-            event = await self._connection.read_content(self._pace)
-        except (MalformedMessage, OSError) as error:
-            self._broke(error)
-            await self._connection.abort()
-            return None
-        if isinstance(event, Content):
-            self._pace.received += len(event.data)
-        elif isinstance(event, End):
-            self._over = True
-            self.trailers = event.trailers
-            await self._connection.finish()
-        return event
-
-    async def close(self) -> None:
-        if not self._over:
-            self._over = True
-            await self._connection.abort()

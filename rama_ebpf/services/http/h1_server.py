@@ -18,6 +18,7 @@ from .bulk import move, worth_moving
 from .date import http_date
 from .disconnect import DisconnectWatch
 from .errors import HttpError, MalformedMessage
+from .h1_body import RequestBody
 from .headers import Headers
 from .heads import RequestHead
 from .limits import HttpLimits, HttpTimeouts
@@ -32,8 +33,6 @@ __all__ = ["H1ServerConnection"]
 log = logging.getLogger(__name__)
 
 _READ: Final = 64 * 1024
-_DRAIN: Final = 64 * 1024
-"""How many bytes of a body that the service did not want are read to keep the connection."""
 _LINGER_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -71,7 +70,7 @@ class H1ServerConnection:
         self._idle = False
         self._draining = False
         self._established = False
-        self._no_body = _RequestBody(self, None, timeouts)
+        self._no_body = RequestBody(self, None, timeouts)
         self.continued = False
         """Whether the current request's client was told to send its body."""
 
@@ -116,7 +115,7 @@ class H1ServerConnection:
         if request is None and head.length == 0:
             request = self.request_of(head)
         elif request is None:
-            body = _RequestBody(self, head, self._timeouts)
+            body = RequestBody(self, head, self._timeouts)
             request = self._request(head, body)
         if running is None:
             running = self.begin(request)
@@ -128,7 +127,7 @@ class H1ServerConnection:
         running.ended()
         return await self._keep(body, upgraded)
 
-    async def _keep(self, body: _RequestBody, upgraded: bool) -> bool:
+    async def _keep(self, body: RequestBody, upgraded: bool) -> bool:
         """Behind a request: return whether the connection can take another."""
         self._received, self._sent = self._stream.bytes_received, self._stream.bytes_sent
         if not body.over and not self.strict.last:
@@ -276,7 +275,7 @@ class H1ServerConnection:
     async def _exchange(
         self,
         head: RequestHead,
-        body: _RequestBody,
+        body: RequestBody,
         request: Request,
         running: RunningRequest,
         service: Service[Request, Response],
@@ -407,7 +406,7 @@ class H1ServerConnection:
             self.continued = True
         await self._write(self.strict.writer.interim(status, headers))
 
-    def _head_of(self, head: RequestHead, body: _RequestBody, response: Response) -> tuple[bytes, bool]:
+    def _head_of(self, head: RequestHead, body: RequestBody, response: Response) -> tuple[bytes, bool]:
         """Return a response's header section as it is sent, and whether no body follows it."""
         content, headers, status = response.body, response.headers, response.status
         bodiless = head.method == "HEAD" or status in (204, 304)
@@ -437,7 +436,7 @@ class H1ServerConnection:
         )
         return out, bodiless
 
-    async def _respond(self, head: RequestHead, body: _RequestBody, response: Response) -> None:
+    async def _respond(self, head: RequestHead, body: RequestBody, response: Response) -> None:
         content, writer = response.body, self.strict.writer
         out, bodiless = self._head_of(head, body, response)
         whole = b"" if bodiless else content.take_whole()
@@ -493,80 +492,3 @@ class H1ServerConnection:
 
     async def _linger(self, last: bytes = b"") -> None:
         await self._stream.close_after(last, timeout=self._timeouts.linger, max_discard=_LINGER_BYTES)
-
-
-class _RequestBody(Body):
-    """A request's body, taken from the connection as it is read; without a ``head`` there is none."""
-
-    def __init__(self, connection: H1ServerConnection, head: RequestHead | None, timeouts: HttpTimeouts) -> None:
-        self._connection = connection
-        self._pace = Pace(timeouts, client=True)
-        self._done = head is None
-        self._error: Exception | None = None
-        self.length = 0 if head is None else head.length
-        self.expects_continue = head is not None and head.expects_continue
-
-    @property
-    def movable(self) -> int:
-        return 0 if self._done or self._error is not None or self._unasked else self._connection.movable
-
-    def splice_to(self, pipe: int) -> int:
-        try:
-            count = self._connection.splice_to(pipe)
-        except OSError:
-            return 0  # next() will meet it too, and can wait
-        self._pace.received += count
-        return count
-
-    async def next(self) -> bytes:
-        if self._error is not None:
-            raise self._error
-        if self._done:
-            return b""
-        if self.expects_continue:
-            await self._connection.send_continue()
-        try:
-            event = await self._connection.read_content(self._pace)
-        except TimeoutError as error:
-            self._error = HttpError(408, "the request's body did not come in time", close=True)
-            raise self._error from error
-        except (MalformedMessage, OSError) as error:
-            self._error = error
-            raise
-        if isinstance(event, Content):
-            return event.data
-        self._done = True
-        self.trailers = event.trailers
-        return b""
-
-    @property
-    def over(self) -> bool:
-        """Whether all of it was read."""
-        return self._done
-
-    @property
-    def worth_draining(self) -> bool:
-        """Whether the connection may live on though the service has not read all of the body: the rest is short. Of
-        a chunked one nobody knows."""
-        if self._done:
-            return True
-        if self._error is not None or self._unasked or self.length is None:
-            return False
-        return self.length - self._pace.received <= _DRAIN
-
-    @property
-    def _unasked(self) -> bool:
-        # A client that was never told to continue may send its body or may not: nobody knows what comes next.
-        return self.expects_continue and not self._connection.continued
-
-    async def drain(self, timeout: float) -> None:
-        """Read and drop a short rest."""
-        if not self.worth_draining:
-            return
-        start = self._pace.received
-        try:
-            async with asyncio.timeout(timeout):
-                while not self._done and self._pace.received - start <= _DRAIN:
-                    await self.next()
-        except (HttpError, TimeoutError, OSError) as error:
-            log.debug("the rest of a body could not be dropped: %s", error)

@@ -195,7 +195,7 @@ class ConnectionPool:
             self._sweeper = None
         for origin in list(self._known.values()):
             for idle in origin.idle:
-                self._in_background(idle.connection.stream.close())
+                self._in_background(idle.connection.close())
             self._idle_count -= len(origin.idle)
             origin.idle.clear()
             for connection in origin.h2:
@@ -245,7 +245,7 @@ class ConnectionPool:
             if connection.quiet:
                 origin.busy += 1
                 return connection
-            self._in_background(connection.stream.close())
+            self._in_background(connection.close())
         return None
 
     def _unbusy(self, origin: _Origin) -> None:
@@ -260,7 +260,7 @@ class ConnectionPool:
         full = self._idle_count >= limits.idle or len(origin.idle) >= limits.idle_per_origin
         if self._closed or full or not keep:
             self._unbusy(origin)
-            self._in_background(connection.stream.close())
+            self._in_background(connection.close())
             return
         origin.busy -= 1
         loop = asyncio.get_running_loop()
@@ -278,7 +278,7 @@ class ConnectionPool:
         for origin in list(self._known.values()):
             for idle in origin.idle:
                 if idle.since <= due:
-                    self._in_background(idle.connection.stream.close())
+                    self._in_background(idle.connection.close())
                     self._idle_count -= 1
             origin.idle = [idle for idle in origin.idle if idle.since > due]
             oldest += [min(idle.since for idle in origin.idle)] if origin.idle else []
