@@ -16,6 +16,7 @@ from rama_ebpf.services.http import (
     HttpServer,
     MalformedMessage,
     OriginOptions,
+    heads,
 )
 from rama_ebpf.services.http.heads import RequestHead, ResponseHead
 from rama_ebpf.services.http.strict import NEED_DATA, PAUSED, Closed, Content, End, Role, StrictConnection
@@ -119,6 +120,18 @@ def test_what_is_refused_is_refused_wherever_it_is_cut(role: Role) -> None:
         for split in range(1, len(sent)):
             with pytest.raises(MalformedMessage):
                 read(role, [sent[:split], sent[split:]], method)
+
+
+def test_lines_that_are_remembered_are_bounded_and_hold_no_secrets() -> None:
+    heads._lines.clear()
+    for number in range(10_000):
+        fields = b"X-%d: 1\r\nCookie: s%d\r\nAuthorization: Basic s%d\r\nX-Long: %b\r\n" % (
+            *(number, number, number),
+            b"a" * 200,
+        )
+        read(Role.SERVER, [b"GET / HTTP/1.1\r\nHost: a.test\r\n" + fields + b"\r\n"])
+    assert 0 < len(heads._lines) <= 4096
+    assert all(line.startswith((b"X-", b"Host")) and len(line) <= 128 for line in heads._lines)
 
 
 def test_bytes_that_are_skipped_are_counted_and_the_rest_is_read() -> None:

@@ -120,6 +120,8 @@ _NOT_IN_TRAILERS: Final = frozenset(
 _Field = tuple[bytes, bytes, bytes]
 _NONE: Final[list[bytes]] = []
 _LINE_KEPT: Final = 128
+_LINES_KEPT: Final = 4096
+_SECRETS: Final = frozenset({b"authorization", b"cookie", b"proxy-authorization", b"set-cookie"})
 _USUAL_OPTIONS: Final = frozenset({b"close", b"keep-alive"})
 
 
@@ -317,8 +319,20 @@ def _field(line: bytes) -> tuple[_Field, bool]:
     return (lowered, name, value.strip(b" \t")), lowered in _HOP_BY_HOP
 
 
-_known: Final = functools.lru_cache(4096)(_field)
-"""Most field lines come again and again, on one connection and on others."""
+_lines: Final[dict[bytes, tuple[_Field, bool]]] = {}
+
+
+def _known(line: bytes) -> tuple[_Field, bool]:
+    """:func:`_field`, remembered: most lines come again and again, on one connection and on others. Secrets are not
+    kept."""
+    found = _lines.get(line)
+    if found is None:
+        found = _field(line)
+        if len(line) <= _LINE_KEPT and found[0][0] not in _SECRETS:
+            if len(_lines) >= _LINES_KEPT:
+                _lines.clear()
+            _lines[line] = found
+    return found
 
 
 def _fields(lines: list[bytes], size: int, limits: HttpLimits) -> tuple[list[_Field], dict[bytes, list[bytes]]]:
@@ -329,7 +343,7 @@ def _fields(lines: list[bytes], size: int, limits: HttpLimits) -> tuple[list[_Fi
     own: dict[bytes, list[bytes]] = {}
     for number in range(1, len(lines) - 2):
         line = lines[number]
-        field, is_own = _known(line) if len(line) <= _LINE_KEPT else _field(line)
+        field, is_own = _known(line)
         if not is_own:
             fields.append(field)
         elif field[0] in own:
