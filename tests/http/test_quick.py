@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -500,3 +501,105 @@ async def test_a_failing_backend_is_left_for_another_one(run: Run, connector: Co
         assert (await client.ask(b"GET /x HTTP/1.1\r\nHost: a.test\r\n\r\n")).endswith(b"ok")
     client.writer.close()
     await pool.stop()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an origin answers, in segments; HEAD gets no body. It ``closes`` behind it, or instead."""
+
+    head: bytes
+    body: bytes
+    cuts: tuple[float, ...]
+    closes: bool
+
+    def segments(self, request: bytes) -> list[bytes]:
+        data = self.head if request.startswith(b"HEAD") else self.head + self.body
+        at = [int(cut * len(data)) for cut in self.cuts]
+        return [data[start:end] for start, end in zip([0, *at], [*at, len(data)], strict=True) if start < end]
+
+
+def scenario(chance: random.Random) -> tuple[list[Reply], list[bytes]]:
+    """Return what an origin answers one after the other, and the methods that are asked."""
+    replies: list[Reply] = []
+    for _ in range(8):
+        body = bytes(chance.randrange(256) for _ in range(chance.choice([0, 1, 5, 300, 5000])))
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:3], body[3:]) if part)
+        head, content = chance.choice(
+            [
+                (HEAD + b"Content-Length: %d\r\n\r\n" % len(body), body),
+                (HEAD + b"Content-Length: %d\r\n\r\n" % len(body), body),
+                (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunks + b"0\r\n\r\n"),
+                (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunks + b"0\r\nX-T: 1\r\n\r\n"),
+                (HEAD.replace(b"200 OK", b"304 Not Modified") + b"ETag: x\r\n\r\n", b""),
+                (HEAD.replace(b"200 OK", b"204 No Content") + b"\r\n", b""),
+                (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + HEAD + b"Content-Length: 0\r\n\r\n", b""),
+                (HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\n", b"ok"),
+                (b"nonsense\r\n\r\n", b""),
+                (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n", b"ok"),
+                (b"", b""),
+            ]
+        )
+        cuts = tuple(sorted(chance.random() for _ in range(chance.choice([0, 0, 1, 3]))))
+        replies.append(Reply(head, content, cuts, not head or chance.random() < 0.15))
+    return replies, [chance.choice([b"GET"] * 6 + [b"HEAD", b"POST", b"DELETE"]) for _ in range(5)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_whatever_upstreams_do_callbacks_and_coroutines_answer_alike(
+    run: Run, connector: Connect, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    replies, methods = scenario(random.Random(seed))
+    answers = []
+    for quick in (True, False):
+        script = iter([Reply(OK, b"", (), False), *replies])
+
+        async def origin(stream: Stream, script: Any = script) -> None:
+            while data := await stream.read():
+                if data.startswith(b"POST") and not data.endswith(b"hello"):
+                    await stream.read()
+                reply = next(script, Reply(HEAD + b"Content-Length: 2\r\n\r\n", b"ok", (), False))
+                for segment in reply.segments(data):
+                    await stream.write(segment)
+                    await asyncio.sleep(0)
+                if reply.closes:
+                    return
+
+        if not quick:
+            monkeypatch.setattr("rama_ebpf.services.http.h1_server.quick_of", lambda _service: None)
+        proxy = run(HttpProxy(connector, timeouts=HttpTimeouts(response=20.0)))
+        target = Origin(run(origin).port, [], [], False)
+        client = await Client.warm(proxy, target)
+        got = []
+        for method in methods:
+            fields = [b"Content-Length: 5"] if method == b"POST" else []
+            client.writer.write(get(target, *fields, method=method) + (b"hello" if fields else b""))
+            try:
+                head = await client.reader.readuntil(b"\r\n\r\n")
+                while head.startswith(b"HTTP/1.1 103 "):
+                    head = await client.reader.readuntil(b"\r\n\r\n")
+                body = b""
+                if method != b"HEAD" and head[9:12] not in (b"204", b"304"):
+                    if b"Content-Length: " in head:
+                        size = int(head.partition(b"Content-Length: ")[2].split(b"\r\n")[0])
+                        body = await client.reader.readexactly(size)
+                    else:
+                        body = await chunked_body(client.reader)
+            except (ConnectionResetError, asyncio.IncompleteReadError) as error:
+                got.append((type(error), b""))
+                break
+            got.append((b"\r\n".join(line for line in head.split(b"\r\n") if not line.startswith(b"Date")), body))
+        client.writer.close()
+        answers.append(got)
+        await proxy.idle()
+        assert len(running) == 0
+    assert answers[0] == answers[1]
+
+
+async def chunked_body(reader: asyncio.StreamReader) -> bytes:
+    """Return the content and the trailers."""
+    content = b""
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        content += (await reader.readexactly(size + 2))[:-2]
+    while (line := await reader.readuntil(b"\r\n")) != b"\r\n":
+        content += line
+    return content
