@@ -67,10 +67,14 @@ def test_bans_and_loads_are_on_disk_when_the_command_returns_and_bans_of_strikes
     try:
         proxy.command("ban", "198.18.7.7")
         assert [row["address"] for row in left("bans")] == ["198.18.7.7"]
+        proxy.command("block", "198.18.8.0/24")
+        assert left("rules")[-1]["source"] == "198.18.8.0/24"
         rules = tmp_path / "policy.toml"
         rules.write_text('default = "allow"\n')
         proxy.command("policy", "load", str(rules))
-        assert [entry["what"] for entry in left("journal")][-2:] == ["ban", "load"]
+        assert [entry["what"] for entry in left("journal")][-3:] == ["ban", "add", "load"]
+        proxy.command("unblock", "198.18.8.0/24")
+        assert left("rules")[-1]["removed"] is True
         proxy.command("unblock", "198.18.7.7")
         assert left("bans")[-1]["lifted"]
 

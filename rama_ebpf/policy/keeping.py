@@ -74,9 +74,13 @@ class Keeping:
 
     def loaded(self, ruleset: RuleSet, *, at_once: bool) -> None:
         """Write down the set that is for good from now on. Raises OSError if it is to be done ``at_once``."""
+        if at_once and self._kept is not None:
+            self._kept.write_set(
+                self._image_of(ruleset)
+            )  # if it raises, what is on disk is what will be in force again
         self._behind_set = True
         if at_once and self._kept is not None:
-            self._kept.write_set(self._image_of(ruleset))
+            self._kept.sync_set()
             self._behind_set = False
 
     def fall_behind(self, *, rules: bool = False) -> None:

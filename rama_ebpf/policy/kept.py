@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from . import document
-from .atomic import open_regular, write_atomically
+from .atomic import bring_to_disk, open_regular, write_atomically
 from .image import PolicyImage, RuntimeRule
 from .lifetime import HasEnded, MayHaveEnded, boot_id, is_of_this_boot, lifetime_of, lifetime_row
 from .prefixes import IPNetwork
@@ -129,6 +129,10 @@ class KeptPolicy:
             write_atomically(self._set, json.dumps(header).encode() + b"\n" + body)
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self._set}: {error.strerror}") from error
+
+    def sync_set(self) -> None:
+        """Have what :meth:`write_set` wrote be there under its name also after a power failure."""
+        bring_to_disk(self._set)
 
     def added(self, added: RuntimeRule, revision: int) -> int:
         """Note a rule at run time; return what :meth:`take_back` needs."""

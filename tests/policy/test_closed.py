@@ -104,6 +104,29 @@ def test_the_programs_know_of_every_entry_wherever_a_writer_dies(
         change()
 
 
+def test_a_change_writes_the_gate_record_once(kernel_store: KernelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel_store.add(block("198.18.1.1"))  # its length is known from now on
+    kernel_store.set_failsafe([ip_network("198.18.9.0/24")])
+    written, gate, count = bpf.map_update, kernel_store.tables.maps["gate"], 0
+
+    def update(fd: int, key: bytes, value: bytes, flags: int = bpf.BPF_ANY) -> None:
+        nonlocal count
+        count += fd == gate
+        written(fd, key, value, flags)
+
+    monkeypatch.setattr(bpf, "map_update", update)
+    for change in (
+        lambda: kernel_store.add(block("198.18.1.2")),
+        lambda: kernel_store.add(Rule("other", (ip_network("198.18.1.2"),), Action.ALLOW)),
+        lambda: kernel_store.remove(ip_network("198.18.1.2")),
+        lambda: kernel_store.set_failsafe([ip_network("198.18.8.0/24")]),
+        lambda: kernel_store.set_settings(Settings(Action.DROP)),
+    ):
+        count = 0
+        change()
+        assert count == 1
+
+
 def test_a_service_never_shortens_a_ban(store: PolicyStore) -> None:
     address = ip_address("198.18.1.1")
     store.ban(address, reason="for good")
