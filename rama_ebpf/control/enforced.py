@@ -109,6 +109,7 @@ class Decision:
             "stage": verdict.stage.name.lower(),
             "rule": verdict.rule,
             "by": self.by,
+            "limited": self.is_limited,
         }
         if verdict.dry_rule:
             row["dry_run"] = {"rule": verdict.dry_rule, "action": verdict.dry_action.name.lower()}
