@@ -251,7 +251,8 @@ def test_bad_clients_get_the_right_reply_one_log_line_and_leak_nothing(net: Net)
         with contextlib.suppress(ConnectionResetError):
             assert silent.recv(1) == b""
         assert time.monotonic() - started >= 1.0
-    wait_for(lambda: net.proxy.descriptors() <= before, what="the closing of descriptors")
+    # One more stays: the server holds the map of the set in force from its first look at it, some seconds after the start.
+    wait_for(lambda: net.proxy.descriptors() <= before + 1, what="the closing of descriptors")
     assert not net.proxy.logged("Traceback")
     wait_for(lambda: sum("rama_ebpf.access" in line for line in net.proxy.log) == len(cases) + 1)
 

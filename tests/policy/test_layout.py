@@ -66,6 +66,8 @@ def test_swapped_members_of_a_structure_are_refused(structure: str, tmp_path: Pa
     """Also where both have one type, so that no size changes. Nothing starts with such a header."""
     package = tmp_path / "rama_ebpf"
     (package / "kernel").mkdir(parents=True)
+    for directory in (package, package / "kernel"):
+        (directory / "__init__.py").touch()
     for name in ("abi", "header"):
         (package / "kernel" / f"{name}.py").write_bytes(Path(abi.__file__).with_name(f"{name}.py").read_bytes())
     (package / "_bpf").mkdir()

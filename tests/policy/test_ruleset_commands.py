@@ -345,8 +345,8 @@ def test_the_example_of_the_documentation_is_a_policy_file(tmp_path: Path) -> No
 # -- feeds ------------------------------------------------------------------------------------------------------------
 
 
-def with_feed(where: str) -> str:
-    return f'[[rules]]\nname = "listed"\naction = "drop"\nfeed = {{ {where}, max_bad = 0.01, timeout = 1 }}\n'
+def with_feed(where: str, timeout: int = 60) -> str:
+    return f'[[rules]]\nname = "listed"\naction = "drop"\nfeed = {{ {where}, max_bad = 0.01, timeout = {timeout} }}\n'
 
 
 def test_a_feed_with_one_percent_of_bad_lines_is_loaded_and_they_are_named(policy: Policy) -> None:
@@ -380,7 +380,7 @@ def test_a_feed_server_that_hangs_leaves_the_policy_as_it_was(policy: Policy) ->
     policy.command("policy", "load", policy.file(FIRST))
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts, nobody answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/list"
-        said = policy.refused("policy", "load", policy.file(with_feed(f'url = "{url}"'), "new.toml"))
+        said = policy.refused("policy", "load", policy.file(with_feed(f'url = "{url}"', 1), "new.toml"))
     assert said.endswith(f"feed {url}: not there within 1 s")
 
 
