@@ -251,7 +251,7 @@ def test_bad_clients_get_the_right_reply_one_log_line_and_leak_nothing(net: Net)
         with contextlib.suppress(ConnectionResetError):
             assert silent.recv(1) == b""
         assert time.monotonic() - started >= 1.0
-    # One more stays: the server holds the map of the set in force from its first look at it, some seconds after the start.
+    # One more stays: the server holds the map of the set in force from its first look at it on.
     wait_for(lambda: net.proxy.descriptors() <= before + 1, what="the closing of descriptors")
     assert not net.proxy.logged("Traceback")
     # Of no protocol: refused before there was a task, and not a line of its own but one a minute.
