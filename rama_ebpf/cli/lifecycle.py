@@ -33,7 +33,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     text = "show the server, its listeners, and what the gate has decided"
     status = commands.add_parser("status", parents=[shared], help=text, description=text)
     status.set_defaults(main=_status)
-    text = "remove everything an instance left in the kernel and under /run; bans and journal stay unless purged"
+    text = "forget the policy, and leave nothing in the kernel and under /run; bans and journal stay unless purged"
     unload = commands.add_parser("unload", parents=[shared], help=text, description=text)
     unload.add_argument("--stop", action="store_true", help="stop the running server first (SIGTERM, then wait)")
     text = "also forget bans, journal, copies of feeds and compiled programs"

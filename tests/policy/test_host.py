@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,12 +165,18 @@ def test_a_full_disk_is_told_by_the_exit_code_and_nothing_is_changed(
     proxy = start_proxy(server, "--listen", f"{server.ipv4}:{PORT}")
     proxy.command("block", "198.18.77.0/24")
     before = proxy.json("list")["rules"]
-    rules = Instance(proxy.instance).state_dir / "rules"
-    rules.unlink()
-    os.symlink("/dev/full", rules)
-    for command in (("block", client.ipv4), ("unblock", "198.18.77.0/24"), ("allow", client.ipv4, "--ttl", "1h")):
-        failed = proxy.command(*command, check=False)
-        assert (failed.returncode, "No space left" in failed.stderr) == (3, True), failed
-    assert proxy.json("list")["rules"] == before
-    assert answered(client, server.ipv4)
-    rules.unlink()
+    state = str(Instance(proxy.instance).state_dir)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "full", state], check=True)
+    try:
+        with open(f"{state}/filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        for command in (("block", client.ipv4), ("unblock", "198.18.77.0/24"), ("allow", client.ipv4, "--ttl", "1h")):
+            failed = proxy.command(*command, check=False)
+            assert (failed.returncode, "No space left" in failed.stderr) == (3, True), failed
+        assert proxy.json("list")["rules"] == before
+        assert answered(client, server.ipv4)
+    finally:
+        subprocess.run(["umount", "-l", state], check=True)
+    proxy.command("block", client.ipv4)
+    assert shut_out(client, server.ipv4)
