@@ -177,12 +177,20 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 def _read_by_workers(args: argparse.Namespace) -> tuple[str, ...]:
     """The application's directory, that of the password file, which is replaced as a whole, and what is named."""
-    found = [*map(os.path.abspath, args.sandbox_read)]
+    found = [*_existing("--sandbox-read", args.sandbox_read)]
     if args.app:
         found += _unless_root(os.getcwd())
     if args.users is not None:
         found += _unless_root(os.path.dirname(os.path.abspath(args.users)))
     return tuple(found)
+
+
+def _existing(option: str, paths: Sequence[str]) -> tuple[str, ...]:
+    """A path that is not there when a worker is confined stays closed."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise PolicyError(f"{option} {path}: there is no such file or directory")
+    return tuple(map(os.path.abspath, paths))
 
 
 def _unless_root(directory: str) -> list[str]:
@@ -292,7 +300,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
         user=_user(args.user),
         sandbox=_sandbox(args),
         read=_read_by_workers(args),
-        write=tuple(map(os.path.abspath, args.sandbox_write)),
+        write=_existing("--sandbox-write", args.sandbox_write),
         egress=egress,
         drain=args.drain,
         default=None if args.default is None else Action[args.default.upper()],

@@ -23,8 +23,8 @@ from .kinds import (
     NETWORK,
     TEXT,
     USER,
-    any_path,
     choice,
+    file_path,
     integer,
     ip_literal,
 )
@@ -72,8 +72,8 @@ class ServerConfig:
 class SandboxConfig:
     """Files that workers may open besides those of Python and those that services name; all else is closed to them."""
 
-    read: tuple[str, ...] = setting(ListOf(any_path()), "they may read there", default=())
-    write: tuple[str, ...] = setting(ListOf(any_path()), "they may change and make files there", default=())
+    read: tuple[str, ...] = setting(ListOf(file_path()), "they may read there", default=())
+    write: tuple[str, ...] = setting(ListOf(file_path()), "they may change and make files there", default=())
 
 
 @dataclass(frozen=True)

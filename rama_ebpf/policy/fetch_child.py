@@ -44,6 +44,11 @@ def _confine(max_size: int) -> None:
     confine()  # as far as the host can
 
 
+def _close_off() -> None:
+    """Open nothing any more, neither files nor connections: what follows parses strangers' bytes."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+
+
 def _fail(error: str, retry_after: float | None = None) -> SystemExit:
     return SystemExit(json.dumps({"error": error, "retry_after": retry_after}))
 
@@ -67,6 +72,7 @@ def _read_file(wanted: Mapping[str, Any]) -> bytes:
             data = file.read(wanted["max_size"] + 1)
     except OSError as error:
         raise _fail(f"cannot be read: {error.strerror}") from None
+    _close_off()
     content = parse_feed(unpack(data, wanted["max_size"]), max_bad=wanted["max_bad"])
     return encode(content, unchanged=False, validators={})
 
@@ -87,6 +93,7 @@ def _fetch(wanted: Mapping[str, Any], egress: EgressPolicy) -> bytes:
             data = response.read(wanted["max_size"])
     except GetError as error:
         raise _fail(str(error), error.retry_after) from None
+    _close_off()
     validators = response.validators or wanted["validators"]
     if data is None:
         return encode(FeedContent(Prefixes(), 0), unchanged=True, validators=validators)

@@ -92,6 +92,22 @@ def test_a_byte_order_mark_in_a_pem_file_is_a_mistake_with_a_remedy(directory: P
     assert f"{directory}/ca.pem: begins with a byte order mark" in done.stderr
 
 
+def test_a_path_that_is_left_to_workers_has_to_be_there(directory: Path) -> None:
+    text = PLAIN + '[sandbox]\nread = ["."]\nwrite = ["state"]\n'
+    (directory / "rama.toml").write_text(text)
+    done = run("check", cwd=directory)
+    assert done.returncode == 2
+    assert "sandbox.write[0]" in done.stderr
+    (directory / "state").mkdir()
+    assert run("check", cwd=directory).returncode == 0
+    for option in ("--sandbox-read", "--sandbox-write"):
+        done = run("run", option, "nowhere", cwd=directory)
+        assert (done.returncode, done.stderr) == (
+            2,
+            f"rama-ebpf run: {option} nowhere: there is no such file or directory\n",
+        )
+
+
 def test_a_configuration_is_a_regular_file_of_bounded_size_or_standard_input(directory: Path) -> None:
     os.mkfifo(directory / "fifo.toml")
     (directory / "huge.toml").touch()

@@ -9,6 +9,8 @@ import random
 import resource
 import socket
 import ssl
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -659,3 +661,19 @@ def test_a_start_does_not_wait_for_the_network(server: Server, store: FeedStore)
     server.answer = server.hang
     ruleset, (report,) = with_feeds(ruleset_of(feed), store, known=RuleSet())
     assert ruleset.rules[0].sources == parse_feed(GOOD).prefixes
+
+
+def test_the_child_opens_nothing_any_more_once_it_has_all_that_it_parses() -> None:
+    program = """
+import errno, socket
+from rama_ebpf.policy.fetch_child import _close_off
+_close_off()
+for what in (lambda: open("/etc/passwd"), lambda: socket.socket()):
+    try:
+        what()
+    except OSError as error:
+        assert error.errno == errno.EMFILE, error
+    else:
+        raise AssertionError("it could")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
