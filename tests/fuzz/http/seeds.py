@@ -17,11 +17,17 @@ _GOOD_REQUESTS = (
     b"CONNECT a.test:443 HTTP/1.1\r\nHost: a.test:443\r\nProxy-Authorization: Basic eA==\r\n\r\n\x16\x03\x01",
     b"GET / HTTP/1.1\r\nHost: [::1]:80\r\nConnection: upgrade, x\r\nUpgrade: websocket\r\nX: 1\r\n\r\n",
     b"OPTIONS * HTTP/1.0\r\n\r\n",
+    b"\r\nPOST http://a.test:/ HTTP/1.1\r\nHost: a.test:\r\nContent-Length: 0005\r\n\r\nhello"
+    b"\r\nGET / HTTP/1.1\r\nHost: b\r\n\r\n",
+    b'POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n00a;b="c;d"\r\n0123456789\r\n0;f\r\n\r\n',
+    b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5 ;a\r\nhello\r\n0\r\n\r\n",
 )
 _GOOD_RESPONSES = (
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX: 1\r\n\r\n",
     b"HTTP/1.0 200\r\n\r\nuntil the end",
+    b"HTTP/1.1 999 Odd\r\nContent-Length: 02\r\n\r\nok",
+    b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\nETag: x\r\n\r\n",
 )
 _H2_FIELDS = (
