@@ -268,6 +268,8 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
 
 
 def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
+    if args.app and args.connections_per_source != SourceLimits().connections:
+        raise PolicyError("--connections-per-source is for the proxy that is served without an application: use shares")
     if args.syn_cookies and not args.xdp:
         raise PolicyError("--syn-cookies: XDP sends them, so name at least one interface with --xdp")
     try:

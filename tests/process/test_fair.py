@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,7 +35,7 @@ metrics = "127.0.0.1:9464"
 allow = ["127.0.0.0/8"]
 """
 GARBAGE = b"\xff\xfe\xfd\xfc garbage\r\n"
-EXCHANGES = 25
+EXCHANGES = 20
 
 
 @pytest.fixture
@@ -124,6 +126,13 @@ def test_garbage_from_many_sources_costs_a_client_nothing_but_time(
     with beside(host, 16, garbage) as sent:
         assert all(granted(host, echo) for _ in range(EXCHANGES))
         wait_for(lambda: min(sent) >= 5, what="garbage of each source", timeout=60)
+
+    def scrape() -> str:
+        with urllib.request.urlopen("http://127.0.0.1:9464/metrics", timeout=30) as response:
+            return str(response.read().decode())
+
+    counted = r'rama_errors_total\{kind="protocol",listener="main"\} [1-9]'
+    wait_for(lambda: re.search(counted, host.call(scrape)), what="the count of garbage", timeout=30)
     lines = [line for line in proxy.log if "connection refused: the first bytes are of no protocol" in line]
     assert len(lines) == 1, lines  # it is counted, and logged once a minute
     assert not proxy.logged("reason=protocol")

@@ -187,6 +187,11 @@ def test_an_application_of_ones_own_bans_in_the_kernel(
         (("--config", "{file}", "app:main"), "--config and app: put that into"),
         (("--config", "nowhere.toml"), "nowhere.toml:1: cannot be read: No such file"),
         (("--metrics", "0.0.0.0:1"), "loopback only"),
+        (
+            ("app:main", "--connections-per-source", "9"),
+            "--connections-per-source is for the proxy that is served without",
+        ),
+        (("--connections-per-source", "-1"), "use 0 to 10000000"),
         (("--listen", "here"), "--listen 'here': write for example"),
     ],
 )
