@@ -10,24 +10,25 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from ipaddress import IPv6Network
+from ipaddress import IPv6Network, ip_network
 from typing import Final
 
-from ..core.address import mapped
+from ..core.address import IPAddress, mapped
 from ..kernel import abi
 from .prefixes import IPNetwork, unmap_network
 from .rule import Action, Ban
 
 __all__ = [
     "KEY_SIZE",
-    "MAX_REASON",
     "VALUE_SIZE",
     "BanBlock",
     "ban_key",
     "ban_network",
     "ban_value",
+    "canonical",
     "is_automatic",
     "read_ban",
+    "reason_text",
     "value_expires",
     "with_one_hit",
 ]
@@ -56,9 +57,19 @@ def ban_network(key: bytes) -> IPNetwork:
     return unmap_network(IPv6Network((prefix, length)))
 
 
+def canonical(banned: IPAddress | IPNetwork) -> IPNetwork:
+    """Return what a ban is of: IPv4 where it is IPv4-mapped, and on whatever interface (RFC 4007): no key says that."""
+    return ban_network(ban_key(ip_network(banned)))
+
+
+def reason_text(reason: str) -> bytes:
+    """Return the reason as it is kept: 63 bytes of UTF-8 at most."""
+    return reason.encode(errors="replace")[:MAX_REASON].decode(errors="ignore").encode()
+
+
 def ban_value(ban: Ban) -> bytes:
     """Return the value of a ban; its reason is cut to 63 bytes."""
-    text = ban.reason.encode(errors="replace")[:MAX_REASON].decode(errors="ignore").encode()
+    text = reason_text(ban.reason)
     return abi.BAN.pack(ban.expires or 0, ban.created, ban.hits, ban.action, ban.automatic, text)
 
 

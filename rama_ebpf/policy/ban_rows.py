@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from ..kernel import abi
-from .ban_record import MAX_REASON
+from .ban_record import reason_text
 from .lifetime import boot_id, lifetime_row
 from .prefixes import IPNetwork
 from .rule import Action, Ban, boottime_ns, source_text
@@ -49,7 +49,7 @@ def row_of(ban: Ban) -> dict[str, object]:
         "address": ban.source,
         "action": ban.action.name.lower(),
         "created": ban.created,
-        "reason": ban.reason[:MAX_REASON],
+        "reason": reason_text(ban.reason).decode(),
         "automatic": ban.automatic,
         **lifetime_row(ban.expires),
     }
@@ -108,7 +108,7 @@ class RowReader:
         if text is None:
             if len(self._reasons) >= _REASONS:
                 self._reasons.clear()
-            text = self._reasons[reason] = reason.encode(errors="replace")[:MAX_REASON].decode(errors="ignore").encode()
+            text = self._reasons[reason] = reason_text(reason)
         return key, abi.BAN.pack(expires, min(max(created, 0), _LATEST), 0, action, row.automatic, text)
 
     def _expires(self, until: msgspec.Raw, row: _Row) -> int:

@@ -14,10 +14,10 @@ from ipaddress import ip_network
 from typing import Final
 
 from ..core.address import IPAddress, unmap
-from .ban_record import BanBlock, ban_key, ban_value, is_automatic, read_ban, value_expires
+from .ban_record import BanBlock, ban_key, ban_value, canonical, is_automatic, read_ban, value_expires
 from .ban_table import BanTable, TableFull
 from .derived import DerivedState
-from .prefixes import IPNetwork, unmap_network
+from .prefixes import IPNetwork
 from .rule import Ban, PolicyError, boottime_ns
 from .tables import Tables
 
@@ -86,7 +86,7 @@ class Bans:
     def target(self, banned: IPAddress | IPNetwork) -> IPNetwork:
         """Return what an operator's ban is of. Raises :class:`.rule.PolicyError` for a network that is no one
         source."""
-        network = unmap_network(ip_network(banned))
+        network = canonical(banned)
         length = self.source_length(network.version)
         if network.prefixlen not in (network.max_prefixlen, length):
             prefix = "" if length == network.max_prefixlen else f", or a /{length}"

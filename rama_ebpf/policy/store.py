@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from ipaddress import ip_network
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -23,7 +22,7 @@ from ..core.client import SourceLengths
 from ..kernel.clock import is_synchronized
 from .ban_book import BanBook, stands
 from .ban_log import BanLog
-from .ban_record import BanBlock
+from .ban_record import BanBlock, canonical
 from .bans import Bans
 from .compiler import CompiledSet, compile_rules
 from .derived import DerivedState
@@ -33,7 +32,7 @@ from .journal import Journal
 from .judgement import Judgement
 from .keeping import Keeping
 from .loaded_set import LoadedSet
-from .prefixes import IPNetwork, unmap_network
+from .prefixes import IPNetwork
 from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns, source_text
 from .rule_room import RuleRoom
 from .runtime_rules import RuntimeRules
@@ -228,7 +227,7 @@ class PolicyStore:
 
     def ban_of(self, banned: IPAddress | IPNetwork) -> Ban | None:
         """Return the ban of exactly this address or prefix, also one that has ended; None if there is none."""
-        return self._bans.get(unmap_network(ip_network(banned)))
+        return self._bans.get(canonical(banned))
 
     def rule_name(self, rule_id: int) -> str:
         """Return a rule's name by its id, or the id if there is no such rule any more."""
@@ -418,7 +417,7 @@ class PolicyStore:
         Raises :class:`PolicyError` for an operator's of a network that is no source's, and when there is no room.
         """
         with self._exclusive():
-            network = unmap_network(ip_network(banned)) if automatic else self._bans.target(banned)
+            network = canonical(banned) if automatic else self._bans.target(banned)
             now = boottime_ns()
             expires = None if ttl is None else now + round(ttl * 1e9)
             ban = Ban(network, action, expires, time.time_ns(), 0, reason, automatic)
@@ -437,7 +436,7 @@ class PolicyStore:
         """Lift the ban of exactly this address or prefix; return whether there was one. Where the disk refuses, OSError
         is raised and it stays: else it would come back with the next start."""
         with self._exclusive():
-            network = unmap_network(ip_network(banned))
+            network = canonical(banned)
             if not self._ban_book.lift(network):
                 return False
             self._note("unban", self.revision, ban_revision=self.ban_revision, address=source_text(network))

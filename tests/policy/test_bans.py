@@ -411,6 +411,20 @@ def test_hostile_bytes_in_the_log_cost_their_line_only(tmp_path: Path) -> None:
     assert {ban.source for ban in BanLog(tmp_path / "bans").replay()} == {"198.18.1.1", "2001:db8:7::/64", "198.18.1.2"}
 
 
+def test_what_a_ban_says_that_disk_and_kernel_cannot_hold_does_not_cost_it(store: PolicyStore, tmp_path: Path) -> None:
+    store.ban(ip_address("fe80::1%eth0"), reason="\udcff" + "\N{SNOWMAN}" * 100)
+    assert stage(store, "fe80::1") is Stage.BAN
+    (kept,), (ban,) = BanLog(tmp_path / "bans").replay(), store.bans()
+    assert (kept.source, kept.reason) == (ban.source, ban.reason) == ("fe80::1", "?" + "\N{SNOWMAN}" * 20)
+
+
+def test_a_pipe_among_the_files_holds_no_start_up(store: PolicyStore, tmp_path: Path) -> None:
+    for name in ("bans", "bans.snapshot"):
+        os.mkfifo(tmp_path / name)
+        assert store.restore_bans() == 0
+        (tmp_path / name).unlink()
+
+
 def test_a_line_longer_than_memory_is_never_held(tmp_path: Path) -> None:
     with (tmp_path / "bans").open("wb") as file:
         file.write(b'{"address": "198.18.1.1", "action": "drop", "until": null, "created": 1, "reason": ""}\n')
