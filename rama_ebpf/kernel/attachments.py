@@ -357,12 +357,21 @@ class Attachments:
             if below:  # a second gate there would judge, and charge, twice
                 cgroup.move_here(before.directory)
             place = self._settle()
+            if place is not before and before.workers is not None:
+                self._bring(before, place)
         except OSError as error:
             text = f"the server is not in {before.directory} any more, and not guarded where it is: {error.strerror}"
             found.faults["cgroup"] = text
         else:
             text = f"the server was moved from {before.directory} to {own}: the gate is attached to {place.directory}"
             found.losses.append(("cgroup", text))
+
+    @staticmethod
+    def _bring(before: _Place, place: _Place) -> None:
+        """Have those that were left behind follow: workers, and our other children."""
+        cgroup.move_all(before.directory, place.directory)
+        if before.workers is not None:
+            cgroup.move_all(before.workers, place.workers or place.directory)
 
     def _mend_place(self, place: _Place, found: Mending) -> None:
         if place is not self._places[-1]:

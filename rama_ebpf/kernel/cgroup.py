@@ -23,6 +23,7 @@ __all__ = [
     "leave_and_remove",
     "make_child",
     "move",
+    "move_all",
     "move_here",
     "open_by_id",
     "own_cgroup",
@@ -121,6 +122,14 @@ def make_child(cgroup: Path, name: str) -> Path:
 def move(pid: int, cgroup: Path) -> None:
     """Move a process, with all its threads, into ``cgroup``. Raises ProcessLookupError if it has ended."""
     (cgroup / "cgroup.procs").write_text(str(pid), encoding="ascii")
+
+
+def move_all(cgroup: Path, to: Path) -> None:
+    """Move the processes of one cgroup, not those of its children, to another. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):  # it has been removed: nobody is there
+        for pid in (cgroup / "cgroup.procs").read_text(encoding="ascii").split():
+            with contextlib.suppress(ProcessLookupError):
+                move(int(pid), to)
 
 
 def move_here(cgroup: Path) -> None:

@@ -193,8 +193,9 @@ def test_removed_cgroup_is_replaced_and_everything_stays_guarded(elsewhere: Path
     host = scene.server
     scene.start(f"{host.ipv4}:{PORT}")
     first = Path(scene.proxy.json("status")["cgroup"])
-    for pid in (scene.proxy.pid, *scene.proxy.workers()):
-        move(pid, elsewhere)
+    for directory in (first, first / "workers"):
+        for pid in (directory / "cgroup.procs").read_text().split():
+            move(int(pid), elsewhere)
     (first / "workers").rmdir()
     first.rmdir()
     assert scene.guards() == {f"{host.ipv4}:{PORT}": "guarded by cgroup, sk_lookup"}
