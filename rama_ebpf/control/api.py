@@ -8,8 +8,9 @@ are the same.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Final, cast
@@ -106,11 +107,9 @@ class ControlApi:
 
     def _revision(self, *, bans: bool = False) -> Json:
         """The revision after a change. Raises :class:`.enforced.InForce` where it cannot be read: all is done."""
-        try:
+        with _after_the_change():
             told: Json = {"revision": self._store.revision}
             return told | {"ban_revision": self._store.ban_revision} if bans else told
-        except OSError as error:
-            raise InForce(f"in force, but its revision cannot be read: {error}") from error
 
     def _enforced(
         self, network: IPNetwork, port: int | None, wanted: Callable[[Decision], bool], name: str = ""
@@ -144,7 +143,8 @@ class ControlApi:
                     text = f"the ban of {source} is lifted, but its rule stays: {error}"
                     raise OSError(error.errno, text) from error
                 raise
-        wider = self._store.covering_ban(source.network_address) if port is None and not lifted else None
+        with _after_the_change():
+            wider = self._store.covering_ban(source.network_address) if port is None and not lifted else None
         result: Json = {
             "removed": [rule.name for rule in removed],
             "ban_lifted": lifted,
@@ -350,6 +350,15 @@ def _wanted(rule: Rule) -> Callable[[Decision], bool]:
     if rule.action is Action.ALLOW:
         return lambda decision: decision.verdict.allowed and not decision.is_limited
     return _is_denied
+
+
+@contextlib.contextmanager
+def _after_the_change() -> Iterator[None]:
+    """Raise :class:`.enforced.InForce` where something cannot be read: what was asked for is done."""
+    try:
+        yield
+    except OSError as error:
+        raise InForce(f"in force, but what is told of it cannot be read: {error}") from error
 
 
 def _address(text: str) -> IPAddress:

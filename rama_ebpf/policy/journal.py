@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeGuard
 
 from .atomic import bring_to_disk, open_regular
 
@@ -132,9 +132,18 @@ class Journal:
                     entry = json.loads(line)
                 except (ValueError, RecursionError):
                     continue  # torn
-                if isinstance(entry, dict):
+                if _is_entry(entry):
                     entries.append(entry)
         return entries if count is None else entries[len(entries) - min(count, len(entries)) :]
+
+
+def _is_entry(entry: object) -> TypeGuard[dict[str, object]]:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("time"), str)
+        and isinstance(entry.get("what"), str)
+        and isinstance(entry.get("who", {}), dict)
+    )
 
 
 def _lock(fd: int) -> None:

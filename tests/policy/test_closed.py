@@ -324,3 +324,13 @@ def test_a_change_whose_revision_cannot_be_read_is_said_to_be_in_force(
             api.add(source)
     assert type(kernel_store).revision is seen
     assert kernel_store.verdict(ip_address("198.18.1.1"), 1080).action is Action.DROP
+
+
+def test_what_is_no_entry_of_the_journal_is_left_out(tmp_path: Path) -> None:
+    local = LocalStore()
+    local.remember_in(tmp_path)
+    local.add(block("198.18.1.1"))
+    with (tmp_path / "journal").open("ab") as file:
+        file.write(b'{"address": 7}\n[]\n' + b"[" * 100_000 + b'\n{"time": 1, "what": "add"}\n')
+    local.add(block("198.18.1.2"))
+    assert [entry["what"] for entry in local.journal()] == ["add", "add"]
