@@ -309,7 +309,8 @@ class Supervisor:
                     log.error("worker %d (pid %d) hangs: silent for %.0f s", *self._silence(worker))
                     worker.signal(signal.SIGKILL)
             for worker in workers:
-                is_silent = worker.silent_for > _SILENT_SECONDS
+                # One that has drained is silent while its interpreter ends.
+                is_silent = worker.silent_for > _SILENT_SECONDS and not worker.closed.done()
                 if is_silent != (worker in self._silent):
                     self._tell(worker, is_silent)
 
