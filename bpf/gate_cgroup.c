@@ -46,7 +46,8 @@ int gate_cgroup(struct __sk_buff *skb)
 		return CGROUP_DROP; /* not counted: nobody has judged it, and the client tries again */
 
 	/* The ACK that ends a handshake is judged as well: a source that is blocked after its SYN stays out. */
-	v = verdict(s, p->syn ? CHARGE_ADMIT : CHARGE_NONE);
+	barrier(); /* read again, it is unknown to the verifier, which else walks the verdict once for each of the two */
+	v = verdict(s, p->syn * CHARGE_ADMIT); /* or CHARGE_NONE, which is 0 */
 	if (p->syn) {
 		count(&v, s, HOOK_CGROUP);
 		if (v.action == ACTION_REJECT) /* gate_lookup let it come here because it may not answer */
