@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from ..services.http import HttpTimeouts
+from ..services.http import HttpLimits, HttpTimeouts
 from .decode import setting
-from .kinds import DURATION, integer
+from .kinds import DURATION, Kind, choice, integer
 
-__all__ = ["HttpTimeoutSettings"]
+__all__ = ["ENGINE", "HttpTimeoutSettings", "limits_of"]
+
+ENGINE: Final[Kind[str]] = choice("strict", "h11")
+"""Who reads HTTP/1.1 (:class:`~rama_ebpf.services.http.HttpLimits`)."""
 
 _DEFAULTS = HttpTimeouts()
 
@@ -44,3 +48,8 @@ class HttpTimeoutSettings:
             write=self.write,
             response=self.first_byte,
         )
+
+
+def limits_of(engine: str, *, body: int | None = None) -> HttpLimits:
+    """Return the limits of a service with this engine."""
+    return HttpLimits(body=body, engine="h11" if engine == "h11" else "strict")

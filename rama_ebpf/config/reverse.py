@@ -17,7 +17,6 @@ from ..services.http import (
     ForwardedField,
     ForwardedLayer,
     HealthCheck,
-    HttpLimits,
     HttpServer,
     HttpTimeouts,
     OriginOptions,
@@ -29,7 +28,7 @@ from ..services.http import (
 from ..services.proxy_protocol import ProxyProtocolConnector
 from ..services.tls import ClientTls, TlsConnector
 from .decode import ListOf, Table, setting
-from .http import HttpTimeoutSettings
+from .http import ENGINE, HttpTimeoutSettings, limits_of
 from .kinds import AUTHORITY, BOOLEAN, DURATION, NETWORK, SIZE, TEXT, choice, file_path, integer
 
 __all__ = ["HasLifecycle", "ReverseSettings"]
@@ -120,7 +119,9 @@ class RouteSettings:
         if any(method != method.upper() for method in self.methods):
             raise ValueError("methods are written in upper case (RFC 9110 section 9.1)")
 
-    def route(self, environment: HasLifecycle, connector: Service[Authority, Stream], timeouts: HttpTimeouts) -> Route:
+    def route(
+        self, environment: HasLifecycle, connector: Service[Authority, Stream], timeouts: HttpTimeouts, engine: str
+    ) -> Route:
         """Make the pool and its route."""
         requests: Service[Authority, Stream] = connector
         upgrades: Service[Authority, Stream] | None = None
@@ -141,6 +142,7 @@ class RouteSettings:
             own_host=self.own_host,
             proxy_protocol=header,
             origin=OriginOptions(keep=self.keep, lenient=self.lenient),
+            limits=limits_of(engine),
             timeouts=timeouts,
         )
         environment.on_start(pool.start)
@@ -169,6 +171,9 @@ class ReverseSettings:
     timeouts: HttpTimeoutSettings = setting(
         Table(HttpTimeoutSettings), "how long to wait", default=HttpTimeoutSettings()
     )
+    engine: str = setting(
+        ENGINE, "who reads HTTP/1.1; h11: it as well, and what the two read apart is refused", default="strict"
+    )
 
     def __post_init__(self) -> None:
         if not self.routes:
@@ -183,9 +188,10 @@ class ReverseSettings:
         """Make the service."""
         field = None if self.forwarded == "off" else ForwardedField(self.forwarded)
         timeouts = self.timeouts.timeouts()
-        routes = Routes([route.route(environment, connector, timeouts) for route in self.routes])
+        limits = limits_of(self.engine, body=self.max_body)
+        routes = Routes([route.route(environment, connector, timeouts, self.engine) for route in self.routes])
         trusted = tuple(map(str, self.trusted))
         policy = environment.policy if trusted and self.judge else None
         service = stack(ForwardedLayer(field, trusted=trusted, policy=policy), routes)
-        server = HttpServer(service, h2c=self.h2c, limits=HttpLimits(body=self.max_body), timeouts=timeouts)
+        server = HttpServer(service, h2c=self.h2c, limits=limits, timeouts=timeouts)
         return stack(TrustedPeersLayer(trusted), server) if trusted else server

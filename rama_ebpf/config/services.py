@@ -27,7 +27,7 @@ from ..services.socket_options import SocketOptions
 from ..services.socks5 import Binder, ReplyTiming, Socks5Server, UdpAssociator, UserLimits
 from ..services.upstream import parse_chain
 from .decode import ListOf, Table, setting
-from .http import HttpTimeoutSettings
+from .http import ENGINE, HttpTimeoutSettings, limits_of
 from .kinds import AUTHORITY, BOOLEAN, DURATION, HOST_PATTERN, TARGET, TEXT, choice, file_path, integer, ip_literal
 from .layers import Environment, TargetsSettings
 from .reverse import HasLifecycle, ReverseSettings
@@ -203,6 +203,10 @@ class HttpSettings:
         Table(HttpTimeoutSettings), "how long to wait", default=HttpTimeoutSettings()
     )
 
+    engine: str = setting(
+        ENGINE, "who reads HTTP/1.1; h11: it as well, and what the two read apart is refused", default="strict"
+    )
+
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         authenticate = _authenticator(environment, self.users)
         layers = [] if authenticate is None else [ProxyAuthLayer(authenticate)]
@@ -211,6 +215,7 @@ class HttpSettings:
             layers=layers,
             connect_ports=self.connect_ports or None,
             origins=self.origins(),
+            limits=limits_of(self.engine),
             timeouts=self.timeouts.timeouts(),
         )
 
@@ -228,12 +233,16 @@ class MixedSettings:
     timeouts: HttpTimeoutSettings = setting(
         Table(HttpTimeoutSettings), "how long HTTP waits", default=HttpTimeoutSettings()
     )
+    engine: str = setting(
+        ENGINE, "who reads HTTP/1.1; h11: it as well, and what the two read apart is refused", default="strict"
+    )
 
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         return mixed_proxy(
             connector,
             auth=_authenticator(environment, self.users),
             handshake_timeout=self.handshake,
+            http_limits=limits_of(self.engine),
             http_timeouts=self.timeouts.timeouts(head=self.handshake),
             handshakes=environment.share(Held.HANDSHAKES),
         )

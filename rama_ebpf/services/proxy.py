@@ -10,7 +10,7 @@ from ..core.service import Service, stack
 from ..core.shares import SourceShare
 from ..core.stream import Stream
 from ..relay import TunnelLimits
-from .http import HttpProxy, HttpTimeouts
+from .http import HttpLimits, HttpProxy, HttpTimeouts
 from .http.layers import ProxyAuthLayer
 from .protocols import PeekMatcher, is_http, is_socks, is_tls
 from .router import PeekRouter
@@ -29,6 +29,7 @@ def mixed_proxy(
     handshake_timeout: float = 10.0,
     tunnel_limits: TunnelLimits | None = None,
     http_timeouts: HttpTimeouts | None = None,
+    http_limits: HttpLimits | None = None,
     handshakes: SourceShare | None = None,
 ) -> Service[Stream, Any]:
     """Return a service that tells its clients' protocols apart by their first bytes.
@@ -38,7 +39,8 @@ def mixed_proxy(
     ClientHello. With ``auth`` SOCKS5 and HTTP clients must prove a user, and SOCKS4 and TLS clients, which cannot, are
     turned away.
     ``handshake_timeout`` (seconds) bounds each protocol's handshake, ``tunnel_limits`` every tunnel;
-    ``http_timeouts`` are those of HTTP, by default with ``handshake_timeout`` for a request's header section.
+    ``http_limits`` and ``http_timeouts`` are those of HTTP, by default with ``handshake_timeout`` for a request's
+    header section.
     ``handshakes`` bounds how many clients of one source may leave open what they speak, or be within a ClientHello.
     """
     socks = Socks5Server(
@@ -48,6 +50,7 @@ def mixed_proxy(
         connector,
         layers=() if auth is None else (ProxyAuthLayer(auth),),
         tunnel_limits=tunnel_limits,
+        limits=http_limits,
         timeouts=HttpTimeouts(head=handshake_timeout) if http_timeouts is None else http_timeouts,
     )
     routes: list[tuple[PeekMatcher, Service[Stream, Any]]] = [(is_socks, socks), (is_http, http)]

@@ -18,7 +18,7 @@ from .heads import ResponseHead
 from .limits import HttpLimits, HttpTimeouts
 from .model import Body, Request, Response
 from .pace import Pace
-from .strict import NEED_DATA, Content, End, Event, Role, StrictConnection
+from .strict import NEED_DATA, Content, End, Event, Role, reader
 from .tunnel import Tunnel
 from .upload import BodyFailed, Upload
 from .websocket import ACCEPT, KEY, accept_for, new_key
@@ -61,7 +61,7 @@ class H1ClientConnection:
         """The latest response lets the connection live on."""
         self._timeouts = timeouts
         self._released = released
-        self._strict = StrictConnection(Role.CLIENT, limits, lenient=lenient)
+        self._strict = reader(Role.CLIENT, limits, lenient=lenient)
         self._keep = keep
         self._deadline = Deadline()
         self._upload: Upload | None = None

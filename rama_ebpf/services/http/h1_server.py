@@ -26,7 +26,7 @@ from .model import Body, Request, Response
 from .pace import Pace
 from .quick import Handover, QuickPath, quick_of, unanswered
 from .running import RunningRequest
-from .strict import NEED_DATA, Closed, Content, End, Role, StrictConnection
+from .strict import NEED_DATA, Closed, Content, End, Role, reader
 
 __all__ = ["H1ServerConnection"]
 
@@ -60,7 +60,7 @@ class H1ServerConnection:
         self._name = name
         self._timeouts = timeouts
         self._date = date
-        self.strict = StrictConnection(Role.SERVER, limits)
+        self.strict = reader(Role.SERVER, limits)
         self._loop = asyncio.get_running_loop()
         quick = quick_of(service) if isinstance(stream, SocketStream) else None
         self._path = QuickPath(self, stream, quick) if quick is not None and isinstance(stream, SocketStream) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["HttpLimits", "HttpTimeouts", "OriginOptions"]
 
@@ -39,6 +40,8 @@ class HttpLimits:
     """The trailer section (431)."""
     interim: int = 16
     """Number of interim (1xx) responses before a final one."""
+    engine: Literal["strict", "h11"] = "strict"
+    """Who reads HTTP/1.1: our reader; or ours and h11, and what these two do not read the same is refused (400)."""
 
 
 @dataclass(frozen=True, slots=True)

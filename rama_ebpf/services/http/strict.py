@@ -29,7 +29,7 @@ from .heads import RequestHead, ResponseHead, head_end, parse_request, parse_res
 from .limits import HttpLimits
 from .writer import MessageWriter
 
-__all__ = ["NEED_DATA", "PAUSED", "Closed", "Content", "End", "Event", "Role", "StrictConnection"]
+__all__ = ["NEED_DATA", "PAUSED", "Closed", "Content", "End", "Event", "Role", "StrictConnection", "reader"]
 
 
 class Role(enum.Enum):
@@ -286,6 +286,10 @@ class StrictConnection:
         self._phase = _OVER
         return _END
 
+    def broke(self) -> None:
+        """Read nothing more."""
+        self._phase = _BROKEN
+
     # -- output ------------------------------------------------------------------------------------------------
 
     @property
@@ -297,3 +301,12 @@ class StrictConnection:
         """Begin the next pair of messages on a :attr:`reusable` connection."""
         self.writer.next_message()
         self._begin()
+
+
+def reader(role: Role, limits: HttpLimits, *, lenient: bool = False) -> StrictConnection:
+    """Return a reader as ``limits.engine`` says. What only lenient reading takes, h11 is not asked about."""
+    if limits.engine == "h11" and not lenient:
+        from .second_reader import SecondReader  # h11 takes its time to import
+
+        return SecondReader(role, limits)
+    return StrictConnection(role, limits, lenient=lenient)
