@@ -43,7 +43,8 @@ def _exposure(path: Path, *, secret: bool) -> str:
         whose = "everybody" if mode & stat.S_IWOTH else "its group"
         return f"{shown}: {whose} may change it: chmod {good}"
     if secret and not is_directory and mode & stat.S_IROTH:
-        return f"{shown}: everybody may read it: chmod {good}, or 0640 with the workers' group"
+        remedy = f"chmod 0640 with the workers' group, or {good} (then SIGHUP has it read again)"
+        return f"{shown}: everybody may read it: {remedy}"
     if around & stat.S_IWOTH and not around & stat.S_ISVTX:
         return f"{path}: everybody may replace it: chmod o-w {path.absolute().parent}"
     return ""

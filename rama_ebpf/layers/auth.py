@@ -206,6 +206,9 @@ class PasswordFile:
     def _read(self) -> dict[str, PasswordHash]:
         try:
             text = read_text_file(self._path, _MAX_FILE)
+        except PermissionError as error:
+            remedy = "SIGHUP has it read by root; or chmod 0640 with the workers' group"
+            raise PasswordFileError(f"{self._path}: {error.strerror} ({remedy})") from error
         except (OSError, UnicodeDecodeError) as error:
             raise PasswordFileError(f"{self._path}: {error}") from error
         users: dict[str, PasswordHash] = {}

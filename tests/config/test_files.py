@@ -43,7 +43,8 @@ def test_check_names_each_file_that_others_may_read_or_change(directory: Path) -
     assert done.stdout == "rama.toml: good: a on 127.0.0.1:1080\n"
     assert done.stderr.splitlines() == [
         "warning: rama.toml: mode 0666: everybody may change it: chmod 0600",
-        f"warning: {directory}/users: mode 0644: everybody may read it: chmod 0600, or 0640 with the workers' group",
+        f"warning: {directory}/users: mode 0644: everybody may read it: "
+        "chmod 0640 with the workers' group, or 0600 (then SIGHUP has it read again)",
     ]
     assert len(json.loads(run("check", "--json", cwd=directory).stdout)["warnings"]) == 2
     (directory / "users").chmod(0o640)

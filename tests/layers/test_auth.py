@@ -148,3 +148,19 @@ async def test_auth_layer_adds_the_user_or_refuses(serve: Serve) -> None:
 
 def test_passwords_show_in_no_representation() -> None:
     assert "secret" not in repr(Credentials("tom", "secret"))
+
+
+async def test_a_file_that_a_worker_may_not_read_again_comes_with_a_remedy(
+    write: Callable[[str], Path], scrypt_line: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(scrypt_line)
+    users = PasswordFile(path)
+
+    def refused(*_args: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("rama_ebpf.layers.auth.read_text_file", refused)
+    path.write_text(scrypt_line + "# changed\n")
+    assert await users(Credentials("tom", "sécret")) == User("tom")
+    (error,) = (record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
+    assert f"{path}: Permission denied (SIGHUP has it read by root" in error
