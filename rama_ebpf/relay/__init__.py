@@ -88,5 +88,5 @@ async def _completion(client: SocketStream, upstream: SocketStream, tunnel: Tunn
         upstream.bytes_sent += report.to_upstream
         client.extensions.add(report)
         tunnels.remove(tunnel, report)
-        log.info("%s -> %s: %s", tunnel.source, tunnel.target, report)
+        log.debug("%s -> %s: %s", tunnel.source, tunnel.target, report)
     return report

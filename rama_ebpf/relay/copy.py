@@ -115,7 +115,7 @@ async def copy(client: Stream, upstream: Stream, limits: TunnelLimits, *, why: s
             report = flow.report(reason)
             client.extensions.add(report)
             tunnels.remove(flow, report)
-            log.info("%s -> %s: %s", flow.source, flow.target, report)
+            log.debug("%s -> %s: %s", flow.source, flow.target, report)
     return report
 
 
