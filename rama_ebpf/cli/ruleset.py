@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pwd
 from collections.abc import Callable
 from typing import cast
 
@@ -153,6 +154,14 @@ def _test(args: argparse.Namespace) -> int:
     return show_verdict(args, call(args.instance, "test", {"source": source, "port": port}))
 
 
+def _user_name(uid: object) -> object:
+    """The name of a user of this host; the number where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name if isinstance(uid, int) else uid
+    except (KeyError, OverflowError):
+        return uid
+
+
 def _log(args: argparse.Namespace) -> int:
     entries = cast("list[Json]", call(args.instance, "log", {"count": args.count})["entries"])
     if args.json:
@@ -161,7 +170,7 @@ def _log(args: argparse.Namespace) -> int:
     rows = []
     for entry in entries:
         who = cast("Json", entry.get("who", {}))
-        name = who.get("sudo_user") or who.get("login_uid", who.get("uid"))
+        name = who.get("sudo_user") or _user_name(who.get("login_uid", who.get("uid")))
         details = {key: value for key, value in entry.items() if key not in ("time", "what", "who", "revision")}
         told = ", ".join(f"{key} {value}" for key, value in details.items())
         rows.append((entry["time"], entry.get("revision"), name, who.get("command"), entry["what"], told))
