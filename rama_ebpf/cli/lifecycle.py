@@ -19,8 +19,8 @@ from ..kernel.gate_maps import LayoutMismatch
 from ..kernel.instance import Instance, InstanceBusy
 from ..policy.kept import KeptPolicy
 from ..policy.kernel_store import KernelStore
-from ..policy.rule import PolicyError
-from .output import NO, OK, print_json, table
+from ..policy.rule import PolicyError, boottime_ns
+from .output import NO, OK, duration, print_json, table
 
 __all__ = ["probe", "register", "status"]
 
@@ -45,6 +45,8 @@ def status(instance: Instance) -> Json:
     """Collect what :command:`status` shows."""
     pid = instance.serving_pid()
     state = instance.read_state() if pid is not None else {}
+    if pid and state.get("pid") != pid:
+        state = {}  # of the server before, or of none: this one is starting
     state |= probe(instance) or {}
     result: Json = {
         "instance": instance.name,
@@ -55,6 +57,7 @@ def status(instance: Instance) -> Json:
         "cgroup": state.get("cgroup"),
         "egress": state.get("egress"),
         "ready": state.get("ready", False) is True,
+        "starting": pid is not None and state.get("starting", True) is True,
         "problems": state.get("problems") or {},
         "xdp": [_xdp(row) for row in _rows(state, "xdp")],
         "audit": state.get("audit"),
@@ -63,6 +66,7 @@ def status(instance: Instance) -> Json:
         "sockmap": state.get("sockmap"),
         "workers": state.get("workers"),
         "sandbox": state.get("sandbox"),
+        "confirm_within": None,
         "listeners": [],
         "verdicts": [],
     }
@@ -83,6 +87,8 @@ def status(instance: Instance) -> Json:
         ]
         result["silent_rejects"] = store.counters.silent_rejects()
         result["revision"] = store.revision
+        if (end := store.pending) is not None:
+            result["confirm_within"] = round(max(0, end - boottime_ns()) / 1e9, 1)
     return result
 
 
@@ -98,10 +104,12 @@ def _shown(row: Json) -> Json:
     return {name: row[name] for name in ("name", "address", "guarded", "guard", "open") if name in row}
 
 
-def _confined(sandbox: Json) -> str:
+def _confined(sandbox: Json, serving: object) -> str:
     who = f"workers run as {sandbox['user'] or 'who started them'}"
     if not sandbox["wanted"]:
         return f"{who}, WITHOUT A SANDBOX (--no-sandbox)"
+    if not serving:
+        return f"{who}; how they are confined they say when they serve"
     abi = cast("int", sandbox["landlock"])
     calls = "system calls filtered" if sandbox["seccomp"] else "SYSTEM CALLS NOT FILTERED"
     files = f"files restricted (Landlock {abi})" if abi else "FILES NOT RESTRICTED"
@@ -132,11 +140,16 @@ def _status(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
         return OK if result["running"] else NO
-    if result["running"]:
+    if result["starting"]:
+        print(f"instance {result['instance']} is being started by process {result['pid']}: nobody gets in yet")
+    elif result["running"]:
         print(f"instance {result['instance']} is served by process {result['pid']}, policy in the {result['policy']}")
     else:
         kept = ", its policy is pinned" if result["policy"] else ""
         print(f"instance {result['instance']} is not running{kept}")
+    if result["confirm_within"] is not None:
+        within = duration(result["confirm_within"])
+        print(f"a set of rules is ON TRIAL: undone in {within} unless confirmed (rama-ebpf policy confirm)")
     if result["why_local"]:
         print(f"policy is not in the kernel: {result['why_local']}")
     if result.get("why_unknown"):
@@ -156,7 +169,7 @@ def _status(args: argparse.Namespace) -> int:
         for what in audit["standing"]:
             print(f"THE KERNEL DOES NOT HAVE WHAT WAS ASKED FOR: {what}")
     if isinstance(sandbox := result["sandbox"], dict):
-        print(_confined(sandbox))
+        print(_confined(sandbox, isinstance(workers, dict) and workers["serving"]))
     if isinstance(cookies := result["syn_cookies"], dict):
         print(f"SYN cookies by XDP: {cookies['why_never'] or 'on'}")
     if isinstance(sockmap := result["sockmap"], dict):

@@ -55,6 +55,8 @@ def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
                 ) from error
     if instance.control_socket.exists():
         return control.call(instance.control_socket, method, params, timeout=_SLOW.get(method, 10.0))
+    if pid is not None:
+        raise PolicyError(f"instance {instance.name!r} is being started by process {pid or 'unknown'}: try again soon")
     raise PolicyError(f"instance {instance.name!r} is not loaded: start it with rama-ebpf run")
 
 
@@ -91,7 +93,10 @@ def _judge(instance: Instance, store: KernelStore) -> Judge:
 
     def opened() -> contextlib.AbstractContextManager[Witness]:
         if not isinstance(witness, int):
-            raise OSError(errno.ENOENT, "the server does not say who could be asked")
+            why = (
+                "the server does not say who could be asked" if told else "the server is starting (test asks it later)"
+            )
+            raise OSError(errno.ENOENT, why)
         return Witness.of_server(witness, store.counters.identity)
 
     return KernelJudge(store, opened, lambda: told.get("listeners"))

@@ -297,6 +297,7 @@ class _Daemon(WorkerObserver):
             "listeners": self._listeners.described(),
             "xdp": [] if gate is None else [_described(attached) for attached in gate.xdp],
             "ready": not self._unready(),
+            "starting": not self._is_ready,
             "problems": self._guard.problems,
         }
 

@@ -540,6 +540,7 @@ class PolicyStore:
         self._loaded.finish()
         if self._loaded.trial_is_over:
             self._note("rollback", self._undo_trial(), reason="not confirmed in time")
+            log.info("the set on trial was not confirmed in time: the one before it is in force again")
 
     def _tidy(self) -> None:
         """Forget rules that nothing refers to any more. What was done is done: if the kernel refuses, the next sweep
