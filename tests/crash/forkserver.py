@@ -22,7 +22,6 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from rama_ebpf import cli
-from rama_ebpf.core.address import mapped
 from rama_ebpf.core.errors import RamaError
 from rama_ebpf.kernel import bpf
 from rama_ebpf.kernel.instance import Instance
@@ -61,8 +60,10 @@ def _forget_rules(store: KernelStore) -> None:
 
 def _forget_bans(store: KernelStore) -> None:
     """As after a reboot: they are on disk only."""
-    for ban in store.bans():
-        bpf.map_delete(store.tables.maps["bans"], mapped(ban.address))
+    fd = store.tables.maps["bans"]
+    info = bpf.map_info(fd)
+    for key, _ in bpf.map_lookup_batch(fd, info.key_size, info.value_size):
+        bpf.map_delete(fd, key)
     store.rebuild()
 
 
