@@ -57,6 +57,7 @@ def status(instance: Instance) -> Json:
         "cgroup": state.get("cgroup"),
         "egress": state.get("egress"),
         "ready": state.get("ready", False) is True,
+        "stopping": state.get("stopping", False) is True,
         "starting": pid is not None and state.get("starting", True) is True,
         "problems": state.get("problems") or {},
         "xdp": [_xdp(row) for row in _rows(state, "xdp")],
@@ -142,6 +143,8 @@ def _status(args: argparse.Namespace) -> int:
         return OK if result["running"] else NO
     if result["starting"]:
         print(f"instance {result['instance']} is being started by process {result['pid']}: nobody gets in yet")
+    elif result["stopping"]:
+        print(f"instance {result['instance']} is stopping: process {result['pid']} waits for its connections to end")
     elif result["running"]:
         print(f"instance {result['instance']} is served by process {result['pid']}, policy in the {result['policy']}")
     else:
@@ -160,7 +163,8 @@ def _status(args: argparse.Namespace) -> int:
         print(f"XDP on {row['interface']}: {row['mode']}" + (f" (native: {row['why']})" if row["why"] else ""))
         if row["why_silent"]:
             print(f"XDP on {row['interface']} answers nothing, the stack does: {row['why_silent']}")
-    if isinstance(workers := result["workers"], dict) and workers["serving"] < workers["expected"]:
+    workers = result["workers"]
+    if not result["stopping"] and isinstance(workers, dict) and workers["serving"] < workers["expected"]:
         since = f", since {time.time() - workers['since']:.0f} s" if workers["since"] is not None else ""
         print(f"{workers['serving']} of {workers['expected']} workers serve{since}")
     if isinstance(audit := result["audit"], dict) and audit["disagreements"]:

@@ -111,6 +111,7 @@ class _Daemon(WorkerObserver):
         self._guard = Guard(host.gate, self._listeners, self._worker_pids, self._write_state)
         cleanup.callback(self._guard.close)
         self._is_ready = False
+        self._is_stopping = False
         self._stale = ""
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
@@ -298,6 +299,7 @@ class _Daemon(WorkerObserver):
             "xdp": [] if gate is None else [_described(attached) for attached in gate.xdp],
             "ready": not self._unready(),
             "starting": not self._is_ready,
+            "stopping": self._is_stopping,
             "problems": self._guard.problems,
         }
 
@@ -364,6 +366,8 @@ class _Daemon(WorkerObserver):
         timer = threading.Timer(limit, _end_at_once)
         timer.daemon = True
         timer.start()
+        self._is_stopping = True
+        self._write_state()
 
     # -- what is seen from outside -------------------------------------------------------------------------------
 

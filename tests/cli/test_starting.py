@@ -1,4 +1,4 @@
-"""What commands say while a server is starting: neither that none runs, nor what is true of the one before."""
+"""What commands say while a server starts or stops: neither that none runs, nor what is true of the one before."""
 
 from __future__ import annotations
 
@@ -54,3 +54,13 @@ def test_workers_that_do_not_serve_yet_are_not_said_to_be_unconfined() -> None:
     nobody = {"user": "nobody", "wanted": True, "seccomp": False, "landlock": 0}
     assert "NOT" not in _confined(nobody, 0)
     assert "NOT FILTERED" in _confined(nobody, 2)
+
+
+def test_status_says_that_a_server_drains(starting: Instance) -> None:
+    workers = {"expected": 2, "serving": 1, "since": None}
+    starting.write_state(
+        {"pid": os.getpid(), "policy": "kernel", "starting": False, "stopping": True, "workers": workers}
+    )
+    assert run(starting, "status").stdout == (
+        f"instance just-starting is stopping: process {os.getpid()} waits for its connections to end\n"
+    )
