@@ -182,7 +182,11 @@ def _unblock(args: argparse.Namespace) -> int:
         print(words)
     else:
         wider = result.get("still_banned")
-        hint = "rama-ebpf list shows what is in force" if wider is None else f"the ban of {wider} covers it"
+        hint = (
+            "rama-ebpf list shows what is in force; rules of a file are changed there"
+            if wider is None
+            else f"the ban of {wider} covers it"
+        )
         print(f"nothing to take back for exactly {args.source} ({hint})")
     return code if found else NO
 

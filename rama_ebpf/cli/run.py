@@ -164,10 +164,10 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     def make() -> DaemonOptions:
         return _from_arguments(args) if args.config is None else _from_file(parser, args)
 
+    # Before the options are known, for what is to be said of them.
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     options = make()
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logging.getLogger().setLevel(options.log_level.upper())
     if options.user is not None and options.user.name == FALLBACK:
         text = "workers become %s, whom other daemons may be as well: packaging/sysusers.d makes a user %s"
         log.info(text, FALLBACK, WORKERS)
