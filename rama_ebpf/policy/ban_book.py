@@ -93,17 +93,18 @@ class BanBook:
 
     def restore(self) -> int:
         """Put the bans that are kept on disk into force, as far as there is room: those of operators first, then those
-        that end last. Return how many were not in force already."""
+        that end last. Return how many were not in force already. Raises OSError where the kernel refuses them: who
+        goes on without would serve the banned."""
         if self._log is None:
             return 0
         try:
             kept = self._log.read()
-            self._in_doubt = kept.by_wall and not is_synchronized()
-            restored, left_out, why = self._restore(kept)
         except OSError as error:
             self._left_out = True
             log.error("bans of the previous run cannot be read, and stay on disk as they are: %s", error)
             return 0
+        self._in_doubt = kept.by_wall and not is_synchronized()
+        restored, left_out, why = self._restore(kept)
         if left_out:  # serve, and forget none of the rest on disk
             self._left_out = True
             log.error("%d bans of the previous run are not in force: %s", left_out, why)

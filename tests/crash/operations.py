@@ -139,9 +139,7 @@ OPERATIONS: Sequence[Operation] = (
     Operation("refresh", ("policy", "refresh"), [_feed_as_it_was, _load("feed"), _feed_changes]),
     Operation("sweep", ("writer", "sweep"), _ENDED),
     Operation("sweep of a trial", ("writer", "sweep"), [_load("shut", "--confirm-timeout", "1s"), _wait]),
-    Operation(
-        "restore bans", ("writer", "restore bans"), [("writer", "forget bans")], in_tests=False, is_one_change=False
-    ),
+    Operation("restore bans", ("writer", "restore bans"), [("writer", "forget bans")], is_one_change=False),
     Operation("strike", ("writer", "strike")),
     Operation("strike of a banned one", ("writer", "strike a banned one"), in_tests=False),
     Operation("failsafe", ("writer", "failsafe")),
