@@ -425,3 +425,19 @@ def test_check_names_the_instance_that_serves_an_address(lab: Lab, start_proxy: 
     said = host.run(ProxyProcess.COMMAND, "check", str(file))
     assert f"{host.ipv4}:{PORT} is taken: process {proxy.pid} (" in said.stderr
     assert rama_ebpf("check", str(file)).stderr == ""  # it is free in this namespace
+
+
+def test_a_server_that_stops_is_not_ready_though_it_serves_what_it_has(scene: Scene) -> None:
+    """So a balancer sends new clients elsewhere."""
+    host = scene.server
+    scene.start(f"{host.ipv4}:{PORT}")
+    scene.file.write_text(scene.file.read_text().replace('drain = "1s"', 'drain = "60s"'))
+    scene.proxy.signal(signal.SIGHUP)
+    wait_for(lambda: scene.reloads() == 1, timeout=60, what="the reload")
+    with scene.allowed.connect(host.ipv4, PORT) as live:
+        live.sendall(b"hello")
+        assert live.recv(5) == b"hello"
+        scene.proxy.signal(signal.SIGTERM)
+        wait_for(lambda: ready(host) == (503, "stop: the server stops\n"), what="that it is not ready")
+        live.sendall(b"still")
+        assert live.recv(5) == b"still"
