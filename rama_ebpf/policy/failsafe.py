@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -48,14 +49,22 @@ class Failsafe:
 
     def replace(self, networks: Sequence[IPNetwork], ports: Sequence[int]) -> int:
         """Replace networks and ports; return the new revision. The new ones are added before the old ones go. Raises
-        :class:`PolicyError` for too many; then nothing is changed."""
-        wanted = check_failsafe(networks, ports)
+        :class:`PolicyError` for too many, or OSError; then nothing is changed."""
+        wanted, before = check_failsafe(networks, ports), self.networks()
         if wanted or ports:
             self._derived.expect_failsafe()
-        for network in wanted:
-            self._tables.failsafe.put(network)
-        for network in set(self.networks()) - set(wanted):
-            self._tables.failsafe.drop(network)
-        gate = self._tables.gate()
-        self._tables.put_gate(replace(gate, revision=gate.revision + 1, failsafe_ports=tuple(ports)))
+        try:
+            self._exchange(before, wanted)
+            gate = self._tables.gate()
+            self._tables.put_gate(replace(gate, revision=gate.revision + 1, failsafe_ports=tuple(ports)))
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._exchange(wanted, before)
+            raise
         return gate.revision + 1
+
+    def _exchange(self, before: Sequence[IPNetwork], after: Sequence[IPNetwork]) -> None:
+        for network in after:
+            self._tables.failsafe.put(network)
+        for network in set(before) - set(after):
+            self._tables.failsafe.drop(network)

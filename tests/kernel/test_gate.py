@@ -310,8 +310,9 @@ def test_second_server_of_an_instance_is_refused(scene: Scene, instance: str) ->
 def test_layouts_of_the_header_and_of_python_agree() -> None:
     header = (abi.source_dir() / "policy.h").read_text(encoding="utf-8")
     sizes = {name: int(size) for name, size in re.findall(r"sizeof\(struct (\w+)\) == (\d+)", header)}
+    parts = {"ban_masks"}  # of another structure, and packed with it
     for name, size in sizes.items():
-        assert getattr(abi, name.upper()).size == size, name
+        assert name in parts or getattr(abi, name.upper()).size == size, name
     assert os.sysconf("SC_NPROCESSORS_CONF") <= abi.possible_cpus()
 
 
