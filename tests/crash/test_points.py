@@ -55,7 +55,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.mark.parametrize("operation", [one for one in OPERATIONS if one.in_tests], ids=lambda one: one.name)
 def test_wherever_a_writer_dies_or_fails_the_gate_is_as_before_or_after(stage: Stage, operation: Operation) -> None:
-    stage.trial.run(operation, every=40)
+    stage.trial.run(operation, every=90)
     faults, stage.trial.faults = stage.trial.faults, []
     assert not faults, "\n".join(faults)
 
@@ -64,10 +64,10 @@ def test_wherever_a_writer_dies_or_fails_the_gate_is_as_before_or_after(stage: S
 def test_wherever_the_server_dies_or_fails_nobody_gets_in_who_is_denied(stage: Stage, part: str) -> None:
     server = stage.server
     if part == "start":
-        server.start(every=40)
+        server.start(every=100)
     elif part == "reload":
-        server.reload(every=30)
+        server.reload(every=70)
     else:
-        server.stop(every=25, persist=part != "stop")
+        server.stop(every=60, persist=part != "stop")
     faults, server.faults = server.faults, []
     assert not faults, "\n".join(faults)
