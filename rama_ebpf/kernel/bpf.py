@@ -286,13 +286,13 @@ def map_lookup_slice(
 
 def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> int:
     """Set ``count`` keys, given one after the other as their values are; return how many were set before the map was
-    full."""
+    full. Raises OSError, also where the kernel is out of memory: that is no full map."""
     key_buffer, value_buffer = _buffer(keys), _buffer(values)
     attr = _batch(0, 0, _address(key_buffer), _address(value_buffer), count, fd)
     try:
         _bpf_inout(_UPDATE_BATCH, attr)
     except OSError as error:
-        if error.errno not in (errno.E2BIG, errno.ENOSPC, errno.ENOMEM):
+        if error.errno not in (errno.E2BIG, errno.ENOSPC):
             raise
     return _batch_count(attr)
 

@@ -169,6 +169,9 @@ class ServerTrial:
     def start(self, *, every: int = 1) -> None:
         """Of a server that finds the policy of one that was killed."""
         scene = self.scene
+        self._configure(RULES_A)
+        scene.crash()
+        self._up()  # so that what is saved is what the configuration says, whatever was tried before
         policy, wanted = scene.save(), scene.connect_all()
         scene.crash()
         proxy = self._up()
