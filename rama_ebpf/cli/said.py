@@ -33,14 +33,21 @@ def note_where_nobody_serves(enforced: Json) -> None:
         print("no server runs: it will be in force when one starts", file=sys.stderr)
 
 
+def _unknown(done: str, enforced: Json) -> tuple[str, int] | None:
+    """What to say where the kernel was not asked, because no server runs or it could not be; None if it was."""
+    note_where_nobody_serves(enforced)
+    if not (why := _unasked(enforced)):
+        return None
+    return (f"{done}: recorded, but {why}", ENVIRONMENT) if enforced["serving"] else (done, OK)
+
+
 def outcome(done: str, result: Json) -> tuple[str, int]:
     """Return the words and the exit code of a change. ``done`` says that it is done, ``result`` is the server's."""
     enforced = cast("Json | None", result.get("enforced"))
     if enforced is None:
         return done, OK
-    note_where_nobody_serves(enforced)
-    if why := _unasked(enforced):
-        return (f"{done}: recorded, but {why}", ENVIRONMENT) if enforced["serving"] else (done, OK)
+    if (unknown := _unknown(done, enforced)) is not None:
+        return unknown
     otherwise, before = cast("list[Json]", enforced["otherwise"]), cast("list[Json]", enforced["before"])
     unguarded = cast("list[str]", enforced["unguarded"])[:_EXAMPLES]
     if unguarded and not enforced["guarded"]:
@@ -64,9 +71,8 @@ def still_denied(done: str, result: Json) -> tuple[str, int]:
     enforced = cast("Json | None", result.get("enforced"))
     if enforced is None:
         return done, OK
-    note_where_nobody_serves(enforced)
-    if why := _unasked(enforced):
-        return (f"{done}: recorded, but {why}", ENVIRONMENT) if enforced["serving"] else (done, OK)
+    if (unknown := _unknown(done, enforced)) is not None:
+        return unknown
     otherwise = cast("list[Json]", enforced["otherwise"])
     if not otherwise:
         return done, OK

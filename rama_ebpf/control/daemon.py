@@ -307,9 +307,7 @@ class _Daemon(WorkerObserver):
         """Why the server is not ready, by what; empty if it is."""
         if not self._is_ready:
             return {"start": "it has not ended"}
-        if (
-            self._is_stopping
-        ):  # a balancer sends new clients elsewhere, also while we linger for those that it still sends
+        if self._is_stopping:  # a balancer is to send new clients elsewhere, also while we linger
             return {"stop": "the server stops"}
         return self._guard.problems | ({} if self._audit is None else self._audit.problems)
 

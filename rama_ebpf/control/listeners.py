@@ -181,7 +181,7 @@ class Listeners(WorkerObserver):
                 continue
             cover = self._covers.get(listener, _NOT_PROBED)
             sockets = [sock for sock in listener.sockets if sock.fileno() >= 0]
-            if cover.guarded or not at.needs_gate:
+            if _may_open(at, cover):
                 for sock in sockets:
                     unseal(sock)
                 if not self._gate.listeners.is_open(listener.address):
@@ -217,7 +217,7 @@ class Listeners(WorkerObserver):
         found = {}
         for at in self._in_force.wanted:
             cover = self.cover(at)
-            if cover is not None and not cover.guarded and at.needs_gate:
+            if cover is not None and not _may_open(at, cover):
                 found[str(self._in_force.address(at))] = cover.why
         return found
 
@@ -335,7 +335,7 @@ class Listeners(WorkerObserver):
                 row |= {
                     "guarded": cover.guarded,
                     "guard": f"{cover}{optional}",
-                    "open": cover.guarded or not at.needs_gate,
+                    "open": _may_open(at, cover),
                 }
             rows.append(row)
         return rows
@@ -348,6 +348,11 @@ class Listeners(WorkerObserver):
         return {
             name: self._gate.listeners.accept_slot(address) for name, address in found.items() if address is not None
         }
+
+
+def _may_open(at: ListenAt, cover: Cover) -> bool:
+    """Whether clients may come to a listener that is covered like this."""
+    return cover.guarded or not at.needs_gate
 
 
 def _watched(sockets: SocketSet) -> list[Watched]:

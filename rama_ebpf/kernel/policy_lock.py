@@ -13,10 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-__all__ = ["PolicyBusy", "PolicyLock"]
+__all__ = ["PolicyBusy", "PolicyLock", "flock_within"]
 
 _FIRST_PAUSE: Final = 0.001
 _LAST_PAUSE: Final = 0.05
+
+
+def flock_within(fd: int, seconds: float) -> None:
+    """Lock a file for this descriptor alone (flock(2)). Raises BlockingIOError if somebody does not let go of it."""
+    deadline, pause = time.monotonic() + seconds, _FIRST_PAUSE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LAST_PAUSE)
 
 
 class PolicyBusy(TimeoutError):
@@ -64,16 +78,10 @@ class PolicyLock:
             os.close(self._fd)
 
     def _wait(self, fd: int) -> None:
-        deadline, pause = time.monotonic() + self.patience, _FIRST_PAUSE
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise PolicyBusy(errno.ETIMEDOUT, self._held_by(fd)) from None
-            time.sleep(pause)
-            pause = min(2 * pause, _LAST_PAUSE)
+        try:
+            flock_within(fd, self.patience)
+        except BlockingIOError:
+            raise PolicyBusy(errno.ETIMEDOUT, self._held_by(fd)) from None
 
     def _held_by(self, fd: int) -> str:
         try:

@@ -8,18 +8,17 @@ replaces the one before, so two files are the most there is.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeGuard
 
+from ..kernel.policy_lock import flock_within
 from .atomic import bring_to_disk, open_regular
 
 __all__ = ["Journal", "acting_for", "actor"]
@@ -90,7 +89,7 @@ class Journal:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             fd = open_regular(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
-                _lock(fd)
+                flock_within(fd, _PATIENCE)
                 size = os.fstat(fd).st_size
                 if size and os.pread(fd, 1, size - 1) != b"\n":
                     line = b"\n" + line  # the last line was torn by a crash
@@ -144,16 +143,3 @@ def _is_entry(entry: object) -> TypeGuard[dict[str, object]]:
         and isinstance(entry.get("what"), str)
         and isinstance(entry.get("who", {}), dict)
     )
-
-
-def _lock(fd: int) -> None:
-    """Keep others from writing an entry. Raises OSError if somebody does not let go of the file."""
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(0.01)

@@ -36,7 +36,6 @@ class KernelStore(PolicyStore):
         """
         self._instance = instance
         self._owned = maps is None
-        self._pin: int | None = None
         self._lock = instance.policy_lock(_COMMAND_PATIENCE if self._owned else _SERVER_PATIENCE)
         self.tables = KernelTables(GateMaps.open(instance.pin_dir) if maps is None else maps)
         self.counters = GateCounters(self.tables)
@@ -59,17 +58,13 @@ class KernelStore(PolicyStore):
     def _current(self) -> Iterator[None]:
         """Hold the lock, with the pins open that are in use: those found before it may be nobody's any more."""
         with self._lock:
-            if self._owned and not self._verify():
+            if self._owned and not self._is_current():
                 self._reopen()
             yield
 
-    def is_current(self) -> bool:
+    def _is_current(self) -> bool:
         """Whether the pins are those that this store has open: a server that starts or stops replaces all of them at
-        once, by renaming their directory."""
-        return self._verify() if self._pin is None else self._inode() == self._pin
-
-    def _verify(self) -> bool:
-        """Find out whether the pins are ours. Their name is looked at again at the end: they may go meanwhile."""
+        once, by renaming their directory. Their name is looked at again at the end: they may go meanwhile."""
         ours, pin = bpf.map_info(self.tables.maps["gate"]).id, self._inode()
         try:
             pinned = bpf.obj_get(str(self._gate_pin))
@@ -79,8 +74,7 @@ class KernelStore(PolicyStore):
             found = bpf.map_info(pinned).id
         finally:
             bpf.close(pinned)
-        self._pin = pin if found == ours and self._inode() == pin else None
-        return self._pin is not None
+        return found == ours and pin is not None and self._inode() == pin
 
     @property
     def _gate_pin(self) -> Path:
@@ -101,4 +95,3 @@ class KernelStore(PolicyStore):
             raise PolicyError(f"the policy of instance {self._instance.name!r} was unloaded meanwhile") from error
         self.tables.maps.close()
         self.tables.use(maps)
-        self._verify()

@@ -8,7 +8,15 @@ from typing import Final
 
 from ...core.errors import ProtocolError, RamaError
 
-__all__ = ["REASONS", "AmbiguousMessage", "ConnectionDropped", "HttpError", "MalformedMessage"]
+__all__ = [
+    "REASONS",
+    "AmbiguousMessage",
+    "ConnectionDropped",
+    "HttpError",
+    "MalformedMessage",
+    "malformed_response",
+    "unanswered",
+]
 
 REASONS: Final[dict[int, str]] = {status.value: status.phrase for status in HTTPStatus} | {
     # The names of RFC 9110 where Python 3.11 has older ones.
@@ -75,6 +83,16 @@ class AmbiguousMessage(MalformedMessage):
     themselves, so no web page can make a visitor send one."""
 
     kind = "http_malformed"
+
+
+def unanswered() -> HttpError:
+    """What becomes of a request whose response does not begin in time."""
+    return HttpError(504, "the upstream did not answer", proxy_error="http_response_timeout")
+
+
+def malformed_response() -> HttpError:
+    """What becomes of a request whose response breaks the protocol."""
+    return HttpError(502, "the upstream's response is malformed", proxy_error="http_protocol_error")
 
 
 class ConnectionDropped(RamaError):

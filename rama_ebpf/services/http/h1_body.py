@@ -56,11 +56,26 @@ class _Receiver(_Carrier, Protocol):
     async def abort(self) -> None: ...
 
 
-class RequestBody(Body):
+class _PacedBody(Body):
+    """What bodies of both directions share: the kernel may move their bytes, and the pace is of all bytes."""
+
+    _connection: _Carrier
+    _pace: Pace
+
+    def splice_to(self, pipe: int) -> int:
+        try:
+            count = self._connection.splice_to(pipe)
+        except OSError:
+            return 0  # next() will meet it too, and can wait
+        self._pace.received += count
+        return count
+
+
+class RequestBody(_PacedBody):
     """A request's body, taken from the connection as it is read; without a ``head`` there is none."""
 
     def __init__(self, connection: _Sender, head: RequestHead | None, timeouts: HttpTimeouts) -> None:
-        self._connection = connection
+        self._connection: _Sender = connection
         self._pace = Pace(timeouts, client=True)
         self._done = head is None
         self._error: Exception | None = None
@@ -70,14 +85,6 @@ class RequestBody(Body):
     @property
     def movable(self) -> int:
         return 0 if self._done or self._error is not None or self._unasked else self._connection.movable
-
-    def splice_to(self, pipe: int) -> int:
-        try:
-            count = self._connection.splice_to(pipe)
-        except OSError:
-            return 0  # next() will meet it too, and can wait
-        self._pace.received += count
-        return count
 
     async def next(self) -> bytes:
         if self._error is not None:
@@ -133,9 +140,9 @@ class RequestBody(Body):
             log.debug("the rest of a body could not be dropped: %s", error)
 
 
-class ResponseBody(Body):
+class ResponseBody(_PacedBody):
     def __init__(self, connection: _Receiver, head: ResponseHead, timeouts: HttpTimeouts) -> None:
-        self._connection = connection
+        self._connection: _Receiver = connection
         self._pace = Pace(timeouts, client=False)
         self._ahead: Content | None = None
         self._over = False
@@ -191,14 +198,6 @@ class ResponseBody(Body):
     @property
     def movable(self) -> int:
         return 0 if self._over or self._ahead is not None else self._connection.movable
-
-    def splice_to(self, pipe: int) -> int:
-        try:
-            count = self._connection.splice_to(pipe)
-        except OSError:
-            return 0  # next() will meet it too, and can wait
-        self._pace.received += count
-        return count
 
     async def next(self) -> bytes:
         if self._ahead is not None:

@@ -12,7 +12,7 @@ from ...core.errors import PeerClosed
 from ...core.socket_stream import SocketStream
 from ...core.stream import Stream
 from .bulk import move, worth_moving
-from .errors import HttpError, MalformedMessage
+from .errors import HttpError, MalformedMessage, malformed_response, unanswered
 from .h1_body import ResponseBody
 from .heads import ResponseHead
 from .limits import HttpLimits, HttpTimeouts
@@ -104,14 +104,9 @@ class H1ClientConnection:
         except BodyFailed as failed:
             await self.abort()
             raise failed.error from None
-        except MalformedMessage as error:
+        except (MalformedMessage, OSError) as error:
             await self.abort()
-            raise HttpError(502, "the upstream's response is malformed", proxy_error="http_protocol_error") from error
-        except OSError as error:
-            await self.abort()
-            if isinstance(error, TimeoutError):
-                raise HttpError(504, "the upstream did not answer", proxy_error="http_response_timeout") from error
-            raise NoResponse from error
+            raise _told(error) from error
         except BaseException:
             await self.abort()
             raise
@@ -193,16 +188,11 @@ class H1ClientConnection:
             expired = deadline.expired()
             await self.abort()
             if expired:
-                raise HttpError(504, "the upstream did not answer", proxy_error="http_response_timeout") from error
+                raise unanswered() from error
             raise
-        except MalformedMessage as error:
+        except (MalformedMessage, OSError) as error:
             await self.abort()
-            raise HttpError(502, "the upstream's response is malformed", proxy_error="http_protocol_error") from error
-        except OSError as error:
-            await self.abort()
-            if isinstance(error, TimeoutError):
-                raise HttpError(504, "the upstream did not answer", proxy_error="http_response_timeout") from error
-            raise NoResponse from error
+            raise _told(error) from error
         except BaseException:
             await self.abort()
             raise
@@ -370,3 +360,10 @@ class H1ClientConnection:
     def complete(self) -> bool:
         """Nothing of the current response is missing."""
         return self._strict.complete
+
+
+def _told(error: MalformedMessage | OSError) -> Exception:
+    """What the client is to learn of a failure of the upstream."""
+    if isinstance(error, MalformedMessage):
+        return malformed_response()
+    return unanswered() if isinstance(error, TimeoutError) else NoResponse()

@@ -17,14 +17,14 @@ from .answer import checked_response
 from .bulk import move, worth_moving
 from .date import http_date
 from .disconnect import DisconnectWatch
-from .errors import HttpError, MalformedMessage
+from .errors import HttpError, MalformedMessage, unanswered
 from .h1_body import RequestBody
 from .headers import Headers
 from .heads import RequestHead
 from .limits import HttpLimits, HttpTimeouts
 from .model import Body, Request, Response
 from .pace import Pace
-from .quick import Handover, QuickPath, quick_of, unanswered
+from .quick import Handover, QuickPath, quick_of
 from .running import RunningRequest
 from .strict import NEED_DATA, Closed, Content, End, Role, reader
 

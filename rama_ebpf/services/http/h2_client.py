@@ -16,7 +16,7 @@ from ...core.errors import PeerClosed, RamaError
 from ...core.extensions import Extensions
 from ...core.stream import Stream
 from ..tls.stream import TlsParameters
-from .errors import HttpError, MalformedMessage
+from .errors import HttpError, MalformedMessage, malformed_response, unanswered
 from .h1_client import NoResponse
 from .h2_connection import Channel, H2Connection
 from .h2_fields import Fields, H2ResponseHead, read_response, request_fields, trailer_fields
@@ -154,11 +154,9 @@ class H2ClientConnection(H2Connection):
             if isinstance(error, BodyFailed):
                 raise error.error from None
             if isinstance(error, MalformedMessage):
-                raise HttpError(
-                    502, "the upstream's response is malformed", proxy_error="http_protocol_error"
-                ) from error
+                raise malformed_response() from error
             if isinstance(error, TimeoutError):
-                raise HttpError(504, "the upstream did not answer", proxy_error="http_response_timeout") from error
+                raise unanswered() from error
             if isinstance(error, OSError | h2.exceptions.ProtocolError):
                 raise NoResponse from error
             raise

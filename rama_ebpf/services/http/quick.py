@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .h1_client import H1ClientConnection
     from .h1_server import H1ServerConnection
 
-__all__ = ["Exchange", "Handover", "QuickPath", "decides", "quick_of", "unanswered"]
+__all__ = ["Exchange", "Handover", "QuickPath", "decides", "quick_of"]
 
 _READ: Final = 64 * 1024
 _GONE: Final = 0x008 | 0x010 | 0x2000  # EPOLLERR, EPOLLHUP, EPOLLRDHUP
@@ -37,11 +37,6 @@ class Exchange(NamedTuple):
     onward: Request
     finish: Callable[[Response], Response]
     recover: Callable[[Request, HttpError], Awaitable[Response]]
-
-
-def unanswered() -> HttpError:
-    """What becomes of a request whose response does not begin in time."""
-    return HttpError(504, "the upstream did not answer", proxy_error="http_response_timeout")
 
 
 def decides(service: Callable[..., object], quick: Callable[[Request], Exchange | None]) -> None:

@@ -17,6 +17,7 @@ from .strict import Content, End, Event, StrictConnection
 
 __all__ = ["SecondReader"]
 
+_Head = h11.Request | h11.Response | h11.InformationalResponse
 _SERVER_FAILURE: Final = 502
 """What a status above 599 is read as (RFC 9110 section 15)."""
 
@@ -113,8 +114,7 @@ class SecondReader(StrictConnection):
         except h11.RemoteProtocolError as error:
             raise MalformedMessage(f"h11 refuses it: {error}") from error
 
-    def _same_head(self, ours: RequestHead | ResponseHead, theirs: h11.Request | h11.Response | object) -> None:
-        assert isinstance(theirs, h11.Request | h11.Response | h11.InformationalResponse)
+    def _same_head(self, ours: RequestHead | ResponseHead, theirs: _Head) -> None:
         told = [(name, bytes(value)) for name, value in theirs.headers]
         if ours.version.encode() != theirs.http_version or any(
             (name.lower(), value) not in told for name, value in ours.headers.raw

@@ -147,11 +147,6 @@ class StrictConnection:
         return self._phase is _HEAD_DUE and not self._pending
 
     @property
-    def receiving(self) -> bool:
-        """A message has begun and its end was not read yet."""
-        return self._phase is _BODY_DUE or self._phase is _END_DUE
-
-    @property
     def complete(self) -> bool:
         """Nothing of the message is missing, though its end may not have been asked for yet."""
         return self._phase is _END_DUE or self._phase is _OVER

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ...core.address import Authority
@@ -122,18 +123,12 @@ class TlsInterceptor:
         return report
 
     async def _prove(self, client: Stream, upstream: Stream, target: Authority | None, name: str) -> Stream:
-        try:
+        async with _refusals_told(client):
             return await self._bypass.prove(target, upstream, name)
-        except CertificateRejected:
-            await client.close_after(Alert.BAD_CERTIFICATE.record)
-            raise
-        except HandshakeFailed:
-            await client.close_after(Alert.HANDSHAKE_FAILURE.record)
-            raise
 
     async def _originate(self, client: Stream, upstream: Stream, hello: ClientHello, name: str) -> TlsStream:
         offered = tuple(protocol for protocol in self._upstream.alpn if protocol.encode() in hello.alpn)
-        try:
+        async with _refusals_told(client):
             stream = await TlsStream.connect(
                 upstream,
                 self._context(offered),
@@ -142,12 +137,6 @@ class TlsInterceptor:
                 ragged_eof=self._ragged_eof,
             )
             self._upstream.check_pins(stream.parameters.peer_certificate, name)
-        except CertificateRejected:
-            await client.close_after(Alert.BAD_CERTIFICATE.record)
-            raise
-        except HandshakeFailed:
-            await client.close_after(Alert.HANDSHAKE_FAILURE.record)
-            raise
         return stream
 
     def _context(self, alpn: tuple[str, ...]) -> ssl.SSLContext:
@@ -156,3 +145,16 @@ class TlsInterceptor:
         if context is None:
             context = self._contexts[alpn] = replace(self._upstream, alpn=alpn).context()
         return context
+
+
+@contextlib.asynccontextmanager
+async def _refusals_told(client: Stream) -> AsyncIterator[None]:
+    """Tell the client, by an alert, that we refuse the upstream, or that it refuses us."""
+    try:
+        yield
+    except CertificateRejected:
+        await client.close_after(Alert.BAD_CERTIFICATE.record)
+        raise
+    except HandshakeFailed:
+        await client.close_after(Alert.HANDSHAKE_FAILURE.record)
+        raise
