@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import abc
 import socket
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Self
 
 from .lab import PATIENCE, Host
 
-__all__ = ["Denied", "Served", "echoed"]
+__all__ = ["Denied", "Hammer", "Served", "echoed"]
 
 
-class Denied:
-    """Connects from sources that are to be denied, again and again, and keeps who got in. A context manager."""
+class Hammer(abc.ABC):
+    """A thread in ``host`` for each source, from the beginning to the end of a ``with`` block."""
 
-    def __init__(self, host: Host, sources: Sequence[str], targets: Sequence[tuple[str, int]]) -> None:
-        """Each source goes to the targets of its own family, in turn."""
-        self.got_in: list[str] = []
-        self.tries = 0
+    def __init__(self, host: Host, sources: Sequence[str]) -> None:
         self._host = host
-        self._targets = targets
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._inside, args=(source,), daemon=True) for source in sources]
 
     def _inside(self, source: str) -> None:
         self._host.call(lambda: self._run(source))
+
+    @abc.abstractmethod
+    def _run(self, source: str) -> None:
+        """Connect again and again until ``_stopping`` is set."""
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+
+class Denied(Hammer):
+    """Connects from sources that are to be denied, again and again, and keeps who got in."""
+
+    def __init__(self, host: Host, sources: Sequence[str], targets: Sequence[tuple[str, int]]) -> None:
+        """Each source goes to the targets of its own family, in turn."""
+        super().__init__(host, sources)
+        self.got_in: list[str] = []
+        self.tries = 0
+        self._targets = targets
 
     def _run(self, source: str) -> None:
         family = socket.AF_INET6 if ":" in source else socket.AF_INET
@@ -44,16 +66,6 @@ class Denied:
                     else:
                         self.got_in.append(f"{source} at {target[0]} port {target[1]}")
                 self.tries += 1
-
-    def __enter__(self) -> Denied:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
 
 
 def echoed(host: Host, source: str, target: tuple[str, int], timeout: float = 5.0) -> str:
@@ -74,39 +86,21 @@ def echoed(host: Host, source: str, target: tuple[str, int], timeout: float = 5.
     return "" if answer == b"hello" else f"not served: {answer!r}"
 
 
-@dataclass
-class Served:
-    """Clients that are to be served: each has its words echoed, again and again. A context manager."""
+class Served(Hammer):
+    """Clients that are to be served: each has its words echoed, again and again."""
 
-    host: Host
-    sources: Sequence[str]
-    target: tuple[str, int]
-    served: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._inside, args=(one,), daemon=True) for one in self.sources]
-
-    def _inside(self, source: str) -> None:
-        self.host.call(lambda: self._run(source))
+    def __init__(self, host: Host, sources: Sequence[str], target: tuple[str, int]) -> None:
+        super().__init__(host, sources)
+        self.served = 0
+        self.failures: list[str] = []
+        self._target = target
 
     def _run(self, source: str) -> None:
         while not self._stopping.is_set():
-            wrong = echoed(self.host, source, self.target)
+            wrong = echoed(self._host, source, self._target)
             if wrong:
                 self.failures.append(f"{source} {wrong}")
                 self._stopping.wait(0.02)
             else:
                 self.served += 1
                 self._stopping.wait(0.005)
-
-    def __enter__(self) -> Served:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()

@@ -19,7 +19,7 @@ from pathlib import Path
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.loader import unload
 
-from .hammer import Denied
+from .hammer import Denied, Hammer
 from .lab import Host, Lab, wait_for
 from .proxy import ProxyProcess, rama_ebpf
 
@@ -72,18 +72,13 @@ sources = ["198.18.1.0/24", "2001:db8:1::/64"]
 """Only the office gets in, and needs no password."""
 
 
-class Strangers:
+class Strangers(Hammer):
     """Connect without pause and say nonsense: an echo comes from the service that is for all, an answer of another kind
     from the one that is not for them."""
 
     def __init__(self, host: Host) -> None:
+        super().__init__(host, STRANGERS)
         self.served: Counter[str] = Counter()
-        self._host = host
-        self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._inside, args=(one,), daemon=True) for one in STRANGERS]
-
-    def _inside(self, source: str) -> None:
-        self._host.call(lambda: self._run(source))
 
     def _run(self, source: str) -> None:
         while not self._stopping.is_set():
@@ -102,37 +97,22 @@ class Strangers:
                 else:
                     self.served["echo" if answer.startswith(b"nonsense") else "closed" if not answer else "OFFICE"] += 1
 
-    def __enter__(self) -> Strangers:
-        for thread in self._threads:
-            thread.start()
-        return self
 
-    def __exit__(self, *_exc: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
-
-
-class Allowed:
+class Allowed(Hammer):
     """Connect without pause; ``refused`` counts those that met an RST while ``up`` was set throughout."""
 
     def __init__(self, host: Host) -> None:
+        super().__init__(host, ALLOWED)
         self.counts: Counter[str] = Counter()
         self.refused: list[str] = []
         self.up = threading.Event()
         self.phase = ""
         self._downs = 0
-        self._host = host
-        self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._inside, args=(one,), daemon=True) for one in ALLOWED]
 
     def down(self) -> None:
         """From now on nothing is promised, until ``up`` is set."""
         self.up.clear()
         self._downs += 1
-
-    def _inside(self, source: str) -> None:
-        self._host.call(lambda: self._run(source))
 
     def _run(self, source: str) -> None:
         six = ":" in source
@@ -151,16 +131,6 @@ class Allowed:
                 else:
                     self.counts["in"] += 1
                     self._stopping.wait(0.001)
-
-    def __enter__(self) -> Allowed:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
 
 
 def _configure(file: Path, text: str) -> None:

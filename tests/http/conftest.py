@@ -17,7 +17,7 @@ import pytest
 from rama_ebpf.core import Authority, IPAddress, RamaError, Service, Stream
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import Connector, ResolveError, SystemResolver
-from rama_ebpf.services.http import HttpProxy
+from rama_ebpf.services.http import BackendPool, HttpProxy
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
 
 from ..tls import pki as pki_of_tests
@@ -219,3 +219,20 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 OK = b"HTTP/1.1 200 OK\r\n" + DATE + b"Content-Length: 2\r\n\r\nok"
 OK_VIA = b"HTTP/1.1 200 OK\r\n" + DATE + b"Via: 1.1 rama-ebpf\r\nContent-Length: 2\r\n\r\nok"
+
+
+MakePool = Callable[..., BackendPool]
+
+
+@pytest.fixture
+async def pool_of(connector: Service[Authority, Stream]) -> AsyncIterator[MakePool]:
+    """``pool_of(port, …, option=…)`` makes a pool of backends of this host that is stopped at the end."""
+    pools: list[BackendPool] = []
+
+    def make(*ports: int, **options: Any) -> BackendPool:
+        pools.append(BackendPool([Authority.of("127.0.0.1", port) for port in ports], connector, **options))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        await pool.stop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import h2.config
@@ -17,7 +17,6 @@ from hyperframe.frame import DataFrame, HeadersFrame, SettingsFrame
 
 from rama_ebpf.core import Authority, Service, Stream, stack
 from rama_ebpf.services.http import (
-    BackendPool,
     ForwardedField,
     ForwardedLayer,
     ForwardProxy,
@@ -34,26 +33,12 @@ from rama_ebpf.services.http import (
 )
 from rama_ebpf.services.http.h2_server import H2_PREFACE
 
-from .conftest import DATE, OK, OK_VIA, Origin, Run, eventually
+from .conftest import DATE, OK, OK_VIA, MakePool, Origin, Run, eventually
 from .h2_client import GET, h2_client
 from .test_upgrade import KEY, asking
 
 RunOrigin = Callable[..., Origin]
 Connect = Service[Authority, Stream]
-MakePool = Callable[..., BackendPool]
-
-
-@pytest.fixture
-async def pool_of(connector: Connect) -> AsyncIterator[MakePool]:
-    pools: list[BackendPool] = []
-
-    def make(*ports: int, **options: Any) -> BackendPool:
-        pools.append(BackendPool([Authority.of("127.0.0.1", port) for port in ports], connector, **options))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        await pool.stop()
 
 
 def get(target: str = "/", *fields: str, method: str = "GET", host: str = "a.test") -> bytes:

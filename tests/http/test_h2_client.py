@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -15,27 +16,17 @@ import pytest
 from hyperframe.frame import GoAwayFrame
 
 from rama_ebpf.core import Authority, Service, Stream
-from rama_ebpf.services.http import BackendPool, Body, Headers, HttpServer, HttpTimeouts, PoolLimits, Request, Response
+from rama_ebpf.services.http import Body, Headers, HttpServer, HttpTimeouts, PoolLimits, Request, Response
 
-from .conftest import DATE, Run, abort, descriptors, eventually, read_until_reset
+from .conftest import DATE, MakePool, Run, abort, descriptors, eventually, read_until_reset
 
 Connect = Service[Authority, Stream]
 Script = Callable[[h2.connection.H2Connection, Any], Awaitable[bytes | None] | bytes | None]
-MakePool = Callable[..., BackendPool]
 
 
 @pytest.fixture
-async def pool_of(connector: Connect) -> AsyncIterator[MakePool]:
-    pools: list[BackendPool] = []
-
-    def make(*ports: int, **options: Any) -> BackendPool:
-        targets = [Authority.of("127.0.0.1", port) for port in ports]
-        pools.append(BackendPool(targets, connector, h2_prior_knowledge=True, **options))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        await pool.stop()
+def pool_of(pool_of: MakePool) -> MakePool:
+    return functools.partial(pool_of, h2_prior_knowledge=True)
 
 
 def scripted(script: Script) -> Service[Stream, Any]:

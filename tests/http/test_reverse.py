@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
@@ -23,7 +22,7 @@ from rama_ebpf.services.http import (
 from rama_ebpf.services.http.health import BackendHealth
 from rama_ebpf.services.proxy_protocol import ProxyHeader, ProxyProtocolConnector, ProxyProtocolLayer
 
-from .conftest import DATE, OK, OK_VIA, Origin, Run, eventually, nobody
+from .conftest import DATE, OK, OK_VIA, MakePool, Origin, Run, eventually, nobody
 
 RunOrigin = Callable[..., Origin]
 Connect = Service[Authority, Stream]
@@ -31,23 +30,6 @@ Connect = Service[Authority, Stream]
 
 def at(port: int) -> Authority:
     return Authority.of("127.0.0.1", port)
-
-
-MakePool = Callable[..., BackendPool]
-
-
-@pytest.fixture
-async def pool_of(connector: Connect) -> AsyncIterator[MakePool]:
-    """``pool_of(port, …, option=…)`` makes a pool that is stopped at the end."""
-    pools: list[BackendPool] = []
-
-    def make(*ports: int, **options: Any) -> BackendPool:
-        pools.append(BackendPool([at(port) for port in ports], connector, **options))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        await pool.stop()
 
 
 def get(path: str = "/", host: str = "a.test", method: str = "GET", *fields: str) -> bytes:

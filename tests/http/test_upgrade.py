@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import Callable
 
 import h2.events
 import pytest
 
 from rama_ebpf.core import Authority, Service, Stream, client_address
 from rama_ebpf.relay import TunnelReport
-from rama_ebpf.services.http import BackendPool, ForwardProxy, Headers, HttpProxy, HttpServer, Request, Response
+from rama_ebpf.services.http import ForwardProxy, Headers, HttpProxy, HttpServer, Request, Response
 from rama_ebpf.services.http.websocket import accept_for
 
-from .conftest import DATE, OK, Origin, Run, descriptors, eventually
+from .conftest import DATE, OK, MakePool, Origin, Run, descriptors, eventually
 from .h2_client import h2_client
 
 RunOrigin = Callable[..., Origin]
 Connect = Service[Authority, Stream]
-MakePool = Callable[..., BackendPool]
-
 # RFC 6455 section 1.3.
 KEY, ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-
-
-@pytest.fixture
-async def pool_of(connector: Connect) -> AsyncIterator[MakePool]:
-    pools: list[BackendPool] = []
-
-    def make(*ports: int, **options: Any) -> BackendPool:
-        pools.append(BackendPool([Authority.of("127.0.0.1", port) for port in ports], connector, **options))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        await pool.stop()
 
 
 def asking(*fields: str, target: str = "/chat", host: str = "a.test", upgrade: str = "websocket") -> bytes:
