@@ -30,8 +30,8 @@ from .conftest import ALLOWED, ROUNDS, TARGET
 MESSAGES = 1_000_000 if ROUNDS else 10_000
 
 VALID: list[dict[str, object]] = [
-    {"topic": "verdict", "body": {"source": "198.18.1.1", "port": 1080}, "id": 1},
-    {"topic": "ban", "body": {"source": "198.18.1.1", "ttl": 60, "reason": "x"}, "id": 2},
+    {"topic": "verdict", "body": {"source": "203.0.113.7", "port": 1080}, "id": 1},
+    {"topic": "ban", "body": {"source": "203.0.113.7", "ttl": 60, "reason": "x"}, "id": 2},
     {"topic": "strike", "body": {"source": "2001:db8::1", "reason": "x", "strikes": 3, "window": 60, "ban": 60}},
     {"topic": "alive", "body": {}},
     {"id": 7, "answer": {"a": 1}},
@@ -58,17 +58,17 @@ ODD: list[object] = [
         "x" * 5000,
         "\0",
     ),
-    *("\ud800", "inf", "NaN", "198.18.1.1", "::", "1.2.3.4%eth0", "fe80::1%x", "0x7f.1", "::ffff:127.0.0.1", [], {}),
-    *([[]] * 5, {"a": {"b": {"c": {"d": {"e": 1}}}}}, ["x"] * 10_000, {"x" * 100: 1}, "\u202e", "198.18.1.1\n"),
+    *("\ud800", "inf", "NaN", "203.0.113.7", "::", "1.2.3.4%eth0", "fe80::1%x", "0x7f.1", "::ffff:127.0.0.1", [], {}),
+    *([[]] * 5, {"a": {"b": {"c": {"d": {"e": 1}}}}}, ["x"] * 10_000, {"x" * 100: 1}, "\u202e", "203.0.113.7\n"),
 ]
 RAW = [
     *(b"", b"\n", b"{}", b"[]", b"null", b"1e999", b'"', b"\xff\xfe", b"\x00" * 100, b"{" * 100_000, b"[" * 100_000),
     *(
-        b'{"topic":"ban","body":{"source":"198.18.1.1","ttl":1e999,"reason":""},"id":1}',
+        b'{"topic":"ban","body":{"source":"203.0.113.7","ttl":1e999,"reason":""},"id":1}',
         b'{"topic":',
         b"\xef\xbb\xbf{}",
     ),
-    *(b'{"topic":"ban","body":{"source":"198.18.1.1","ttl":NaN,"reason":""},"id":1}', b"9" * 10_000, b"{}" * 1000),
+    *(b'{"topic":"ban","body":{"source":"203.0.113.7","ttl":NaN,"reason":""},"id":1}', b"9" * 10_000, b"{}" * 1000),
     *(
         b'{"topic":"ban","topic":"alive","id":1,"id":2}',
         b'{"\\u0000":1}',
