@@ -11,6 +11,7 @@ from typing import Final
 from ..kernel.clock import is_synchronized
 from .ban_log import BanLog, KeptBans
 from .ban_record import BanBlock, ban_network, is_automatic, read_ban, value_expires
+from .ban_walk import BanWalk
 from .bans import Bans
 from .prefixes import IPNetwork
 from .rule import Ban, PolicyError, boottime_ns
@@ -167,15 +168,15 @@ class BanBook:
         except OSError as error:
             log.error("bans are kept in their long log, which cannot be shortened: %s", error)
 
-    def lost(self) -> tuple[int, list[Ban]]:
-        """Return how many bans are on disk, and those of them that are not in force. A look needs no lock; what changes
-        meanwhile may be among them. Raises OSError."""
-        if self._log is None or self._left_out:
-            return 0, []
-        kept, now = self._log.read(), boottime_ns()
-        rows = (row for block in kept.blocks() for row in block.rows())
-        lost = [read_ban(key, value) for key, value in rows if not self._bans.has(key)]
-        return kept.count, [ban for ban in lost if ban.in_force(now)]
+    def walk(self) -> BanWalk | None:
+        """Return a walk through the bans on disk, None where none are kept. Only while :attr:`is_witness` is what it
+        finds to be lost."""
+        return None if self._log is None else self._log.walk(self._bans.has)
+
+    @property
+    def is_witness(self) -> bool:
+        """Whether all bans on disk are to be in force."""
+        return self._log is not None and not self._left_out
 
     def bring_back(self, ban: Ban) -> None:
         """Put a ban that is on disk into force again. Raises :class:`.rule.PolicyError` where there is no room."""

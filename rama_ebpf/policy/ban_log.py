@@ -21,9 +21,11 @@ from .atomic import bring_to_disk, open_regular
 from .ban_record import BanBlock, read_ban
 from .ban_rows import RowReader, lift_row, row_of
 from .ban_snapshot import BanSnapshot, SnapshotDamaged, write_snapshot
+from .ban_walk import BanWalk
 from .prefixes import IPNetwork
 from .row_log import RowLog
 from .rule import Ban, boottime_ns
+from .whole_lines import WholeLines
 
 __all__ = ["BanLog", "KeptBans"]
 
@@ -32,9 +34,6 @@ log = logging.getLogger(__name__)
 _SMALL: Final = 1024 * 1024
 """A log of so many bytes is not worth a snapshot."""
 _HUGE: Final = 256 * 1024 * 1024
-_CHUNK: Final = 1024 * 1024
-_MAX_LINE: Final = 64 * 1024
-_BOM: Final = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +125,10 @@ class BanLog:
         """Return the bans that are in force. Raises OSError like :meth:`read`."""
         return [read_ban(key, value) for block in self.read().blocks() for key, value in block.rows()]
 
+    def walk(self, has: Callable[[bytes], bool]) -> BanWalk:
+        """Return a walk through what is on disk; ``has`` says whether a ban's key is in force."""
+        return BanWalk(self._snapshot, (self._aside, self._path), self._since, has)
+
     # -- the snapshot --------------------------------------------------------------------------------------------
 
     def is_huge(self) -> bool:
@@ -171,31 +174,11 @@ def _read_log(file: BinaryIO, path: Path, changes: dict[bytes, bytes | None], si
         nonlocal damaged
         damaged += 1
 
-    for lines in _whole_lines(file, lost):
-        changes.update(reader.read_all(lines, lost))
+    lines = WholeLines(file, lost)
+    while data := lines.read():
+        changes.update(reader.read_all(data, lost))
+    if lines.rest:
+        changes.update(reader.read_all(lines.rest, lost))
     if damaged:
         log.warning("%d lines of %s are damaged and left out", damaged, path)
     return reader.by_wall
-
-
-def _whole_lines(file: BinaryIO, lost: Callable[[], None]) -> Iterator[bytes]:
-    """Yield the file in pieces of whole lines. A line of more than 64 KiB is no ban's, and is never held."""
-    rest, skipping, first = b"", False, True
-    while data := file.read(_CHUNK):
-        if first:
-            data, first = data.removeprefix(_BOM), False
-        if skipping:
-            _, end, data = data.partition(b"\n")
-            skipping = not end
-            if skipping:
-                continue
-        data = rest + data
-        cut = data.rfind(b"\n") + 1
-        rest = data[cut:]
-        if len(rest) > _MAX_LINE:
-            lost()
-            rest, skipping = b"", True
-        if cut:
-            yield data[:cut]
-    if rest:
-        yield rest

@@ -23,6 +23,7 @@ from ..kernel.clock import is_synchronized
 from .ban_book import BanBook, stands
 from .ban_log import BanLog
 from .ban_record import BanBlock, canonical
+from .ban_walk import BanWalk
 from .bans import Bans
 from .compiler import CompiledSet, compile_rules
 from .derived import DerivedState
@@ -453,9 +454,14 @@ class PolicyStore:
         with self._exclusive():
             return self._ban_book.restore()
 
-    def lost_bans(self) -> tuple[int, list[Ban]]:
-        """Return how many bans are on disk, and those of them that are not in force. It reads all of them."""
-        return self._ban_book.lost()
+    def walk_bans(self) -> BanWalk | None:
+        """Return a walk through the bans on disk, None where none are kept."""
+        return self._ban_book.walk()
+
+    @property
+    def bans_on_disk_are_all(self) -> bool:
+        """Whether the bans on disk are those that are to be in force."""
+        return self._ban_book.is_witness
 
     def bring_back_ban(self, ban: Ban) -> None:
         """Put a ban that is on disk, and was lost, into force again."""

@@ -20,10 +20,11 @@ from rama_ebpf.control.worker_requests import WorkerRequests
 from rama_ebpf.core.client import SourceLengths
 from rama_ebpf.kernel import bpf
 from rama_ebpf.kernel.instance import Instance
-from rama_ebpf.policy import ban_snapshot
+from rama_ebpf.policy import ban_snapshot, ban_walk
 from rama_ebpf.policy.ban_log import BanLog
 from rama_ebpf.policy.ban_record import BanBlock, ban_key, ban_value
 from rama_ebpf.policy.ban_snapshot import write_snapshot
+from rama_ebpf.policy.ban_walk import BanRound, BanWalk
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.rule import Action, Ban, PolicyError, Stage, boottime_ns, parse_ttl
@@ -343,6 +344,65 @@ def test_a_change_while_a_snapshot_is_made_is_in_the_log(store: PolicyStore, tmp
     log = BanLog(tmp_path / "bans")
     log.compact(nullcontext, blocks)
     assert {ban.source for ban in log.replay()} == sources(store)
+
+
+def walk_on(walk: BanWalk, count: int) -> tuple[BanRound, list[Ban]]:
+    """Walk to the end of the round."""
+    while (ended := walk.next(count)) is None:
+        pass
+    return ended
+
+
+def test_a_walk_finds_bans_that_are_on_disk_and_not_in_force_by_the_disk_s_last_word(
+    store: PolicyStore, tmp_path: Path
+) -> None:
+    for n in range(10):
+        store.ban(ip_address(f"198.18.1.{n}"))
+    BanLog(tmp_path / "bans").compact(nullcontext, store._bans.in_force)
+    struck(store, "2001:db8:7::1")
+    store.unban(ip_address("198.18.1.3"))
+    walk = store.walk_bans()
+    assert walk is not None
+    assert walk_on(walk, 1)[1] == []
+    for gone in ("198.18.1.3", "198.18.1.4", "198.18.1.5", "198.18.1.6", "2001:db8:7::"):
+        store._bans.drop(store.source(ip_address(gone)))
+    ended, lost = walk_on(walk, 1000)
+    assert {ban.source for ban in lost} == {"198.18.1.4", "198.18.1.5", "198.18.1.6", "2001:db8:7::/64"}
+    assert all(map(ended.is_lost, lost))
+
+    store.bring_back_ban(next(ban for ban in lost if ban.source == "198.18.1.4"))
+    store.ban(ip_address("198.18.1.5"))  # meanwhile
+    with (tmp_path / "bans").open("ab") as log:
+        log.write(b'{"address": "198.18.1.6", "lifted": true}\n{"address": "torn')
+    assert [ban.source for ban in lost if ended.is_lost(ban)] == ["2001:db8:7::/64"]
+
+    BanLog(tmp_path / "bans").compact(nullcontext, store._bans.in_force)  # other files by now
+    assert not any(map(ended.is_lost, lost))
+    assert walk_on(walk, 1000)[1] == []
+    walk.close()
+
+
+def test_a_walk_looks_at_no_more_than_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ban_snapshot, "_BLOCK", 16)
+    monkeypatch.setattr(ban_snapshot, "_BLOCK_SIZE", 4 + 16 * len(b"".join(rows(1)[0])))
+    monkeypatch.setattr(ban_walk, "_CHUNK", 512)
+    write_snapshot(tmp_path / "bans.snapshot", [BanBlock.of(rows(500))])
+    (tmp_path / "bans").write_text("".join(f'{{"address": "10.0.0.{n}", "lifted": true}}\n' for n in range(200)))
+    looked = 0
+
+    def has(_key: bytes) -> bool:
+        nonlocal looked
+        looked += 1
+        return True
+
+    walk = BanLog(tmp_path / "bans").walk(has)
+    turns, ended = 0, None
+    while ended is None:
+        before, turns = looked, turns + 1
+        ended = walk.next(20)
+        assert looked - before < 20 + 16
+    assert (looked, walk.known, ended[1]) == (500, 700, [])
+    assert turns >= 700 // 36
 
 
 def test_a_damaged_block_of_a_snapshot_costs_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -40,6 +40,7 @@ class Integrity:
     def close(self) -> None:
         """Let go of what is held open."""
         self._kept.close()
+        self._bans.close()
         self._record.close()
 
     def look(self, least: int, rounds: int) -> Iterator[Difference]:

@@ -10,32 +10,37 @@ from ...kernel import abi, bpf
 from ...kernel.map_walk import MapWalk
 from ...kernel.witness import SourceQuestion, Witness
 from ..ban_record import ban_network
+from ..ban_snapshot import SnapshotDamaged
+from ..ban_walk import BanWalk
 from ..kernel_store import KernelStore
 from ..rule import boottime_ns, source_text
 from .difference import ANY_PORT, BEFORE_RULES, Difference, slice_of
 
 __all__ = ["BanCheck"]
 
-_LOOKS_AT_FEW_BANS: Final = 6
-"""In so many calls all bans are compared with the disk, if they are few."""
-_BANS_IN_A_ROUND: Final = 100_000
-"""So many are compared in an hour."""
 _MOST_LOST: Final = 32
 """Lost bans that are put back one by one in a call; the next call has the rest."""
 
 
 class BanCheck:
-    """Looks at slices of the map, and at all of the disk."""
+    """Looks at slices of the map and of the disk. Close it when done."""
 
     def __init__(self, store: KernelStore, witness: Witness) -> None:
         self._store = store
         self._witness = witness
         self._walk = MapWalk(store.tables.maps["bans"], abi.BAN_KEY.size, abi.BAN.size)
-        self._until_bans = 0
+        self._on_disk: BanWalk | None = None
+
+    def close(self) -> None:
+        """Let go of the files."""
+        if self._on_disk is not None:
+            self._on_disk.close()
 
     def look(self, least: int, rounds: int) -> Iterator[Difference]:
-        """Look at a slice, and now and then at the disk."""
-        rows = self._walk.next(slice_of(self._walk.known, least, rounds))
+        """Look at a slice of each."""
+        on_disk = self._on_disk = self._on_disk or self._store.walk_bans()
+        known = max(self._walk.known, 0 if on_disk is None else on_disk.known)
+        rows = self._walk.next(slice_of(known, least, rounds))
         now = boottime_ns()
         keys = [key for key, value in rows if _lasts(value, now)]
         answers = self._witness.ask(SourceQuestion(key[:16], ANY_PORT) for key in keys)
@@ -47,20 +52,22 @@ class BanCheck:
                     lambda key=key: self._is_missed_ban(key),  # type: ignore[misc]
                     self._store.rebuild,
                 )
-        yield from self._lost(rounds)
+        if on_disk is not None and self._store.bans_on_disk_are_all:
+            yield from self._lost(on_disk, slice_of(known, least, rounds))
 
-    def _lost(self, rounds: int) -> Iterator[Difference]:
-        """Compare all with the disk, now and then: the more there are, the less often."""
-        self._until_bans -= 1
-        if self._until_bans > 0:
+    def _lost(self, walk: BanWalk, count: int) -> Iterator[Difference]:
+        try:
+            ended = walk.next(count)
+        except SnapshotDamaged:
+            return  # the next start says so, and keeps it aside
+        if ended is None:
             return
-        count, lost = self._store.lost_bans()
-        self._until_bans = max(_LOOKS_AT_FEW_BANS, count * rounds // _BANS_IN_A_ROUND)
+        of_round, lost = ended
         for ban in lost[:_MOST_LOST]:
             yield Difference(
                 "ban",
                 f"the ban of {ban.network} is on disk, and not in the kernel",
-                lambda ban=ban: ban.network in {one.network for one in self._store.lost_bans()[1]},  # type: ignore[misc]
+                lambda ban=ban: of_round.is_lost(ban),  # type: ignore[misc]
                 lambda ban=ban: self._store.bring_back_ban(ban),  # type: ignore[misc]
             )
 
