@@ -1,7 +1,8 @@
-"""Relay by copying on the :class:`~rama_ebpf.core.stream.Stream` API: works for every kind of stream.
+"""Relay by copying: between two sockets by :class:`~.direction.Direction`, and on the
+:class:`~rama_ebpf.core.stream.Stream` API for every other kind of stream.
 
-Back-pressure is the stream's own: nothing is read from one side until the other has taken what was read before, so
-a tunnel holds at most one chunk per direction. EOF on one side half-closes the other and the rest still flows.
+There, back-pressure is the stream's own: nothing is read from one side until the other has taken what was read before,
+so a tunnel holds at most one chunk per direction. EOF on one side half-closes the other and the rest still flows.
 """
 
 from __future__ import annotations
@@ -14,24 +15,36 @@ from typing import Final
 from ..core.auth import User
 from ..core.client import client_address
 from ..core.stream import Stream
-from .options import TunnelLimits
+from .direction import Direction, DirectionOwner
+from .host import RelayHost
+from .options import RelayKind, TunnelLimits
+from .paths import Pair, Paths
 from .registry import FlowSnapshot, tunnels
 from .report import CloseReason, DirectionOutcome, TunnelReport
 
-__all__ = ["copy"]
+__all__ = ["copy", "join"]
 
 log = logging.getLogger(__name__)
 
 _CHUNK: Final = 64 * 1024
 
 
-class _Direction:
+def join(host: RelayHost, owner: DirectionOwner, pair: Pair) -> Paths:
+    """Make directions between two sockets that copy."""
+    return Paths(
+        RelayKind.COPY,
+        Direction(host, owner, pair.client, pair.upstream, pair.delivered[0], read_all=pair.with_unix),
+        Direction(host, owner, pair.upstream, pair.client, pair.delivered[1], read_all=pair.with_unix),
+    )
+
+
+class _Pump:
     def __init__(self) -> None:
         self.delivered = 0
         self.last = time.monotonic()
         self.outcome: DirectionOutcome | None = None
 
-    async def pump(self, source: Stream, sink: Stream) -> None:
+    async def run(self, source: Stream, sink: Stream) -> None:
         reading = True
         try:
             while True:
@@ -57,7 +70,7 @@ class _Flow:
         user = client.extensions.get(User)
         self.user = "" if user is None else user.name
         self.started = time.monotonic()
-        self.up, self.down = _Direction(), _Direction()
+        self.up, self.down = _Pump(), _Pump()
         self.cut_requested: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def snapshot(self) -> FlowSnapshot:
@@ -90,8 +103,8 @@ async def copy(client: Stream, upstream: Stream, limits: TunnelLimits, *, why: s
     flow = _Flow(client, upstream, why)
     tunnels.add(flow)
     pumps = {
-        asyncio.create_task(flow.up.pump(client, upstream)),
-        asyncio.create_task(flow.down.pump(upstream, client)),
+        asyncio.create_task(flow.up.run(client, upstream)),
+        asyncio.create_task(flow.down.run(upstream, client)),
     }
     reason = CloseReason.CUT
     try:

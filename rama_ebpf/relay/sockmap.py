@@ -28,11 +28,12 @@ from typing import Final
 from ..kernel import bpf
 from ..kernel.splice import BROKEN, SYNCED, Directions, DirectionSlot, EventRing
 from .direction import BUFFER_SIZE, TURN, Direction, DirectionHost, DirectionOwner, buffer
+from .host import RelayHost
 from .options import RelayKind
 from .paths import Pair, Paths, Refusal
 from .report import DirectionOutcome
 
-__all__ = ["RECEIVE_BUFFER", "Sockmap", "SockmapDirection"]
+__all__ = ["RECEIVE_BUFFER", "Sockmap", "SockmapDirection", "join"]
 
 _SO_COOKIE: Final = 57
 _SIOCOUTQ: Final = 0x5411
@@ -43,6 +44,13 @@ Without it the kernel lets it grow to megabytes for a peer that sends quickly, w
 
 _FIRST_RETRY: Final = 0.001
 _LAST_RETRY: Final = 0.05
+
+
+def join(host: RelayHost, owner: DirectionOwner, pair: Pair) -> Paths | Refusal:
+    """Put a pair under the kernel's relay, where the host has one; else it is told that it is wanted."""
+    if host.sockmap is None:
+        return Refusal(host.want_sockmap(), final=False)
+    return host.sockmap.join(host, owner, pair)
 
 
 class Sockmap:

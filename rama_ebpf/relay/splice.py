@@ -11,16 +11,28 @@ import socket
 from typing import Final
 
 from .direction import BUFFER_SIZE, TURN, Direction, DirectionHost, DirectionOwner
+from .host import RelayHost
+from .options import RelayKind
+from .paths import Pair, Paths
 from .pipes import Pipe
 from .report import DirectionOutcome
 
-__all__ = ["SpliceDirection"]
+__all__ = ["SpliceDirection", "join"]
 
 _SPLICE_SIZE: Final = 1 << 20  # more than a pipe takes: it is the pipe that bounds a splice
 # No SPLICE_F_MORE: it corks the last segment of a message until more comes.
 _SPLICE_FLAGS: Final = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _SMALL: Final = 8 * 1024
 _SMALL_READS: Final = 16
+
+
+def join(host: RelayHost, owner: DirectionOwner, pair: Pair) -> Paths:
+    """Make directions that splice whatever comes."""
+    return Paths(
+        RelayKind.SPLICE,
+        SpliceDirection(host, owner, pair.client, pair.upstream, adaptive=False, read_all=pair.with_unix),
+        SpliceDirection(host, owner, pair.upstream, pair.client, adaptive=False, read_all=pair.with_unix),
+    )
 
 
 class SpliceDirection(Direction):
