@@ -20,6 +20,10 @@ _ACTIONS = (Action.ALLOW, Action.DROP, Action.REJECT, Action.LIMIT)
 _HOUR = 3_600_000_000_000
 
 
+def _decides(rule: Rule, now: int) -> bool:
+    return not rule.dry_run and (rule.expires is None or now < rule.expires)
+
+
 @dataclass
 class Scenario:
     """A whole policy in the terms of the matcher and of the stores. ``now`` is CLOCK_BOOTTIME nanoseconds: what
@@ -40,11 +44,17 @@ class Scenario:
             6: [self.random.getrandbits(128) for _ in range(self.random.randint(1, 4))],
         }
         pick = self.random
+        in_force: dict[tuple[IPNetwork, int | None], Rule]
         rules = [self._rule(f"loaded-{n}", pick.randint(0, 6), "file") for n in range(pick.choice((0, 1, 3, 12, 40)))]
         settings = Settings(pick.choice((Action.ALLOW, Action.DROP, Action.REJECT)))
         self.loaded = RuleSet(tuple(rules), settings)
-        self.runtime = [self._rule(f"runtime-{n}", 1, RUNTIME) for n in range(pick.choice((0, 0, 3, 12)))]
-        in_force = {(rule.sources[0], rule.port): rule for rule in self.runtime}  # a later one replaces an earlier one
+        self.runtime, in_force = [], {}
+        for rule in [self._rule(f"runtime-{n}", 1, RUNTIME) for n in range(pick.choice((0, 0, 3, 12)))]:
+            earlier = in_force.get((rule.sources[0], rule.port))
+            if rule.dry_run and earlier is not None and _decides(earlier, self.now):
+                continue  # a dry run replaces no rule that decides: the stores refuse it
+            self.runtime.append(rule)
+            in_force[rule.sources[0], rule.port] = rule  # a later one replaces an earlier one
         self.lengths = pick.choice((SourceLengths(), SourceLengths(24, 48), SourceLengths(32, 56)))
         bans = {
             self._banned(): (pick.choice((Action.DROP, Action.REJECT)), self._expiry())
