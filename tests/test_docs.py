@@ -22,9 +22,10 @@ SOURCES = sorted(
 )
 
 
-def test_configuration_reference_is_what_the_model_says() -> None:
-    text = (ROOT / "docs/config.md").read_text()
-    assert text == with_reference(text), "run: .venv/bin/python -m rama_ebpf.config.reference docs/config.md"
+@pytest.mark.parametrize("document", ["docs/config.md", "docs/layers.md"])
+def test_configuration_reference_is_what_the_model_says(document: str) -> None:
+    text = (ROOT / document).read_text()
+    assert text == with_reference(text), f"run: .venv/bin/python -m rama_ebpf.config.reference {document}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,7 +1,8 @@
 """Every table and setting of ``rama.toml`` as Markdown, written from the model itself.
 
-``python -m rama_ebpf.config.reference docs/config.md`` writes it below the marker line of that file; a test holds the
-file against the model.
+``python -m rama_ebpf.config.reference docs/config.md docs/layers.md`` writes it below the marker line of each: the
+tables and services into the one, the layers into the other, where they are described. A test holds the files against
+the model.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
 from .decode import AnyKind, Choice, ListOf, MapOf, Table, describe, encode, is_required, settings_of
 from .kinds import Kind
@@ -19,24 +21,34 @@ from .model import Config
 from .services import SERVICES
 from .show import inline
 
-__all__ = ["MARKER", "reference", "with_reference"]
-
-MARKER = "<!-- below: written by python -m rama_ebpf.config.reference docs/config.md -->"
+__all__ = ["layers_reference", "reference", "with_reference"]
 
 
 def reference() -> str:
-    """Return the reference: the tables of the file, then the services and the layers that a stack can name."""
+    """Return the reference of the file's tables, and of the services that a stack can name."""
     lines: list[str] = []
     for path, type_ in _tables("", Config):
         if path:
             lines += _section("##", f"[{path}]", type_)
-    for title, types in (("Services", SERVICES), ("Layers", LAYERS)):
-        lines += [f"## {title}", ""]
-        for name, type_ in sorted(types.items()):
-            lines += _section("###", name, type_)
-            for inner, inner_type in _tables(name, type_):
-                if inner != name:
-                    lines += _section("####", inner, inner_type)
+    return _text([*lines, *_named("Services", SERVICES)])
+
+
+def layers_reference() -> str:
+    """Return the reference of the layers that a stack can name."""
+    return _text(_named("In `rama.toml`", LAYERS))
+
+
+def _named(title: str, types: Mapping[str, type]) -> list[str]:
+    lines = [f"## {title}", ""]
+    for name, type_ in sorted(types.items()):
+        lines += _section("###", name, type_)
+        for inner, inner_type in _tables(name, type_):
+            if inner != name:
+                lines += _section("####", inner, inner_type)
+    return lines
+
+
+def _text(lines: list[str]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -85,14 +97,23 @@ def _default(field: dataclasses.Field[object], kind: AnyKind) -> str:
     return f"`{inline(encode(field.default, kind))}`"
 
 
+_WRITTEN: Final[Mapping[str, Callable[[], str]]] = {
+    f"<!-- below: written by python -m rama_ebpf.config.reference {path} -->": written
+    for path, written in (("docs/config.md", reference), ("docs/layers.md", layers_reference))
+}
+"""What stands below each marker line."""
+
+
 def with_reference(text: str) -> str:
-    """Return a file's text with all below the marker line written anew. Raises ValueError without a marker."""
-    head, marker, _ = text.partition(MARKER)
-    if not marker:
-        raise ValueError(f"there is no line {MARKER}")
-    return f"{head}{marker}\n\n{reference()}"
+    """Return a file's text with all below its marker line written anew. Raises ValueError without a marker."""
+    for marker, written in _WRITTEN.items():
+        head, found, _ = text.partition(marker)
+        if found:
+            return f"{head}{marker}\n\n{written()}"
+    raise ValueError(f"there is no line {' or '.join(_WRITTEN)}")
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    target.write_text(with_reference(target.read_text()))
+    for name in sys.argv[1:]:
+        target = Path(name)
+        target.write_text(with_reference(target.read_text()))
