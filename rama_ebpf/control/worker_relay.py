@@ -11,7 +11,7 @@ from ..process.plan import Json
 from ..relay import tunnels
 from ..relay.engine import Engine
 from ..relay.sockmap import Sockmap
-from ..services.http.running import running
+from ..services.http.exchange.running import running
 
 __all__ = ["serve_relay"]
 

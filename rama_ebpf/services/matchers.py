@@ -7,7 +7,7 @@ import re
 from ..core.client import HasExtensions
 from ..core.matchers import Matcher
 from ..core.names import NameSet
-from .http.model import Request
+from .http.message.model import Request
 from .tls.client_hello import ClientHello
 
 __all__ = ["Host", "Method", "Path", "Sni"]

@@ -14,7 +14,7 @@ from ..core.service import Service
 from ..core.stream import Stream
 from ..core.target import Target
 from .connect import ConnectError, Egress, ResolveError, Resolver
-from .http.tunnel_client import HttpTunnelClient
+from .http.proxy.tunnel_client import HttpTunnelClient
 from .resolver import resolve_for, source_of
 from .socks5.client import Socks5Client
 from .tls import ClientTls, TlsConnector

@@ -16,8 +16,8 @@ from rama_ebpf.layers.access_log import AccessLogLayer, AccessRecord
 from rama_ebpf.layers.auth import StaticUsers
 from rama_ebpf.relay import tunnels
 from rama_ebpf.services.http import HttpProxy, HttpServer, Request, Response
+from rama_ebpf.services.http.exchange.running import running
 from rama_ebpf.services.http.layers import ProxyAuthLayer
-from rama_ebpf.services.http.running import running
 
 from .conftest import OK, Origin, Run, Server, abort, eventually, nobody
 from .h2_client import GET, h2_client

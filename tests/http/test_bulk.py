@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import pytest
 
 from rama_ebpf.core import Authority, Service, Stream
-from rama_ebpf.services.http import HttpProxy, HttpServer, Request, Response, bulk
+from rama_ebpf.services.http import HttpProxy, HttpServer, Request, Response
+from rama_ebpf.services.http.h1 import bulk
 from rama_ebpf.services.http.layers import HookLayer
 
 from .conftest import OK, Origin, Run, Server, descriptors, eventually, read_until_reset

@@ -8,7 +8,7 @@ import pytest
 
 from rama_ebpf.core import Authority, Service, Stream
 from rama_ebpf.services.http import HttpLimits, HttpProxy, HttpTimeouts, MalformedMessage
-from rama_ebpf.services.http.strict import NEED_DATA, PAUSED, Closed, End, Role, StrictConnection
+from rama_ebpf.services.http.h1.reader import NEED_DATA, PAUSED, Closed, End, Role, StrictConnection
 
 from .conftest import Run, read_until_reset
 from .corpus import BODIES, BROKEN, REQUESTS, RESPONSES

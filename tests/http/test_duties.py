@@ -31,7 +31,7 @@ from rama_ebpf.services.http import (
     Route,
     Routes,
 )
-from rama_ebpf.services.http.h2_server import H2_PREFACE
+from rama_ebpf.services.http.h2.server import H2_PREFACE
 
 from .conftest import DATE, OK, OK_VIA, MakePool, Origin, Run, eventually
 from .h2_client import GET, h2_client

@@ -26,7 +26,7 @@ from hyperframe.frame import (
 
 from rama_ebpf.core import Authority, Service, Stream
 from rama_ebpf.services.http import BackendPool, HttpServer, HttpTimeouts, Request, Response
-from rama_ebpf.services.http.h2_server import H2_PREFACE
+from rama_ebpf.services.http.h2.server import H2_PREFACE
 
 from .conftest import Run, descriptors, eventually
 from .h2_client import h2_client

@@ -27,9 +27,9 @@ from rama_ebpf.services.http import (
     Route,
     Routes,
 )
-from rama_ebpf.services.http.h1_server import H1ServerConnection
-from rama_ebpf.services.http.quick import decides
-from rama_ebpf.services.http.running import running
+from rama_ebpf.services.http.exchange.quick import decides
+from rama_ebpf.services.http.exchange.running import running
+from rama_ebpf.services.http.h1.server import H1ServerConnection
 
 from .conftest import DATE, OK, Origin, Run, Server, abort, descriptors, eventually, read_until_reset
 
@@ -564,7 +564,7 @@ async def test_whatever_upstreams_do_callbacks_and_coroutines_answer_alike(
                     return
 
         if not quick:
-            monkeypatch.setattr("rama_ebpf.services.http.h1_server.quick_of", lambda _service: None)
+            monkeypatch.setattr("rama_ebpf.services.http.h1.server.quick_of", lambda _service: None)
         proxy = run(HttpProxy(connector, timeouts=HttpTimeouts(response=20.0)))
         target = Origin(run(origin).port, [], [], False)
         client = await Client.warm(proxy, target)

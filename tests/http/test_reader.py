@@ -16,11 +16,11 @@ from rama_ebpf.services.http import (
     HttpServer,
     MalformedMessage,
     OriginOptions,
-    heads,
 )
-from rama_ebpf.services.http.heads import RequestHead, ResponseHead
-from rama_ebpf.services.http.strict import NEED_DATA, PAUSED, Closed, Content, End, Role, StrictConnection
-from rama_ebpf.services.http.writer import MessageWriter, WrongLength
+from rama_ebpf.services.http.h1 import heads
+from rama_ebpf.services.http.h1.heads import RequestHead, ResponseHead
+from rama_ebpf.services.http.h1.reader import NEED_DATA, PAUSED, Closed, Content, End, Role, StrictConnection
+from rama_ebpf.services.http.h1.writer import MessageWriter, WrongLength
 
 from ..fuzz.http.oracle import Taken, judge
 from .conftest import DATE, OK, OK_VIA, Run, Server

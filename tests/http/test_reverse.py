@@ -19,7 +19,7 @@ from rama_ebpf.services.http import (
     Route,
     Routes,
 )
-from rama_ebpf.services.http.health import BackendHealth
+from rama_ebpf.services.http.proxy.health import BackendHealth
 from rama_ebpf.services.proxy_protocol import ProxyHeader, ProxyProtocolConnector, ProxyProtocolLayer
 
 from .conftest import DATE, OK, OK_VIA, MakePool, Origin, Run, eventually, nobody

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from rama_ebpf.services.http import HttpLimits, HttpProxy, HttpServer, Request, Response
-from rama_ebpf.services.http import strict as strict_module
-from rama_ebpf.services.http.errors import MalformedMessage
-from rama_ebpf.services.http.second_reader import SecondReader
-from rama_ebpf.services.http.strict import NEED_DATA, PAUSED, Closed, Content, End, Role, reader
+from rama_ebpf.services.http.h1 import reader as strict_module
+from rama_ebpf.services.http.h1.reader import NEED_DATA, PAUSED, Closed, Content, End, Role, reader
+from rama_ebpf.services.http.h1.second_reader import SecondReader
+from rama_ebpf.services.http.message.errors import MalformedMessage
 
 from .conftest import Run
 

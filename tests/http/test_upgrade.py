@@ -10,7 +10,7 @@ import pytest
 from rama_ebpf.core import Authority, Service, Stream, client_address
 from rama_ebpf.relay import TunnelReport
 from rama_ebpf.services.http import ForwardProxy, Headers, HttpProxy, HttpServer, Request, Response
-from rama_ebpf.services.http.websocket import accept_for
+from rama_ebpf.services.http.message.websocket import accept_for
 
 from .conftest import DATE, OK, MakePool, Origin, Run, descriptors, eventually
 from .h2_client import h2_client

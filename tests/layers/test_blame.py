@@ -13,9 +13,9 @@ import rama_ebpf
 from rama_ebpf.core.blame import BLAME, Blame, judge, markdown, speaks_another_protocol
 from rama_ebpf.core.errors import AuthFailed, Busy, HandshakeTimeout, PeerClosed, ProtocolError, RamaError
 from rama_ebpf.core.shares import Held, SourceShare
-from rama_ebpf.services.http.errors import AmbiguousMessage, MalformedMessage
-from rama_ebpf.services.http.heads import head_end, parse_request
-from rama_ebpf.services.http.limits import HttpLimits
+from rama_ebpf.services.http.h1.heads import head_end, parse_request
+from rama_ebpf.services.http.message.errors import AmbiguousMessage, MalformedMessage
+from rama_ebpf.services.http.message.limits import HttpLimits
 from rama_ebpf.services.socks5.machine import ServerMachine
 from rama_ebpf.services.socks5.wire import Method
 from rama_ebpf.services.tls.client_hello import ClientHelloParser

@@ -15,7 +15,7 @@ from rama_ebpf.layers.username import DashedUsername, UsernameOptionsLayer
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import ConnectError, Connector
 from rama_ebpf.services.http import HttpProxy
-from rama_ebpf.services.http.tunnel_client import HttpTunnelClient
+from rama_ebpf.services.http.proxy.tunnel_client import HttpTunnelClient
 from rama_ebpf.services.socks5 import Socks5Server
 from rama_ebpf.services.tls import (
     CertificateRejected,

@@ -21,7 +21,7 @@ from rama_ebpf.core.resolv_conf import ResolvConf
 from rama_ebpf.core.target import Target
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import Connector
-from rama_ebpf.services.http.gateway import to_http_error
+from rama_ebpf.services.http.exchange.gateway import to_http_error
 from rama_ebpf.services.resolver import DnsResolver, ResolveError, ResolveTimeout
 from rama_ebpf.services.socks5.replies import reply_for
 from rama_ebpf.services.socks5.wire import Reply

@@ -1,18 +1,18 @@
 """HTTP: servers, clients and proxies. Services are ``async def app(request: Request) -> Response``."""
 
-from .backends import BackendPool
-from .errors import ConnectionDropped, HttpError, MalformedMessage
-from .forwarded import ForwardedField, ForwardedLayer, TrustedPeersLayer
-from .headers import Headers
-from .health import HealthCheck, PassiveHealth
-from .intercept import HttpInspector
-from .limits import HttpLimits, HttpTimeouts, OriginOptions
-from .model import Body, BodyTooLarge, Request, Response, Upgrade
-from .pool import ConnectionPool, PoolLimits
-from .proxy import ForwardProxy, HttpProxy
-from .routes import Route, Routes
+from .exchange.tunnel import Tunnel
+from .layers.forwarded import ForwardedField, ForwardedLayer, TrustedPeersLayer
+from .message.errors import ConnectionDropped, HttpError, MalformedMessage
+from .message.headers import Headers
+from .message.limits import HttpLimits, HttpTimeouts, OriginOptions
+from .message.model import Body, BodyTooLarge, Request, Response, Upgrade
+from .proxy.backends import BackendPool
+from .proxy.forward import ForwardProxy, HttpProxy
+from .proxy.health import HealthCheck, PassiveHealth
+from .proxy.intercept import HttpInspector
+from .proxy.pool import ConnectionPool, PoolLimits
+from .proxy.routes import Route, Routes
 from .server import HttpServer
-from .tunnel import Tunnel
 
 __all__ = [
     "BackendPool",

@@ -11,11 +11,12 @@ from ...core.graceful import Drain
 from ...core.service import Service, check_fit, innermost
 from ...core.stream import Stream
 from ..tls.stream import TlsParameters
-from .errors import AmbiguousMessage, MalformedMessage
-from .h1_server import H1ServerConnection
-from .h2_server import H2_PREFACE, H2ServerConnection
-from .limits import HttpLimits, HttpTimeouts
-from .model import Request, Response
+from .exchange.served import Served
+from .h1.server import H1ServerConnection
+from .h2.server import H2_PREFACE, H2ServerConnection
+from .message.errors import AmbiguousMessage, MalformedMessage
+from .message.limits import HttpLimits, HttpTimeouts
+from .message.model import Request, Response
 
 __all__ = ["HttpServer"]
 
@@ -39,7 +40,7 @@ class HttpServer:
     """Serves HTTP on the streams it is given: ``stack(..., HttpServer(app))``.
 
     ``service`` is ``async def app(request: Request) -> Response``, or a stack that ends in one. What it raises
-    becomes a response: :class:`~.errors.HttpError` its own, errors of connecting 502, 503 or 504, a bug 500.
+    becomes a response: :class:`~.message.errors.HttpError` its own, errors of connecting 502, 503 or 504, a bug 500.
     ``name`` stands in Proxy-Status of error responses.
 
     A TLS stream whose ALPN is ``h2`` gets HTTP/2; with ``h2c`` so does a plain one that begins with the preface
@@ -47,7 +48,7 @@ class HttpServer:
     it browsers do so over HTTP/1.1. ``scheme`` is that of the connection, by default "https" on TLS streams, else
     "http"; who names another one in a target gets 421 (RFC 9110 section 7.4), unless the service is a ``forward``
     proxy, whose targets are elsewhere (by default: if it is, or was stacked around, a
-    :class:`~.proxy.ForwardProxy`).
+    :class:`~.proxy.forward.ForwardProxy`).
     """
 
     accepts = Stream
@@ -78,7 +79,12 @@ class HttpServer:
         self.first_bytes = FirstBytes(refuse_what_is_not_http)
 
     async def __call__(self, stream: Stream, /) -> None:
-        connection = self._h2(stream) if await self._speaks_h2(stream) else self._h1(stream)
+        served = self._served(stream)
+        connection: H1ServerConnection | H2ServerConnection
+        if await self._speaks_h2(stream):
+            connection = H2ServerConnection(stream, served, extended_connect=self._extended_connect)
+        else:
+            connection = H1ServerConnection(stream, served)
         self._live.add(connection)
         drain = stream.extensions.get(Drain)
         unwatch = None if drain is None else drain.watch(connection.drain)
@@ -106,31 +112,9 @@ class HttpServer:
             return False
         return stream.buffered.startswith(H2_PREFACE)
 
-    def _scheme_of(self, stream: Stream) -> str:
-        return self._scheme or ("http" if TlsParameters not in stream.extensions else "https")
-
-    def _h1(self, stream: Stream) -> H1ServerConnection:
-        return H1ServerConnection(
-            stream,
-            self._service,
-            scheme=self._scheme_of(stream),
-            forward=self._forward,
-            name=self._name,
-            limits=self._limits,
-            timeouts=self._timeouts,
-        )
-
-    def _h2(self, stream: Stream) -> H2ServerConnection:
-        return H2ServerConnection(
-            stream,
-            self._service,
-            scheme=self._scheme_of(stream),
-            forward=self._forward,
-            name=self._name,
-            limits=self._limits,
-            timeouts=self._timeouts,
-            extended_connect=self._extended_connect,
-        )
+    def _served(self, stream: Stream) -> Served:
+        scheme = self._scheme or ("http" if TlsParameters not in stream.extensions else "https")
+        return Served(self._service, scheme, self._name, self._forward, self._limits, self._timeouts)
 
     def drain(self) -> None:
         """Close idle connections, and the others after the request they are serving."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import h11
 
-from rama_ebpf.services.http.headers import Headers
-from rama_ebpf.services.http.heads import RequestHead, ResponseHead
+from rama_ebpf.services.http.h1.heads import RequestHead, ResponseHead
+from rama_ebpf.services.http.message.headers import Headers
 
 __all__ = ["Taken", "judge"]
 

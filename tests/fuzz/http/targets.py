@@ -16,15 +16,15 @@ import h2.settings
 import hpack
 import hyperframe.frame
 
-from rama_ebpf.services.http.errors import MalformedMessage
-from rama_ebpf.services.http.h2_engine import EngineConnection, StreamMalformed
-from rama_ebpf.services.http.h2_fields import Fields, read_request, read_response, read_trailers
-from rama_ebpf.services.http.h2_guard import FloodDetected, FrameGuard
-from rama_ebpf.services.http.headers import Headers
-from rama_ebpf.services.http.heads import RequestHead, ResponseHead
-from rama_ebpf.services.http.limits import HttpLimits
-from rama_ebpf.services.http.strict import NEED_DATA, PAUSED, Closed, Content, End, Role, StrictConnection
-from rama_ebpf.services.http.writer import MessageWriter
+from rama_ebpf.services.http.h1.heads import RequestHead, ResponseHead
+from rama_ebpf.services.http.h1.reader import NEED_DATA, PAUSED, Closed, Content, End, Role, StrictConnection
+from rama_ebpf.services.http.h1.writer import MessageWriter
+from rama_ebpf.services.http.h2.engine import EngineConnection, StreamMalformed
+from rama_ebpf.services.http.h2.fields import Fields, read_request, read_response, read_trailers
+from rama_ebpf.services.http.h2.guard import FloodDetected, FrameGuard
+from rama_ebpf.services.http.message.errors import MalformedMessage
+from rama_ebpf.services.http.message.headers import Headers
+from rama_ebpf.services.http.message.limits import HttpLimits
 from rama_ebpf.services.proxy_protocol import Command, ProxyProtocolError, TlvType, encode_v1, encode_v2, parse
 
 from .oracle import Taken, judge

@@ -12,8 +12,8 @@ from ....core.errors import AuthFailed
 from ....core.offender import strike
 from ....core.request_log import Refusal
 from ....core.service import Service, check_fit
-from ..headers import Headers
-from ..model import Body, Request, Response
+from ..message.headers import Headers
+from ..message.model import Body, Request, Response
 
 __all__ = ["BasicAuthLayer", "ProxyAuthLayer"]
 

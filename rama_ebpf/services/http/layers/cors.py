@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from ....core.service import Service
-from ..headers import Headers
-from ..model import Request, Response
+from ..message.headers import Headers
+from ..message.model import Request, Response
 
 __all__ = ["CorsLayer"]
 

@@ -15,8 +15,8 @@ from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
 from ....core.service import Service
-from ..headers import Headers
-from ..model import Body, Request, Response
+from ..message.headers import Headers
+from ..message.model import Body, Request, Response
 
 __all__ = ["HarLayer", "HarRecorder"]
 

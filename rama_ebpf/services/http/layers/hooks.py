@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from ....core.service import Service
-from ..model import Body, Request, Response
+from ..message.model import Body, Request, Response
 
 __all__ = ["HookLayer", "MappedBody"]
 

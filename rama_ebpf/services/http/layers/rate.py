@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 from ....core.client import HasExtensions
-from ..model import Request
+from ..message.model import Request
 
 __all__ = ["by_header"]
 

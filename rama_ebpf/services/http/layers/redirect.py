@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from ....core.service import Service
-from ..errors import HttpError
-from ..headers import Headers
-from ..model import Request, Response
-from ..uri import parse_target
+from ..message.errors import HttpError
+from ..message.headers import Headers
+from ..message.model import Request, Response
+from ..message.uri import parse_target
 
 __all__ = ["RedirectLayer", "RewriteLayer", "to_https"]
 

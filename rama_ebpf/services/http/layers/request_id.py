@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ....core.service import Service
-from ..model import Request, Response
+from ..message.model import Request, Response
 
 __all__ = ["RequestId", "RequestIdLayer"]
 

@@ -1,0 +1,1 @@
+"""What both versions of HTTP share in serving a request: the answer, its record, its tunnel, its time."""

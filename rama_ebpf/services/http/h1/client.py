@@ -1,0 +1,362 @@
+"""The client's side of one HTTP/1.1 connection: sends a request, returns its response, one pair at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Final
+
+from ....core.deadline import Deadline
+from ....core.errors import PeerClosed
+from ....core.socket_stream import SocketStream
+from ....core.stream import Stream
+from ..exchange.pace import Pace
+from ..exchange.tunnel import Tunnel
+from ..exchange.upload import BodyFailed, Upload
+from ..message.errors import HttpError, MalformedMessage, NoResponse, malformed_response, unanswered
+from ..message.limits import HttpLimits, HttpTimeouts
+from ..message.model import Body, Request, Response
+from ..message.websocket import ACCEPT, KEY, accept_for, new_key
+from .body import ResponseBody
+from .bulk import move, worth_moving
+from .heads import ResponseHead
+from .reader import NEED_DATA, Content, End, Event, Role, reader
+
+__all__ = ["H1ClientConnection"]
+
+_READ: Final = 64 * 1024
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+
+class H1ClientConnection:
+    """Sends requests on ``stream``, one at a time.
+
+    ``released`` is called once per response, when its body was read to the end or given up; :attr:`reusable` then
+    says whether another request may be sent. A connection that is not reusable has been closed by then. Without
+    ``keep`` the upstream is told that there will be one request only; ``lenient`` takes what old servers send
+    (:class:`~..message.limits.OriginOptions`).
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        limits: HttpLimits,
+        timeouts: HttpTimeouts,
+        released: Callable[[H1ClientConnection], None],
+        keep: bool = True,
+        lenient: bool = False,
+    ) -> None:
+        self.stream = stream
+        self.reusable = False
+        self.persistent = True
+        """The latest response lets the connection live on."""
+        self._timeouts = timeouts
+        self._released = released
+        self._strict = reader(Role.CLIENT, limits, lenient=lenient)
+        self._keep = keep
+        self._deadline = Deadline()
+        self._upload: Upload | None = None
+        self.whole = False
+        """The latest response was complete when :meth:`received` returned it."""
+        self.stuck = False
+        """:meth:`received` can do no more."""
+        self._unsent = b""
+        self._failure: Exception | None = None
+        self._head_read: Event | None = None
+        self._begun: tuple[Response, ResponseBody] | None = None
+        self._key: str | None = None
+        self._over = False
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing came since the last response; a byte or EOF here means that the connection is not to be used."""
+        return self._strict.quiet and self.stream.quiet()
+
+    async def send(self, request: Request) -> Response:
+        """Send ``request`` and return the response, whose body is still to be read.
+
+        The request's body goes on being sent while the response is read. Raises :class:`HttpError` (502, 504), or
+        what reading the request's body raised; the connection is closed then.
+        """
+        self.reusable = False
+        self._over = False
+        if request.body.length == 0:
+            return await self._send_head_only(request)
+        self._upload = upload = Upload(
+            request.body,
+            lambda data: self._send_content(request.body, data),
+            self.stream.abort,
+            self._timeouts,
+            move=lambda last: self._move_content(request.body, last),
+        )
+        try:
+            await self._write(self._head(request))
+            return await self._response(request, await upload.respond(self._read_head(request, upload)))
+        except BodyFailed as failed:
+            await self.abort()
+            raise failed.error from None
+        except (MalformedMessage, OSError) as error:
+            await self.abort()
+            raise _told(error) from error
+        except BaseException:
+            await self.abort()
+            raise
+
+    async def _send_head_only(self, request: Request) -> Response:
+        """:meth:`send` for the many requests without a body: one write, one deadline."""
+        try:
+            self.begin(request)
+        except BaseException:
+            await self.abort()
+            raise
+        return await self.receive(request)
+
+    def begin(self, request: Request) -> bool:
+        """Send ``request``, which has no body, as far as that needs no waiting; return whether it was sent. What comes
+        next is for :meth:`received` or, with waiting, :meth:`receive`."""
+        self.reusable = self.whole = self.stuck = False
+        self._over = False
+        self._upload = self._failure = self._head_read = self._begun = None
+        data = self._head(request) + self._strict.writer.end(None)
+        try:
+            sent = self.stream.write_now(data)
+        except OSError as error:
+            self._failure = error
+            sent = 0
+        self._unsent = data[sent:]
+        return not self._unsent
+
+    def received(self, request: Request, data: bytes) -> Response | None:
+        """Take ``data`` from the upstream, b"" at its end; return the response if its header section is complete.
+
+        :attr:`whole` tells that its body is, too, and that the connection is free. None with :attr:`stuck` says that
+        the rest is for :meth:`receive`, as a response is that is not whole."""
+        strict = self._strict
+        strict.receive(data)
+        try:
+            head = strict.next_event()
+            if head is NEED_DATA:
+                return None
+            if not isinstance(head, ResponseHead) or head.status < 200:
+                self._head_read = head
+                self.stuck = True
+                return None
+            body = ResponseBody(self, head, self._timeouts)
+        except MalformedMessage as error:
+            self._failure = error
+            self.stuck = True
+            return None
+        self.persistent = head.persistent
+        response = Response(
+            head.status, head.headers, body, reason=head.reason, version=head.version, length_if_known=head.declared
+        )
+        self._begun = response, body
+        if body.look():
+            self.whole = strict.reusable and not body.trailers
+            if self.whole:
+                strict.next_cycle()
+                self.reusable = True
+                self.release()
+        return response
+
+    async def receive(self, request: Request) -> Response:
+        """Return the response to a request that :meth:`begin` has begun to send. Raises as :meth:`send`."""
+        deadline = self._deadline
+        deadline.start(self._timeouts.response)
+        try:
+            if self._failure is not None:
+                raise self._failure
+            if self._begun is not None:
+                response, body = self._begun
+                await body.settle()
+                return response
+            if self._unsent:
+                await self.stream.write(self._unsent)
+            head = await self._read_head(request, None)
+            deadline.stop()
+            return await self._response(request, head)
+        except asyncio.CancelledError as error:
+            expired = deadline.expired()
+            await self.abort()
+            if expired:
+                raise unanswered() from error
+            raise
+        except (MalformedMessage, OSError) as error:
+            await self.abort()
+            raise _told(error) from error
+        except BaseException:
+            await self.abort()
+            raise
+        finally:
+            deadline.stop()
+
+    async def close(self) -> None:
+        """Close a kept connection in order."""
+        self._deadline.close()
+        await self.stream.close()
+
+    async def abort(self) -> None:
+        """Close at once. Idempotent."""
+        self._deadline.close()
+        self.stream.abort()
+        if self._upload is not None:
+            await self._upload.stop()
+        self.release()
+
+    def release(self) -> None:
+        """The current response is over."""
+        if not self._over:
+            self._over = True
+            if not self.reusable:
+                self._deadline.close()
+            self._released(self)
+
+    # -- request -----------------------------------------------------------------------------------------------
+
+    def _head(self, request: Request) -> bytes:
+        headers, body = request.headers, request.body
+        extra: list[bytes] = []
+        options: list[bytes] = [] if self._keep or request.upgrade is not None else [b"close"]
+        if request.accepts_trailers:
+            options.append(b"TE")
+            extra.append(b"TE: trailers\r\n")
+        self._key = None
+        if request.upgrade is not None:
+            if _TOKEN.fullmatch(request.upgrade) is None:
+                raise ValueError("a protocol that is no token")
+            options.append(b"Upgrade")
+            extra.append(b"Upgrade: %b\r\n" % request.upgrade.encode("ascii"))
+            if request.upgrade == "websocket" and request.version == "2":
+                self._key = new_key()  # the client's version of HTTP has none
+                headers = headers.copy()
+                headers.set(KEY, self._key)
+        if options:
+            extra.append(b"Connection: %b\r\n" % b", ".join(options))
+        target = request.authority if request.method == "CONNECT" else request.path
+        self._strict.asked(request.method)
+        return self._strict.writer.request(
+            request.method, target, request.authority, headers, extra, body.length, expect=body.expects_continue
+        )
+
+    async def _move_content(self, body: Body, last: int) -> int:
+        if not worth_moving(body, last):
+            return 0
+        async with asyncio.timeout(self._timeouts.write):
+            return await move(body, self.stream, self._strict.writer.skip)
+
+    async def _send_content(self, body: Body, data: bytes) -> None:
+        if data:
+            await self._write(self._strict.writer.content(data))
+        else:
+            await self._write(self._strict.writer.end(body.trailers))
+
+    async def _write(self, data: bytes) -> None:
+        sent = self.stream.write_now(data)
+        if sent < len(data):
+            async with asyncio.timeout(self._timeouts.write):
+                await self.stream.write(memoryview(data)[sent:])
+
+    # -- response ----------------------------------------------------------------------------------------------
+
+    async def _read_head(self, request: Request, upload: Upload | None) -> ResponseHead:
+        while True:
+            event: Event = self._head_read or NEED_DATA
+            self._head_read = None
+            if event is NEED_DATA:
+                while (event := self._strict.next_event()) is NEED_DATA:
+                    await self._fill()
+            if not isinstance(event, ResponseHead):
+                raise PeerClosed("the upstream closed without a response")
+            if event.status >= 200 or event.status == 101:
+                return event
+            if event.status == 100 and upload is not None:
+                upload.proceed()
+            if request.inform is not None:
+                await request.inform(event.status, event.headers)
+
+    async def _fill(self) -> None:
+        self._strict.receive(await self.stream.read(_READ))
+
+    async def read_content(self, pace: Pace) -> Content | End:
+        """Return the next piece of the current response's body."""
+        while (event := self._strict.next_event()) is NEED_DATA:
+            await pace.wait(self._fill)
+        assert isinstance(event, Content | End)
+        return event
+
+    @property
+    def movable(self) -> int:
+        """How many bytes of the current response's body :meth:`splice_to` may move."""
+        return self._strict.movable if isinstance(self.stream, SocketStream) else 0
+
+    def splice_to(self, pipe: int) -> int:
+        """Move bytes of the current response's body into a pipe, without waiting; return how many. Raises OSError."""
+        assert isinstance(self.stream, SocketStream)
+        count = self.stream.splice_to(pipe, self._strict.movable)
+        if count:
+            self._strict.skip(count)
+        return count
+
+    async def _response(self, request: Request, head: ResponseHead) -> Response:
+        self.persistent = head.persistent
+        body: Body = Body.empty()
+        upgrade: Tunnel | None = None
+        if head.status == 101 or (request.method == "CONNECT" and head.status < 300):
+            if head.status == 101:
+                self._check_switch(request, head)
+            self.stream.unread(self._strict.trailing)
+            upgrade = Tunnel(self.stream, over=self.release)
+        else:
+            body = await ResponseBody.begin(self, head, self._timeouts)
+        return Response(
+            head.status,
+            head.headers,
+            body,
+            reason=head.reason,
+            version=head.version,
+            upgrade=upgrade,
+            length_if_known=head.declared,
+        )
+
+    def _check_switch(self, request: Request, head: ResponseHead) -> None:
+        fits = head.upgrade is not None and head.upgrade == request.upgrade
+        if self._key is not None:
+            fits = fits and head.headers.get(ACCEPT) == accept_for(self._key)
+            head.headers.remove(ACCEPT)
+        if not fits:
+            raise HttpError(502, "the upstream switched to another protocol", proxy_error="http_upgrade_failed")
+
+    async def finish(self) -> None:
+        """The response was read to its end: make ready for another request, or close."""
+        if self._upload is not None and not self._upload.complete:
+            await self.abort()
+        elif self._strict.reusable:
+            self._strict.next_cycle()
+            self.reusable = True
+            self.release()
+        else:
+            await self.stream.close()
+            self.release()
+
+    def next_content(self) -> Event:
+        """Return the next piece of the current response's body, its end, or NEED_DATA."""
+        return self._strict.next_event()
+
+    @property
+    def released(self) -> bool:
+        """Whether the current response is over."""
+        return self._over
+
+    @property
+    def complete(self) -> bool:
+        """Nothing of the current response is missing."""
+        return self._strict.complete
+
+
+def _told(error: MalformedMessage | OSError) -> Exception:
+    """What the client is to learn of a failure of the upstream."""
+    if isinstance(error, MalformedMessage):
+        return malformed_response()
+    return unanswered() if isinstance(error, TimeoutError) else NoResponse()

@@ -1,0 +1,196 @@
+"""Requests in callbacks (:mod:`rama_ebpf.core.lane`): from a kept client connection over a kept upstream one and back.
+
+What is no plain request, no plain response, or not ready is the coroutine's; it goes on from where the callbacks have
+stopped, with the same objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ....core.lane import Lane
+from ....core.socket_stream import SocketStream
+from ..exchange.quick import Exchange
+from ..exchange.running import RunningRequest
+from ..message.errors import HttpError
+from ..message.model import Request, Response
+from .heads import RequestHead
+from .reader import NEED_DATA
+
+if TYPE_CHECKING:
+    from .server import H1ServerConnection
+
+__all__ = ["Handover", "QuickPath"]
+
+_READ: Final = 64 * 1024
+_GONE: Final = 0x008 | 0x010 | 0x2000  # EPOLLERR, EPOLLHUP, EPOLLRDHUP
+_METHODS: Final = frozenset({"GET", "HEAD"})
+
+
+class Handover(NamedTuple):
+    """What the coroutine gets: a request's ``head`` that it must serve (None: the client has closed), and how far
+    that has come: an ``exchange`` under way; or ``rest``, bytes of a response to be written, behind which the request
+    is over, and which is ``running`` no more if there are none. ``failure`` is what has gone wrong."""
+
+    head: RequestHead | None = None
+    request: Request | None = None
+    running: RunningRequest | None = None
+    exchange: Exchange | None = None
+    rest: memoryview | None = None
+    failure: Exception | None = None
+
+
+class QuickPath:
+    """The callbacks of one client connection."""
+
+    def __init__(
+        self, server: H1ServerConnection, stream: SocketStream, quick: Callable[[Request], Exchange | None]
+    ) -> None:
+        self._server = server
+        self._stream = stream
+        self._quick = quick
+        self._lane: Lane[Handover] = Lane()
+        self._head: RequestHead | None = None
+        self._request: Request | None = None
+        self._running: RunningRequest | None = None
+        self._exchange: Exchange | None = None
+
+    async def serve(self) -> Handover:
+        """Serve requests until one is the coroutine's. Raises OSError if the kernel watches no more sockets."""
+        return await self._lane.park(self._begin)
+
+    def under_way(self, failure: Exception | None = None) -> Handover:
+        """Give up what is under way, if anything is: the coroutine goes on with it."""
+        found = Handover(self._head, self._request, self._running, self._exchange, failure=failure)
+        self._head = self._request = self._running = self._exchange = None
+        return found
+
+    def _begin(self) -> None:
+        self._lane.lend(self._stream, self._client_ready)
+        self._go_on()
+
+    # -- called by the poller and the loop: nothing may be raised, or the task would stay parked ------------------
+
+    def _client_ready(self, events: int) -> None:
+        try:
+            if self._exchange is None:
+                self._read_client()
+            elif events & _GONE:
+                # It has gone, or has ended its side: the coroutine finds out which, and goes on.
+                self._lane.resume(self.under_way())
+            # Else it sends ahead, and that waits in the socket.
+        except Exception as error:  # noqa: BLE001  # the coroutine raises it
+            self._lane.resume(self.under_way(error))
+
+    def _upstream_ready(self, _events: int) -> None:
+        try:
+            self._read_upstream()
+        except Exception as error:  # noqa: BLE001  # the coroutine raises it
+            self._lane.resume(self.under_way(error))
+
+    def _go_on(self) -> None:
+        try:
+            self._advance()
+        except Exception as error:  # noqa: BLE001  # the coroutine raises it
+            self._lane.resume(self.under_way(error))
+
+    # -- the client --------------------------------------------------------------------------------------------
+
+    def _read_client(self) -> None:
+        data = self._stream.read_now(_READ)
+        if data is not None:
+            self._server.strict.receive(data)
+            self._advance()
+
+    def _advance(self) -> None:
+        """Read on in what was received. Raises :class:`MalformedMessage`, OSError."""
+        server = self._server
+        while self._lane.open and self._exchange is None:
+            event = server.strict.next_event()
+            if isinstance(event, RequestHead):
+                self._start(event)
+                return
+            if event is not NEED_DATA:  # it has closed
+                self._lane.resume(Handover())
+                return
+            if server.draining and server.strict.quiet:
+                self._lane.resume(Handover())
+                return
+            server.waits(server.strict.quiet)
+            data = self._stream.read_now(_READ)
+            if data is None:
+                return
+            server.strict.receive(data)
+
+    def _start(self, head: RequestHead) -> None:
+        server = self._server
+        if head.length != 0 or head.method not in _METHODS or head.upgrade is not None:
+            self._lane.resume(Handover(head))
+            return
+        request = server.request_of(head)
+        try:
+            exchange = self._quick(request) if server.may_be_quick(request) else None
+        except HttpError:
+            exchange = None  # the coroutine meets it as well, and answers
+        if exchange is None:
+            self._lane.resume(Handover(head, request))
+            return
+        self._head, self._request, self._exchange = head, request, exchange
+        self._running = server.begin(request)
+        whole = exchange.connection.begin(exchange.onward)
+        if not whole:
+            self._lane.resume(self.under_way())
+            return
+        server.waits_for_response()
+        try:
+            self._lane.lend(_socket(exchange), self._upstream_ready)
+        except OSError:
+            self._lane.resume(self.under_way())
+
+    # -- the upstream ------------------------------------------------------------------------------------------
+
+    def _read_upstream(self) -> None:
+        while self._lane.open and (exchange := self._exchange) is not None:
+            connection = exchange.connection
+            try:
+                data = _socket(exchange).read_now(_READ)
+            except OSError:
+                self._lane.resume(self.under_way())
+                return
+            if data is None:
+                return
+            response = connection.received(exchange.onward, data)
+            if response is not None and connection.whole:
+                self._respond(exchange, response)
+                return
+            if response is not None or connection.stuck:
+                self._lane.resume(self.under_way())
+                return
+
+    def _respond(self, exchange: Exchange, response: Response) -> None:
+        server, head, request, running = self._server, self._head, self._request, self._running
+        assert head is not None
+        assert running is not None
+        self._lane.take_back(_socket(exchange))
+        self._head = self._request = self._running = self._exchange = None
+        try:
+            out = server.whole_response(head, exchange.finish(response))
+            running.responded(response.status)
+            sent = self._stream.write_now(out)
+        except Exception as error:  # noqa: BLE001  # the coroutine raises it
+            self._lane.resume(Handover(head, request, running, failure=error))
+            return
+        if sent < len(out):
+            self._lane.resume(Handover(head, request, running, rest=memoryview(out)[sent:]))
+        elif not server.over(running):
+            self._lane.resume(Handover(head, request, rest=memoryview(b"")))
+        elif server.strict.quiet:
+            self._advance()
+        else:
+            server.loop.call_soon(self._go_on)  # a client whose next request is always there lets others go first
+
+
+def _socket(exchange: Exchange) -> SocketStream:
+    stream = exchange.connection.stream
+    assert isinstance(stream, SocketStream)
+    return stream

@@ -1,0 +1,412 @@
+"""The server's side of one HTTP/1.1 connection: reads requests, calls the service, writes responses, in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from ....core.deadline import Deadline
+from ....core.errors import PeerClosed
+from ....core.lifecycle import Lifecycle, Stage
+from ....core.service import Service
+from ....core.socket_stream import SocketStream
+from ....core.stream import Stream
+from ..exchange.date import http_date
+from ..exchange.disconnect import DisconnectWatch
+from ..exchange.pace import Pace
+from ..exchange.quick import quick_of
+from ..exchange.running import RunningRequest
+from ..exchange.served import Served
+from ..message.errors import HttpError, MalformedMessage, unanswered
+from ..message.headers import Headers
+from ..message.model import Body, Request, Response
+from .body import RequestBody
+from .heads import RequestHead
+from .lane import Handover, QuickPath
+from .reader import NEED_DATA, Closed, Content, End, Role, reader
+from .response import ResponseSender
+
+__all__ = ["H1ServerConnection"]
+
+log = logging.getLogger(__name__)
+
+_READ: Final = 64 * 1024
+_LINGER_BYTES: Final = 64 * 1024 * 1024
+
+
+class H1ServerConnection:
+    """Serves the requests of one connection as ``served`` says. ``date`` returns the Date field."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        served: Served,
+        *,
+        date: Callable[[], str] = http_date,
+    ) -> None:
+        self._stream = stream
+        self._served = served
+        self._received = self._sent = 0
+        timeouts = self._timeouts = served.timeouts
+        self.strict = reader(Role.SERVER, served.limits)
+        self._responses = ResponseSender(stream, self.strict, timeouts, date)
+        self._loop = asyncio.get_running_loop()
+        quick = quick_of(served.service) if isinstance(stream, SocketStream) else None
+        self._path = QuickPath(self, stream, quick) if quick is not None and isinstance(stream, SocketStream) else None
+        self._waits_for: str | None = None
+        self._watch = DisconnectWatch(stream, delay=timeouts.watch)
+        self._deadline = Deadline()
+        self._idle = False
+        self._draining = False
+        self._established = False
+        self._no_body = RequestBody(self, None, timeouts)
+        self.continued = False
+        """Whether the current request's client was told to send its body."""
+
+    def drain(self) -> None:
+        """Finish the request that is being served, if any, and take no other."""
+        self._draining = True
+        if self._idle:
+            self._deadline.hurry()
+
+    async def serve(self) -> None:
+        """Serve until either side closes. Raises :class:`MalformedMessage` after it has been answered and the stream
+        closed, and OSError or what a service raised too late for a response; the caller then aborts the stream."""
+        strict = self.strict
+        try:
+            while await (self._serve_one() if self._path is None else self._serve_quickly(self._path)):
+                if not strict.quiet:
+                    # A client whose next request is always there must not keep the others waiting.
+                    await asyncio.sleep(0)
+        except MalformedMessage as error:
+            log.info("%s: refused a message: %s", self._stream.peer, error)
+            if strict.may_respond:
+                await self._linger(error.wire)
+            raise
+        finally:
+            self._deadline.close()
+            self._watch.close()
+
+    async def _serve_one(self) -> bool:
+        """Serve one request; return whether the connection can take another."""
+        head = await self._read_head()
+        return False if head is None else await self._serve_head(head)
+
+    async def _serve_head(
+        self,
+        head: RequestHead,
+        request: Request | None = None,
+        running: RunningRequest | None = None,
+        service: Service[Request, Response] | None = None,
+    ) -> bool:
+        """Serve the request with this head, or go on with it from where callbacks have left it."""
+        body = self._no_body
+        if request is None and head.length == 0:
+            request = self.request_of(head)
+        elif request is None:
+            body = RequestBody(self, head, self._timeouts)
+            request = self._request(head, body)
+        if running is None:
+            running = self.begin(request)
+        try:
+            upgraded = await self._exchange(head, body, request, running, service)
+        except BaseException as error:
+            running.ended(error)
+            raise
+        running.ended()
+        return await self._keep(body, upgraded)
+
+    async def _keep(self, body: RequestBody, upgraded: bool) -> bool:
+        """Behind a request: return whether the connection can take another."""
+        self._received, self._sent = self._stream.bytes_received, self._stream.bytes_sent
+        if not body.over and not self.strict.last:
+            await body.drain(self._timeouts.linger)
+        if self.strict.reusable:
+            self.strict.next_cycle()
+            return True
+        if not upgraded:
+            await self._linger()
+        return False
+
+    # -- the callback path (.quick) ----------------------------------------------------------------------------
+
+    async def _serve_quickly(self, path: QuickPath) -> bool:
+        """Let callbacks serve requests, and do what they cannot; return whether the connection can take another."""
+        deadline = self._deadline
+        if self._draining and self.strict.quiet:
+            return False
+        self._waits_for = None
+        deadline.start(self._timeouts.idle)
+        self.waits(self.strict.quiet)
+        try:
+            found = await path.serve()
+        except asyncio.CancelledError as error:
+            found = path.under_way()
+            expired = deadline.expired()
+            if found.exchange is not None and found.running is not None and not expired:
+                await found.exchange.connection.abort()
+                found.running.ended(error)
+            if not expired:
+                raise
+            if found.exchange is None:
+                if self._idle:
+                    return False
+                raise MalformedMessage("the request's header section did not come in time", 408) from error
+            await found.exchange.connection.abort()
+            found = found._replace(failure=unanswered())
+        except OSError as error:
+            log.debug("%s: no callbacks: %s", self._stream.peer, error)
+            self._path = None
+            return True
+        finally:
+            deadline.stop()
+            self._idle = False
+        return await self._take_over(found)
+
+    async def _take_over(self, found: Handover) -> bool:
+        """Go on with a request where callbacks have stopped."""
+        if found.failure is not None and found.exchange is None:
+            if found.running is not None:
+                found.running.ended(found.failure)
+            raise found.failure
+        if found.head is None:
+            return False
+        if found.rest is not None:
+            return await self._write_rest(found.rest, found.running)
+        exchange = found.exchange
+        if exchange is None:
+            return await self._serve_head(found.head, found.request)
+        if found.failure is not None and not isinstance(found.failure, HttpError):
+            await exchange.connection.abort()
+
+        async def answer(request: Request) -> Response:
+            try:
+                if found.failure is not None:
+                    raise found.failure
+                return exchange.finish(await exchange.connection.receive(exchange.onward))
+            except HttpError as error:
+                return await exchange.recover(request, error)
+
+        return await self._serve_head(found.head, found.request, found.running, answer)
+
+    async def _write_rest(self, rest: memoryview, running: RunningRequest | None) -> bool:
+        """Write what is left of a response; ``running`` is its request, None if that has ended."""
+        if running is not None:
+            try:
+                await self._responses.write(bytes(rest))
+            except BaseException as error:
+                running.ended(error)
+                raise
+            running.ended()
+        return await self._keep(self._no_body, upgraded=False)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop."""
+        return self._loop
+
+    def waits(self, idle: bool) -> None:
+        """The client is waited for: for a request, or for the rest of its header section."""
+        wanted = "a request" if idle else "a head"
+        if self._waits_for == wanted:
+            return
+        self._waits_for = wanted
+        self._idle = idle
+        self._deadline.prolong(self._timeouts.idle if idle else self._timeouts.head)
+
+    def waits_for_response(self) -> None:
+        """The upstream is waited for."""
+        self._waits_for = "a response"
+        self._idle = False
+        self._deadline.prolong(self._timeouts.response)
+
+    @property
+    def draining(self) -> bool:
+        """Whether no other request is to be taken."""
+        return self._draining
+
+    def request_of(self, head: RequestHead) -> Request:
+        """Return the request of a head that has no body."""
+        self.strict.next_event()  # its end
+        return self._request(head, self._no_body)
+
+    def may_be_quick(self, request: Request) -> bool:
+        """Whether the service may be asked to decide at once."""
+        return self._served.is_for(request)
+
+    def begin(self, request: Request) -> RunningRequest:
+        """A request is to be served from here on."""
+        self.continued = False
+        return RunningRequest(request, self._stream, self._counted)
+
+    def whole_response(self, head: RequestHead, response: Response) -> bytes:
+        """Return the bytes of a response all of which is here."""
+        return self._responses.whole(head, self._no_body, response, draining=self._draining)
+
+    def over(self, running: RunningRequest) -> bool:
+        """A request's response was written; return whether the connection can take another."""
+        running.ended()
+        self._received, self._sent = self._stream.bytes_received, self._stream.bytes_sent
+        if not self.strict.reusable:
+            return False
+        self.strict.next_cycle()
+        self._waits_for = None
+        return True
+
+    def _counted(self) -> tuple[int, int]:
+        """Bytes from and to the client since the request before."""
+        return self._stream.bytes_received - self._received, self._stream.bytes_sent - self._sent
+
+    async def _exchange(
+        self,
+        head: RequestHead,
+        body: RequestBody,
+        request: Request,
+        running: RunningRequest,
+        service: Service[Request, Response] | None,
+    ) -> bool:
+        """Answer a request, by ``service`` if one is given; return whether the connection was switched to another
+        protocol, which is over."""
+        watch = self._watch
+        watch.enter()
+        try:
+            response = await self._served.answer(request, self._stream.peer, service)
+            try:
+                running.responded(response.status)
+                if response.upgrade is None:
+                    await self._responses.send(head, body, response, draining=self._draining)
+                    return False
+                running.became_tunnel()
+                await self._switch(head, request, response)
+                return True
+            finally:
+                await response.body.close()
+                if response.upgrade is not None:
+                    response.upgrade.abandon()
+        except asyncio.CancelledError as error:
+            if watch.reads:
+                await watch.leave()
+            if watch.gone():
+                raise PeerClosed("the client closed before its response was complete") from error
+            raise
+        finally:
+            watch.forget()
+            if watch.reads:
+                await watch.leave()
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    async def fill(self) -> None:
+        """Read once from the client."""
+        self.strict.receive(await self._watch.read(_READ))
+
+    async def _read_head(self) -> RequestHead | None:
+        """Return the next request's head; None if there will be none."""
+        strict, deadline = self.strict, self._deadline
+        event = strict.next_event()
+        if event is NEED_DATA:
+            self._idle = strict.quiet
+            if self._idle and self._draining:
+                return None
+            deadline.start(self._timeouts.idle if self._idle else self._timeouts.head)
+            try:
+                while event is NEED_DATA:
+                    strict.receive(await self._stream.read(_READ))
+                    event = strict.next_event()
+                    if self._idle and event is NEED_DATA:
+                        self._idle = False
+                        deadline.start(self._timeouts.head)
+            except asyncio.CancelledError as error:
+                if not deadline.expired():
+                    raise
+                if self._idle:
+                    return None
+                raise MalformedMessage("the request's header section did not come in time", 408) from error
+            except PeerClosed:
+                if not self._idle:
+                    raise
+                return None  # TLS that ends without close_notify between two requests: nothing is cut short
+            finally:
+                deadline.stop()
+                self._idle = False
+        if isinstance(event, Closed):
+            return None
+        assert isinstance(event, RequestHead)
+        return event
+
+    def _request(self, head: RequestHead, body: Body) -> Request:
+        if not self._established:
+            self._established = True
+            Lifecycle.of(self._stream.extensions).reached(Stage.ESTABLISHED)
+        return Request(
+            method=head.method,
+            authority=head.authority,
+            path=head.target.path,
+            headers=head.headers,
+            body=body,
+            scheme=head.target.scheme or self._served.scheme,
+            connection_scheme=self._served.scheme,
+            version=head.version,
+            absolute=bool(head.target.scheme),
+            upgrade=head.upgrade,
+            accepts_trailers=head.accepts_trailers,
+            extensions=self._stream.extensions.fork(),
+            inform=self._inform if head.version == "1.1" else None,
+        )
+
+    @property
+    def movable(self) -> int:
+        """How many bytes of the current request's body :meth:`splice_to` may move."""
+        return self.strict.movable if isinstance(self._stream, SocketStream) else 0
+
+    def splice_to(self, pipe: int) -> int:
+        """Move bytes of the current request's body into a pipe, without waiting; return how many. Raises OSError."""
+        assert isinstance(self._stream, SocketStream)
+        count = self._stream.splice_to(pipe, self.strict.movable)
+        if count:
+            self.strict.skip(count)
+        return count
+
+    async def read_content(self, pace: Pace) -> Content | End:
+        """Return the next piece of the current request's body."""
+        while (event := self.strict.next_event()) is NEED_DATA:
+            await pace.wait(self.fill)
+        if isinstance(event, Content):
+            pace.received += len(event.data)
+            return event
+        assert isinstance(event, End)
+        return event
+
+    # -- responding --------------------------------------------------------------------------------------------
+
+    async def send_continue(self) -> None:
+        """Tell the client to send its body, unless it was told. Raises :class:`PeerClosed` if it has got a final
+        response instead: such a client does not send it."""
+        if not self.continued:
+            if not self.strict.may_respond:
+                raise PeerClosed("a body that was not asked for before the response")
+            await self._inform(100, Headers())
+
+    async def _inform(self, status: int, headers: Headers) -> None:
+        if status == 100:
+            self.continued = True
+        await self._responses.write(self.strict.writer.interim(status, headers))
+
+    async def _switch(self, head: RequestHead, request: Request, response: Response) -> None:
+        assert response.upgrade is not None
+        extra = self._responses.date_line(response.headers)
+        if response.status == 101:
+            assert head.upgrade is not None
+            extra += [b"Connection: Upgrade\r\n", b"Upgrade: %b\r\n" % head.upgrade.encode("ascii")]
+        await self._responses.write(
+            self.strict.writer.switch(response.status, response.reason, response.headers, extra)
+        )
+        await self._watch.leave()
+        self._stream.unread(self.strict.trailing)
+        self._stream.extensions.adopt(request.extensions)
+        await response.upgrade.run(self._stream)
+
+    async def _linger(self, last: bytes = b"") -> None:
+        await self._stream.close_after(last, timeout=self._timeouts.linger, max_discard=_LINGER_BYTES)

@@ -1,0 +1,175 @@
+"""Writing HTTP/1.1 messages (RFC 9112): one at a time, with the framing that their length asks for. Sans-I/O.
+
+Names and values of fields were checked when they were put into :class:`~..message.headers.Headers`; what comes from
+elsewhere, a target, a reason, a host, is checked here, so that nothing can split a message. A body that is longer or
+shorter than its message says raises :class:`WrongLength`: whoever reads it would take what follows for the rest, or
+wait for ever."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Final
+
+from ..message.errors import REASONS
+from ..message.headers import Headers
+
+__all__ = ["MessageWriter", "WrongLength"]
+
+_CHUNKED: Final = -1
+_TILL_CLOSE: Final = -2
+
+_TARGET: Final = re.compile(r"[!-~]+")
+_METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_REASON: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+
+# Fields that are the connection's own: a service's values would contradict what is sent.
+_NOT_A_RESPONSES: Final = frozenset(
+    {b"connection", b"content-length", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
+)
+_NOT_A_REQUESTS: Final = _NOT_A_RESPONSES | {b"host", b"te", b"expect"}
+_SAYS_LENGTH_ZERO: Final = frozenset({"POST", "PUT", "PATCH"})
+
+
+class WrongLength(ValueError):
+    """A body is not as long as its message has said."""
+
+
+class MessageWriter:
+    """Writes the messages of one side of a connection. ``begun`` says that a final response (a request) has begun,
+    ``over`` that it is complete, ``last`` that nothing may follow it."""
+
+    __slots__ = ("_left", "begun", "last", "over")
+
+    def __init__(self) -> None:
+        self.next_message()
+        self.last = False
+
+    def next_message(self) -> None:
+        """Begin anew behind a complete message."""
+        self.begun = self.over = False
+        self._left = 0
+
+    def request(
+        self,
+        method: str,
+        target: str,
+        host: str,
+        headers: Headers,
+        extra: list[bytes],
+        length: int | None,
+        *,
+        expect: bool = False,
+    ) -> bytes:
+        """Return a request's header section. ``extra`` are field lines that are the connection's own, ``length`` is
+        that of the body, None if it is not known; ``expect`` asks for 100 (Continue). Raises ValueError for a method or
+        target that is none."""
+        if _METHOD.fullmatch(method) is None or _TARGET.fullmatch(target) is None:
+            raise ValueError("a method or target that cannot be sent")
+        if host and _TARGET.fullmatch(host) is None:
+            raise ValueError("a host that cannot be sent")
+        lines = [b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (method.encode(), target.encode(), host.encode())]
+        lines += _lines(headers, _NOT_A_REQUESTS)
+        lines += extra
+        if length is None:
+            lines.append(b"Transfer-Encoding: chunked\r\n")
+            self._left = _CHUNKED
+        else:
+            if length or method in _SAYS_LENGTH_ZERO:
+                lines.append(b"Content-Length: %d\r\n" % length)
+            self._left = length
+        if expect and length != 0:
+            lines.append(b"Expect: 100-continue\r\n")
+        lines.append(b"\r\n")
+        self.begun = True
+        return b"".join(lines)
+
+    def interim(self, status: int, headers: Headers) -> bytes:
+        """Return a 1xx response."""
+        lines = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status, "")), *_lines(headers, _NOT_A_RESPONSES), b"\r\n"]
+        return b"".join(lines)
+
+    def response(
+        self,
+        status: int,
+        reason: str,
+        headers: Headers,
+        extra: list[bytes],
+        length: int | None,
+        *,
+        bodiless: bool,
+        http_1_0: bool,
+        close: bool,
+    ) -> bytes:
+        """Return a final response's header section. ``extra`` are field lines that are the connection's own.
+        ``length`` is that of the body, or what a ``bodiless`` one (HEAD, 304) would have; None if it is not known:
+        then it is chunked, or to a client of ``http_1_0`` ends with the connection."""
+        lines = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status, reason)), *_lines(headers, _NOT_A_RESPONSES), *extra]
+        self._left = 0
+        if length is not None:
+            if status != 204:
+                lines.append(b"Content-Length: %d\r\n" % length)
+            if not bodiless:
+                self._left = length
+        elif bodiless:
+            pass
+        elif http_1_0:
+            self._left = _TILL_CLOSE
+            close = True
+        else:
+            lines.append(b"Transfer-Encoding: chunked\r\n")
+            self._left = _CHUNKED
+        if close:
+            self.last = True
+            lines.append(b"Connection: close\r\n")
+        lines.append(b"\r\n")
+        self.begun = True
+        return b"".join(lines)
+
+    def switch(self, status: int, reason: str, headers: Headers, extra: list[bytes]) -> bytes:
+        """Return the response behind which another protocol is spoken."""
+        self.begun = self.over = self.last = True
+        lines = [
+            b"HTTP/1.1 %d %b\r\n" % (status, _reason(status, reason)),
+            *_lines(headers, _NOT_A_RESPONSES),
+            *extra,
+            b"\r\n",
+        ]
+        return b"".join(lines)
+
+    def content(self, data: bytes) -> bytes:
+        """Return some bytes of the body (not b"") as they are sent. Raises :class:`WrongLength`."""
+        left = self._left
+        if left >= 0:
+            if len(data) > left:
+                raise WrongLength("a body is longer than its message said")
+            self._left = left - len(data)
+            return data
+        return data if left == _TILL_CLOSE else b"%x\r\n%b\r\n" % (len(data), data)
+
+    def skip(self, count: int) -> None:
+        """``count`` bytes of a body whose length is known go past this object. Raises :class:`WrongLength`."""
+        if count > self._left:
+            raise WrongLength("a body is longer than its message said")
+        self._left -= count
+
+    def end(self, trailers: Headers | None) -> bytes:
+        """Return what ends the message; ``trailers`` only where it is chunked. Raises :class:`WrongLength`."""
+        if self._left > 0:
+            raise WrongLength("a body is shorter than its message said")
+        self.over = True
+        if self._left != _CHUNKED:
+            return b""
+        return b"0\r\n\r\n" if trailers is None else b"".join([b"0\r\n", *_lines(trailers, frozenset()), b"\r\n"])
+
+
+def _lines(headers: Headers, own: frozenset[bytes]) -> list[bytes]:
+    return [b"%b: %b\r\n" % (name, value) for key, name, value in headers._items if key not in own]
+
+
+@functools.lru_cache(256)
+def _reason(status: int, reason: str) -> bytes:
+    text = (reason or REASONS.get(status, "")).encode("latin-1")
+    if _REASON.fullmatch(text) is None:
+        raise ValueError("a reason phrase that cannot be sent")
+    return text

@@ -1,0 +1,1 @@
+"""Proxies: forward and reverse, their duties, and the connections to upstreams that they keep."""
