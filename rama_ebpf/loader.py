@@ -412,7 +412,7 @@ def unload(instance: Instance) -> None:
     """
     pid = instance.serving_pid()
     if pid is not None:
-        raise InstanceBusy(instance.name, pid)
+        raise InstanceBusy(instance.name, pid, instance.doing(pid))
     _remove_stale_cgroup(instance)
     _remove_pins(instance)
     shutil.rmtree(instance.run_dir, ignore_errors=False) if instance.run_dir.is_dir() else None

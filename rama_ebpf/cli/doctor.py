@@ -17,6 +17,7 @@ from ..kernel import bpffs, cgroup, headers, landlock, syn_cookies
 from ..kernel.instance import Instance
 from ..kernel.privileges import WORKERS, UserIds
 from ..kernel.seccomp import SeccompUnavailable, load_library
+from ..kernel.suspended import is_stopped
 from .lifecycle import probe
 from .output import ENVIRONMENT, OK, print_json
 
@@ -202,9 +203,17 @@ def _audited(instance: Instance) -> list[Finding]:
 def _gate(instance: Instance) -> Finding:
     """What the server of the instance says of its gate."""
     subject = f"gate of instance {instance.name}"
-    if instance.serving_pid() is None:
+    pid = instance.serving_pid()
+    if pid is None:
         return Finding(subject, None, "no server runs")
+    if is_stopped(pid):
+        text = f"process {pid} is stopped: its workers serve by the policy as it is, and nothing is put right"
+        return Finding(subject, False, text, f"fg in its terminal, or kill -CONT {pid}")
     said = probe(instance)
+    if said is not None and said.get("stopping") is True:
+        return Finding(subject, None, f"process {pid}{instance.doing(pid)}")
+    if said is None and (how := instance.doing(pid)):
+        return Finding(subject, None, f"process {pid}{how}")
     if said is None:
         return Finding(subject, False, "its server does not answer", "look into its log; unload --stop ends it")
     rows = cast("list[dict[str, object]]", said.get("listeners", []))

@@ -17,6 +17,7 @@ from ..control.api import Json
 from ..kernel import xdp
 from ..kernel.gate_maps import LayoutMismatch
 from ..kernel.instance import Instance, InstanceBusy
+from ..kernel.suspended import is_stopped, stopped_hint
 from ..policy.kept import KeptPolicy
 from ..policy.kernel_store import KernelStore
 from ..policy.rule import PolicyError, boottime_ns
@@ -59,6 +60,8 @@ def status(instance: Instance) -> Json:
         "ready": state.get("ready", False) is True,
         "stopping": state.get("stopping", False) is True,
         "starting": pid is not None and state.get("starting", True) is True,
+        "suspended": bool(pid) and is_stopped(pid or 0),
+        "ends_by": state.get("ends_by"),
         "problems": state.get("problems") or {},
         "xdp": [_xdp(row) for row in _rows(state, "xdp")],
         "audit": state.get("audit"),
@@ -144,12 +147,19 @@ def _status(args: argparse.Namespace) -> int:
     if result["starting"]:
         print(f"instance {result['instance']} is being started by process {result['pid']}: nobody gets in yet")
     elif result["stopping"]:
-        print(f"instance {result['instance']} is stopping: process {result['pid']} waits for its connections to end")
+        within = args.instance.time_to_stop(result).strip()
+        waits = f"waits {within} for its connections to end" if within else "waits for its connections to end"
+        print(f"instance {result['instance']} is stopping: process {result['pid']} {waits}")
     elif result["running"]:
         print(f"instance {result['instance']} is served by process {result['pid']}, policy in the {result['policy']}")
     else:
         kept = ", its policy is pinned" if result["policy"] else ""
         print(f"instance {result['instance']} is not running{kept}")
+    if result["suspended"]:
+        print(
+            f"process {result['pid']} IS STOPPED (Ctrl-Z, SIGSTOP): workers serve by the policy as it is, and nothing "
+            f"else goes on{stopped_hint(cast('int', result['pid']))}"
+        )
     if result["confirm_within"] is not None:
         within = duration(result["confirm_within"])
         print(f"a set of rules is ON TRIAL: undone in {within} unless confirmed (rama-ebpf policy confirm)")
@@ -232,6 +242,7 @@ def _stop(instance: Instance) -> None:
         return
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        signal.pidfd_send_signal(pidfd, signal.SIGCONT)  # one that is stopped would not see it
         ready, _, _ = select.select([pidfd], [], [], _STOP_SECONDS)
     finally:
         os.close(pidfd)

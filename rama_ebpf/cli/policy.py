@@ -19,6 +19,7 @@ from ..kernel.instance import Instance
 from ..kernel.witness import Witness
 from ..policy.feed_store import FeedStore
 from ..policy.kernel_store import KernelStore
+from ..policy.local import LocalStore
 from ..policy.rule import PolicyError
 from .lifecycle import probe
 from .output import NO, OK, duration, print_json, table
@@ -28,6 +29,7 @@ __all__ = ["call", "register", "show_verdict", "split_target"]
 
 _SLOW: Final = {"load": 600.0, "diff": 600.0, "refresh": 600.0}
 """Methods that may read feeds: seconds to wait for the server's answer."""
+_OF_ONE_SOURCE: Final = ("add", "remove", "ban", "test")
 _START_SECONDS: Final = 10.0
 """How long a server that is starting may take to say where its policy lives."""
 
@@ -56,8 +58,17 @@ def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
     if instance.control_socket.exists():
         return control.call(instance.control_socket, method, params, timeout=_SLOW.get(method, 10.0))
     if pid is not None:
+        _check_input(method, params)
         raise PolicyError(f"instance {instance.name!r} is being started by process {pid or 'unknown'}: try again soon")
+    _check_input(method, params)
     raise PolicyError(f"instance {instance.name!r} is not loaded: start it with rama-ebpf run")
+
+
+def _check_input(method: str, params: Mapping[str, object]) -> None:
+    """Raise :class:`PolicyError` for what no policy would take: a mistake of the caller's is told before what is
+    missing."""
+    if method in _OF_ONE_SOURCE:
+        ControlApi(LocalStore(max_entries=16)).call(method, params)
 
 
 def _told_by_server(instance: Instance, pid: int | None) -> Mapping[str, object]:

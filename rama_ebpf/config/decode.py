@@ -72,14 +72,16 @@ def setting(kind: AnyKind, help: str, *, default: Any = dataclasses.MISSING, fac
 
 @dataclass(frozen=True, slots=True, order=True)
 class Mistake:
-    """Something wrong in a file. ``line`` counts from 1; ``where`` is the setting's name in full."""
+    """Something wrong in a file. ``line`` counts from 1, and is 0 for the file as a whole; ``where`` is the setting's
+    name in full."""
 
     line: int
     where: str
     text: str
 
     def __str__(self) -> str:
-        return f"{self.line}: {self.where}: {self.text}" if self.where else f"{self.line}: {self.text}"
+        line = f"{self.line}: " if self.line else ""
+        return f"{line}{self.where}: {self.text}" if self.where else f"{line}{self.text}"
 
 
 class Decoder:

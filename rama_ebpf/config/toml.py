@@ -20,7 +20,7 @@ class ConfigError(RamaError, ValueError):
     kind = "config"
 
     def __init__(self, file: str, mistakes: list[Mistake]) -> None:
-        super().__init__("\n".join(f"{file}:{mistake}" for mistake in sorted(mistakes)))
+        super().__init__("\n".join(f"{file}:{' ' * (not mistake.line)}{mistake}" for mistake in sorted(mistakes)))
         self.mistakes = sorted(mistakes)
 
 
@@ -31,7 +31,7 @@ def read_toml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Decoder]:
         text = read_text_file(file)
         values = tomllib.loads(text)
     except OSError as error:
-        raise ConfigError(file, [Mistake(1, "", f"cannot be read: {error.strerror}")]) from error
+        raise ConfigError(file, [Mistake(0, "", f"cannot be read: {error.strerror}")]) from error
     except UnicodeDecodeError as error:
         raise ConfigError(file, [Mistake(1, "", f"is not UTF-8: {error.reason} at byte {error.start}")]) from error
     except tomllib.TOMLDecodeError as error:

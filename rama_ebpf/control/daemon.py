@@ -47,6 +47,7 @@ from .options import FIXED, DaemonOptions
 from .policy_host import PolicyHost, open_policy_host, refuse_without_gate
 from .policy_thread import PolicyThread
 from .revision import Deployment, Policy, ServedRevision
+from .signals import EarlyStop, stopping_early, suspend
 from .socket import ControlServer
 from .verdicts import Verdicts
 from .worker_requests import WorkerRequests
@@ -74,16 +75,20 @@ def serve(options: DaemonOptions, reload: Callable[[], DaemonOptions] | None = N
     """
     started = time.monotonic()
     _be_spared_by_oom()
+    # Logs go on where a terminal stops who writes to it from the background (stty tostop).
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     early: list[int] = []
     signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))  # one that comes during the start waits
     with (
+        stopping_early() as stop,
         ServerLock(options.instance, create=True),
         open_policy_host(options) as host,
         PolicyThread() as thread,
         contextlib.ExitStack() as cleanup,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        runner.run(_Daemon(options, reload or (lambda: options), host, thread, cleanup, started, early).run())
+        stop.wait_from_now_on()
+        runner.run(_Daemon(options, reload or (lambda: options), host, thread, cleanup, started, early, stop).run())
 
 
 class _Daemon(WorkerObserver):
@@ -98,6 +103,7 @@ class _Daemon(WorkerObserver):
         cleanup: contextlib.ExitStack,
         started: float,
         early: list[int],
+        stop: EarlyStop,
     ) -> None:
         self._options = options
         self._reload = reload
@@ -105,6 +111,8 @@ class _Daemon(WorkerObserver):
         self._thread = thread
         self._started = started
         self._early = early
+        self._stop_early = stop
+        self._ends_by: float | None = None
         self._cookies = CookieWatch(options.syn_cookies)
         self._listeners = Listeners(host.gate, host.why_local)
         cleanup.callback(self._listeners.close)
@@ -163,6 +171,10 @@ class _Daemon(WorkerObserver):
             )
             if self._early:
                 self._supervisor.hang_up()
+            if self._stop_early.asked:
+                self._supervisor.stop()
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGTSTP, lambda: nursery.start("stopping for the terminal", suspend()))
             await self._serve(nursery)
         self._supervisor.close()
 
@@ -369,6 +381,7 @@ class _Daemon(WorkerObserver):
         timer.daemon = True
         timer.start()
         self._is_stopping = True
+        self._ends_by = time.time() + limit
         self._write_state()
 
     # -- what is seen from outside -------------------------------------------------------------------------------
@@ -404,6 +417,7 @@ class _Daemon(WorkerObserver):
             "workers": {"expected": counts.expected, "serving": counts.serving, "since": since},
             "sandbox": self._sandbox(),
             "drain": self._options.drain,
+            "ends_by": self._ends_by,
             **self._guarded(),
         }
 

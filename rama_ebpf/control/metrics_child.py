@@ -144,7 +144,7 @@ async def _serve(listener: socket.socket, scraper: _Scraper) -> None:
 def main() -> None:
     channel, listener = (socket.socket(fileno=int(text)) for text in sys.argv[1:3])
     uid, gid, parent = map(int, sys.argv[3:6])
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTSTP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(
         level="INFO", format="%(asctime)s %(levelname)s metrics %(name)s: %(message)s", stream=sys.stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from ..core.errors import RamaError
+from ..kernel.suspended import is_stopped, stopped_hint
 from ..policy.journal import acting_for
 from ..policy.rule import PolicyError
 from .api import Json
@@ -153,7 +155,7 @@ def follow(path: Path, method: str, params: Mapping[str, object]) -> Iterator[Js
     """Ask the server at ``path`` for a stream and yield its lines until either end closes. Raises like :func:`call`."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.connect(str(path))
+            _connect(sock, path)
             sock.sendall(json.dumps({"method": method, "params": dict(params)}).encode() + b"\n")
             with sock.makefile("rb") as lines:
                 while line := lines.readline(_MAX_LINE):
@@ -171,7 +173,7 @@ def call(path: Path, method: str, params: Mapping[str, object], *, timeout: floa
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(timeout)
-            sock.connect(str(path))
+            _connect(sock, path)
             sock.sendall(json.dumps({"method": method, "params": dict(params)}).encode() + b"\n")
             with sock.makefile("rb") as lines:
                 line = lines.readline(_MAX_ANSWER)
@@ -180,6 +182,14 @@ def call(path: Path, method: str, params: Mapping[str, object], *, timeout: floa
     if not line:
         raise ControlUnavailable(None, f"the server at {path} closed the connection")
     return _result(line)
+
+
+def _connect(sock: socket.socket, path: Path) -> None:
+    """A server that is stopped would take the connection, and answer nothing."""
+    sock.connect(str(path))
+    pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    if is_stopped(pid):
+        raise OSError(errno.ETIMEDOUT, f"process {pid} listens there{stopped_hint(pid)}")
 
 
 def _result(line: bytes) -> Json:

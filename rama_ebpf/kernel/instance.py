@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import re
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,6 +16,7 @@ from typing import Final
 from . import abi
 from .bpffs import BPFFS
 from .policy_lock import PolicyBusy, PolicyLock
+from .suspended import stopped_hint
 
 __all__ = ["Instance", "InstanceBusy", "PolicyBusy", "ServerLock", "state_root"]
 
@@ -44,10 +47,11 @@ def state_root() -> Path:
 
 
 class InstanceBusy(RuntimeError):
-    """Another server holds the instance. ``pid`` is its process id, 0 if it cannot be told."""
+    """Another server holds the instance. ``pid`` is its process id, 0 if it cannot be told; ``how`` says what it is
+    doing, if it does not just serve."""
 
-    def __init__(self, name: str, pid: int) -> None:
-        super().__init__(f"instance {name!r} is already served by process {pid or 'unknown'}")
+    def __init__(self, name: str, pid: int, how: str = "") -> None:
+        super().__init__(f"instance {name!r} is already served by process {pid or 'unknown'}{how}")
         self.pid = pid
 
 
@@ -145,6 +149,23 @@ class Instance:
         except PermissionError:
             return self._recorded_pid()
 
+    def doing(self, pid: int) -> str:
+        """Say what the server with this pid is doing if it does not just serve, to follow its name; else nothing."""
+        if hint := stopped_hint(pid):
+            return hint
+        state = self.read_state()
+        if state.get("pid") != pid or state.get("starting") is True:
+            return ", which is starting"
+        if state.get("stopping") is not True:
+            return ""
+        return f", which is stopping: its connections have {self.time_to_stop(state)}to end"
+
+    @staticmethod
+    def time_to_stop(state: Mapping[str, object]) -> str:
+        """How long the connections of a server that stops may last at most; nothing if it does not say."""
+        until = state.get("ends_by")
+        return f"up to {max(0.0, until - time.time()):.0f} s " if isinstance(until, int | float) else ""
+
     def _recorded_pid(self) -> int | None:
         """Of another user's server, whose lock we may not try: what it wrote about itself, if that process lives."""
         pid = self.read_state().get("pid")
@@ -177,7 +198,8 @@ class ServerLock:
         except BlockingIOError:
             text = os.pread(self._fd, 32, 0).decode(errors="replace").strip()
             self.__exit__()
-            raise InstanceBusy(self._instance.name, int(text) if text.isdigit() else 0) from None
+            pid = int(text) if text.isdigit() else 0
+            raise InstanceBusy(self._instance.name, pid, self._instance.doing(pid)) from None
         if self._create:
             os.truncate(self._fd, 0)
             os.pwrite(self._fd, str(os.getpid()).encode(), 0)

@@ -44,6 +44,7 @@ def load_programs(unit: Unit, maps: Mapping[str, int], *, pins: Path | None = No
         except RefusedByVerifier as error:
             cache.discard(unit, str(error).splitlines()[0])
     begun = time.monotonic()
+    log.info("compiling %d kernel programs, which takes some seconds, and is kept for later starts", len(unit.programs))
     with contextlib.nullcontext(pins) if pins is not None else _pinned(maps) as directory:
         compiled, tools = compile_unit(unit, maps, directory)
     log.info("compiled %d kernel programs in %.1f s", len(compiled), time.monotonic() - begun)

@@ -47,8 +47,9 @@ def main() -> int:
     """Serve until the supervisor says otherwise; return the exit code."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
-    # The terminal sends these to every process of the group; only the supervisor acts on them.
-    for number in (signal.SIGINT, signal.SIGHUP):
+    # The terminal sends these to every process of the group, the last one to who writes from the background; only the
+    # supervisor acts on them.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTSTP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     try:
         order = cast("Mapping[str, Any]", receive_line(channel))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +15,9 @@ import pytest
 
 from rama_ebpf.cli.lifecycle import _confined, status
 from rama_ebpf.kernel.instance import Instance, ServerLock
+
+from ..conftest import StartProxy
+from ..lab import Lab, wait_for
 
 COMMAND = Path(sys.executable).with_name("rama-ebpf")
 
@@ -64,3 +70,43 @@ def test_status_says_that_a_server_drains(starting: Instance) -> None:
     assert run(starting, "status").stdout == (
         f"instance just-starting is stopping: process {os.getpid()} waits for its connections to end\n"
     )
+
+
+def test_a_mistake_of_the_caller_is_told_before_it_is_told_that_no_server_runs() -> None:
+    nowhere = Instance("nowhere")
+    for arguments, said in (
+        (("block", "198.18.0.300"), "198.18.0.300"),
+        (("ban", "198.18.0.0/33"), "198.18.0.0/33"),
+        (("block", "198.18.0.1", "--ttl", "soon"), "soon"),
+        (("allow", "198.18.0.1", "--port", "70000"), "70000"),
+        (("test", "198.18.0.1x"), "198.18.0.1x"),
+        (("unblock", "here"), "here"),
+    ):
+        done = run(nowhere, *arguments)
+        assert (done.returncode, said in done.stderr, "not loaded" in done.stderr) == (2, True, False), done.stderr
+    assert "is not loaded: start it with rama-ebpf run" in run(nowhere, "block", "198.18.0.1").stderr
+
+
+@pytest.mark.root
+@pytest.mark.ebpf
+def test_while_a_server_drains_others_are_told_so_and_for_how_long(lab: Lab, start_proxy: StartProxy) -> None:
+    host = lab.host("proxy")
+    proxy = start_proxy(
+        host, "--workers", "1", "--listen", f"{host.ipv4}:1080", "--drain", "120", "--handshake-timeout", "300"
+    )
+    instance = Instance(proxy.instance)
+    with host.connect(host.ipv4, 1080) as client:
+        client.sendall(b"\x05\x01\x00")
+        assert client.recv(2) == b"\x05\x00"
+        proxy.signal(signal.SIGTERM)
+        wait_for(lambda: proxy.json("status")["stopping"], what="the drain")
+        second = run(instance, "run", "--listen", "127.0.0.1:0")
+        assert re.search(
+            rf"by process {proxy.pid}, which is stopping: its connections have up to \d+ s to end$", second.stderr
+        )
+        doctor = json.loads(run(instance, "doctor", "--json").stdout)
+        (gate,) = [row for row in doctor["findings"] if row["subject"].startswith("gate of")]
+        assert gate["ok"] is None
+        assert "which is stopping" in gate["found"]
+        assert re.search(r"waits up to \d+ s for its connections to end", run(instance, "status").stdout)
+    assert proxy.wait() == 0

@@ -231,7 +231,7 @@ def test_a_stack_whose_parts_do_not_fit_is_told_with_the_layers_name(write: Writ
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    assert mistakes(tmp_path / "nowhere.toml") == ["1: cannot be read: No such file or directory"]
+    assert mistakes(tmp_path / "nowhere.toml") == ["cannot be read: No such file or directory"]
 
 
 def test_defaults_alone_make_a_configuration(write: Write) -> None:

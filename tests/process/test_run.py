@@ -185,7 +185,7 @@ def test_an_application_of_ones_own_bans_in_the_kernel(
     [
         (("--config", "{file}", "--listen", "127.0.0.1:1"), "--config and listen: put that into"),
         (("--config", "{file}", "app:main"), "--config and app: put that into"),
-        (("--config", "nowhere.toml"), "nowhere.toml:1: cannot be read: No such file"),
+        (("--config", "nowhere.toml"), "nowhere.toml: cannot be read: No such file"),
         (("--metrics", "0.0.0.0:1"), "loopback only"),
         (
             ("app:main", "--connections-per-source", "9"),
