@@ -41,6 +41,10 @@ class PasswordFileError(RamaError, ValueError):
     kind = "password_file"
 
 
+class _Unseen(PasswordFileError):
+    """Not even a look at the file is allowed: it need not have changed."""
+
+
 class AuthLayer:
     """Authenticates inputs whose extensions hold :class:`Credentials`, and adds the :class:`User`.
 
@@ -180,6 +184,8 @@ class PasswordFile:
     def _stat(self) -> tuple[int, int, int]:
         try:
             found = self._path.stat()
+        except PermissionError as error:
+            raise _Unseen(f"{self._path}: {error.strerror}") from error
         except OSError as error:
             raise PasswordFileError(f"{self._path}: {error.strerror}") from error
         if not stat.S_ISREG(found.st_mode):
@@ -196,8 +202,12 @@ class PasswordFile:
             self._stamp = stamp
             self._users = self._read()
         except PasswordFileError as error:
-            if str(error) != self._complaint:  # once, not for every client
-                self._complaint = str(error)
+            if str(error) == self._complaint:
+                return  # once, not for every client
+            self._complaint = str(error)
+            if isinstance(error, _Unseen):
+                log.info("%s is not watched, for workers cannot enter its directory: SIGHUP has it read", self._path)
+            else:
                 log.error("password file not reloaded, the last good one stays: %s", error)
         else:
             self._complaint = ""

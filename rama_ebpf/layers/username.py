@@ -74,7 +74,7 @@ class UsernameOptionsLayer:
             try:
                 name, options = self._parse(credentials.username)
             except ValueError as error:
-                raise AuthFailed(f"user name {credentials.username!r}: {error}") from error
+                raise AuthFailed(f"user name {credentials.username!r}: {error}", kind="auth_absent") from error
             user = await inner(Credentials(name, credentials.password))
             return User(user.name, {**user.options, **options})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import h2.errors
 import h2.events
@@ -278,6 +279,35 @@ async def test_refused_request_whose_trailers_are_refused_too_is_no_bug_of_ours(
         assert reset.error_code == h2.errors.ErrorCodes.PROTOCOL_ERROR
         assert (await client.response(client.request()))[0][":status"] == "200"
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_answer_to_an_upload_that_is_not_read_reaches_the_client(run: Run, tmp_path: Path) -> None:
+    async def refuse(_request: Request) -> Response:
+        return Response.text(403, "not here")
+
+    (tmp_path / "upload").write_bytes(bytes(1_500_000))
+    server = run(HttpServer(refuse, h2c=True))
+    for limits in (None, HttpLimits(body=1_000_000)):
+        if limits is not None:
+            server = run(HttpServer(refuse, h2c=True, limits=limits))
+        url = f"http://127.0.0.1:{server.port}/"
+        status = ("-o", "/dev/null", "-w", "%{http_code}")
+        said = await command(
+            "curl", "-sS", "--http2-prior-knowledge", "--data-binary", f"@{tmp_path}/upload", *status, url
+        )
+        assert said == (b"403" if limits is None else b"413")
+
+
+async def test_rest_of_an_upload_that_is_not_wanted_is_declined_after_a_moment(run: Run) -> None:
+    async def refuse(_request: Request) -> Response:
+        return Response.text(403, "not here")
+
+    server = run(HttpServer(refuse, h2c=True, timeouts=HttpTimeouts(linger=0.05)))
+    async with h2_client(server.port) as client:
+        stream_id = client.request(with_((":method", "POST")), end=False)
+        reset = await client.until(h2.events.StreamReset, stream_id)
+        assert reset.error_code == h2.errors.ErrorCodes.NO_ERROR
+        assert client.of(h2.events.StreamEnded)
 
 
 async def test_trailers_pass_both_ways(run: Run) -> None:

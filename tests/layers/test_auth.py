@@ -164,3 +164,22 @@ async def test_a_file_that_a_worker_may_not_read_again_comes_with_a_remedy(
     assert await users(Credentials("tom", "sécret")) == User("tom")
     (error,) = (record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
     assert f"{path}: Permission denied (SIGHUP has it read by root" in error
+
+
+@pytest.mark.root
+async def test_a_closed_directory_is_no_error_and_serves_on(
+    write: Callable[[str], Path], scrypt_line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = write(scrypt_line)
+    path.parent.chmod(0o700)
+    users = PasswordFile(path)
+    os.seteuid(65534)  # as a worker
+    try:
+        for _ in range(3):
+            assert await users(Credentials("tom", "s\u00e9cret")) == User("tom")
+    finally:
+        os.seteuid(0)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", f"{path} is not watched, for workers cannot enter its directory: SIGHUP has it read")
+    ]

@@ -182,6 +182,33 @@ async def test_a_vanished_file_or_directory_takes_nothing_away_until_another_is_
     assert shown_by(await store(hello("a.test"))) == "b.test"
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["files", "directory"])
+async def test_files_that_a_worker_cannot_see_are_told_of_once_with_a_remedy(
+    own: Authority, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    leaf = own.issue("closed.test")
+    closed = tmp_path / "closed"
+    closed.mkdir(0o700)
+    for name, file in (("a.crt", leaf.chain), ("a.key", leaf.key)):
+        (closed / name).write_bytes(file.read_bytes())
+    if kind == "files":
+        store = CertificateStore.of_files(ServerTls(), KeyPair(closed / "a.crt", closed / "a.key"))
+    else:
+        store = CertificateStore.of_directory(ServerTls(), closed)
+    os.seteuid(65534)  # as a worker
+    try:
+        for _ in range(3):
+            store.reload()
+    finally:
+        os.seteuid(0)
+    assert shown_by(await store(hello("closed.test"))) == "closed.test"
+    (record,) = caplog.records
+    assert record.getMessage().endswith("(send SIGHUP after a renewal: root reads it then)")
+    assert record.levelno == (logging.INFO if kind == "files" else logging.WARNING)
+
+
 async def test_a_new_revocation_list_makes_a_new_context(own: Authority, tmp_path: Path) -> None:
     crl = tmp_path / "crl.pem"
     crl.write_bytes(own.revocation_list())

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,31 @@ async def test_the_client_gets_the_protocol_that_the_server_speaks(
     assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == agreed
     writer.close()
     await writer.wait_closed()
+
+
+async def test_files_of_an_interception_are_read_when_it_is_made_and_not_later(
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    upstream: ClientTls,
+    trusting_us: ssl.SSLContext,
+    tmp_path: Path,
+) -> None:
+    port = await tls_target("a.test", alpn=("h2", "http/1.1"))
+    assert upstream.ca is not None
+    authorities = tmp_path / "authorities.pem"
+    authorities.write_bytes(upstream.ca.read_bytes())
+    intercept = TlsInterceptor(LeafIssuer(ours), replace(upstream, ca=authorities, alpn=("h2", "http/1.1")))
+    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=intercept)))
+    authorities.unlink()  # as for a worker that has given up its privileges
+    for offered, agreed in ((["h2", "http/1.1"], "h2"), (["http/1.1"], "http/1.1"), (["h2"], "h2"), (["other"], None)):
+        trusting_us.set_alpn_protocols(offered)
+        reader, writer = await asyncio.open_connection(HOST, running.port, ssl=trusting_us, server_hostname="a.test")
+        assert await reader.readline() == b"a.test\n"
+        assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == agreed
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_a_server_that_does_not_verify_is_never_vouched_for(

@@ -141,6 +141,19 @@ async def test_a_client_whose_protocols_are_not_served_is_told_so(
     assert [type(error) for error in running.errors] == [AlertError]
 
 
+async def test_a_client_of_http_1_0_is_served_where_1_1_is(
+    serve: Serve, run: Run, leaf: Leaf, authority: Authority
+) -> None:
+    running = serve(terminating(answer, ServerTls(alpn=("h2", "http/1.1")), leaf))
+    code, out, _ = await run(
+        *("openssl", "s_client", "-connect", f"{HOST}:{running.port}", "-servername", "a.test", "-alpn", "http/1.0"),
+        *("-CAfile", authority.certificate, "-verify_return_error", "-quiet"),
+        stdin=REQUEST,
+    )
+    assert code == 0
+    assert out.splitlines()[-1].startswith("TLSv1.3 None a.test")
+
+
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
 async def test_openssl_resumes_its_session(serve: Serve, run: Run, leaf: Leaf, tmp_path: Path, version: str) -> None:
     running = serve(terminating(answer, ServerTls(), leaf))

@@ -257,7 +257,7 @@ class ServerMachine:
             credentials = Credentials(data[2:middle].decode(), data[middle + 1 : end].decode())
         except UnicodeDecodeError:
             self._last(bytes((_PASSWORD_VERSION, 1)))
-            raise AuthFailed("user name or password is not UTF-8") from None
+            raise AuthFailed("user name or password is not UTF-8", kind="auth_absent") from None
         self._go(_Step.CREDENTIALS)
         return credentials, end
 

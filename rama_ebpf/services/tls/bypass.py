@@ -112,6 +112,8 @@ class Bypass:
         self._ttl = ttl
         self._clock = clock
         self._context: ssl.SSLContext | None = None
+        if verify and upstream.reads_files:
+            self._context = replace(upstream, alpn=()).context()  # privileges may be given up later
         self._proven: OrderedDict[tuple[Authority | SocketAddress | None, str], float] = OrderedDict()
 
     def wants(self, target: Authority | None, name: str) -> bool:

@@ -157,8 +157,12 @@ class ServerTls:
         return context
 
     def check_alpn(self, hello: ClientHello) -> None:
-        """Raise :class:`AlertError` if the client offers protocols and none of them is served."""
-        if self.alpn and hello.alpn and not any(name.encode() in hello.alpn for name in self.alpn):
+        """Raise :class:`AlertError` if the client offers protocols and none of them is served. HTTP/1.0 is, where 1.1
+        is: it needs no agreement."""
+        served = {name.encode() for name in self.alpn}
+        if b"http/1.1" in served:
+            served.add(b"http/1.0")
+        if served and hello.alpn and served.isdisjoint(hello.alpn):
             offered = b", ".join(hello.alpn).decode(errors="replace")
             raise AlertError(f"none of the client's protocols is served: {offered}", Alert.NO_APPLICATION_PROTOCOL)
 
@@ -233,6 +237,7 @@ class CertificateStore:
             raise ValueError("no certificate: a TLS listener needs one")
         self._by_name = _index(self._entries.values())
         self._checked = clock()
+        self._complaint = ""
 
     @classmethod
     def of_files(cls, settings: ServerTls, *pairs: KeyPair, strict_sni: bool = False) -> CertificateStore:
@@ -269,8 +274,11 @@ class CertificateStore:
         try:
             pairs = list(self._pairs())
         except OSError as error:
-            log.warning("cannot look for certificates: %s", error)
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                log.warning("cannot look for certificates, the old ones serve on: %s%s", error, _remedy(error))
             return
+        self._complaint = ""
         for pair in pairs:
             old = self._entries.get(pair)
             signature = None
@@ -285,7 +293,13 @@ class CertificateStore:
                     continue
             except (OSError, ValueError) as error:
                 if pair not in self._bad or self._bad[pair] != signature:
-                    log.warning("certificate %s not loaded: %s", pair.chain, error)
+                    unseen = signature is None and isinstance(error, PermissionError)
+                    why = "not watched" if unseen else "not loaded"
+                    log.log(
+                        logging.INFO if unseen else logging.WARNING,
+                        "certificate %s %s%s: %s%s",
+                        *(pair.chain, why, "" if old is None else ", the old one serves on", error, _remedy(error)),
+                    )
             bad[pair] = signature
             if old is not None:
                 entries[pair] = old
@@ -304,6 +318,11 @@ class CertificateStore:
         context = self._settings.context(pair)
         certificate = x509.load_pem_x509_certificates(pair.chain.read_bytes())[0]
         return _Entry(context, certificate_names(certificate), files, signature)
+
+
+def _remedy(error: Exception) -> str:
+    """What to do where a process that has given up its privileges cannot read."""
+    return " (send SIGHUP after a renewal: root reads it then)" if isinstance(error, PermissionError) else ""
 
 
 def _index(entries: Iterable[_Entry]) -> dict[str, _Entry]:

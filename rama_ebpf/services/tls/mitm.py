@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Final
 
 from ...core.address import Authority
 from ...core.client import client_address
@@ -23,6 +25,8 @@ from .originate import ClientTls
 from .stream import TlsStream
 
 __all__ = ["Intercepted", "TlsInterceptor"]
+
+_FEW_PROTOCOLS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,13 @@ class TlsInterceptor:
         self._handshakes = HandshakeLimit(max_handshakes, handshakes)
         self._ragged_eof = ragged_eof
         self._contexts: dict[tuple[str, ...], ssl.SSLContext] = {}
-        self._context(self._upstream.alpn)  # what is wrong with the settings shows now
+        protocols = self._upstream.alpn
+        self._context(protocols)  # what is wrong with the settings shows now
+        if self._upstream.reads_files and len(protocols) <= _FEW_PROTOCOLS:
+            # A process that gives up its privileges cannot read them later.
+            for count in range(len(protocols)):
+                for some in itertools.combinations(protocols, count):
+                    self._context(some)
 
     async def handle(self, client: Stream, upstream: Stream, move: Move, hello: ClientHello, name: str) -> TunnelReport:
         """Intercept a client that has sent ``hello``, still unread, to the server ``name``.

@@ -42,6 +42,11 @@ class ClientTls:
         if any(len(pin) != 32 for pin in self.pins):
             raise ValueError("a pin is a SHA-256 hash of 32 bytes")
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether a context is made of files that were named, so that others may be unable to read them."""
+        return not (self.ca is None and self.certificate is None and self.key_log is None)
+
     def context(self) -> ssl.SSLContext:
         """Return a new context; loading the system's authorities takes some 50 ms. Raises OSError, ValueError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

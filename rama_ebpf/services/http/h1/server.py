@@ -81,7 +81,7 @@ class H1ServerConnection:
                     # A client whose next request is always there must not keep the others waiting.
                     await asyncio.sleep(0)
         except MalformedMessage as error:
-            log.info("%s: refused a message: %s", self._stream.peer, error)
+            log.debug("%s: refused a message: %s", self._stream.peer, error)  # the connection's end says it as well
             if strict.may_respond:
                 await self._linger(error.wire)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Final
@@ -155,6 +156,7 @@ class H2ServerConnection(H2Connection):
             return
         try:
             await self._exchange(channel, head)
+            await self._decline_rest(channel)
         except asyncio.CancelledError:
             channel.reset(_Codes.CANCEL)
             raise
@@ -171,6 +173,7 @@ class H2ServerConnection(H2Connection):
     async def _refuse_with(self, channel: Channel, error: HttpError) -> None:
         try:
             await self._respond(channel, error_response(error, self._served.name), bodiless=False)
+            await self._decline_rest(channel)
         except (RamaError, OSError) as broken:  # what came behind the request may have ended the stream already
             log.info("%s: the refusal (%d) cannot be sent: %s", self.stream.peer, error.status, broken)
             channel.reset(_Codes.INTERNAL_ERROR)
@@ -239,9 +242,21 @@ class H2ServerConnection(H2Connection):
                 await channel.send(chunk)
             trailers = response.body.trailers
             channel.end(None if trailers is None else trailer_fields(trailers))
-        if not channel.received_end:
-            # RFC 9113 section 8.1: the response is complete; the rest of the request is not wanted.
-            channel.reset(_Codes.NO_ERROR)
+
+    async def _decline_rest(self, channel: Channel) -> None:
+        """The response is complete, and the rest of the request is not wanted (RFC 9113 section 8.1).
+
+        A client may take a reset that comes together with the response for the loss of it (curl 7.88): it has a moment
+        to read that and to end its side.
+        """
+        if channel.received_end or channel.error is not None:
+            return
+        dropped = 0
+        with contextlib.suppress(TimeoutError, RamaError, OSError):
+            async with asyncio.timeout(self.timeouts.linger):
+                while dropped < _LINGER_BYTES and (data := await channel.receive()):
+                    dropped += len(data)
+        channel.reset(_Codes.NO_ERROR)
 
     async def _switch(self, channel: Channel, request: Request, response: Response) -> None:
         assert response.upgrade is not None
