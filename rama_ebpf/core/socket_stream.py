@@ -345,6 +345,12 @@ class SocketStream(Stream):
             finally:
                 self._maybe_readable = True  # the EOF stays, and is told once
 
+    @property
+    def told_quiet(self) -> bool:
+        """Whether the poller, which watches the socket, has told of nothing since all was read. What has come since
+        its last round is not known; :meth:`quiet` asks the kernel."""
+        return not (self._maybe_readable or self._ended or self._closed or self._unread or self._poller is None)
+
     def quiet(self) -> bool:
         if self._closed or self._unread:
             return False

@@ -82,5 +82,5 @@ def _same_head(ours: RequestHead | ResponseHead, theirs: h11.Request | h11.Respo
         assert isinstance(theirs, h11.Response)
         assert ours.status == (theirs.status_code if theirs.status_code < 600 else 502)
     told = [(name, bytes(value)) for name, value in theirs.headers]
-    for name, _, value in ours.headers._items:
+    for name, _, value, _ in ours.headers._items:
         assert (name, value) in told, (name, value, told)

@@ -26,16 +26,19 @@ _FIRST_ERROR: Final = 400
 class RunningRequest:
     """One request from the end of its header section to the end of its response, or of the tunnel that it became.
 
-    ``counted`` returns how many bytes came from the client for it by now, and how many went there.
+    ``counted`` returns how many bytes came from the client for it by now, and how many went there; ``log`` is that of
+    the connection, if it has one.
     """
 
     __slots__ = ("_counted", "_first_byte", "_log", "_request", "_started", "_status", "_stream")
 
-    def __init__(self, request: Request, stream: Stream, counted: Callable[[], tuple[int, int]]) -> None:
+    def __init__(
+        self, request: Request, stream: Stream, counted: Callable[[], tuple[int, int]], log: RequestLog | None
+    ) -> None:
         self._request = request
         self._stream = stream
         self._counted = counted
-        self._log = stream.extensions.get(RequestLog)
+        self._log = log
         self._started = time.monotonic()
         self._first_byte: float | None = None
         self._status = 0

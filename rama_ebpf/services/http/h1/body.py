@@ -141,11 +141,15 @@ class RequestBody(_PacedBody):
 
 
 class ResponseBody(_PacedBody):
-    def __init__(self, connection: _Receiver, head: ResponseHead, timeouts: HttpTimeouts) -> None:
+    """A response's body; ``content`` is the whole of it where that was read already."""
+
+    def __init__(
+        self, connection: _Receiver, head: ResponseHead, timeouts: HttpTimeouts, content: bytes | None = None
+    ) -> None:
         self._connection: _Receiver = connection
         self._pace = Pace(timeouts, client=False)
-        self._ahead: Content | None = None
-        self._over = False
+        self._ahead = Content(content) if content else None
+        self._over = content is not None
         self._error: Exception | None = None
         self.length = head.length
 

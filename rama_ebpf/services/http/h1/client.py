@@ -9,6 +9,7 @@ from typing import Final
 
 from ....core.deadline import Deadline
 from ....core.errors import PeerClosed
+from ....core.request_log import Upstream
 from ....core.socket_stream import SocketStream
 from ....core.stream import Stream
 from ..exchange.pace import Pace
@@ -52,6 +53,8 @@ class H1ClientConnection:
         self.reusable = False
         self.persistent = True
         """The latest response lets the connection live on."""
+        self.as_kept = Upstream(stream.peer, kept=True)
+        """What requests after the first one on this connection are told of it."""
         self._timeouts = timeouts
         self._released = released
         self._strict = reader(Role.CLIENT, limits, lenient=lenient)
@@ -73,6 +76,13 @@ class H1ClientConnection:
     def quiet(self) -> bool:
         """Nothing came since the last response; a byte or EOF here means that the connection is not to be used."""
         return self._strict.quiet and self.stream.quiet()
+
+    @property
+    def told_quiet(self) -> bool:
+        """:attr:`quiet` as far as the poller has told. What arrived before the bytes that are being looked at now was
+        told before them, so this is enough for a request that has just come."""
+        stream = self.stream
+        return self._strict.quiet and isinstance(stream, SocketStream) and (stream.told_quiet or stream.quiet())
 
     async def send(self, request: Request) -> Response:
         """Send ``request`` and return the response, whose body is still to be read.
@@ -134,29 +144,39 @@ class H1ClientConnection:
         :attr:`whole` tells that its body is, too, and that the connection is free. None with :attr:`stuck` says that
         the rest is for :meth:`receive`, as a response is that is not whole."""
         strict = self._strict
-        strict.receive(data)
         try:
-            head = strict.next_event()
+            head = strict.receive_head(data)
             if head is NEED_DATA:
                 return None
             if not isinstance(head, ResponseHead) or head.status < 200:
                 self._head_read = head
                 self.stuck = True
                 return None
-            body = ResponseBody(self, head, self._timeouts)
         except MalformedMessage as error:
             self._failure = error
             self.stuck = True
             return None
         self.persistent = head.persistent
+        content = strict.take_body()
+        if content is None or not strict.reusable:
+            return self._partly_received(head, content)
+        strict.next_cycle()
+        self.reusable = self.whole = True
+        self.release()
+        return Response(
+            head.status, head.headers, Body.of(content), head.reason, head.version, length_if_known=head.declared
+        )
+
+    def _partly_received(self, head: ResponseHead, content: bytes | None) -> Response:
+        body = ResponseBody(self, head, self._timeouts, content)
         response = Response(
             head.status, head.headers, body, reason=head.reason, version=head.version, length_if_known=head.declared
         )
         self._begun = response, body
-        if body.look():
-            self.whole = strict.reusable and not body.trailers
+        if content is None and body.look():
+            self.whole = self._strict.reusable and not body.trailers
             if self.whole:
-                strict.next_cycle()
+                self._strict.next_cycle()
                 self.reusable = True
                 self.release()
         return response

@@ -19,6 +19,7 @@ from ..message.fields import (
     check_field_count,
     check_lookalike,
     content_length,
+    field_of,
     is_token,
     members,
 )
@@ -29,6 +30,7 @@ from ..message.uri import Target, parse_authority, parse_target
 
 __all__ = [
     "RequestHead",
+    "RequestMemory",
     "ResponseHead",
     "check_field_section",
     "head_end",
@@ -122,17 +124,40 @@ def _check_request_line_size(data: bytearray, limits: HttpLimits) -> None:
         raise MalformedMessage("request target too long", 414)
 
 
-def parse_request(data: bytes, limits: HttpLimits) -> RequestHead:
+class _Section(NamedTuple):
+    """What the header fields of a request say, whatever its method and target are."""
+
+    minor: bytes
+    lines: bytes
+    fields: list[Field]
+    length: int | None
+    host: str | None
+    expects_continue: bool
+    accepts_trailers: bool
+    upgrade: str | None
+    persistent: bool
+
+
+class RequestMemory:
+    """What one connection's latest request had behind its first line: the next one often has the same, byte by byte,
+    and what is known of that need not be found out again. For this connection only: there may be secrets in it."""
+
+    __slots__ = ("section",)
+
+    def __init__(self) -> None:
+        self.section: _Section | None = None
+
+
+def parse_request(data: bytes, limits: HttpLimits, memory: RequestMemory | None = None) -> RequestHead:
     """Read a complete header section. Raises :class:`MalformedMessage`."""
     try:
-        return _read_request(data, limits)
+        return _read_request(data, limits, memory)
     except MalformedMessage as error:
         raise _rather_ambiguous(data, error) from error.__cause__
 
 
-def _read_request(data: bytes, limits: HttpLimits) -> RequestHead:
-    lines = data.split(b"\r\n")
-    line = lines[0]
+def _read_request(data: bytes, limits: HttpLimits, memory: RequestMemory | None) -> RequestHead:
+    line, _, rest = data.partition(b"\r\n")
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         stray = _METHOD_LIKE.match(line) is not None or speaks_another_protocol(line)
@@ -148,25 +173,52 @@ def _read_request(data: bytes, limits: HttpLimits) -> RequestHead:
         target = parse_target(method, raw_target.decode("ascii"))
     except ValueError as error:
         raise MalformedMessage(f"bad request target: {_reason(error)}") from error
-    version = "1.1" if minor == b"1" else "1.0"
-    fields, own = _fields(lines, len(data) - len(line) - 4, limits)
-    length = _length(own, version, 0)
-    authority = _authority(own.get(b"host"), version, target)
-    if length != 0 and method in ("CONNECT", "TRACE"):
-        raise MalformedMessage(f"a body in a {method} request")
-    nominated = nominated_by(own[b"connection"]) if b"connection" in own else _NONE
+    section = None if memory is None else memory.section
+    if section is None or section.lines != rest or section.minor != minor:
+        section = _read_section(rest, minor, method, target, limits)
+        if memory is not None:
+            memory.section = section
+    elif section.length != 0:
+        _check_bodiless(method, section.length)
+    # RFC 9112 section 3.2.2: the target's authority counts, and the Host field is ignored.
     return RequestHead(
         method,
         target,
-        authority,
-        version,
+        target.authority or section.host or "",
+        "1.1" if minor == b"1" else "1.0",
+        Headers._of_fields(section.fields.copy()),
+        section.length,
+        section.expects_continue,
+        section.accepts_trailers,
+        section.upgrade,
+        section.persistent,
+    )
+
+
+def _read_section(rest: bytes, minor: bytes, method: str, target: Target, limits: HttpLimits) -> _Section:
+    """Read what is behind the request line."""
+    version = "1.1" if minor == b"1" else "1.0"
+    fields, own = _fields(rest.split(b"\r\n"), 0, len(rest) - 2, limits)
+    length = _length(own, version, 0)
+    host = _host_of(own.get(b"host"), version)
+    _check_bodiless(method, length)
+    nominated = nominated_by(own[b"connection"]) if b"connection" in own else _NONE
+    return _Section(
+        minor,
+        rest,
         end_to_end(fields, nominated),
         length,
+        host,
         b"expect" in own and _expects_continue(own[b"expect"], version),
         b"te" in nominated and b"trailers" in members(own.get(b"te", _NONE)),
         _upgrade(own, nominated) if version == "1.1" and length == 0 else None,
         version == "1.1" and b"close" not in nominated,
     )
+
+
+def _check_bodiless(method: str, length: int | None) -> None:
+    if length != 0 and method in ("CONNECT", "TRACE"):
+        raise MalformedMessage(f"a body in a {method} request")
 
 
 def parse_response(data: bytes, limits: HttpLimits, *, method: str, lenient: bool = False) -> ResponseHead:
@@ -194,7 +246,7 @@ def _read_response(data: bytes, limits: HttpLimits, method: str, lenient: bool) 
         # RFC 9110 section 15: whatever it was to say, it is a server's failure. What we send on is a status.
         status, reason = 502, b""
     version = "1.1" if minor == b"1" else "1.0"
-    fields, own = _fields(lines, len(data) - len(line) - 4, limits)
+    fields, own = _fields(lines, 1, len(data) - len(line) - 4, limits)
     coded = b"transfer-encoding" in own
     length = _length(_collapsed(own) if lenient else own, version, None)
     if (status < 200 and (coded or length)) or (status == 204 and length and not lenient):
@@ -212,7 +264,7 @@ def _read_response(data: bytes, limits: HttpLimits, method: str, lenient: bool) 
         status,
         (reason or b"").decode("latin-1"),
         version,
-        end_to_end(fields, nominated),
+        Headers._of_fields(end_to_end(fields, nominated)),
         length,
         until_close,
         declared,
@@ -253,34 +305,39 @@ def _field(line: bytes) -> tuple[Field, bool]:
     name, value = match.groups()
     lowered = name.lower()
     check_lookalike(lowered)
-    return (lowered, name, value.strip(b" \t")), lowered in HOP_BY_HOP
+    return field_of(lowered, name, value.strip(b" \t")), lowered in HOP_BY_HOP
 
 
 _lines: Final[dict[bytes, tuple[Field, bool]]] = {}
 
 
 def _known(line: bytes) -> tuple[Field, bool]:
-    """:func:`_field`, remembered: most lines come again and again, on one connection and on others. Secrets are not
-    kept."""
-    found = _lines.get(line)
-    if found is None:
-        found = _field(line)
-        if len(line) <= _LINE_KEPT and found[0][0] not in _SECRETS:
-            if len(_lines) >= _LINES_KEPT:
-                _lines.clear()
-            _lines[line] = found
+    """:func:`_field`, to be remembered: most lines come again and again, on one connection and on others. Secrets are
+    not kept."""
+    found = _field(line)
+    if len(line) <= _LINE_KEPT and found[0][0] not in _SECRETS:
+        if len(_lines) >= _LINES_KEPT:
+            _lines.clear()
+        _lines[line] = found
     return found
 
 
-def _fields(lines: list[bytes], size: int, limits: HttpLimits) -> tuple[list[Field], dict[bytes, list[bytes]]]:
-    """Return the end-to-end fields of a section's lines (the first is none, the last two are empty), and the values of
-    the others by name. Each line is looked at once."""
-    check_field_count(len(lines) - 3, size, limits)
+def _fields(
+    lines: list[bytes], first: int, size: int, limits: HttpLimits
+) -> tuple[list[Field], dict[bytes, list[bytes]]]:
+    """Return the end-to-end fields of a section's lines (from number ``first`` on, the last two are empty), and the
+    values of the others by name. Each line is looked at once."""
+    count = len(lines) - 2 - first
+    if count > limits.fields or size > limits.head:
+        check_field_count(count, size, limits)
+    del lines[-2:]
+    if first:
+        del lines[:first]
     fields: list[Field] = []
     own: dict[bytes, list[bytes]] = {}
-    for number in range(1, len(lines) - 2):
-        line = lines[number]
-        field, is_own = _known(line)
+    remembered = _lines.get
+    for line in lines:
+        field, is_own = remembered(line) or _known(line)
         if not is_own:
             fields.append(field)
         elif field[0] in own:
@@ -302,7 +359,7 @@ def check_field_section(data: bytes, limits: HttpLimits) -> list[Field]:
         name, _, value = line.partition(b":")
         lowered = name.lower()
         check_lookalike(lowered)
-        fields.append((lowered, name, value.strip(b" \t")))
+        fields.append(field_of(lowered, name, value.strip(b" \t")))
     return fields
 
 
@@ -336,19 +393,17 @@ def _check_codings(codings: list[bytes], version: str) -> None:
         raise MalformedMessage("a transfer coding that is not supported", 501 if known else 400)
 
 
-def _authority(hosts: list[bytes] | None, version: str, target: Target) -> str:
+def _host_of(hosts: list[bytes] | None, version: str) -> str | None:
     if hosts is None:
         if version == "1.1":
             raise MalformedMessage("no Host")
-        return target.authority
+        return None
     if len(hosts) > 1:
         raise AmbiguousMessage("more than one Host")
     try:
-        host = _host(hosts[0])
+        return _host(hosts[0])
     except ValueError as error:
         raise MalformedMessage("bad Host") from error
-    # RFC 9112 section 3.2.2: the target's authority counts, and the Host field is ignored.
-    return target.authority or host
 
 
 @functools.lru_cache(1024)

@@ -15,7 +15,7 @@ from ..exchange.running import RunningRequest
 from ..message.errors import HttpError
 from ..message.model import Request, Response
 from .heads import RequestHead
-from .reader import NEED_DATA
+from .reader import NEED_DATA, Event
 
 if TYPE_CHECKING:
     from .server import H1ServerConnection
@@ -47,6 +47,7 @@ class QuickPath:
         self, server: H1ServerConnection, stream: SocketStream, quick: Callable[[Request], Exchange | None]
     ) -> None:
         self._server = server
+        self._strict = server.strict
         self._stream = stream
         self._quick = quick
         self._lane: Lane[Handover] = Lane()
@@ -54,6 +55,7 @@ class QuickPath:
         self._request: Request | None = None
         self._running: RunningRequest | None = None
         self._exchange: Exchange | None = None
+        self._upstream: SocketStream | None = None
 
     async def serve(self) -> Handover:
         """Serve requests until one is the coroutine's. Raises OSError if the kernel watches no more sockets."""
@@ -62,7 +64,7 @@ class QuickPath:
     def under_way(self, failure: Exception | None = None) -> Handover:
         """Give up what is under way, if anything is: the coroutine goes on with it."""
         found = Handover(self._head, self._request, self._running, self._exchange, failure=failure)
-        self._head = self._request = self._running = self._exchange = None
+        self._head = self._request = self._running = self._exchange = self._upstream = None
         return found
 
     def _begin(self) -> None:
@@ -74,7 +76,9 @@ class QuickPath:
     def _client_ready(self, events: int) -> None:
         try:
             if self._exchange is None:
-                self._read_client()
+                data = self._stream.read_now(_READ)
+                if data is not None:
+                    self._on_event(self._strict.receive_head(data))
             elif events & _GONE:
                 # It has gone, or has ended its side: the coroutine finds out which, and goes on.
                 self._lane.resume(self.under_way())
@@ -90,42 +94,36 @@ class QuickPath:
 
     def _go_on(self) -> None:
         try:
-            self._advance()
+            self._on_event(self._strict.next_event())
         except Exception as error:  # noqa: BLE001  # the coroutine raises it
             self._lane.resume(self.under_way(error))
 
     # -- the client --------------------------------------------------------------------------------------------
 
-    def _read_client(self) -> None:
-        data = self._stream.read_now(_READ)
-        if data is not None:
-            self._server.strict.receive(data)
-            self._advance()
-
-    def _advance(self) -> None:
-        """Read on in what was received. Raises :class:`MalformedMessage`, OSError."""
-        server = self._server
+    def _on_event(self, event: Event) -> None:
+        """Go on from an event in what was received. Raises :class:`MalformedMessage`, OSError."""
+        server, strict, stream = self._server, self._strict, self._stream
         while self._lane.open and self._exchange is None:
-            event = server.strict.next_event()
             if isinstance(event, RequestHead):
                 self._start(event)
                 return
             if event is not NEED_DATA:  # it has closed
                 self._lane.resume(Handover())
                 return
-            if server.draining and server.strict.quiet:
+            quiet = strict.quiet
+            if quiet and server.draining:
                 self._lane.resume(Handover())
                 return
-            server.waits(server.strict.quiet)
-            data = self._stream.read_now(_READ)
+            server.waits(quiet)
+            data = stream.read_now(_READ) if stream.maybe_readable else None
             if data is None:
                 return
-            server.strict.receive(data)
+            event = strict.receive_head(data)
 
     def _start(self, head: RequestHead) -> None:
-        server = self._server
+        server, lane = self._server, self._lane
         if head.length != 0 or head.method not in _METHODS or head.upgrade is not None:
-            self._lane.resume(Handover(head))
+            lane.resume(Handover(head))
             return
         request = server.request_of(head)
         try:
@@ -133,46 +131,48 @@ class QuickPath:
         except HttpError:
             exchange = None  # the coroutine meets it as well, and answers
         if exchange is None:
-            self._lane.resume(Handover(head, request))
+            lane.resume(Handover(head, request))
             return
-        self._head, self._request, self._exchange = head, request, exchange
+        connection = exchange.connection
+        upstream = connection.stream
+        assert isinstance(upstream, SocketStream)
+        self._head, self._request, self._exchange, self._upstream = head, request, exchange, upstream
         self._running = server.begin(request)
-        whole = exchange.connection.begin(exchange.onward)
-        if not whole:
-            self._lane.resume(self.under_way())
+        if not connection.begin(exchange.onward):
+            lane.resume(self.under_way())
             return
         server.waits_for_response()
         try:
-            self._lane.lend(_socket(exchange), self._upstream_ready)
+            lane.lend(upstream, self._upstream_ready)
         except OSError:
-            self._lane.resume(self.under_way())
+            lane.resume(self.under_way())
 
     # -- the upstream ------------------------------------------------------------------------------------------
 
     def _read_upstream(self) -> None:
-        while self._lane.open and (exchange := self._exchange) is not None:
-            connection = exchange.connection
+        while (exchange := self._exchange) is not None and self._upstream is not None and self._lane.open:
             try:
-                data = _socket(exchange).read_now(_READ)
+                data = self._upstream.read_now(_READ)
             except OSError:
                 self._lane.resume(self.under_way())
                 return
             if data is None:
                 return
+            connection = exchange.connection
             response = connection.received(exchange.onward, data)
             if response is not None and connection.whole:
-                self._respond(exchange, response)
+                self._respond(exchange, response, self._upstream)
                 return
             if response is not None or connection.stuck:
                 self._lane.resume(self.under_way())
                 return
 
-    def _respond(self, exchange: Exchange, response: Response) -> None:
+    def _respond(self, exchange: Exchange, response: Response, upstream: SocketStream) -> None:
         server, head, request, running = self._server, self._head, self._request, self._running
         assert head is not None
         assert running is not None
-        self._lane.take_back(_socket(exchange))
-        self._head = self._request = self._running = self._exchange = None
+        self._lane.take_back(upstream)
+        self._head = self._request = self._running = self._exchange = self._upstream = None
         try:
             out = server.whole_response(head, exchange.finish(response))
             running.responded(response.status)
@@ -184,13 +184,7 @@ class QuickPath:
             self._lane.resume(Handover(head, request, running, rest=memoryview(out)[sent:]))
         elif not server.over(running):
             self._lane.resume(Handover(head, request, rest=memoryview(b"")))
-        elif server.strict.quiet:
-            self._advance()
+        elif self._strict.quiet:
+            self._on_event(NEED_DATA)
         else:
             server.loop.call_soon(self._go_on)  # a client whose next request is always there lets others go first
-
-
-def _socket(exchange: Exchange) -> SocketStream:
-    stream = exchange.connection.stream
-    assert isinstance(stream, SocketStream)
-    return stream

@@ -26,7 +26,7 @@ from ..message.errors import MalformedMessage
 from ..message.headers import Headers
 from ..message.limits import HttpLimits
 from .chunked import ChunkDecoder
-from .heads import RequestHead, ResponseHead, head_end, parse_request, parse_response
+from .heads import RequestHead, RequestMemory, ResponseHead, head_end, parse_request, parse_response
 from .writer import MessageWriter
 
 __all__ = ["NEED_DATA", "PAUSED", "Closed", "Content", "End", "Event", "Role", "StrictConnection", "reader"]
@@ -69,6 +69,7 @@ class Closed(NamedTuple):
 Event = RequestHead | ResponseHead | Content | End | Closed | _Signal
 
 _COALESCE: Final = 64 * 1024
+_SHORT: Final = 4096
 _END: Final = End(None)
 
 
@@ -95,12 +96,14 @@ class StrictConnection:
         "_last",
         "_lenient",
         "_limits",
+        "_memory",
         "_method",
         "_pending",
         "_phase",
         "_remaining",
         "_searched",
         "_server",
+        "_short",
         "_skipped_line",
         "_until_close",
         "writer",
@@ -114,6 +117,9 @@ class StrictConnection:
         self._eof = False
         self._last = False
         self.writer = MessageWriter()
+        self._memory = RequestMemory()
+        # A section of no more bytes passes all bounds of head_end().
+        self._short = min(_SHORT, limits.head, limits.target)
         self._begin()
 
     def _begin(self) -> None:
@@ -135,6 +141,46 @@ class StrictConnection:
             self._pending += data
         else:
             self._eof = True
+
+    def receive_head(self, data: bytes) -> Event:
+        """:meth:`receive`, and the next event: for bytes that often are a whole header section, and little else."""
+        if self._phase is not _HEAD_DUE or self._pending or self._eof:
+            self.receive(data)
+            return self.next_event()
+        end = data.find(b"\r\n\r\n") + 4
+        # What head_end() looks for besides cannot be wrong with so short a section, or is for the parser to see.
+        if not 4 < end <= self._short or (self._server and (data[0] <= 32 or data.find(b" ", 0, 64) < 0)):
+            self.receive(data)
+            return self.next_event()
+        if end < len(data):
+            self._pending += data[end:]
+            data = data[:end]
+        try:
+            return self._request(data) if self._server else self._response(data)
+        except MalformedMessage:
+            self._phase = _BROKEN
+            raise
+
+    def take_body(self) -> bytes | None:
+        """Return the whole body of the message whose head was read, if its length is known and all of it is here;
+        the message is over then. Else None, and nothing is taken."""
+        if self._phase is _END_DUE:
+            if self._chunks is not None:
+                return None
+            self._phase = _OVER
+            return b""
+        left, pending = self._remaining, self._pending
+        if self._phase is not _BODY_DUE or not left or len(pending) < left:
+            return None
+        self._phase = _OVER
+        self._remaining = 0
+        if len(pending) == left:
+            data = bytes(pending)
+            pending.clear()
+        else:
+            data = bytes(pending[:left])
+            del pending[:left]
+        return data
 
     @property
     def trailing(self) -> bytes:
@@ -219,7 +265,7 @@ class StrictConnection:
         return self._request(data) if self._server else self._response(data)
 
     def _request(self, data: bytes) -> RequestHead:
-        head = parse_request(data, self._limits)
+        head = parse_request(data, self._limits, self._memory)
         self._method = head.method
         self._last = not head.persistent
         self._expect_body(head.length, until_close=False)

@@ -35,7 +35,7 @@ class ResponseSender:
         whole = b"" if bodiless else response.body.take_whole()
         assert whole is not None
         writer = self._strict.writer
-        return out + (writer.content(whole) if whole else b"") + writer.end(None)
+        return out + writer.content(whole) + writer.end(None) if whole else out + writer.end(None)
 
     def _head(self, head: RequestHead, body: RequestBody, response: Response, *, draining: bool) -> tuple[bytes, bool]:
         """Return a response's header section as it is sent, and whether no body follows it."""
@@ -48,12 +48,11 @@ class ResponseSender:
             or not body.worth_draining
             # RFC 9110 section 15.5.14: who is told that its content is too large is to stop sending it.
             or (status == 413 and not body.over)
-            or ("connection" in headers and "close" in headers.tokens("connection"))
         )
-        extra = self.date_line(headers)
+        extra: list[bytes] = []
         if status == 426 and (offered := headers.get("upgrade")):
             extra.append(b"Upgrade: %b\r\n" % offered.encode("latin-1"))
-            if not close:
+            if not close and "close" not in headers.tokens("connection"):
                 extra.append(b"Connection: Upgrade\r\n")
         out = self._strict.writer.response(
             status,
@@ -64,6 +63,7 @@ class ResponseSender:
             bodiless=bodiless,
             http_1_0=head.version == "1.0",
             close=close,
+            date=self._date,
         )
         return out, bodiless
 

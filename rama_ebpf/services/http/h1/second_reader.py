@@ -45,6 +45,13 @@ class SecondReader(StrictConnection):
             self._same_end(event)
         return event
 
+    def receive_head(self, data: bytes) -> Event:
+        self.receive(data)
+        return self.next_event()
+
+    def take_body(self) -> None:
+        """None: h11 has to see each byte."""
+
     def _request(self, data: bytes) -> RequestHead:
         head = super()._request(data)
         self._second = h11.Connection(h11.SERVER, max_incomplete_event_size=2**31)

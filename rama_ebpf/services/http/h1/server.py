@@ -10,6 +10,7 @@ from typing import Final
 from ....core.deadline import Deadline
 from ....core.errors import PeerClosed
 from ....core.lifecycle import Lifecycle, Stage
+from ....core.request_log import RequestLog
 from ....core.service import Service
 from ....core.socket_stream import SocketStream
 from ....core.stream import Stream
@@ -49,6 +50,7 @@ class H1ServerConnection:
         self._stream = stream
         self._served = served
         self._received = self._sent = 0
+        self._log = stream.extensions.get(RequestLog)
         timeouts = self._timeouts = served.timeouts
         self.strict = reader(Role.SERVER, served.limits)
         self._responses = ResponseSender(stream, self.strict, timeouts, date)
@@ -229,7 +231,8 @@ class H1ServerConnection:
 
     def request_of(self, head: RequestHead) -> Request:
         """Return the request of a head that has no body."""
-        self.strict.next_event()  # its end
+        if self.strict.take_body() is None:
+            self.strict.next_event()  # its end
         return self._request(head, self._no_body)
 
     def may_be_quick(self, request: Request) -> bool:
@@ -239,7 +242,7 @@ class H1ServerConnection:
     def begin(self, request: Request) -> RunningRequest:
         """A request is to be served from here on."""
         self.continued = False
-        return RunningRequest(request, self._stream, self._counted)
+        return RunningRequest(request, self._stream, self._counted, self._log)
 
     def whole_response(self, head: RequestHead, response: Response) -> bytes:
         """Return the bytes of a response all of which is here."""

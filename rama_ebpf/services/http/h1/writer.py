@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Final
 
 from ..message.errors import REASONS
+from ..message.fields import members
 from ..message.headers import Headers
 
 __all__ = ["MessageWriter", "WrongLength"]
@@ -100,11 +102,25 @@ class MessageWriter:
         bodiless: bool,
         http_1_0: bool,
         close: bool,
+        date: Callable[[], str] | None = None,
     ) -> bytes:
         """Return a final response's header section. ``extra`` are field lines that are the connection's own.
         ``length`` is that of the body, or what a ``bodiless`` one (HEAD, 304) would have; None if it is not known:
-        then it is chunked, or to a client of ``http_1_0`` ends with the connection."""
-        lines = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status, reason)), *_lines(headers, _NOT_A_RESPONSES), *extra]
+        then it is chunked, or to a client of ``http_1_0`` ends with the connection. It ends with it also where
+        ``headers`` say so. ``date`` returns the Date field of a response that has none."""
+        lines = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status, reason))]
+        for key, _, value, line in headers._items:
+            if key not in _NOT_A_RESPONSES:
+                lines.append(line)
+                if key == b"date":
+                    date = None
+            elif key == b"connection" and b"close" in members([value]):
+                close = True
+        if date is not None:
+            # RFC 9110 section 6.6.1: who generates a response with a clock dates it; who forwards one without does.
+            lines.append(b"Date: %b\r\n" % date().encode("ascii"))
+        if extra:
+            lines += extra
         self._left = 0
         if length is not None:
             if status != 204:
@@ -164,7 +180,7 @@ class MessageWriter:
 
 
 def _lines(headers: Headers, own: frozenset[bytes]) -> list[bytes]:
-    return [b"%b: %b\r\n" % (name, value) for key, name, value in headers._items if key not in own]
+    return [field[3] for field in headers._items if field[0] not in own]
 
 
 @functools.lru_cache(256)

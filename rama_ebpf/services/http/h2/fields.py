@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..message.errors import MalformedMessage
-from ..message.fields import check_field, check_field_count, check_trailers, content_length
+from ..message.fields import Field, check_field, check_field_count, check_trailers, content_length, field_of
 from ..message.headers import Headers
 from ..message.limits import HttpLimits
 from ..message.model import Request, Response
@@ -93,13 +93,13 @@ def read_request(fields: Fields, limits: HttpLimits) -> H2RequestHead:
         if scheme not in ("http", "https"):
             raise MalformedMessage("bad :scheme")
         path = _path(method, pseudo.get(b":path", b""))
-    length = content_length([value for key, _, value in regular if key == b"content-length"])
+    length = content_length([value for key, _, value, _ in regular if key == b"content-length"])
     if method in ("CONNECT", "TRACE") and length:
         raise MalformedMessage(f"a body in a {method} request")
-    expectations = [value.lower() for key, _, value in regular if key == b"expect"]
+    expectations = [value.lower() for key, _, value, _ in regular if key == b"expect"]
     if expectations and expectations != [b"100-continue"]:
         raise MalformedMessage("an expectation other than 100-continue", 417)
-    codings = [value.lower() for key, _, value in regular if key == b"te"]
+    codings = [value.lower() for key, _, value, _ in regular if key == b"te"]
     if codings and codings != [b"trailers"]:
         raise MalformedMessage("a TE other than trailers")
     return H2RequestHead(
@@ -124,7 +124,7 @@ def read_response(fields: Fields, limits: HttpLimits) -> H2ResponseHead:
     status = int(raw_status)
     if status > _LAST_STATUS:
         status = 502  # as in HTTP/1.1: RFC 9110 section 15
-    length = content_length([value for key, _, value in regular if key == b"content-length"])
+    length = content_length([value for key, _, value, _ in regular if key == b"content-length"])
     if (status < 200 or status == 204) and length:
         raise MalformedMessage(f"a body in a {status} response")
     return H2ResponseHead(status, _end_to_end(regular), length)
@@ -137,12 +137,10 @@ def read_trailers(fields: Fields, limits: HttpLimits) -> Headers:
     return Headers._of_fields(regular)
 
 
-def _split(
-    fields: Fields, known: frozenset[bytes], limits: HttpLimits
-) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes, bytes]]]:
+def _split(fields: Fields, known: frozenset[bytes], limits: HttpLimits) -> tuple[dict[bytes, bytes], list[Field]]:
     check_field_count(len(fields), sum(len(name) + len(value) + 4 for name, value in fields), limits)
     pseudo: dict[bytes, bytes] = {}
-    regular: list[tuple[bytes, bytes, bytes]] = []
+    regular: list[Field] = []
     cookies: list[bytes] = []
     for name, value in fields:
         if name.startswith(b":"):
@@ -156,15 +154,15 @@ def _split(
         if name == b"cookie":
             cookies.append(value)
         else:
-            regular.append((name, name, value))
+            regular.append(field_of(name, name, value))
     if cookies:
         # RFC 9113 section 8.2.3: crumbs are joined before they meet anything that is not HTTP/2.
-        regular.append((b"cookie", b"cookie", b"; ".join(crumb for crumb in cookies if crumb)))
+        regular.append(field_of(b"cookie", b"cookie", b"; ".join(crumb for crumb in cookies if crumb)))
     return pseudo, regular
 
 
-def _authority(pseudo: dict[bytes, bytes], regular: list[tuple[bytes, bytes, bytes]]) -> str:
-    hosts = [value for key, _, value in regular if key == b"host"]
+def _authority(pseudo: dict[bytes, bytes], regular: list[Field]) -> str:
+    hosts = [value for key, _, value, _ in regular if key == b"host"]
     authority = pseudo.get(b":authority", hosts[0] if hosts else b"")
     if len(hosts) > 1 or (hosts and hosts[0].lower() != authority.lower()):
         raise MalformedMessage("Host contradicts :authority")
@@ -193,7 +191,7 @@ def _path(method: str, path: bytes) -> str:
     return target.path
 
 
-def _end_to_end(regular: list[tuple[bytes, bytes, bytes]]) -> Headers:
+def _end_to_end(regular: list[Field]) -> Headers:
     return Headers._of_fields([field for field in regular if field[0] not in _NOT_FORWARDED])
 
 

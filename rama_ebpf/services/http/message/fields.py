@@ -16,12 +16,13 @@ __all__ = [
     "check_lookalike",
     "check_trailers",
     "content_length",
+    "field_of",
     "is_token",
     "members",
 ]
 
-Field = tuple[bytes, bytes, bytes]
-"""Name in lower case, name as it was spelt, value."""
+Field = tuple[bytes, bytes, bytes, bytes]
+"""Name in lower case, name as it was spelt, value, and the line that HTTP/1.1 writes of them."""
 
 TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 """One character of a token (RFC 9110 section 5.6.2), as a regular expression."""
@@ -76,15 +77,20 @@ _NOT_IN_TRAILERS: Final = frozenset(
 )
 
 
+def field_of(lowered: bytes, name: bytes, value: bytes) -> Field:
+    """Return a field whose name and value were checked."""
+    return lowered, name, value, b"%b: %b\r\n" % (name, value)
+
+
 def is_token(text: bytes) -> bool:
     """Whether ``text`` is a token (RFC 9110 section 5.6.2)."""
     return _TOKENS.fullmatch(text) is not None
 
 
-def check_trailers(fields: list[tuple[bytes, bytes, bytes]]) -> None:
-    """Raise :class:`MalformedMessage` if one of the fields (see :func:`check_field_section`) is none for a trailer."""
-    for name, _, _ in fields:
-        if name in _NOT_IN_TRAILERS:
+def check_trailers(fields: list[Field]) -> None:
+    """Raise :class:`MalformedMessage` if one of the fields is none for a trailer."""
+    for field in fields:
+        if field[0] in _NOT_IN_TRAILERS:
             raise AmbiguousMessage("a field that must not stand in a trailer section")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Final
+
+from .fields import Field, field_of
 
 __all__ = ["Headers"]
 
@@ -14,6 +17,11 @@ _VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 def _encode(text: str | bytes) -> bytes:
     return text if isinstance(text, bytes) else text.encode("latin-1")
+
+
+@functools.lru_cache(64)
+def _via_field(via: bytes) -> Field:
+    return field_of(b"via", b"Via", via)
 
 
 class Headers:
@@ -27,14 +35,14 @@ class Headers:
     __slots__ = ("_items",)
 
     def __init__(self, items: Iterable[tuple[str | bytes, str | bytes]] = ()) -> None:
-        self._items: list[tuple[bytes, bytes, bytes]] = []
+        self._items: list[Field] = []
         for name, value in items:
             self.add(name, value)
 
     @classmethod
-    def _of_fields(cls, fields: list[tuple[bytes, bytes, bytes]]) -> Headers:
+    def _of_fields(cls, fields: list[Field]) -> Headers:
         """Take fields (name in lower case, name, value) that a strict parser has validated already."""
-        headers = cls()
+        headers = cls.__new__(cls)
         headers._items = fields
         return headers
 
@@ -45,7 +53,7 @@ class Headers:
     def set(self, name: str | bytes, value: str | bytes) -> None:
         """Make this the only field of its name; it takes the place of the first one."""
         item = self._checked(name, value)
-        kept: list[tuple[bytes, bytes, bytes]] = []
+        kept: list[Field] = []
         placed = False
         for old in self._items:
             if old[0] != item[0]:
@@ -65,7 +73,7 @@ class Headers:
     def get(self, name: str) -> str | None:
         """Return the value of the first field of this name, or None."""
         lowered = name.lower().encode("latin-1")
-        for key, _, value in self._items:
+        for key, _, value, _ in self._items:
             if key == lowered:
                 return value.decode("latin-1")
         return None
@@ -73,7 +81,7 @@ class Headers:
     def get_all(self, name: str) -> list[str]:
         """Return the values of all fields of this name, in order."""
         lowered = name.lower().encode("latin-1")
-        return [value.decode("latin-1") for key, _, value in self._items if key == lowered]
+        return [value.decode("latin-1") for key, _, value, _ in self._items if key == lowered]
 
     def tokens(self, name: str) -> list[str]:
         """Return the members of a comma-separated list field (RFC 9110 section 5.6.1), in lower case.
@@ -92,7 +100,12 @@ class Headers:
     def _passed_on(self, dropped: frozenset[bytes], via: bytes | None) -> tuple[Headers, int]:
         """Return a copy without some fields (names in lower case) and with ``via`` behind what Via says, which
         becomes one field: nothing reads a list field differently for that. And how many proxies Via named."""
-        items: list[tuple[bytes, bytes, bytes]] = []
+        items = [item for item in self._items if item[0] not in dropped and item[0] != b"via"]
+        if len(items) == len(self._items):  # most messages
+            if via is not None:
+                items.append(_via_field(via))
+            return Headers._of_fields(items), 0
+        items = []
         before: list[bytes] = []
         place = 0
         for item in self._items:
@@ -107,25 +120,25 @@ class Headers:
                 items.append(item)
         hops = sum(1 for value in before for member in value.split(b",") if member.strip()) if before else 0
         if via is not None and before:
-            items.insert(place, (b"via", b"Via", b", ".join([*before, via])))
+            items.insert(place, field_of(b"via", b"Via", b", ".join([*before, via])))
         elif via is not None:
-            items.append((b"via", b"Via", via))
+            items.append(_via_field(via))
         return Headers._of_fields(items), hops
 
     @property
     def raw(self) -> list[tuple[bytes, bytes]]:
         """Names (as they were spelt) and values, as bytes."""
-        return [(name, value) for _, name, value in self._items]
+        return [(name, value) for _, name, value, _ in self._items]
 
     @staticmethod
-    def _checked(name: str | bytes, value: str | bytes) -> tuple[bytes, bytes, bytes]:
+    def _checked(name: str | bytes, value: str | bytes) -> Field:
         raw_name = _encode(name)
         raw_value = _encode(value).strip(b" \t")
         if _NAME.fullmatch(raw_name) is None:
             raise ValueError(f"{raw_name[:64]!r} is not a header name")
         if _VALUE.fullmatch(raw_value) is None:
             raise ValueError(f"the value of {raw_name.decode('latin-1')} holds a control character")
-        return (raw_name.lower(), raw_name, raw_value)
+        return field_of(raw_name.lower(), raw_name, raw_value)
 
     def __contains__(self, name: str) -> bool:
         lowered = name.lower().encode("latin-1")
@@ -135,7 +148,7 @@ class Headers:
         return False
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        for _, name, value in self._items:
+        for _, name, value, _ in self._items:
             yield name.decode("latin-1"), value.decode("latin-1")
 
     def __len__(self) -> int:
@@ -144,7 +157,7 @@ class Headers:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Headers):
             return NotImplemented
-        return [(key, value) for key, _, value in self._items] == [(key, value) for key, _, value in other._items]
+        return [(key, value) for key, _, value, _ in self._items] == [(key, value) for key, _, value, _ in other._items]
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 

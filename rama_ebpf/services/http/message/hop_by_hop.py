@@ -6,7 +6,6 @@ from typing import Final
 
 from .errors import AmbiguousMessage, MalformedMessage
 from .fields import Field, is_token, members
-from .headers import Headers
 
 __all__ = ["HOP_BY_HOP", "end_to_end", "nominated_by"]
 
@@ -45,10 +44,10 @@ def nominated_by(values: list[bytes]) -> list[bytes]:
     return options
 
 
-def end_to_end(fields: list[Field], nominated: list[bytes]) -> Headers:
+def end_to_end(fields: list[Field], nominated: list[bytes]) -> list[Field]:
     """Return the fields that Connection does not nominate. Proxy-Authorization stays: it is for us."""
     if not _USUAL_OPTIONS.issuperset(nominated):
         fields = [field for field in fields if field[0] not in nominated or field[0] == b"proxy-authorization"]
     elif nominated:
         fields = [field for field in fields if field[0] not in _USUAL_OPTIONS]
-    return Headers._of_fields(fields)
+    return fields

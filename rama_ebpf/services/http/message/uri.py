@@ -25,6 +25,8 @@ _NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 _TARGET: Final = re.compile(r"[!-~]+")
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _AUTHORITY_END: Final = re.compile(r"[/?\\]")
+_PLAIN: Final = re.compile(r"(https?)://([0-9A-Za-z._:-]+)(/[!$&-\[\]-~]*)")
+"""An absolute URI in which nothing has to be looked for: no escape, fragment or backslash, an authority to be read."""
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 
 
@@ -81,6 +83,11 @@ def _parse_host(host: str) -> IPv4Address | str:
 def parse_target(method: str, target: str) -> Target:
     """Return the request target of a request with ``method``. Raises ValueError if it is not of a form that the
     method allows, or could be read in two ways."""
+    plain = _PLAIN.fullmatch(target)
+    if plain is not None and method != "CONNECT":  # most of what proxies are asked
+        scheme, authority, path = plain.groups()
+        parse_authority(authority, DEFAULT_PORTS[scheme])
+        return Target(TargetForm.ABSOLUTE, scheme, authority.removesuffix(":"), path)
     if _TARGET.fullmatch(target) is None:
         raise ValueError("a control character, a blank or a non-ASCII octet in the target")
     if method == "CONNECT":

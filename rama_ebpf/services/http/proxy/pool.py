@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -169,7 +170,7 @@ class ConnectionPool:
                         request.extensions.add(Upstream(connection.stream.peer, kept=True))
                         return await connection.send(request)
             if may_repeat and (kept := self._take(origin)) is not None:
-                request.extensions.add(Upstream(kept.stream.peer, kept=True))
+                request.extensions.add(kept.as_kept)
                 return await kept.send(request)
         except NoResponse:
             if not may_repeat:
@@ -181,12 +182,18 @@ class ConnectionPool:
         """Return a kept connection of HTTP/1.1 over a plain socket on which ``request``, a safe one without a body,
         can be sent at once; None if there is none. What :meth:`send` would do with it is the caller's then."""
         origin = self._known.get((target, partition))
-        if origin is None or not origin.idle or origin.h2:
+        if origin is None or origin.h2:
             return None
-        if not isinstance(origin.idle[-1].connection.stream, SocketStream) or (kept := self._take(origin)) is None:
-            return None
-        request.extensions.add(Upstream(kept.stream.peer, kept=True))
-        return kept
+        idle = origin.idle
+        while idle and isinstance(idle[-1].connection.stream, SocketStream):
+            connection = idle.pop().connection
+            self._idle_count -= 1
+            if connection.told_quiet:
+                origin.busy += 1
+                request.extensions.add(connection.as_kept)
+                return connection
+            self._in_background(connection.close())
+        return None
 
     def close(self) -> None:
         """Close what is idle; what is in use is closed after its response."""
@@ -264,17 +271,16 @@ class ConnectionPool:
             self._in_background(connection.close())
             return
         origin.busy -= 1
-        loop = asyncio.get_running_loop()
-        origin.idle.append(_Idle(connection, loop.time()))
+        origin.idle.append(_Idle(connection, time.monotonic()))
         self._idle_count += 1
         if self._sweeper is None:
-            self._sweeper = loop.call_later(limits.keep, self._sweep)
+            self._sweeper = asyncio.get_running_loop().call_later(limits.keep, self._sweep)
 
     def _sweep(self) -> None:
         """Close what was kept long enough; one timer for all, which is set while there are any."""
         self._sweeper = None
-        loop = asyncio.get_running_loop()
-        due = loop.time() - self._pool_limits.keep
+        now = time.monotonic()
+        due = now - self._pool_limits.keep
         oldest: list[float] = []
         for origin in list(self._known.values()):
             for idle in origin.idle:
@@ -285,7 +291,8 @@ class ConnectionPool:
             oldest += [min(idle.since for idle in origin.idle)] if origin.idle else []
             self._forget(origin)
         if oldest:
-            self._sweeper = loop.call_at(min(oldest) + self._pool_limits.keep, self._sweep)
+            left = min(oldest) + self._pool_limits.keep - now
+            self._sweeper = asyncio.get_running_loop().call_later(left, self._sweep)
 
     def _in_background(self, closing: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(closing)
