@@ -69,11 +69,20 @@ class PeekRouter:
         self._limit = limit
         self._undecided = SourceShare(Held.HANDSHAKES, 0) if undecided is None else undecided
         self._turn_away = TurnAway()
+        # With these first bytes nothing that follows makes a difference: no matcher takes back what it has decided.
+        self._noise = frozenset(
+            byte
+            for byte in range(256)
+            if not speaks_another_protocol(bytes((byte,)))
+            and all(matcher(bytes((byte,))) is False for matcher, _ in routes)
+        )
         self.first_bytes = FirstBytes(self._refuse_beforehand) if fallback is None else None
 
     def _refuse_beforehand(self, data: bytes) -> Refused | None:
         if not data:
             return _LEFT
+        if data[0] in self._noise:
+            return _NOISE
         for matcher, _service in self._routes:
             if matcher(data) is not False:
                 return None

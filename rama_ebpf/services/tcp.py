@@ -116,6 +116,7 @@ class TcpServer:
         self._drain = Drain()
         self._unix = listener.family == socket.AF_UNIX
         self._resets = resets_on_close(listener)
+        self._made_of = int(listener.family), int(listener.type), listener.proto
         self._loop: asyncio.AbstractEventLoop | None = None
         self._arrivals: Arrivals | None = None
         self._refusals: dict[str, _Refusals] = {}
@@ -200,9 +201,13 @@ class TcpServer:
             self._arrivals.take_turns()
 
     def _accept_waiting(self, arrivals: Arrivals, waited: bool) -> None:
+        accept = self.listener._accept  # type: ignore[attr-defined]  # what accept() is made of; typeshed has it not
+        family, kind, protocol = self._made_of
         for number in range(_ACCEPTS_PER_WAKE):
             try:
-                sock, peer = self.listener.accept()
+                # As accept() does it, which looks up family and type as enumerations each time.
+                fd, peer = accept()
+                sock = socket.socket(family, kind, protocol, fd)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -288,7 +293,8 @@ class TcpServer:
         if refusals is None:
             refusals = self._refusals[why.kind] = _Refusals()
         refusals.count += 1
-        now = asyncio.get_running_loop().time()
+        assert self._loop is not None
+        now = self._loop.time()
         if now - refusals.told_at >= _COMPLAIN_SECONDS:
             more = "" if refusals.count == 1 else f" and {refusals.count - 1} others since the last line"
             log.info("%s%s: connection refused: %s (%s)", peer, more, why.text, why.kind)
