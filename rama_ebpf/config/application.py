@@ -25,6 +25,7 @@ def application(context: WorkerContext) -> Application:
         limits=config.limits.per_source(),
         counts=context.shared.counts(),
         observe_refusal=context.observe_refusal,
+        observe_check=context.observe_check,
         secret=context.secret,
         shared=context.shared,
         resolver=resolver,

@@ -28,7 +28,8 @@ __all__ = ["BuildEnvironment", "build_stack", "check_stack"]
 @dataclass(frozen=True)
 class BuildEnvironment:
     """What the parts of stacks share. ``directory`` is where modules are looked for first; ``observe_refusal`` is told
-    what a source had too much of, which proxies (``exempt``) may have any number of."""
+    what a source had too much of, which proxies (``exempt``) may have any number of, ``observe_check`` how checks of
+    passwords end."""
 
     policy: SourceKeeper
     secret: bytes
@@ -39,6 +40,7 @@ class BuildEnvironment:
     call: Callable[[Any], Any]
     limits: SourceLimits = field(default_factory=SourceLimits)
     observe_refusal: Callable[[str], None] | None = None
+    observe_check: Callable[[str], None] | None = None
     connector: Service[Authority, Stream] | None = None
     exempt: tuple[IPv4Network | IPv6Network, ...] = ()
     counts: Counts | None = None

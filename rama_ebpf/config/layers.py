@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Final, Protocol
@@ -87,6 +87,10 @@ class Environment(Protocol):
 
     def share(self, held: Held, /) -> SourceShare:
         """Return a new count of what each source holds."""
+
+    @property
+    def observe_check(self) -> Callable[[str], None] | None:
+        """Is told how checks of passwords end."""
 
     @property
     def connector(self) -> Service[Authority, Stream] | None:

@@ -118,7 +118,7 @@ def _authenticator(environment: Environment, users: str | None) -> Authenticator
     if users is None:
         return None
     if environment.shared is not None:
-        queue = CheckQueue(share=environment.share(Held.CHECKS))
+        queue = CheckQueue(share=environment.share(Held.CHECKS), observe=environment.observe_check)
         return PasswordFile(users, queue=queue, proven=environment.shared.proven())
     file = PasswordFile(users)  # only looked at: where the operator sees it, before workers make theirs
     file.warn_of_dear_hashes()

@@ -94,7 +94,7 @@ def default_proxy(context: WorkerContext) -> Service[Stream, Any]:
     params = cast("Mapping[str, Any]", context.params)
     auth = None
     if params["users"] is not None:
-        queue = CheckQueue(share=context.share(Held.CHECKS))
+        queue = CheckQueue(share=context.share(Held.CHECKS), observe=context.observe_check)
         auth = PasswordFile(params["users"], queue=queue, proven=context.shared.proven())
     return stack(
         SourceShareLayer(context.share(Held.CONNECTIONS, params["connections_per_source"])),

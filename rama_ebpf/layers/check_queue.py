@@ -44,7 +44,8 @@ class CheckQueue:
     """Runs blocking checks in ``threads`` threads; their memory is so many times that of one check.
 
     As many checks of one source wait as ``share`` lets in, ``total`` altogether, each up to ``longest`` seconds. When
-    all room is taken, the source that has most waiting loses its newest.
+    all room is taken, the source that has most waiting loses its newest. ``observe`` is called with the outcome of each
+    check: ``right``, ``wrong``, ``busy``, or ``dropped`` where its client has left.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class CheckQueue:
         share: SourceShare | None = None,
         total: int = 1024,
         longest: float = 30.0,
+        observe: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if threads < 1 or total < 1 or longest <= 0:
@@ -63,6 +65,7 @@ class CheckQueue:
         self._share = SourceShare(Held.CHECKS) if share is None else share
         self._total = total
         self._longest = longest
+        self._observe: Final[Callable[[str], None]] = observe or (lambda _outcome: None)
         self._clock = clock
         self._clean: _Line = OrderedDict()
         self._suspect: _Line = OrderedDict()
@@ -81,9 +84,15 @@ class CheckQueue:
         self._pump()
         try:
             async with asyncio.timeout(self._longest):
-                return await wait.future
+                correct = await wait.future
         except TimeoutError:
             raise self._busy(f"not checked within {self._longest:g} s") from None
+        except asyncio.CancelledError:
+            self._observe("dropped")
+            raise
+        else:
+            self._observe("right" if correct else "wrong")
+            return correct
         finally:
             self._drop(wait)
 
@@ -102,6 +111,7 @@ class CheckQueue:
 
     def _busy(self, why: str) -> Busy:
         self.refused += 1
+        self._observe("busy")
         return Busy(f"password {why}: {self.waiting} checks wait", retry_after=2.0)
 
     def _enter(self, wait: _Wait) -> None:
@@ -109,6 +119,7 @@ class CheckQueue:
         line = self._clean.get(source) or self._suspect.get(source)
         if self._share.limit and line is not None and len(line) >= self._share.limit:
             self.refused += 1
+            self._observe("busy")
             raise self._share.refusal()
         if self.waiting >= self._total:
             self._make_room(0 if line is None else len(line), suspect=self._is_suspect(source))

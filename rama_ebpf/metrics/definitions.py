@@ -17,6 +17,7 @@ __all__ = [
     "HANDSHAKE_SECONDS",
     "LOOKUPS",
     "LOOKUP_SECONDS",
+    "PASSWORD_CHECKS",
     "RECEIVED_BYTES",
     "SENT_BYTES",
     "SOURCE_REFUSALS",
@@ -57,6 +58,9 @@ LOOKUP_SECONDS: Final = Histogram(
     "rama_lookup_duration_seconds",
     "Look-ups that were not answered from what was known, from the question to the end of the wait.",
     buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+PASSWORD_CHECKS: Final = Counter(
+    "rama_password_checks", "Passwords that had to be checked, by outcome: right, wrong, busy or dropped.", ("outcome",)
 )
 SOURCE_REFUSALS: Final = Counter(
     "rama_source_refusals", "What was refused because one source held as much of it as one may.", ("held",)

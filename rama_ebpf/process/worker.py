@@ -98,6 +98,7 @@ class _Worker:
             resolver=DnsResolver(observe=observe),
             observe_lookups=observe,
             observe_refusal=_refusal_observer(),
+            observe_check=_check_observer(),
         )
         self._application: Application | None = None
         self._confinement: Confinement | None = None
@@ -255,6 +256,18 @@ def _refusal_observer() -> Callable[[str], None] | None:
         from ..metrics.definitions import SOURCE_REFUSALS  # see there why so late
 
         SOURCE_REFUSALS.labels(held.removeprefix("source_")).inc()
+
+    return observe
+
+
+def _check_observer() -> Callable[[str], None] | None:
+    if METRICS_ENVIRONMENT not in os.environ:
+        return None
+
+    def observe(outcome: str) -> None:
+        from ..metrics.definitions import PASSWORD_CHECKS  # see there why so late
+
+        PASSWORD_CHECKS.labels(outcome).inc()
 
     return observe
 

@@ -123,6 +123,27 @@ async def test_a_check_that_nobody_waits_for_is_dropped(held: Held) -> None:
     assert (held.began, queue.waiting) == (["a"], 0)
 
 
+async def test_how_checks_end_is_told(held: Held) -> None:
+    told: list[str] = []
+    queue = CheckQueue(total=1, observe=told.append)
+    held.gate.release(2)
+    assert await queue.run("a", held.check("a"))
+    assert not await queue.run("a", held.check("a", False))
+    await begun(held)
+    await begun(held)
+    running = asyncio.create_task(queue.run("a", held.check("b")))
+    await begun(held)
+    waiting = asyncio.create_task(queue.run("b", held.check("c")))
+    await asyncio.sleep(0)
+    with pytest.raises(Busy):
+        await queue.run("b", held.check("d"))
+    for left in (running, waiting):
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+    assert told == ["right", "wrong", "busy", "dropped", "dropped"]
+
+
 async def test_no_time_is_busy_and_no_failure_of_the_client(held: Held) -> None:
     queue = CheckQueue(longest=0.01)
     with pytest.raises(Busy):
