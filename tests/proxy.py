@@ -14,7 +14,7 @@ from typing import Any
 
 from .lab import PATIENCE, Host, wait_for
 
-__all__ = ["ProxyProcess", "rama_ebpf"]
+__all__ = ["ProxyProcess", "has_ended", "rama_ebpf"]
 
 
 def rama_ebpf(*args: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
@@ -23,6 +23,15 @@ def rama_ebpf(*args: str, check: bool = True, timeout: float = 60.0) -> subproce
     if check and result.returncode != 0:
         raise AssertionError(f"rama-ebpf {' '.join(args)}: exit {result.returncode}\n{result.stdout}{result.stderr}")
     return result
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is no more, or waits for somebody to ask how it ended."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def _command_line(pid: str) -> bytes:

@@ -27,6 +27,7 @@ __all__ = ["probe", "register", "status"]
 
 _STOP_SECONDS = 60.0
 _PROBE_SECONDS = 5.0
+_DENIALS_SHOWN = 8
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -70,6 +71,7 @@ def status(instance: Instance) -> Json:
         "sockmap": state.get("sockmap"),
         "workers": state.get("workers"),
         "sandbox": state.get("sandbox"),
+        "denials": _rows(state, "denials"),
         "confirm_within": None,
         "listeners": [],
         "verdicts": [],
@@ -184,6 +186,9 @@ def _status(args: argparse.Namespace) -> int:
             print(f"THE KERNEL DOES NOT HAVE WHAT WAS ASKED FOR: {what}")
     if isinstance(sandbox := result["sandbox"], dict):
         print(_confined(sandbox, isinstance(workers, dict) and workers["serving"]))
+    for row in cast("list[Json]", result["denials"])[:_DENIALS_SHOWN]:
+        times = "once" if row["count"] == 1 else f"{row['count']} times"
+        print(f"REFUSED by the sandbox of the {row['role']}: {row['call']}(2), {times}")
     if isinstance(cookies := result["syn_cookies"], dict):
         print(f"SYN cookies by XDP: {cookies['why_never'] or 'on'}")
     if isinstance(sockmap := result["sockmap"], dict):

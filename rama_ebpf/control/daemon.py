@@ -21,6 +21,7 @@ import uvloop
 
 from ..core.address import SocketAddress
 from ..core.errors import RamaError
+from ..kernel.denials import DenialCounts
 from ..kernel.instance import ServerLock
 from ..kernel.xdp import XdpAttachment
 from ..metrics.directory import MetricsDirectory
@@ -124,6 +125,8 @@ class _Daemon(WorkerObserver):
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(MetricsDirectory())
+        self._denials = DenialCounts()
+        cleanup.callback(self._denials.close)
         self._feeds = FeedStore(options.instance.feeds_dir)
         self._egress = Egress(host.gate)
         self._killer = ConnectionKiller(self._listeners.addresses, self._own_cgroups)
@@ -168,6 +171,7 @@ class _Daemon(WorkerObserver):
                 observers=observers,
                 on_ready=self._ready,
                 on_stopping=self._stopping,
+                denials=self._denials,
             )
             if self._early:
                 self._supervisor.hang_up()
@@ -313,6 +317,10 @@ class _Daemon(WorkerObserver):
             "starting": not self._is_ready,
             "stopping": self._is_stopping,
             "problems": self._guard.problems,
+            "denials": [
+                {"role": role, "call": call, "count": count}
+                for (role, call), count in sorted(self._denials.counts().items())
+            ],
         }
 
     def _unready(self) -> dict[str, str]:
@@ -437,6 +445,7 @@ class _Daemon(WorkerObserver):
         # Imported only where it is wanted: it brings the HTTP services, a fifth of the time to start.
         from .exposition import (
             MetricsServer,
+            denials_collector,
             disagreements_collector,
             guard_collector,
             silent_rejects_collector,
@@ -446,6 +455,7 @@ class _Daemon(WorkerObserver):
 
         address = self._options.metrics.address
         collectors = [supervisor_collector(self._supervisor), guard_collector(self._guard.losses, self._unready)]
+        collectors.append(denials_collector(self._denials))
         store = self._host.store
         if isinstance(store, KernelStore):
             collectors.append(verdict_collector(Verdicts(store)))
@@ -459,6 +469,7 @@ class _Daemon(WorkerObserver):
             self._unready,
             user=self._options.user,
             adopt=self.spawned,
+            denials=self._denials,
         )
 
 

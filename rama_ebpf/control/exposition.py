@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import os
 import socket
 import stat
@@ -19,6 +20,7 @@ from msgspec import Meta
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..kernel.denials import DenialCounts
 from ..kernel.privileges import UserIds
 from ..metrics.directory import ENDED, MetricsDirectory
 from ..metrics.files import MAX_FILES, FilesSum
@@ -28,12 +30,15 @@ from ..process import Supervisor, WorkerObserver, WorkerProcess
 __all__ = [
     "MetricsFiles",
     "MetricsServer",
+    "denials_collector",
     "disagreements_collector",
     "guard_collector",
     "silent_rejects_collector",
     "supervisor_collector",
     "verdict_collector",
 ]
+
+log = logging.getLogger("rama_ebpf.metrics")
 
 Verdicts = Callable[[], Mapping[tuple[str, str, str], int]]
 
@@ -73,6 +78,19 @@ def disagreements_collector(total: Callable[[], int]) -> Collector:
     def collect() -> Iterable[Metric]:
         text = "Times that the policy in the kernel was not what it was to be."
         yield CounterMetricFamily("rama_ebpf_gate_disagreements", text, value=total())
+
+    return _Collector(collect)
+
+
+def denials_collector(denials: DenialCounts) -> Collector:
+    """Collect ``rama_ebpf_sandbox_denials_total``."""
+
+    def collect() -> Iterable[Metric]:
+        text = "System calls that a sandbox refused."
+        family = CounterMetricFamily("rama_ebpf_sandbox_denials", text, labels=("role", "call"))
+        for labels, count in sorted(denials.counts().items()):
+            family.add_metric(labels, count)
+        yield family
 
     return _Collector(collect)
 
@@ -122,14 +140,15 @@ class MetricsFiles(WorkerObserver):
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
     ask: bool
     added: Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=MAX_FILES)]
+    listener: Annotated[int, Meta(ge=0, le=2**20)] | None = None
 
 
 class MetricsServer:
     """Has ``/metrics`` served on ``listener``: what the workers write to ``directory``, and what ``collectors`` add.
     And ``/ready``: 200, or 503 with a line for each thing that ``unready`` names.
 
-    That is done by a child (:mod:`.metrics_child`), which becomes ``user``; ``adopt`` is told its process id. Here
-    files are only opened, and requests have a schema.
+    That is done by a child (:mod:`.metrics_child`), which becomes ``user``; ``adopt`` is told its process id, and
+    ``denials`` counts what its sandbox refuses. Here files are only opened, and requests have a schema.
     """
 
     def __init__(
@@ -141,7 +160,9 @@ class MetricsServer:
         *,
         user: UserIds | None = None,
         adopt: Callable[[int], None] = lambda pid: None,
+        denials: DenialCounts | None = None,
     ) -> None:
+        self._denials = denials
         self._listener = listener
         self._directory = directory.path
         self._collectors = tuple(collectors)
@@ -169,7 +190,7 @@ class MetricsServer:
                     readable.clear()
                     with contextlib.suppress(BlockingIOError):
                         while data := ours.recv(PACKET_BYTES):
-                            await asyncio.to_thread(self._answer, ours, data)
+                            await asyncio.to_thread(self._answer, ours, data, process.pid)
                         raise RuntimeError("the process that serves metrics has ended")
             finally:
                 loop.remove_reader(ours.fileno())
@@ -196,12 +217,17 @@ class MetricsServer:
             process_group=0,  # a terminal's Ctrl-C is for us alone
         )
 
-    def _answer(self, channel: socket.socket, data: bytes) -> None:
+    def _answer(self, channel: socket.socket, data: bytes, pid: int) -> None:
         """In a thread: remove what was added up, and pass what is to be. Raises RuntimeError."""
         try:
             request = msgspec.json.decode(data, type=_Request)
         except msgspec.DecodeError as error:
             raise RuntimeError(f"the process that serves metrics breaks its protocol: {error}") from error
+        if request.listener is not None and self._denials is not None:
+            try:
+                self._denials.follow("metrics", pid, request.listener)
+            except OSError as error:
+                log.warning("what the sandbox of the process that serves metrics refuses is not counted: %s", error)
         for name in self._offered.intersection(request.added):
             with contextlib.suppress(OSError):  # a directory, which stays until the end
                 self._directory.joinpath(name).unlink()

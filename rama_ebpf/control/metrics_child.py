@@ -28,7 +28,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from ..core.service import stack
-from ..kernel.confine import confine
+from ..kernel.confine import NO_NETWORK, Confinement, confine
 from ..kernel.privileges import UserIds, die_with_parent, drop_privileges, give_up_capabilities
 from ..layers.concurrency import ConcurrencyLimitLayer
 from ..layers.timeout import TimeoutLayer
@@ -37,7 +37,7 @@ from ..metrics.handover import FILES_AT_ONCE, OWN, PACKET_BYTES
 from ..services.http import Body, Headers, HttpServer, Request, Response
 from ..services.tcp import TcpServer
 
-__all__: list[str] = []
+__all__ = ["enter_sandbox"]
 
 log = logging.getLogger("rama_ebpf.metrics")
 
@@ -141,6 +141,14 @@ async def _serve(listener: socket.socket, scraper: _Scraper) -> None:
     await asyncio.Event().wait()  # until it is killed
 
 
+def enter_sandbox() -> Confinement:
+    """Leave this process what serving on an open socket takes: no other files, no network. It has no privileges."""
+    confinement = confine(closed=NO_NETWORK, listener=True)
+    if confinement.missing:
+        log.warning("no whole sandbox: %s", "; ".join(confinement.missing))
+    return confinement
+
+
 def main() -> None:
     channel, listener = (socket.socket(fileno=int(text)) for text in sys.argv[1:3])
     uid, gid, parent = map(int, sys.argv[3:6])
@@ -162,9 +170,11 @@ def main() -> None:
     die_with_parent()
     if os.getppid() != parent:
         return  # it ended before we asked to be told
-    confinement = confine()
-    if confinement.missing:
-        log.warning("no whole sandbox: %s", "; ".join(confinement.missing))
+    confinement = enter_sandbox()
+    if confinement.listener is not None:
+        channel.send(json.dumps({"ask": False, "added": [], "listener": confinement.listener}).encode())
+        channel.recv(PACKET_BYTES)  # the server has it
+        os.close(confinement.listener)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(listener, _Scraper(channel)))
 

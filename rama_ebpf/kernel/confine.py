@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Final
 
 from . import landlock
+from .landlock import NOTHING, Network
 from .seccomp import SeccompUnavailable, keep_system_calls, load_library
 
-__all__ = ["Confinement", "confine"]
+__all__ = ["NO_NETWORK", "Confinement", "Network", "confine"]
+
+NO_NETWORK: Final = Network.BIND | Network.CONNECT
 
 _PACKAGE: Final = Path(__file__).resolve().parent.parent
 _READ: Final = (
@@ -32,36 +35,44 @@ _ROOT: Final = Path("/")
 @dataclass(frozen=True, slots=True)
 class Confinement:
     """What is in force: whether system calls are filtered, and by which ABI of Landlock files are (0: they are not).
-    ``missing`` says why, for each that is not."""
+    ``missing`` says why, for each that is not. ``listener`` is a descriptor for :class:`.denials.DenialCounts`, to be
+    closed when that was told of it."""
 
     seccomp: bool
     landlock: int
     missing: tuple[str, ...] = ()
+    listener: int | None = None
 
 
-def confine(read: Iterable[Path] = (), write: Iterable[Path] = ()) -> Confinement:
+def confine(
+    read: Iterable[Path] = (), write: Iterable[Path] = (), *, closed: Network = NOTHING, listener: bool = False
+) -> Confinement:
     """Leave this process for good only what serving takes, as far as the host can do that.
 
     Files may be opened where this Python, libc and OpenSSL have theirs, and beneath ``read``; changed beneath
-    ``write``. Needs no_new_privs, and that no other thread has been started.
+    ``write``. ``closed`` is for who needs no network, or no listening sockets: with all of it closed there are no
+    sockets but Unix ones, besides those that are open. ``listener`` asks for one. Needs no_new_privs, and that no other
+    thread has been started.
     """
     missing: list[str] = []
-    version, filtered = 0, False
+    version, filtered, told = 0, False, None
     with contextlib.suppress(SeccompUnavailable):  # asked for again below, where it is said
         load_library()
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         missing.append(f"files are not restricted: {threads - 1} other threads were started before")
     else:
         try:
-            version = landlock.restrict([*_python(), *map(_reachable, read)], [*_WRITE, *map(_reachable, write)])
+            version = landlock.restrict(
+                [*_python(), *map(_reachable, read)], [*_WRITE, *map(_reachable, write)], closed
+            )
         except (landlock.LandlockUnavailable, OSError) as error:
             missing.append(str(error))
     try:
-        keep_system_calls()
+        told = keep_system_calls(network=closed != NO_NETWORK, listener=listener)
         filtered = True
     except SeccompUnavailable as error:
         missing.append(str(error))
-    return Confinement(filtered, version, tuple(missing))
+    return Confinement(filtered, version, tuple(missing), told)
 
 
 def _reachable(path: Path) -> Path:

@@ -7,6 +7,7 @@ of what is open already. Reference: landlock(7); ``Documentation/userspace-api/l
 from __future__ import annotations
 
 import ctypes
+import enum
 import errno
 import os
 import stat
@@ -17,7 +18,7 @@ from typing import Final
 
 from ..core.errors import RamaError
 
-__all__ = ["LandlockUnavailable", "abi", "restrict"]
+__all__ = ["NOTHING", "LandlockUnavailable", "Network", "abi", "restrict"]
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # on every architecture
 _VERSION: Final = 1
@@ -36,6 +37,7 @@ _LAST_RIGHT: Final = {1: 12, 2: 13, 3: 14, 4: 14}
 _LAST_RIGHT_KNOWN: Final = 15
 _SCOPES: Final = 1 << 0 | 1 << 1  # abstract Unix sockets, signals
 _FIRST_WITH_SCOPES: Final = 6
+_FIRST_WITH_NETWORK: Final = 4
 
 _ON_FILES: Final = _WRITE_FILE | _READ_FILE | _TRUNCATE | 1 << 0 | 1 << 15
 """The rights that a rule for something that is no directory may give."""
@@ -44,6 +46,16 @@ _MAKE: Final = _MAKE_DIR | _MAKE_REG | _MAKE_SOCK
 _CHANGE: Final = _READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE | _REFER | _TRUNCATE
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Network(enum.Flag):
+    """What may be done with TCP sockets; their values are the kernel's."""
+
+    BIND = 1
+    CONNECT = 2
+
+
+NOTHING: Final = Network(0)
 
 
 class LandlockUnavailable(RamaError):
@@ -57,10 +69,10 @@ def abi() -> int:
     return max(0, int(_libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)))
 
 
-def restrict(read: Iterable[Path], write: Iterable[Path] = ()) -> int:
+def restrict(read: Iterable[Path], write: Iterable[Path] = (), closed: Network = NOTHING) -> int:
     """Let this thread, and those it starts, open from now on only files beneath ``read``, and change and make them only
-    beneath ``write``. Execute nothing. From ABI 6 on signals reach no process outside, and neither do connections to
-    abstract Unix sockets.
+    beneath ``write``. Execute nothing. From ABI 4 on nothing that is ``closed`` is done with TCP sockets. From ABI 6 on
+    signals reach no process outside, and neither do connections to abstract Unix sockets.
 
     Paths that are not there are left out; one that is a link stands for where it leads. Returns the kernel's
     :func:`abi`. Needs no_new_privs. Raises :class:`LandlockUnavailable` or OSError.
@@ -73,7 +85,9 @@ def restrict(read: Iterable[Path], write: Iterable[Path] = ()) -> int:
         )
         raise LandlockUnavailable(f"the kernel takes no file rules: Landlock {why}")
     handled = (2 << _LAST_RIGHT.get(version, _LAST_RIGHT_KNOWN)) - 1
-    attributes = _RULESET.pack(handled, 0, _SCOPES if version >= _FIRST_WITH_SCOPES else 0)
+    attributes = _RULESET.pack(
+        handled, closed.value if version >= _FIRST_WITH_NETWORK else 0, _SCOPES if version >= _FIRST_WITH_SCOPES else 0
+    )
     size = _SIZES.get(version, _RULESET.size)
     ruleset = _call(_CREATE_RULESET, attributes[:size], ctypes.c_size_t(size), 0)
     try:

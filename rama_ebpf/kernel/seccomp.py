@@ -1,7 +1,8 @@
 """Leaving a process only the system calls that a service of a proxy makes.
 
 The filter stays over ``fork`` and ``execve``, and nobody can take it off (seccomp(2), seccomp_rule_add(3)). Refused
-calls fail, they do not kill: a library that tries one falls back. The kernel's audit log names each (``seccomp``
+calls fail, they do not kill: a library that tries one falls back. Who supervises the process may be asked for each
+call that no service should want (:mod:`.denials`), and counts it; the kernel's audit log names the others (``seccomp``
 records, where ``/proc/sys/kernel/seccomp/actions_logged`` has ``errno`` and audit runs).
 
 :mod:`.system_calls` has the lists.
@@ -9,18 +10,21 @@ records, where ``/proc/sys/kernel/seccomp/actions_logged`` has ``errno`` and aud
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 
 from ..core.errors import RamaError
 from .system_calls import ALLOWED, REFUSED
 
-__all__ = ["SeccompUnavailable", "keep_system_calls", "load_library"]
+__all__ = ["FAMILIES", "SeccompUnavailable", "call_name", "keep_system_calls", "load_library"]
 
-_FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+"""Of sockets that there may be."""
+_LISTENER: Final = "anon_inode:seccomp notify"
 _TYPES: Final = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
 _LAST_FAMILY: Final = 64
 _SOCKET_TYPE_MASK: Final = 0xF
@@ -54,8 +58,20 @@ def load_library() -> Any:
     return pyseccomp
 
 
-def keep_system_calls() -> None:
+def call_name(number: int) -> str:
+    """Return the name of a system call of this architecture, or its number where nobody knows it."""
+    try:
+        seccomp = load_library()
+        return str(seccomp.resolve_syscall(seccomp.Arch.NATIVE, number), "ascii")
+    except (SeccompUnavailable, ValueError):
+        return str(number)
+
+
+def keep_system_calls(*, network: bool = True, listener: bool = False) -> int | None:
     """Set the filter for all threads of this process. Raises :class:`SeccompUnavailable`.
+
+    Without ``network`` no sockets but Unix ones may be made. With ``listener`` the descriptor is returned of which
+    :class:`.denials.DenialCounts` is to be told, and which is to be closed then; None where the kernel gives none.
 
     Calls that are neither allowed nor known to be refused do not exist (ENOSYS), so that libraries take older ones. Of
     those that are allowed, signals may be sent to this very process only, threads started but no processes and no
@@ -63,19 +79,39 @@ def keep_system_calls() -> None:
     leaves a process.
     """
     seccomp = load_library()
+    if listener:
+        # Another filter over us may have one already, and old kernels know none.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            _rules(seccomp, seccomp.NOTIFY, network).load()
+            return _listener()
     try:
-        rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.ENOSYS))
-        rules.set_attr(seccomp.Attr.CTL_TSYNC, 1)
-        rules.set_attr(seccomp.Attr.CTL_LOG, 1)
-        rules.set_attr(seccomp.Attr.CTL_OPTIMIZE, 2)
-        for name in sorted(ALLOWED):
-            _add(rules, seccomp.ALLOW, name)
-        for name in REFUSED:
-            _add(rules, seccomp.ERRNO(errno.EPERM), name)
-        _judge_arguments(rules, seccomp)
-        rules.load()
+        _rules(seccomp, seccomp.ERRNO(errno.EPERM), network).load()
     except (OSError, ValueError, RuntimeError) as error:
         raise SeccompUnavailable(f"the kernel takes no seccomp filter: {error}") from error
+    return None
+
+
+def _listener() -> int | None:
+    """The descriptor that came with the filter."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing
+            if os.readlink(f"/proc/self/fd/{name}") == _LISTENER:
+                return int(name)
+    return None
+
+
+def _rules(seccomp: Any, refuse: int, network: bool) -> Any:
+    rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.ENOSYS))
+    rules.set_attr(seccomp.Attr.CTL_TSYNC, 1)
+    rules.set_attr(seccomp.Attr.CTL_LOG, 1)
+    rules.set_attr(seccomp.Attr.CTL_OPTIMIZE, 2)
+    for name in sorted(ALLOWED):
+        _add(rules, seccomp.ALLOW, name)
+    for name in REFUSED:
+        _add(rules, refuse, name)
+    _judge_arguments(rules, seccomp, refuse)
+    _judge_sockets(rules, seccomp, refuse, FAMILIES if network else (socket.AF_UNIX,))
+    return rules
 
 
 def _add(rules: Any, action: int, name: str, *arguments: Any) -> None:
@@ -85,9 +121,8 @@ def _add(rules: Any, action: int, name: str, *arguments: Any) -> None:
         return  # a call that this libseccomp, or this architecture, does not know: it stays what is not there
 
 
-def _judge_arguments(rules: Any, seccomp: Any) -> None:
+def _judge_arguments(rules: Any, seccomp: Any, refuse: int) -> None:
     """The calls that are allowed with some arguments only. The rules of one call exclude each other."""
-    refuse = seccomp.ERRNO(errno.EPERM)
 
     def one_of(name: str, index: int, values: Iterable[int]) -> None:
         for value in values:
@@ -105,21 +140,22 @@ def _judge_arguments(rules: Any, seccomp: Any) -> None:
     only("prlimit64", 0, 0)
     one_of("ioctl", 1, _REQUESTS)
     one_of("prctl", 0, _PRCTLS)
-    _judge_sockets(rules, seccomp)
     for command in range(_LAST_BPF_COMMAND + 1):
         action = seccomp.ALLOW if command in _BPF_ON_MAPS else refuse
         _add(rules, action, "bpf", seccomp.Arg(0, seccomp.EQ, command))
     _add(rules, refuse, "bpf", seccomp.Arg(0, seccomp.GT, _LAST_BPF_COMMAND))
 
 
-def _judge_sockets(rules: Any, seccomp: Any) -> None:
-    other_family = seccomp.ERRNO(errno.EAFNOSUPPORT)  # as where there is none: getaddrinfo(3) goes on without netlink
+def _judge_sockets(rules: Any, seccomp: Any, refuse: int, families: Collection[int]) -> None:
+    none_such = seccomp.ERRNO(errno.EAFNOSUPPORT)
     for family in range(_LAST_FAMILY + 1):
         this = seccomp.Arg(0, seccomp.EQ, family)
-        if family not in _FAMILIES:
-            _add(rules, other_family, "socket", this)
+        if family not in families:
+            # getaddrinfo(3) asks for netlink at each look-up, and goes on without.
+            plain = family == socket.AF_NETLINK or refuse == seccomp.ERRNO(errno.EPERM)
+            _add(rules, none_such if plain else refuse, "socket", this)
             continue
         for kind in range(_SOCKET_TYPE_MASK + 1):
-            action = seccomp.ALLOW if kind in _TYPES else seccomp.ERRNO(errno.EPERM)
+            action = seccomp.ALLOW if kind in _TYPES else refuse
             _add(rules, action, "socket", this, seccomp.Arg(1, seccomp.MASKED_EQ, _SOCKET_TYPE_MASK, kind))
-    _add(rules, other_family, "socket", seccomp.Arg(0, seccomp.GT, _LAST_FAMILY))
+    _add(rules, none_such, "socket", seccomp.Arg(0, seccomp.GT, _LAST_FAMILY))

@@ -36,7 +36,7 @@ def enter(sandbox: Sandbox, read: Iterable[str] = (), write: Iterable[str] = ())
     ``write`` changed. Raises :class:`SandboxUnavailable` where it is required and cannot be."""
     if sandbox is Sandbox.OFF:
         return Confinement(seccomp=False, landlock=0)
-    confinement = confine(map(Path, read), map(Path, write))
+    confinement = confine(map(Path, read), map(Path, write), listener=True)
     if confinement.missing:
         why = "; ".join(confinement.missing)
         if sandbox is Sandbox.REQUIRED:

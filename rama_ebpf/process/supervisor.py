@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from ..core.errors import PeerClosed, RamaError
+from ..kernel.denials import DenialCounts
 from .channel import RequestFailed
 from .generation import Generation
 from .nursery import Nursery
@@ -74,6 +75,7 @@ class Supervisor:
 
     ``prepare`` makes the revision for SIGHUP; if it raises a RamaError, or the new workers do not come up, the old
     ones serve on. ``observers`` are told of workers. ``on_ready`` is called once when all workers serve.
+    ``denials`` counts what their sandboxes refuse.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Supervisor:
         observers: Sequence[WorkerObserver] = (),
         on_ready: Callable[[], None] = lambda: None,
         on_stopping: Callable[[], None] = lambda: None,
+        denials: DenialCounts | None = None,
     ) -> None:
         self.nursery = nursery
         self.reloads = 0
@@ -98,7 +101,7 @@ class Supervisor:
         self._cutting: asyncio.Future[None] = loop.create_future()
         self._hangup = asyncio.Event()
         # Room for a few earlier configurations that still drain.
-        self._factory = WorkerFactory(max(8, 4 * revision.plan.workers), observers, nursery)
+        self._factory = WorkerFactory(max(8, 4 * revision.plan.workers), observers, nursery, denials)
         self._generations: list[Generation] = []
         self._in_force: Generation | None = None
         self._silent: set[WorkerProcess] = set()

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import uvloop
@@ -142,7 +143,8 @@ class _Worker:
                 self._servers.append(self._server(row["name"], socket.socket(fileno=fd), application))
         background = {asyncio.create_task(self._listen()), asyncio.create_task(self._heartbeat())}
         assert self._confinement is not None
-        self._channel.notify("ready", {"seccomp": self._confinement.seccomp, "landlock": self._confinement.landlock})
+        told = {name: getattr(self._confinement, name) for name in ("seccomp", "landlock", "listener")}
+        self._channel.notify("ready", told)
         await self._stop.wait()
         await self._close_listeners()
         started = time.monotonic()
@@ -176,6 +178,11 @@ class _Worker:
     def _open(self, _body: Mapping[str, object]) -> None:
         """The revision that we belong to is in force."""
         assert self._stop is not None
+        assert self._confinement is not None
+        if self._confinement.listener is not None:
+            # The server has it. Who had it here, and the ioctl(2) for it, could allow himself what is refused.
+            os.close(self._confinement.listener)
+            self._confinement = replace(self._confinement, listener=None)
         if not self._stop.is_set():
             for server in self._servers:
                 server.start()

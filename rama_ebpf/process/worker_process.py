@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from ..core.errors import RamaError
 from ..kernel.confine import Confinement
+from ..kernel.denials import DenialCounts
 from .channel import Channel
 from .nursery import Nursery
 from .plan import Json, Plan
@@ -53,6 +54,7 @@ class _Drained(msgspec.Struct, forbid_unknown_fields=True):
 class _Ready(msgspec.Struct, forbid_unknown_fields=True):
     seccomp: bool = False
     landlock: Annotated[int, Meta(ge=0, le=1000)] = 0
+    listener: Annotated[int, Meta(ge=0, le=2**20)] | None = None
 
 
 class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
@@ -144,9 +146,16 @@ class WorkerObserver:
 class WorkerFactory:
     """Makes worker processes, at most ``columns`` at once, and looks after them until they have ended."""
 
-    def __init__(self, columns: int, observers: Sequence[WorkerObserver], nursery: Nursery) -> None:
+    def __init__(
+        self,
+        columns: int,
+        observers: Sequence[WorkerObserver],
+        nursery: Nursery,
+        denials: DenialCounts | None = None,
+    ) -> None:
         self.observers = observers
         self._nursery = nursery
+        self._denials = denials
         self._secret = secrets.token_bytes(32)
         self._columns = columns
         self._shared_fd = SharedTable.create(columns)
@@ -267,6 +276,11 @@ class WorkerFactory:
         if worker.ready.done():
             raise ValueError("ready twice")
         worker.confinement = Confinement(body.seccomp, body.landlock)
+        if body.listener is not None and self._denials is not None:
+            try:
+                self._denials.follow("worker", worker.pid, body.listener)
+            except OSError as error:
+                log.warning("what the sandbox of worker %d refuses is not counted: %s", worker.number, error)
         worker.started = time.monotonic()
         worker.ready.set_result(None)
         log.debug("worker %d serves (pid %d)", worker.number, worker.pid)
