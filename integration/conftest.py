@@ -1,21 +1,21 @@
 """The fixtures of the suites are the end-to-end scenarios' too."""
 
 from tests.conftest import (
-    _no_stale_labs,
     _nothing_is_left,
     _state_of_our_own,
     instance,
     lab,
+    pytest_sessionstart,
     pytest_xdist_make_scheduler,
     start_proxy,
 )
 
 __all__ = [
-    "_no_stale_labs",
     "_nothing_is_left",
     "_state_of_our_own",
     "instance",
     "lab",
+    "pytest_sessionstart",
     "pytest_xdist_make_scheduler",
     "start_proxy",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from rama_ebpf.kernel import cgroup
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.loader import unload
 
-from .lab import PREFIX, Host, Lab, remove_stale, wait_for
+from .lab import Host, Lab, temporary_directory, wait_for
+from .leftovers import left_of, sweep
 from .proxy import ProxyProcess
 
 _numbers = itertools.count()
@@ -39,20 +38,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Any:
     return _ByModule(config, log)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _no_stale_labs() -> None:
-    if os.geteuid() == 0:
-        remove_stale()
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Remove what runs that were killed left behind: once a run, before its processes begin."""
+    if os.geteuid() == 0 and not hasattr(session.config, "workerinput"):
+        swept = sweep()
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if swept and reporter is not None:
+            reporter.write_line(f"removed what killed runs left: {', '.join(map(str, swept))}")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _state_of_our_own() -> Iterator[None]:
     """Journals, bans and copies of feeds go to a directory of this run, also those of the processes it starts, some of
     which are not root's."""
-    with tempfile.TemporaryDirectory(prefix="rama-ebpf-state-") as directory:
-        Path(directory).chmod(0o1777)
+    with temporary_directory() as directory:
+        directory.chmod(0o1777)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RAMA_EBPF_STATE_DIR", directory)
+            patch.setenv("RAMA_EBPF_STATE_DIR", str(directory))
             yield
 
 
@@ -65,11 +67,7 @@ def _nothing_is_left() -> Iterator[None]:
     yield
     if os.geteuid() != 0:
         return
-    ours = f"test-{os.getpid()}-*"
-    left = [*Path("/sys/fs/bpf/rama-ebpf").glob(ours), *Path("/run/rama-ebpf").glob(ours)]
-    with contextlib.suppress(cgroup.CgroupUnavailable):
-        left += cgroup.own_cgroup().glob(f"rama-ebpf-{ours}")
-    left += Path("/run/netns").glob(f"{PREFIX}-{os.getpid()}-*")
+    left = left_of(os.getpid())
     assert not left, f"left behind: {', '.join(map(str, left))}"
     # A test of another process may have some just now.
     wait_for(lambda: not _foreign_pins(), timeout=60, what="the end of pins of another user")

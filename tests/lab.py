@@ -1,7 +1,7 @@
 """A laboratory of network namespaces: real hosts on real (virtual) wires, made and removed by the test.
 
 Addresses are from 198.18.0.0/15 (RFC 2544) and 2001:db8::/32 only. Names carry this process's id, so that runs beside
-each other do not meet, and :func:`remove_stale` removes what a killed run left behind.
+each other do not meet, and :mod:`.leftovers` removes what a killed run left behind.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import ctypes
 import fcntl
 import itertools
 import os
-import re
 import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +26,13 @@ from typing import TypeVar
 __all__ = [
     "PATIENCE",
     "PREFIX",
+    "TEMPORARY",
     "Capture",
     "Host",
     "Lab",
     "Segment",
-    "remove_stale",
     "set_ethtool",
+    "temporary_directory",
     "wait_for",
 ]
 
@@ -42,6 +43,8 @@ PATIENCE = float(os.environ.get("RAMA_EBPF_PATIENCE", "1"))
 
 PREFIX = "ramalab"
 """What the names of namespaces begin with; this process's id follows."""
+TEMPORARY = "rama-ebpf-run-"
+"""What the names of directories in /tmp begin with that are not pytest's."""
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count()
@@ -59,16 +62,22 @@ def wait_for(condition: Callable[[], T], *, timeout: float = 10.0, what: str = "
         time.sleep(0.02)
 
 
+@contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """A directory that unprivileged workers can reach, which pytest's cannot. It is locked as long as its maker lives:
+    its id would say nothing to a process of another PID namespace."""
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as made:
+        held = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_SH)
+            os.chmod(made, 0o755)
+            yield Path(made)
+        finally:
+            os.close(held)
+
+
 def _ip(*args: str) -> None:
     subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
-
-
-def remove_stale() -> None:
-    """Delete namespaces of earlier runs whose process is gone."""
-    listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout
-    for name in re.findall(rf"^({PREFIX}-(\d+)-\S+)", listed, flags=re.M):
-        if not Path(f"/proc/{name[1]}").exists():
-            subprocess.run(["ip", "netns", "delete", name[0]], check=False, capture_output=True)
 
 
 @dataclass

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rama_ebpf.kernel import cgroup
-from tests import lab
 from tests.lab import wait_for
+from tests.leftovers import sweep
 
 from ..require import SCRATCH, require
 from .daemon import remove_stale
@@ -63,7 +63,7 @@ def test_killed_suite_takes_its_daemon_along_and_the_host_stays_as_it_was() -> N
 
     name = f"rama-ebpf-docker-{suite.pid}"
     assert (SCRATCH / name).is_dir()
-    lab.remove_stale()
+    sweep()
     remove_stale()
     assert not (SCRATCH / name).exists()
     assert not (cgroup.cgroup2_mount() / name).exists()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ..lab import Host, Lab
+from ..lab import Host, Lab, temporary_directory
 from ..proxy import ProxyProcess
 from ..tls.pki import Authority
 
@@ -26,9 +24,8 @@ RunExample = Callable[..., ProxyProcess]
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """A directory that unprivileged workers can reach, which tmp_path is not."""
-    with tempfile.TemporaryDirectory(prefix="rama-ebpf-example-") as made:
-        os.chmod(made, 0o755)
-        yield Path(made)
+    with temporary_directory() as made:
+        yield made
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from rama_ebpf.kernel import abi
 from rama_ebpf.kernel.instance import Instance
 
 from ..conftest import StartProxy
-from ..lab import PATIENCE, Host, Lab, Segment, wait_for
+from ..lab import PATIENCE, Host, Lab, Segment, temporary_directory, wait_for
 from ..proxy import ProxyProcess, rama_ebpf
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
@@ -324,9 +323,9 @@ def test_commands_without_a_server_say_so() -> None:
 
 def test_run_directory_that_somebody_else_made_is_refused(lab: Lab) -> None:
     # As without XDG_RUNTIME_DIR, below a directory that anybody can write to.
-    with tempfile.TemporaryDirectory(prefix="rama-ebpf-shared-") as shared:
-        Path(shared).chmod(0o777)
-        planted = Path(shared) / "rama-ebpf"
+    with temporary_directory() as shared:
+        shared.chmod(0o777)
+        planted = shared / "rama-ebpf"
         planted.mkdir()
         planted.chmod(0o777)
         result = lab.host("proxy").run(

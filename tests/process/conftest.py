@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ..lab import temporary_directory
 
 
 @dataclass
@@ -114,8 +114,7 @@ async def supervise() -> AsyncIterator[Start]:
     """Start a supervisor: ``await supervise("talk", workers=2, …)`` with the fields of a Plan."""
     async with contextlib.AsyncExitStack() as cleanup:
         # Not tmp_path: unprivileged workers must be able to reach it.
-        parent = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="rama-ebpf-test-"))
-        os.chmod(parent, 0o755)
+        parent = cleanup.enter_context(temporary_directory())
 
         async def start(application: str = "talk", **options: Any) -> Supervised:
             options["target"] = f"tests.process.applications:{application}"
@@ -124,12 +123,12 @@ async def supervise() -> AsyncIterator[Start]:
                     sys.executable,
                     "-m",
                     "tests.process.supervise",
-                    json.dumps({"workers": 2, "parent": parent, **options}),
+                    json.dumps({"workers": 2, "parent": str(parent), **options}),
                 ),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )
-            running = Supervised(process, Path(parent))
+            running = Supervised(process, parent)
             reading = asyncio.create_task(running.read_log())
             cleanup.push_async_callback(asyncio.wait, [reading])
             cleanup.push_async_callback(running.stop)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from rama_ebpf.kernel import landlock
 from rama_ebpf.kernel.instance import Instance
 
 from ..conftest import StartProxy
-from ..lab import Lab
+from ..lab import Lab, temporary_directory
 
 PORT = 1080
 
@@ -165,9 +164,8 @@ async def service(stream):
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A directory that every user can reach: pytest's own are root's."""
-    with tempfile.TemporaryDirectory(prefix="rama-ebpf-test-") as directory:
-        Path(directory).chmod(0o755)
-        yield Path(directory)
+    with temporary_directory() as made:
+        yield made
 
 
 REFUSALS = {"EPERM", "EACCES", "ENOSYS", "EAFNOSUPPORT", "EPROTONOSUPPORT"}

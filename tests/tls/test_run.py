@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import StartProxy
-from ..lab import Host, Lab, wait_for
+from ..lab import Host, Lab, temporary_directory, wait_for
 from ..proxy import ProxyProcess, rama_ebpf
 from .pki import Authority
 
@@ -54,9 +52,8 @@ Curl = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """A directory that unprivileged workers can reach, which tmp_path is not."""
-    with tempfile.TemporaryDirectory(prefix="rama-ebpf-tls-") as made:
-        os.chmod(made, 0o755)
-        yield Path(made)
+    with temporary_directory() as made:
+        yield made
 
 
 @pytest.fixture
