@@ -45,6 +45,12 @@ async def pair() -> AsyncIterator[Pair]:
         await stream.close()
 
 
+async def begun() -> None:
+    """Let the tasks that were made begin: each tries once, and then waits for the poller."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
 async def test_peek_consumes_nothing_and_unread_goes_in_front(pair: Pair) -> None:
     await pair.send(b"abcdef")
     assert (await pair.stream.peek(6)) == b"abcdef"
@@ -107,8 +113,7 @@ async def test_any_number_of_chunks_arrives_whole_and_in_order(pair: Pair) -> No
 async def test_write_waits_for_a_peer_that_does_not_read(pair: Pair) -> None:
     data = random.Random(4).randbytes(64_000_000)  # no socket buffer holds it
     writing = asyncio.create_task(pair.stream.write(data))
-    for _ in range(20):
-        await asyncio.sleep(0.01)
+    await begun()
     assert not writing.done()
     assert await pair.receive(len(data)) == data
     await writing
@@ -149,7 +154,7 @@ async def test_abort_resets_the_connection(pair: Pair) -> None:
 async def test_who_waits_when_the_stream_is_closed_is_told(pair: Pair, how: str) -> None:
     reading = asyncio.create_task(pair.stream.read())
     writing = asyncio.create_task(pair.stream.write(bytes(64_000_000)))
-    await asyncio.sleep(0.05)
+    await begun()
     if how == "close":
         await pair.stream.close()
     else:
@@ -164,7 +169,7 @@ async def test_who_waits_when_the_stream_is_closed_is_told(pair: Pair, how: str)
 async def test_a_second_reader_or_writer_is_refused_and_takes_no_byte(pair: Pair) -> None:
     reading = asyncio.create_task(pair.stream.read(3))
     writing = asyncio.create_task(pair.stream.write(bytes(64_000_000)))
-    await asyncio.sleep(0.05)
+    await begun()
     pair.peer.send(b"abc")
     with pytest.raises(RuntimeError, match="two tasks read"):  # though there is something to read by now
         await pair.stream.read(3)
@@ -262,7 +267,7 @@ async def test_splice_from_waits_for_a_peer_that_does_not_read(pair: Pair) -> No
 
 async def test_the_end_of_the_stream_is_read_as_often_as_it_is_asked_for(pair: Pair) -> None:
     reading = asyncio.create_task(pair.stream.read())
-    await asyncio.sleep(0.01)  # so that the poller watches the socket
+    await begun()
     await pair.send(b"last")
     assert await reading == b"last"
     pair.peer.shutdown(socket.SHUT_WR)
@@ -273,7 +278,7 @@ async def test_the_end_of_the_stream_is_read_as_often_as_it_is_asked_for(pair: P
 async def test_bytes_behind_an_urgent_mark_are_read_though_no_new_ones_come(pair: Pair) -> None:
     """A read ends at the mark (tcp(7)), which looks like "that was all"."""
     reading = asyncio.create_task(pair.stream.read())
-    await asyncio.sleep(0.01)
+    await begun()
     await pair.send(b"first")
     assert await reading == b"first"
     pair.peer.send(b"before!", socket.MSG_OOB)
@@ -297,7 +302,7 @@ async def test_a_stream_that_the_kernel_does_not_watch_goes_on_all_the_same(
 
     monkeypatch.setattr(Poller.current(), "add", refuse)
     reading = asyncio.create_task(pair.stream.read_exactly(4))
-    await asyncio.sleep(0.01)
+    await begun()
     await pair.send(b"ping")
     assert await reading == b"ping"
     writing = asyncio.create_task(pair.stream.write(b"x" * (32 << 20)))

@@ -94,8 +94,15 @@ async def test_request_becomes_http_2_and_the_response_http_1(run: Run, pool_of:
 
 
 async def test_requests_share_a_connection(run: Run, pool_of: MakePool) -> None:
+    begun: set[str] = set()
+    all_begun = asyncio.Event()
+
     async def app(request: Request) -> Response:
-        await asyncio.sleep(0.05)
+        begun.add(request.path)
+        if len(begun) == 51:
+            all_begun.set()
+        if request.path != "/first":
+            await all_begun.wait()
         return Response.text(200, request.path)
 
     origin = run(HttpServer(app, h2c=True))
@@ -291,12 +298,13 @@ async def test_silent_upstream_gets_504_and_its_stream_is_cancelled(run: Run, po
 
 
 async def test_client_that_resets_cancels_its_stream_only(run: Run, pool_of: MakePool) -> None:
-    cancelled = asyncio.Event()
+    begun, cancelled = asyncio.Event(), asyncio.Event()
 
     async def app(request: Request) -> Response:
         if request.path == "/wait":
+            begun.set()
             try:
-                await asyncio.sleep(3600)
+                await asyncio.Event().wait()
             except asyncio.CancelledError:
                 cancelled.set()
                 raise
@@ -307,8 +315,7 @@ async def test_client_that_resets_cancels_its_stream_only(run: Run, pool_of: Mak
     assert (await proxy.exchange(get())).endswith(b"ok")
     _, writer = await proxy.open()
     writer.write(get(path="/wait"))
-    await writer.drain()
-    await asyncio.sleep(0.05)
+    await begun.wait()
     abort(writer)
     await cancelled.wait()
     assert (await proxy.exchange(get())).endswith(b"ok")

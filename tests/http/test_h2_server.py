@@ -36,6 +36,7 @@ from rama_ebpf.services.http import (
     Request,
     Response,
 )
+from rama_ebpf.services.http.h2 import server as server_of_h2
 
 from .conftest import DATE, OK, Origin, Run, descriptors, eventually, read_until_reset
 from .h2_client import GET, H2Client, h2_client
@@ -578,7 +579,7 @@ async def test_rapid_reset_ends_the_connection_and_runs_few_services(run: Run) -
     async def app(request: Request) -> Response:
         nonlocal served
         served += 1
-        await asyncio.sleep(0.5)
+        await asyncio.Event().wait()
         return Response.text(200, "ok")
 
     server = run(HttpServer(app, h2c=True))
@@ -614,33 +615,36 @@ async def test_more_streams_than_allowed_are_refused(run: Run) -> None:
     await server.idle()
 
 
-async def test_reset_streams_whose_services_linger_make_no_room(run: Run) -> None:
+async def test_reset_streams_whose_services_linger_make_no_room(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_of_h2, "_STREAMS", 20)
     running = 0
+    cleaned_up = asyncio.Event()
 
     async def stubborn(request: Request) -> Response:
         nonlocal running
         running += 1
         try:
-            await asyncio.sleep(3600)
+            await asyncio.Event().wait()
         except asyncio.CancelledError:
-            await asyncio.sleep(0.2)  # cleaning up takes a moment
+            await cleaned_up.wait()
             raise
         finally:
             running -= 1
         return Response.text(200, "")
 
     server = run(HttpServer(stubborn, h2c=True))
-    most = 0
     async with h2_client(server.port) as client:
-        for _ in range(190):
+        for number in range(1, 41):
             stream_id = client.request()
             await client.flush()
-            await asyncio.sleep(0)
+            await eventually(lambda number=number: running == number)
             client.h2.reset_stream(stream_id)
-            most = max(most, running)
-        await client.flush()
+        for _ in range(10):
+            reset = await client.until(h2.events.StreamReset, client.request())
+            assert reset.error_code == h2.errors.ErrorCodes.REFUSED_STREAM
+        assert running == 40
+        cleaned_up.set()
         await eventually(lambda: running == 0)
-    assert most <= 200
 
 
 async def test_connect_tunnels_over_a_stream(run: Run, connector: Connect, run_origin: RunOrigin) -> None:

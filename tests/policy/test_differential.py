@@ -43,7 +43,7 @@ def frame(source: IPAddress, port: int, pick: random.Random) -> bytes:
     return ethernet(ipv6(source, target, headers, next_header=next_header), tags=tags)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(max(600, PAIRS // 20))
 def test_matcher_kernel_and_both_stores_agree_on_random_rules_and_packets(probe: Probe) -> None:
     local = LocalStore()
     judged = stages = 0

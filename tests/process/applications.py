@@ -45,6 +45,7 @@ def talk(context: WorkerContext) -> Service[Stream, None]:
                 context.channel._writer.write(rest.encode() + b"\n")  # type: ignore[union-attr]
                 answer = "done"
             elif word == "hang":
+                await stream.write(b'"hanging"\n')
                 time.sleep(1000)  # noqa: ASYNC251  # a service that blocks its event loop is what is tested
             elif word == "resolve":
                 answer = [str(row[4][0]) for row in await asyncio.get_running_loop().getaddrinfo(rest, 80)]

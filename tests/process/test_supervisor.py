@@ -171,8 +171,7 @@ async def test_a_second_signal_cuts_at_once(supervise: Start) -> None:
 
 async def test_a_worker_that_will_not_stop_is_killed(supervise: Start) -> None:
     server = await supervise(workers=1, drain=0.1)
-    (await server.open()).writer.write(b"hang\n")
-    await asyncio.sleep(0.2)
+    assert await (await server.open()).ask("hang") == "hanging"
     server.signal(signal.SIGTERM)
     assert await server.wait() == 0
     assert "killed" in await server.logged("does not end")
