@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
+import weakref
 from collections.abc import Callable
 from typing import Final
 
@@ -42,7 +43,9 @@ class Poller:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._run)
+        loop = asyncio.get_running_loop()
+        self._loop = weakref.ref(loop)  # the poller goes with its loop
+        loop.add_reader(self._epoll.fileno(), self._run)
         self._watchers: dict[int, Watcher] = {}
         self._masks: dict[int, int] = {}
 
@@ -50,6 +53,14 @@ class Poller:
     def current() -> Poller:
         """Return the poller of the running event loop; the first call makes it."""
         return _current()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that it belongs to. Who has the poller need not ask who runs: in Python 3.11 that is a system
+        call."""
+        loop = self._loop()
+        assert loop is not None
+        return loop
 
     def add(self, fd: int, watcher: Watcher, *, writes: bool = False) -> None:
         """Let ``watcher`` be told when there are bytes, the peer's end, a reset, or urgent data, and with ``writes``
@@ -81,9 +92,14 @@ class Poller:
             self._masks[fd] = mask | WRITABLE
 
     def remove(self, fd: int) -> None:
-        """Forget a socket, before it is closed."""
+        """Forget a socket that stays open."""
         del self._watchers[fd], self._masks[fd]
         self._epoll.unregister(fd)
+
+    def closing(self, fd: int) -> None:
+        """Forget a socket whose only descriptor is closed next: that ends the kernel's watch as well (epoll(7)). Where
+        somebody holds a copy of the descriptor, its events are nobody's, and are dropped."""
+        del self._watchers[fd], self._masks[fd]
 
     def fileno(self) -> int:
         """The descriptor of the epoll instance."""

@@ -18,7 +18,7 @@ from .poller import READABLE, SPECIAL, WRITABLE, Poller, Watcher
 from .redirection import before_redirection
 from .stream import Stream
 
-__all__ = ["SocketStream", "reset_on_close", "resets_on_close"]
+__all__ = ["SocketStream", "is_tuned", "reset_on_close", "resets_on_close", "tune"]
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -34,6 +34,11 @@ _SPLICE_FLAGS: Final = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _LINGER_OFF: Final = struct.pack("ii", 0, 0)
 _family: Final[Callable[[socket.socket], int]] = _socket.__mro__[1].family.__get__  # type: ignore[attr-defined]
 # The number itself: the property of socket.socket makes an enumeration of it at each call.
+_TUNED: Final = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    # Urgent data is in line, as in a connection without a proxy (RFC 6093 section 6).
+    (socket.SOL_SOCKET, socket.SO_OOBINLINE),
+)
 _UNWATCHED_SECONDS: Final = 0.02
 _READ_EVENTS: Final = READABLE | SPECIAL
 _RESET: Final = select.EPOLLHUP | select.EPOLLERR
@@ -51,6 +56,18 @@ def reset_on_close(sock: socket.socket, on: bool) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST if on else _LINGER_OFF)
 
 
+def tune(sock: socket.socket) -> None:
+    """Let a TCP socket send small writes at once, and have urgent data in line. Those that a listening socket accepts
+    inherit it."""
+    for level, option in _TUNED:
+        sock.setsockopt(level, option, 1)
+
+
+def is_tuned(sock: socket.socket) -> bool:
+    """Whether :func:`tune` was called on a socket, or on the listening one that accepted it."""
+    return _family(sock) != socket.AF_UNIX and all(sock.getsockopt(level, option) for level, option in _TUNED)
+
+
 def resets_on_close(sock: socket.socket) -> bool:
     """Return what :func:`reset_on_close` has said. Sockets that a listening one accepts inherit it."""
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(_LINGER_RST)) == _LINGER_RST
@@ -63,11 +80,33 @@ class SocketStream(Stream):
     connection: a peer must not take what was cut short for the whole.
 
     ``peer`` is the peer's address where the caller knows it, from accept(2) for example; else the socket is asked.
-    ``reset`` says that the socket resets on close already (:func:`reset_on_close`), which accepted sockets inherit.
+    ``reset`` says that the socket resets on close already (:func:`reset_on_close`), ``tuned`` that :func:`tune` was
+    called; accepted sockets inherit both.
 
     ``original_destination`` is where the client meant to connect. That is our local address, also for connections
     steered here (sk_lookup, TPROXY), unless netfilter redirected it: then connection tracking knows.
     """
+
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_connected",
+        "_ended",
+        "_eof_sent",
+        "_fd",
+        "_local",
+        "_maybe_readable",
+        "_peer",
+        "_poller",
+        "_reader",
+        "_redirected",
+        "_reset",
+        "_sock",
+        "_teller",
+        "_tuned",
+        "_unix",
+        "_writer",
+    )
 
     def __init__(
         self,
@@ -76,15 +115,17 @@ class SocketStream(Stream):
         *,
         peer: SocketAddress | None = None,
         reset: bool = False,
+        tuned: bool = False,
     ) -> None:
         super().__init__(extensions)
-        sock.setblocking(False)
+        if sock.gettimeout() != 0.0:
+            sock.setblocking(False)
+        self._tuned = tuned
         self._unix = _family(sock) == socket.AF_UNIX
         if not reset:
             reset_on_close(sock, True)
         self._sock = sock
         self._fd = sock.fileno()
-        self._loop = asyncio.get_running_loop()
         self._poller: Poller | None = None
         self._maybe_readable = True
         self._ended = False
@@ -100,13 +141,13 @@ class SocketStream(Stream):
         self._redirected: SocketAddress | None = None
 
     @classmethod
-    def connecting(cls, sock: socket.socket, address: SocketAddress) -> SocketStream:
+    def connecting(cls, sock: socket.socket, address: SocketAddress, *, tuned: bool = False) -> SocketStream:
         """Begin to connect a TCP socket; until :meth:`connected` has returned the stream is good for nothing else.
 
         Raises OSError; the socket is closed then.
         """
         try:
-            stream = cls(sock, peer=address)
+            stream = cls(sock, peer=address, tuned=tuned)
             code = sock.connect_ex(sockaddr := address.to_sockaddr())
             if code == errno.EINPROGRESS:
                 # The answer of a target on this host was waiting for the call to end, and is known to the next.
@@ -128,17 +169,29 @@ class SocketStream(Stream):
     async def connected(self) -> None:
         """Wait until the stream is connected. Raises OSError; the stream is aborted then, and when the caller is
         cancelled."""
-        assert self._peer is not None
         try:
             while not self._connected:
                 await self._wait_writable()
-                code = self._sock.connect_ex(self._peer.to_sockaddr())  # connect(2): how a second call answers
-                if code not in (0, errno.EISCONN, errno.EALREADY):
-                    raise OSError(code, os.strerror(code))
-                self._connected = code != errno.EALREADY
+                self.is_connected_now()
         except BaseException:
             self.abort()
             raise
+
+    def is_connected_now(self) -> bool:
+        """Ask the kernel whether the stream is connected by now. Raises OSError if it will never be."""
+        assert self._peer is not None
+        if not self._connected:
+            code = self._sock.connect_ex(self._peer.to_sockaddr())  # connect(2): how a second call answers
+            if code not in (0, errno.EISCONN, errno.EALREADY):
+                raise OSError(code, os.strerror(code))
+            self._connected = code != errno.EALREADY
+        return self._connected
+
+    def tune(self) -> None:
+        """Have small writes sent at once and urgent data in line (:func:`tune`), unless that is so already."""
+        if not (self._tuned or self._unix):
+            tune(self._sock)
+            self._tuned = True
 
     @property
     def socket(self) -> _socket:
@@ -241,13 +294,16 @@ class SocketStream(Stream):
             if sent:
                 pending[0] = pending[0][sent:]
 
-    def tell(self, watcher: Watcher | None) -> None:
+    def tell(self, watcher: Watcher | None, *, writes: bool = False) -> None:
         """Let ``watcher`` be told of events (:mod:`.poller`), until another is; it reads by :meth:`read_now`. No task
-        may read meanwhile. Raises OSError if the kernel watches no more sockets."""
+        may read meanwhile. With ``writes`` it is told of room as well. Raises OSError if the kernel watches no more
+        sockets."""
         if watcher is not None:
             self._check_open()
             if self._poller is None:
-                self._watch()
+                self._watch(writes=writes)
+            elif writes:
+                self._poller.want_writes(self._fd)
         self._teller = watcher
 
     @property
@@ -408,7 +464,7 @@ class SocketStream(Stream):
             return
         self._closed = True
         if self._poller is not None:
-            self._poller.remove(self._fd)
+            self._poller.closing(self._fd)
         for waiter in (self._reader, self._writer):
             if waiter is not None and not waiter.done():
                 waiter.set_exception(ConnectionAbortedError("stream closed"))
@@ -459,8 +515,9 @@ class SocketStream(Stream):
         if not (self._poller or self._can_watch()):
             await asyncio.sleep(_UNWATCHED_SECONDS)
             return
+        assert self._poller is not None
         self._maybe_readable = False
-        self._reader = self._loop.create_future()
+        self._reader = self._poller.loop.create_future()
         try:
             await self._reader
         finally:
@@ -472,7 +529,8 @@ class SocketStream(Stream):
         elif not self._can_watch(writes=True):
             await asyncio.sleep(_UNWATCHED_SECONDS)
             return
-        self._writer = self._loop.create_future()
+        assert self._poller is not None
+        self._writer = self._poller.loop.create_future()
         try:
             await self._writer
         finally:

@@ -32,6 +32,8 @@ class Stream(abc.ABC):
     ``bytes_received`` and ``bytes_sent`` count what crossed the transport, including bytes that are still unread.
     """
 
+    __slots__ = ("_unread", "bytes_received", "bytes_sent", "extensions")
+
     def __init__(self, extensions: Extensions | None = None) -> None:
         self.extensions = Extensions() if extensions is None else extensions
         self.bytes_received = 0

@@ -116,6 +116,11 @@ class SharedTable:
         """The sum over all workers."""
         return sum(self._cells[row * self._columns : (row + 1) * self._columns])
 
+    def far_below(self, row: int, limit: int) -> bool:
+        """Whether every process may count one more in a row, in which we count already, without going above ``limit``:
+        then nobody has to be kept out. Each has at most one count under way that we do not see yet."""
+        return self.total(row) + self._columns <= limit
+
     def change(self, row: int, by: int) -> None:
         """Change this worker's own cell."""
         assert self._own is not None
@@ -184,6 +189,10 @@ class SharedCounts:
         """Count one more of ``key`` unless there are ``limit``; return whether it was counted."""
         table = self._table
         held = self._rows.get(key)
+        if held is not None and table.far_below(held[0], limit):
+            table.change(held[0], 1)
+            self._rows[key] = held[0], held[1] + 1
+            return True
         table.lock()
         try:
             # A row in which we count ourselves cannot be anybody else's.

@@ -65,10 +65,11 @@ async def relay(client: Stream, upstream: Stream, limits: TunnelLimits | None = 
 async def _move(client: Stream, upstream: Stream, limits: TunnelLimits, options: RelayOptions) -> TunnelReport:
     why = "not a plain socket"
     if isinstance(client, SocketStream) and isinstance(upstream, SocketStream):
+        engine = Engine.current()
         try:
-            tunnel = Engine.current().open(client, upstream, choose(client, upstream, options), limits)
+            tunnel = engine.open(client, upstream, choose(client, upstream, options), limits)
         except OSError as error:
-            Engine.current().unwatched += 1
+            engine.unwatched += 1
             why = f"the kernel watches no more sockets: {error.strerror}"
         else:
             return await _completion(client, upstream, tunnel)
@@ -78,7 +79,7 @@ async def _move(client: Stream, upstream: Stream, limits: TunnelLimits, options:
 async def _completion(client: SocketStream, upstream: SocketStream, tunnel: Tunnel) -> TunnelReport:
     tunnels.add(tunnel)
     try:
-        await tunnel.done
+        await tunnel.end()
     finally:
         tunnel.cut()  # does nothing unless the caller was cancelled
         report = tunnel.report()

@@ -7,10 +7,12 @@ buffer serves all of them.
 
 from __future__ import annotations
 
+import os
+import select
 import socket
 from typing import Final, Protocol
 
-from ..core.poller import Poller
+from ..core.poller import READABLE, SPECIAL, Poller
 from .pipes import PipePool
 from .report import DirectionOutcome
 
@@ -23,6 +25,10 @@ TURN: Final = 16 * BUFFER_SIZE
 """Bytes that one direction moves before the others have their turn; a small read counts as a whole buffer."""
 
 _READS: Final = range(TURN // BUFFER_SIZE)
+
+_UNSENT: Final = 256 * 1024
+"""Bytes that a send queue may hold beyond what the peer's window and the network take: enough to keep both busy, and
+not the megabytes to which the kernel lets it grow for a peer that has stopped reading."""
 
 buffer: Final = memoryview(bytearray(BUFFER_SIZE))
 """Shared by all directions: nothing stays in it beyond one step of one of them."""
@@ -66,12 +72,15 @@ class DirectionOwner(Protocol):
 class Direction:
     """Moves the bytes that come from ``source`` to ``sink``, in order, each once, by copying.
 
+    It is told of the events of its source (:meth:`told`), which are also those of the sink of its ``other`` direction.
+
     ``delivered`` counts bytes that were written here. ``blocked`` is true while the sink is full:
     then nothing is read, and the source's own window closes. With ``read_all`` a short read does not mean that
     nothing is left, as on a Unix socket, where it may be a message boundary.
     """
 
     __slots__ = (
+        "_bounded",
         "_pending",
         "_read_all",
         "_recv_into",
@@ -79,12 +88,16 @@ class Direction:
         "blocked",
         "delivered",
         "host",
+        "other",
         "outcome",
         "owner",
         "sink",
         "source",
         "waits_its_turn",
     )
+
+    other: Direction
+    """The direction from ``sink`` to ``source``."""
 
     def __init__(
         self,
@@ -107,6 +120,39 @@ class Direction:
         self._recv_into, self._send = source.recv_into, sink.send  # looked up once, and not for each message
         self._pending = b""
         self._read_all = read_all
+        self._bounded = False
+
+    def told(self, events: int) -> None:
+        """Act on a change of the source (:data:`~rama_ebpf.core.poller.Watcher`)."""
+        try:
+            if events & SPECIAL:
+                self._special(events)
+                return
+            if self.other.blocked:
+                self.other.writable()
+            if events & READABLE:
+                self.readable()
+        except Exception:  # noqa: BLE001 - failed() logs it, and ends the tunnel
+            self.owner.failed()
+
+    def _special(self, events: int) -> None:
+        """The peer has ended its stream, reset it, or sent urgent data."""
+        other = self.other
+        if events & select.EPOLLERR:
+            # A reset counts at once, also while this direction waits for the other side.
+            code = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                error = OSError(code, os.strerror(code))
+                if self.outcome is None:
+                    self.lost(DirectionOutcome.SOURCE_LOST, error)
+                else:
+                    other.lost(DirectionOutcome.SINK_LOST, error)
+                return
+        if events & select.EPOLLPRI:
+            self.urgent()
+        if other.blocked:
+            other.writable()
+        self.resume()
 
     @property
     def moved(self) -> int:
@@ -192,6 +238,8 @@ class Direction:
                 self.lost(DirectionOutcome.SINK_LOST, error)
                 return
             self.delivered += sent
+            if not self._bounded and self.delivered >= BUFFER_SIZE:
+                self.bound()
             if sent < count and not self._flush(chunk[sent:count]):
                 return
             if count < BUFFER_SIZE:
@@ -201,6 +249,12 @@ class Direction:
                 return
         self.host.again(self)
 
+    def bound(self) -> None:
+        """Bound what the sink's send queue holds. Short tunnels never need it, so it waits for the first 64 KiB."""
+        self._bounded = True
+        if self.sink.family != socket.AF_UNIX:
+            self.sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
+
     def _filled(self) -> bool:
         """A read has filled the buffer; true if another way goes on from here."""
         return False
@@ -208,6 +262,8 @@ class Direction:
     def _block(self) -> None:
         """The sink is full: go on when the poller tells of room."""
         self.blocked = True
+        if not self._bounded:
+            self.bound()
         self.host.poller.want_writes(self.sink.fileno())
 
     def _flush_held(self) -> bool:
@@ -232,12 +288,14 @@ class Direction:
         return True
 
     def _end_of_source(self) -> None:
-        """Everything that was read is with the sink: tell it that no more follows."""
-        try:
-            self.sink.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            self.lost(DirectionOutcome.SINK_LOST, error)
-            return
+        """Everything that was read is with the sink: tell it that no more follows. Where the sink has ended its side
+        as well, closing it will."""
+        if self.other.outcome is not DirectionOutcome.EOF:
+            try:
+                self.sink.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self.lost(DirectionOutcome.SINK_LOST, error)
+                return
         self.outcome = DirectionOutcome.EOF
         self.owner.direction_ended()
 

@@ -6,29 +6,23 @@ message. docs/relay.md has the figures of this design and of those beside which 
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from collections.abc import Callable
 from typing import Final
 
 from ..core.per_loop import PerLoop
 from ..core.poller import Poller
 from ..core.socket_stream import SocketStream
-from . import assembly
+from ..core.wheel import WheelTimer
 from .choice import Choice
 from .direction import Direction
 from .options import TunnelLimits
 from .pipes import PipePool
 from .sockmap import Sockmap
 from .tunnel import Tunnel
-from .wheel import TimerWheel
 
 __all__ = ["Engine"]
 
 _WHEEL_RESOLUTION: Final = 0.1
-_UNSENT: Final = 256 * 1024
-"""Bytes that a send queue may hold beyond what the peer's window and the network take: enough to keep both busy, and
-not the megabytes to which the kernel lets it grow for a peer that has stopped reading."""
 
 
 class Engine:
@@ -48,8 +42,7 @@ class Engine:
         """How many tunnels had to go another way because the kernel watches no more sockets."""
         self._ring_fd = -1
         self._again: list[Direction] = []
-        self._wheel: TimerWheel[Tunnel] = TimerWheel(_WHEEL_RESOLUTION)
-        self._timer: asyncio.TimerHandle | None = None
+        self._wheel: WheelTimer[Tunnel] = WheelTimer(self.poller, _WHEEL_RESOLUTION)
 
     @staticmethod
     def current() -> Engine:
@@ -77,27 +70,33 @@ class Engine:
             wanted()
         return self.sockmap_refusal
 
-    def open(self, client: SocketStream, upstream: SocketStream, choice: Choice, limits: TunnelLimits) -> Tunnel:
-        """Take both sockets out of their streams and start to move bytes.
+    def open(
+        self,
+        client: SocketStream,
+        upstream: SocketStream,
+        choice: Choice,
+        limits: TunnelLimits,
+        ended: Callable[[Tunnel], None] | None = None,
+    ) -> Tunnel:
+        """Take both sockets out of their streams and start to move bytes. ``ended`` is called when the tunnel has
+        ended, which it may do before this returns.
 
         Raises OSError if the kernel refuses to watch another socket; then both streams are as they were. Raises
         RuntimeError while a task waits on a stream.
         """
-        for stream in (client, upstream):
-            stream.poll()
+        client.poll()
+        upstream.poll()
+        client.tune()
+        upstream.tune()
         if not self.tunnels:
             self._hear()
-        tunnel = assembly.assemble(self, client, upstream, choice, limits, forget=self._remove)
-        _, from_client, client_waits = client.detach_polled(tunnel.client_socket.told)
-        _, from_upstream, upstream_waits = upstream.detach_polled(tunnel.upstream_socket.told)
+        tunnel = Tunnel(self, client, upstream, limits, choice, forget=self._remove, ended=ended)
+        _, from_client, client_waits = client.detach_polled(tunnel.up.told)
+        _, from_upstream, upstream_waits = upstream.detach_polled(tunnel.down.told)
         self.tunnels.add(tunnel)
-        self._schedule(tunnel, tunnel.check_time(tunnel.started))
-        for stream in (client, upstream):
-            if not stream.is_unix:
-                sock = stream.socket
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
+        when = tunnel.check_time(tunnel.started)
+        if when is not None:
+            self._wheel.add(tunnel, when)
         # In the middle of this the tunnel may end.
         tunnel.up.start(from_client, resume=client_waits)
         if tunnel.reason is None:
@@ -109,16 +108,15 @@ class Engine:
         if not direction.waits_its_turn:
             direction.waits_its_turn = True
             if not self._again:
-                asyncio.get_running_loop().call_soon(self._run_again)
+                self.poller.loop.call_soon(self._run_again)
             self._again.append(direction)
 
     def _remove(self, tunnel: Tunnel) -> None:
         """Drop a tunnel that is ending; its sockets are still open."""
         self.tunnels.discard(tunnel)
-        for sock in (tunnel.client, tunnel.upstream):
-            self.poller.remove(sock.fileno())
-        if tunnel.slot is not None:
-            self._wheel.remove(tunnel, tunnel.slot)
+        self.poller.closing(tunnel.client.fileno())
+        self.poller.closing(tunnel.upstream.fileno())
+        self._wheel.remove(tunnel)
         if not self.tunnels:
             self._rest()
 
@@ -132,9 +130,7 @@ class Engine:
     def _rest(self) -> None:
         """Give everything back: there is no tunnel."""
         self.pipes.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._wheel.stop()
         if self._ring_fd != -1:
             self.poller.remove(self._ring_fd)
             self._ring_fd = -1
@@ -147,31 +143,6 @@ class Engine:
                 direction.resume()  # does nothing in one that has ended meanwhile
             except Exception:  # noqa: BLE001 - failed() logs it, and ends the tunnel
                 direction.owner.failed()
-
-    def _schedule(self, tunnel: Tunnel, when: float | None) -> None:
-        if when is None:
-            tunnel.slot = None
-            return
-        tunnel.slot = self._wheel.add(tunnel, when)
-        if self._timer is None or when < self._timer.when():
-            self._arm()
-
-    def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        due = self._wheel.next_due()
-        if due is not None:
-            self._timer = asyncio.get_running_loop().call_at(due, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = None
-        now = asyncio.get_running_loop().time()
-        for tunnel in self._wheel.take_due(now):
-            tunnel.slot = None
-            self._schedule(tunnel, tunnel.check_time(now))
-        if self._timer is None:
-            self._arm()
 
 
 _current: Final = PerLoop(Engine)

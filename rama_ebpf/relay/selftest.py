@@ -173,7 +173,8 @@ async def _relayed(
     )
     with client, upstream:
         await peers(client, upstream)
-    _require(await tunnel.done is CloseReason.EOF, f"the tunnel ended with {tunnel.reason}")
+    await tunnel.end()
+    _require(tunnel.reason is CloseReason.EOF, f"the tunnel ended with {tunnel.reason}")
     report = tunnel.report()
     _require(report.relay == "sockmap", report.why)
     return report
@@ -253,7 +254,7 @@ async def _overlap() -> None:
             with far:
                 data = await _read_all(far, arrived)
             await playing
-            await tunnel.done
+            await tunnel.end()
             connection.close()
             _require(data == _PATTERN[: plan.size], "wrong bytes")
             _require(tunnel.relay_and_why()[0] == "sockmap", tunnel.why)

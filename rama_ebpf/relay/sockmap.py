@@ -146,7 +146,7 @@ class Sockmap:
         for index in self.ring:
             direction = self._live.get(index)
             if direction is not None:
-                direction.told()
+                direction.hear()
 
     def _refuse(self, reason: str) -> Refusal:
         self.refused[reason] += 1
@@ -183,6 +183,7 @@ class SockmapDirection(Direction):
         arms: bool = True,
     ) -> None:
         super().__init__(host, owner, source, sink, delivered)
+        self.bound()
         self._passing = True
         self._kernel = kernel
         self._arms = arms
@@ -205,7 +206,7 @@ class SockmapDirection(Direction):
     def spills(self) -> int:
         return self._kernel.spills if self._moved is None else self._moved[1]
 
-    def told(self) -> None:
+    def hear(self) -> None:
         """The kernel passes bytes and nobody watches, or it has stopped the direction."""
         if self._broken() or self.outcome is not None or self._passing:
             return

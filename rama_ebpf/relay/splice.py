@@ -61,6 +61,8 @@ class SpliceDirection(Direction):
         self._small = 0
         self._pipe: Pipe | None = None
         self._held = 0  # bytes in the pipe
+        if not adaptive:
+            self.bound()
 
     @property
     def spliced(self) -> bool:
@@ -89,6 +91,8 @@ class SpliceDirection(Direction):
 
     def _filled(self) -> bool:
         if self._adaptive:
+            if not self._bounded:
+                self.bound()
             self._splicing = True
             self._splice()
         return self._adaptive

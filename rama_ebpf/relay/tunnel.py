@@ -11,12 +11,14 @@ from ..core.address import SocketAddress
 from ..core.auth import User
 from ..core.client import client_address
 from ..core.socket_stream import SocketStream, reset_on_close
-from .direction import Direction, DirectionHost
+from . import assembly
+from .choice import Choice
+from .direction import Direction
+from .host import RelayHost
 from .options import RelayKind, TunnelLimits
 from .paths import Pair, Paths, Refusal
 from .registry import FlowSnapshot
 from .report import CloseReason, DirectionOutcome, TunnelReport
-from .tunnel_socket import TunnelSocket
 
 __all__ = ["Tunnel"]
 
@@ -27,23 +29,22 @@ _IDLE_CHECKS: Final = 4
 
 
 class Tunnel:
-    """Two sockets whose bytes ``host`` moves; ``done`` is set when it has ended and both are closed.
-
-    ``begin`` makes its directions, and ``promote`` the better ones that it has earned, or says why not; both are
-    called with the tunnel and its sockets. ``forget`` is called once, when it ends and the sockets are still open.
+    """Two sockets whose bytes ``host`` moves, by the directions of ``choice``, and the better ones when it has
+    earned them. ``forget`` is called once, when it ends and the sockets are still open, ``ended`` when
+    they are closed.
     """
 
     __slots__ = (
         "_active_at",
+        "_choice",
+        "_ended",
         "_forget",
         "_host",
-        "_loop",
-        "_paths",
-        "_promote",
+        "_promotes",
+        "_release",
         "_seen",
+        "_waiter",
         "client",
-        "client_socket",
-        "done",
         "down",
         "error",
         "kind",
@@ -55,7 +56,6 @@ class Tunnel:
         "target",
         "up",
         "upstream",
-        "upstream_socket",
         "user",
         "why",
         "with_unix",
@@ -63,20 +63,21 @@ class Tunnel:
 
     def __init__(
         self,
-        host: DirectionHost,
+        host: RelayHost,
         client: SocketStream,
         upstream: SocketStream,
         limits: TunnelLimits,
-        why: str,
+        choice: Choice,
         *,
-        begin: Callable[[Tunnel, Pair], Paths],
-        promote: Callable[[Tunnel, Pair], Paths | Refusal],
         forget: Callable[[Tunnel], None],
+        ended: Callable[[Tunnel], None] | None = None,
     ) -> None:
-        self._loop = asyncio.get_running_loop()
         self._host = host
-        self._promote: Callable[[Tunnel, Pair], Paths | Refusal] | None = promote
+        self._choice = choice
+        self._promotes = True
         self._forget = forget
+        self._ended = ended
+        self._waiter: asyncio.Future[None] | None = None
         self.limits = limits
         self.source: SocketAddress | None = client_address(client) or client.peer
         self.target: SocketAddress | None = upstream.peer
@@ -85,38 +86,44 @@ class Tunnel:
         self.client = client.socket
         self.upstream = upstream.socket
         self.with_unix = client.is_unix or upstream.is_unix
-        self.started = self._loop.time()
-        self.done: asyncio.Future[CloseReason] = self._loop.create_future()
+        self.started = host.poller.loop.time()
         self.reason: CloseReason | None = None
         self.error: OSError | None = None
         self.slot: int | None = None
         self._active_at = self.started
         self._seen = 0
-        self.client_socket, self.upstream_socket = TunnelSocket(), TunnelSocket()
-        self._use(begin(self, Pair(self.client, self.upstream, self.with_unix)), why)
+        self._use(assembly.begin(host, choice, self, Pair(self.client, self.upstream, self.with_unix)), choice.why)
 
     def _use(self, paths: Paths, why: str) -> None:
-        """Let the events of the sockets go to these directions from now on."""
-        self._paths = paths
+        """Let these directions move the bytes from now on."""
         self.kind, self.why = paths.kind, paths.fallback or why
+        self._release = paths.release
         self.up: Direction = paths.up
         self.down: Direction = paths.down
-        self.client_socket.reading = self.upstream_socket.writing = paths.up
-        self.client_socket.writing = self.upstream_socket.reading = paths.down
+        paths.up.other, paths.down.other = paths.down, paths.up
+
+    async def end(self) -> None:
+        """Return when the tunnel has ended. For one task at a time."""
+        if self.reason is None:
+            self._waiter = self._host.poller.loop.create_future()
+            await self._waiter
 
     def promote(self) -> None:
         """Let a better relay go on from here, if nothing is under way and it can; else all stays as it is."""
-        if self.reason is not None or self._promote is None or not (self.up.settled and self.down.settled):
+        if self.reason is not None or not self._promotes or not (self.up.settled and self.down.settled):
             return
         delivered = (self.up.delivered, self.down.delivered)
-        made = self._promote(self, Pair(self.client, self.upstream, self.with_unix, delivered))
+        made = assembly.promote(
+            self._host, self._choice, self, Pair(self.client, self.upstream, self.with_unix, delivered)
+        )
         if isinstance(made, Refusal):
             self.why = made.why
-            if made.final:
-                self._promote = None
+            self._promotes = not made.final
             return
-        self._promote = None
+        self._promotes = False
         self._use(made, self.why)
+        self._host.poller.replace(self.client.fileno(), made.up.told)
+        self._host.poller.replace(self.upstream.fileno(), made.down.told)
         self.up.resume()
         if self.reason is None:
             self.down.resume()
@@ -140,7 +147,7 @@ class Tunnel:
             self.up.moved,
             self.down.moved,
             self.up.spills + self.down.spills,
-            self._loop.time() - self.started,
+            self._host.poller.loop.time() - self.started,
             self.user,
         )
 
@@ -154,7 +161,7 @@ class Tunnel:
             self.reason,
             self.up.moved,
             self.down.moved,
-            self._loop.time() - self.started,
+            self._host.poller.loop.time() - self.started,
             relay,
             why,
             self.up.outcome,
@@ -223,7 +230,9 @@ class Tunnel:
             if reason is CloseReason.EOF:
                 reset_on_close(sock, False)  # a socket that comes out of a stream is reset otherwise
             sock.close()
-        if self._paths.release is not None:
-            self._paths.release()
-        if not self.done.done():
-            self.done.set_result(reason)
+        if self._release is not None:
+            self._release()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if self._ended is not None:
+            self._ended(self)

@@ -39,7 +39,8 @@ class Arrivals:
 
     Of many that wait each source has its turn; when :data:`_MOST` wait, the source that has most loses its newest.
     With ``first_bytes`` a client is judged by what it sends first, before there is a stream or a task for it.
-    ``resets`` says that the sockets reset on close, as inherited from their listener.
+    ``resets`` says that the sockets reset on close, ``tuned`` what
+    :func:`~rama_ebpf.core.socket_stream.is_tuned` says of them, as inherited from their listener.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Arrivals:
         *,
         first_bytes: FirstBytes | None,
         resets: bool,
+        tuned: bool,
         name: str | None,
     ) -> None:
         self._begin = begin
         self._refused = refused
         self._look = first_bytes
         self._resets = resets
+        self._tuned = tuned
         self._name = name
         self._loop = asyncio.get_running_loop()
         self._poller = Poller.current()
@@ -124,7 +127,7 @@ class Arrivals:
             self._end(sock, _address(raw), verdict, len(data))
 
     def _hand_over(self, sock: socket.socket, peer: SocketAddress | None, data: bytes) -> None:
-        stream = SocketStream(sock, peer=peer, reset=self._resets)
+        stream = SocketStream(sock, peer=peer, reset=self._resets, tuned=self._tuned)
         stream.already_received(data)
         self._begin(stream)
 
@@ -180,7 +183,7 @@ class Arrivals:
     def _let_go(self, sock: socket.socket, fd: int) -> None:
         if self._told.get(fd) is sock:
             del self._told[fd]
-            self._poller.remove(fd)
+            self._poller.closing(fd)
             sock.close()
 
     # -- those that have not spoken --------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ class _Silent:
     def _leave(self, data: bytes, events: int) -> None:
         self._forget()
         arrivals = self._arrivals
-        stream = SocketStream(self._sock, peer=_address(self._raw), reset=arrivals._resets)
+        stream = SocketStream(self._sock, peer=_address(self._raw), reset=arrivals._resets, tuned=arrivals._tuned)
         stream.take_watch(arrivals._poller, ended=bool(events & SPECIAL))
         stream.already_received(data)
         arrivals._begin(stream)

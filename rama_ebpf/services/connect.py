@@ -210,7 +210,7 @@ class Connector:
         except BaseException:
             sock.close()
             raise
-        return SocketStream.connecting(sock, address)
+        return SocketStream.connecting(sock, address, tuned=self.options.nodelay)
 
 
 def _reason(error: OSError) -> str:

@@ -25,10 +25,10 @@ class KeepAlive:
 class SocketOptions:
     """What is set on a TCP socket; None leaves the kernel's default.
 
-    ``nodelay``: send small writes at once. ``user_timeout``: seconds that sent data may stay unacknowledged
-    (RFC 5482). ``send_buffer`` and ``receive_buffer``: bytes, which ends the kernel's own tuning. ``mark``: SO_MARK
-    for policy routing (needs CAP_NET_ADMIN). ``interface``: the device that packets must use (SO_BINDTODEVICE).
-    ``dscp``: 0-63 (RFC 2474). ``congestion``: the name of a congestion control.
+    Urgent data is always in line (RFC 6093 section 6). ``nodelay``: send small writes at once. ``user_timeout``:
+    seconds that sent data may stay unacknowledged (RFC 5482). ``send_buffer`` and ``receive_buffer``: bytes, which ends
+    the kernel's own tuning. ``mark``: SO_MARK for policy routing (needs CAP_NET_ADMIN). ``interface``: the device that
+    packets must use (SO_BINDTODEVICE). ``dscp``: 0-63 (RFC 2474). ``congestion``: the name of a congestion control.
     """
 
     nodelay: bool = True
@@ -52,6 +52,7 @@ class SocketOptions:
         tcp, base = socket.IPPROTO_TCP, socket.SOL_SOCKET
         if self.nodelay:
             self._set(sock, "nodelay", tcp, socket.TCP_NODELAY, 1)
+        self._set(sock, "oobinline", base, socket.SO_OOBINLINE, 1)
         if self.keepalive is not None:
             self._set(sock, "keepalive", base, socket.SO_KEEPALIVE, 1)
             self._set(sock, "keepalive.idle", tcp, socket.TCP_KEEPIDLE, self.keepalive.idle)

@@ -18,7 +18,7 @@ from ..core.first_bytes import Refused
 from ..core.graceful import Drain
 from ..core.poller import Poller
 from ..core.service import Service, check_complete, check_fit
-from ..core.socket_stream import SocketStream, reset_on_close, resets_on_close
+from ..core.socket_stream import SocketStream, is_tuned, reset_on_close, resets_on_close, tune
 from ..core.stream import Stream
 from .arrivals import Arrivals
 from .refusal import refuse_now
@@ -54,7 +54,7 @@ def bind_tcp(host: str, port: int, *, backlog: int | None = BACKLOG, reuse_port:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         # Accepted sockets inherit it. Without it a second small write waits for the peer's delayed ACK (40 ms).
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune(sock)
         reset_on_close(sock, True)  # inherited, too, also by those that nobody has accepted yet
         sock.bind((host, port))
         if backlog is not None:
@@ -137,6 +137,7 @@ class TcpServer:
             self._note_refusal,
             first_bytes=getattr(self._service, "first_bytes", None),
             resets=self._resets,
+            tuned=is_tuned(self.listener),
             name=self.name,
         )
         self._accepting = True

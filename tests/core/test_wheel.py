@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 
-from rama_ebpf.relay.wheel import TimerWheel
+from rama_ebpf.core.wheel import TimerWheel
 
 
 def test_nothing_is_due_early_and_all_is_due_within_one_slot() -> None:
