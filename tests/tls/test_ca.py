@@ -173,6 +173,7 @@ def test_the_command_leaves_no_key_without_its_certificate(tmp_path: Path, capsy
     assert cli.main(["ca", "create", "--cert", str(tmp_path / "ca.pem"), "--key", str(tmp_path / "ca.key")]) == 2
     assert not (tmp_path / "ca.key").exists()
     assert cli.main(["ca", "create", "--cert", str(tmp_path / "no" / "ca.pem"), "--key", str(tmp_path / "k")]) == 3
+    assert f"No such file or directory: '{tmp_path / 'no' / 'ca.pem'}'" in capsys.readouterr().err
     assert not (tmp_path / "k").exists()
 
 
