@@ -58,8 +58,8 @@ def sweep() -> list[Path]:
 def _made() -> list[Path]:
     made = [*_NAMESPACES.glob(f"{PREFIX}-*"), *(BPFFS / "rama-ebpf").glob("test-*"), *_INSTANCES.glob("test-*")]
     with contextlib.suppress(cgroup.CgroupUnavailable):
-        mount = cgroup.cgroup2_mount()
-        made += [path for name in _CGROUPS for path in mount.rglob(f"{name}*")]
+        # Of our own cgroup only: elsewhere may be runs of other PID namespaces, to which an id says something else.
+        made += [path for name in _CGROUPS for path in cgroup.own_cgroup().glob(f"{name}*")]
     return [path for path in made if _OWNED.fullmatch(path.name)]
 
 
