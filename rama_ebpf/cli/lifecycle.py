@@ -69,6 +69,7 @@ def status(instance: Instance) -> Json:
         "syn_cookies": state.get("syn_cookies"),
         "silent_rejects": 0,
         "sockmap": state.get("sockmap"),
+        "wire": state.get("wire"),
         "workers": state.get("workers"),
         "sandbox": state.get("sandbox"),
         "denials": _rows(state, "denials"),
@@ -193,6 +194,8 @@ def _status(args: argparse.Namespace) -> int:
         print(f"SYN cookies by XDP: {cookies['why_never'] or 'on'}")
     if isinstance(sockmap := result["sockmap"], dict):
         print(f"sockmap relay: {': '.join(filter(None, (sockmap['state'], sockmap['why'])))}")
+    if isinstance(wire := result["wire"], dict) and wire["state"] != "unused":
+        print(f"wire relay: {': '.join(filter(None, (wire['state'], wire['why'])))}")
     for what, why in cast("dict[str, str]", result["problems"]).items():
         print(f"NOT AS IT SHOULD BE: {what}: {why}")
     listeners = cast("list[Json]", result["listeners"])

@@ -264,6 +264,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         access_log=config.logging.access,
         log_level=config.logging.level,
         sockmap=any(listener.relay == "sockmap" for listener in config.listeners.values()),
+        wire=any(listener.relay == "wire" for listener in config.listeners.values()),
     )
 
 

@@ -51,6 +51,7 @@ from .revision import Deployment, Policy, ServedRevision
 from .signals import EarlyStop, stopping_early, suspend
 from .socket import ControlServer
 from .verdicts import Verdicts
+from .wire import WireRelay
 from .worker_requests import WorkerRequests
 
 if TYPE_CHECKING:
@@ -151,6 +152,15 @@ class _Daemon(WorkerObserver):
                 on_change=self._write_state,
             )
             self._cleanup.callback(self._relay.close)
+            self._wire = WireRelay(
+                nursery,
+                self._listeners.addresses,
+                workers=options.workers,
+                user=options.user,
+                kernel_headers=options.kernel_headers,
+                on_change=self._write_state,
+            )
+            self._cleanup.callback(self._wire.close)
             sockets = self._listeners.prepare(options.listen, options.workers)
             revision = ServedRevision(options, self._plan(options, sockets), sockets, self._deployment, None, None)
             observers: list[WorkerObserver] = [
@@ -237,7 +247,9 @@ class _Daemon(WorkerObserver):
                 "access_log": options.access_log,
                 "metrics": self._metrics is not None,
             },
-            fds=self._relay.descriptors | ({} if gate is None else {"accepted": gate.maps["accepted"]}),
+            fds=self._relay.descriptors
+            | self._wire.descriptors(wanted=options.wire)
+            | ({} if gate is None else {"accepted": gate.maps["accepted"]}),
             held=tuple if gate is None else lambda: gate.attachments.guarding,
             environment={} if self._metrics is None else self._metrics.environment,
             drain=options.drain,
@@ -350,10 +362,12 @@ class _Daemon(WorkerObserver):
 
     def _in_force(self, options: DaemonOptions) -> None:
         self._options = options
+        self._wire.follow_listeners()
         self._write_state()
 
     def _ready(self) -> None:
         self._host.served = self._is_ready = True
+        self._wire.follow_listeners()
         self._write_state()
         where = "kernel" if self._host.gate is not None else "userspace"
         addresses = ", ".join(str(row["address"]) for row in self._listeners.described())
@@ -422,6 +436,7 @@ class _Daemon(WorkerObserver):
             "audit": None if self._audit is None else self._audit.described(),
             "syn_cookies": self._cookies.state,
             "sockmap": asdict(self._relay.status),
+            "wire": asdict(self._wire.status),
             "workers": {"expected": counts.expected, "serving": counts.serving, "since": since},
             "sandbox": self._sandbox(),
             "drain": self._options.drain,

@@ -36,7 +36,8 @@ class DaemonOptions:
     that are left to them. ``metrics`` is where metrics are served, nowhere if None. ``source_lengths``: whom strikes
     count against, and the bans that follow shut out.
     ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
-    the first tunnel wants it. ``kill``: a source that the policy comes to deny loses its live connections, too.
+    the first tunnel wants it. ``wire``: have the wire relay. ``kill``: a source that the policy comes to deny loses its
+    live connections, too.
     """
 
     instance: Instance
@@ -72,6 +73,7 @@ class DaemonOptions:
     access_log: bool = True
     log_level: str = "info"
     sockmap: bool = False
+    wire: bool = False
 
 
 FIXED: Final = (

@@ -11,6 +11,7 @@ from ..process.plan import Json
 from ..relay import tunnels
 from ..relay.engine import Engine
 from ..relay.sockmap import Sockmap
+from ..relay.wire import Wire
 from ..services.http.exchange.running import running
 
 __all__ = ["serve_relay"]
@@ -39,7 +40,7 @@ def serve_relay(channel: Channel, fds: Mapping[str, int], *, ask: bool) -> None:
         """What ``rama-ebpf flows`` shows of this worker: its tunnels, and the HTTP requests that it serves."""
         return {
             "flows": [flow.as_json() for flow in (*tunnels, *running)],
-            "refused": engine.refused(),
+            "refused": engine.refused() | Wire.current().refused,
             "ended": [
                 {"relay": relay, "reason": reason.value, "count": count}
                 for (relay, reason), count in tunnels.ended.items()
@@ -52,3 +53,5 @@ def serve_relay(channel: Channel, fds: Mapping[str, int], *, ask: bool) -> None:
     channel.on("flows", flows)
     if ask:
         engine.want_sockmap()
+    if "wire" in fds:
+        Wire.current().use(fds["wire"])

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from typing import Final
 
 __all__ = [
+    "BPF_EXIST",
+    "BPF_NOEXIST",
     "AttachType",
     "LinkInfo",
     "MapFlags",
@@ -95,6 +97,8 @@ class AttachType(enum.IntEnum):
     SK_LOOKUP = 36
     XDP = 37
     SK_SKB_VERDICT = 38
+    TCX_INGRESS = 46
+    TCX_EGRESS = 47
 
 
 BPF_ANY: Final = 0
@@ -167,9 +171,10 @@ def map_create(
     return _bpf(_MAP_CREATE, attr)
 
 
-def map_by_id(identity: int) -> int:
-    """Open a map by its id (as a map of maps names its inner maps to userspace) and return a descriptor."""
-    return _bpf(_MAP_GET_FD_BY_ID, struct.pack("=III", identity, 0, 0))
+def map_by_id(identity: int, *, flags: int = 0) -> int:
+    """Open a map by its id (as a map of maps names its inner maps to userspace) and return a descriptor; ``flags`` as
+    BPF_F_RDONLY."""
+    return _bpf(_MAP_GET_FD_BY_ID, struct.pack("=III", identity, 0, flags))
 
 
 def close(fd: int) -> None:

@@ -8,12 +8,15 @@ import pwd
 import resource
 import signal
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
 from ..core.errors import RamaError
 
 __all__ = [
+    "CAP_BPF",
+    "CAP_NET_ADMIN",
     "FALLBACK",
     "WORKERS",
     "UserError",
@@ -22,6 +25,7 @@ __all__ = [
     "die_with_parent",
     "drop_privileges",
     "give_up_capabilities",
+    "keep_capabilities",
     "raise_descriptor_limit",
 ]
 
@@ -30,9 +34,13 @@ WORKERS: Final = "rama-ebpf"
 FALLBACK: Final = "nobody"
 """Whom other daemons may be as well."""
 
+CAP_NET_ADMIN: Final = 12
+CAP_BPF: Final = 39
+
 _CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP = 6, 7, 8
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_KEEPCAPS: Final = 8
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _LAST_CAP_PATH: Final = "/proc/sys/kernel/cap_last_cap"
@@ -103,10 +111,7 @@ def can_change_user() -> bool:
 def give_up_capabilities() -> None:
     """Give up all capabilities, and the ways to regain them by executing a program, but stay the same user."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-    if _libc.capset(header, bytes(24)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"capset: {os.strerror(number)}")
+    _set_capabilities(())
 
 
 def drop_privileges(user: UserIds) -> None:
@@ -115,11 +120,38 @@ def drop_privileges(user: UserIds) -> None:
     Order matters: groups before the user, who could not change them any more; all three user ids, so that none is
     left to return to; and no_new_privs, so that no set-user-ID program restores what is gone. Raises OSError.
     """
-    with open(_LAST_CAP_PATH, encoding="ascii") as file:
-        last = int(file.read())
-    for capability in range(last + 1):
-        _prctl(_PR_CAPBSET_DROP, capability)
+    _empty_bounding_set()
     os.setgroups([])
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def keep_capabilities(capabilities: Collection[int], user: UserIds | None) -> None:
+    """Keep these capabilities and no others, as ``user`` or as whom we are, with no way to get any back. Raises
+    OSError."""
+    _empty_bounding_set()
+    if user is not None:
+        _prctl(_PR_SET_KEEPCAPS, 1)
+        os.setgroups([])
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _set_capabilities(capabilities)
+
+
+def _empty_bounding_set() -> None:
+    with open(_LAST_CAP_PATH, encoding="ascii") as file:
+        last = int(file.read())
+    for capability in range(last + 1):
+        _prctl(_PR_CAPBSET_DROP, capability)
+
+
+def _set_capabilities(capabilities: Collection[int]) -> None:
+    """Make these the effective and the permitted set; the inheritable one is empty (capset(2))."""
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    bits = sum(1 << capability for capability in capabilities)
+    words = [part for half in (bits & 0xFFFFFFFF, bits >> 32) for part in (half, half, 0)]
+    if _libc.capset(header, struct.pack("=6I", *words)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")

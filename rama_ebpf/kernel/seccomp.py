@@ -67,8 +67,12 @@ def call_name(number: int) -> str:
         return str(number)
 
 
-def keep_system_calls(*, network: bool = True, listener: bool = False) -> int | None:
-    """Set the filter for all threads of this process. Raises :class:`SeccompUnavailable`.
+def keep_system_calls(
+    *, network: bool = True, listener: bool = False, bpf_commands: Iterable[int] = ()
+) -> int | None:
+    """Set the filter for all threads of this process; ``bpf_commands`` are allowed besides those on maps.
+
+    Raises :class:`SeccompUnavailable`.
 
     Without ``network`` no sockets but Unix ones may be made. With ``listener`` the descriptor is returned of which
     :class:`.denials.DenialCounts` is to be told, and which is to be closed then; None where the kernel gives none.
@@ -79,13 +83,14 @@ def keep_system_calls(*, network: bool = True, listener: bool = False) -> int | 
     leaves a process.
     """
     seccomp = load_library()
+    commands = frozenset((*_BPF_ON_MAPS, *bpf_commands))
     if listener:
         # Another filter over us may have one already, and old kernels know none.
         with contextlib.suppress(OSError, ValueError, RuntimeError):
-            _rules(seccomp, seccomp.NOTIFY, network).load()
+            _rules(seccomp, seccomp.NOTIFY, network, commands).load()
             return _listener()
     try:
-        _rules(seccomp, seccomp.ERRNO(errno.EPERM), network).load()
+        _rules(seccomp, seccomp.ERRNO(errno.EPERM), network, commands).load()
     except (OSError, ValueError, RuntimeError) as error:
         raise SeccompUnavailable(f"the kernel takes no seccomp filter: {error}") from error
     return None
@@ -100,7 +105,7 @@ def _listener() -> int | None:
     return None
 
 
-def _rules(seccomp: Any, refuse: int, network: bool) -> Any:
+def _rules(seccomp: Any, refuse: int, network: bool, bpf_commands: Collection[int]) -> Any:
     rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.ENOSYS))
     rules.set_attr(seccomp.Attr.CTL_TSYNC, 1)
     rules.set_attr(seccomp.Attr.CTL_LOG, 1)
@@ -109,7 +114,7 @@ def _rules(seccomp: Any, refuse: int, network: bool) -> Any:
         _add(rules, seccomp.ALLOW, name)
     for name in REFUSED:
         _add(rules, refuse, name)
-    _judge_arguments(rules, seccomp, refuse)
+    _judge_arguments(rules, seccomp, refuse, bpf_commands)
     _judge_sockets(rules, seccomp, refuse, FAMILIES if network else (socket.AF_UNIX,))
     return rules
 
@@ -121,7 +126,7 @@ def _add(rules: Any, action: int, name: str, *arguments: Any) -> None:
         return  # a call that this libseccomp, or this architecture, does not know: it stays what is not there
 
 
-def _judge_arguments(rules: Any, seccomp: Any, refuse: int) -> None:
+def _judge_arguments(rules: Any, seccomp: Any, refuse: int, bpf_commands: Collection[int]) -> None:
     """The calls that are allowed with some arguments only. The rules of one call exclude each other."""
 
     def one_of(name: str, index: int, values: Iterable[int]) -> None:
@@ -141,7 +146,7 @@ def _judge_arguments(rules: Any, seccomp: Any, refuse: int) -> None:
     one_of("ioctl", 1, _REQUESTS)
     one_of("prctl", 0, _PRCTLS)
     for command in range(_LAST_BPF_COMMAND + 1):
-        action = seccomp.ALLOW if command in _BPF_ON_MAPS else refuse
+        action = seccomp.ALLOW if command in bpf_commands else refuse
         _add(rules, action, "bpf", seccomp.Arg(0, seccomp.EQ, command))
     _add(rules, refuse, "bpf", seccomp.Arg(0, seccomp.GT, _LAST_BPF_COMMAND))
 

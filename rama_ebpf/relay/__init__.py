@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from ..core.lifecycle import Lifecycle, Stage
 from ..core.socket_stream import SocketStream
@@ -15,6 +16,7 @@ from .options import RelayKind, RelayOptions, TunnelLimits
 from .registry import FlowSnapshot, TunnelRegistry, tunnels
 from .report import CloseReason, DirectionOutcome, TunnelReport
 from .tunnel import Tunnel
+from .wire import Wire, WireTunnel
 
 __all__ = [
     "CloseReason",
@@ -34,8 +36,13 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-async def relay(client: Stream, upstream: Stream, limits: TunnelLimits | None = None) -> TunnelReport:
+async def relay(
+    client: Stream, upstream: Stream, limits: TunnelLimits | None = None, *, reply: bytes = b""
+) -> TunnelReport:
     """Relay bytes between ``client`` and ``upstream`` until the tunnel ends, and say how it ended.
+
+    ``reply`` is what the client is told first. Who has one gives it here and does not write it: the wire relay takes
+    tunnels over before their clients speak.
 
     ``limits`` defaults to the :class:`TunnelLimits` among the client's extensions, or else to its defaults; which way
     the bytes move follows the :class:`RelayOptions` there. Both streams are closed on return: in order after
@@ -48,6 +55,15 @@ async def relay(client: Stream, upstream: Stream, limits: TunnelLimits | None = 
     bounds = limits or client.extensions.get(TunnelLimits) or TunnelLimits()
     options = client.extensions.get(RelayOptions) or RelayOptions()
     handler = client.extensions.get(TunnelHandler)
+    if handler is None and options.kind is RelayKind.WIRE:
+        return await _by_wire(client, upstream, bounds, options, reply)
+    if reply:
+        try:
+            await client.write(reply)
+        except BaseException:
+            client.abort()
+            upstream.abort()
+            raise
     if handler is None:
         return await _move(client, upstream, bounds, options)
 
@@ -62,12 +78,26 @@ async def relay(client: Stream, upstream: Stream, limits: TunnelLimits | None = 
         raise
 
 
-async def _move(client: Stream, upstream: Stream, limits: TunnelLimits, options: RelayOptions) -> TunnelReport:
-    why = "not a plain socket"
+async def _by_wire(
+    client: Stream, upstream: Stream, limits: TunnelLimits, options: RelayOptions, reply: bytes
+) -> TunnelReport:
+    taken = await Wire.current().take(client, upstream, reply, limits)
+    if isinstance(taken, WireTunnel):
+        return await _completion(client, upstream, taken)
+    return await _move(client, upstream, limits, replace(options, kind=RelayKind.AUTO), f"no wire: {taken}")
+
+
+async def _move(
+    client: Stream, upstream: Stream, limits: TunnelLimits, options: RelayOptions, instead: str = ""
+) -> TunnelReport:
+    """``instead`` says why the tunnel goes another way than it should."""
+    why = instead or "not a plain socket"
     if isinstance(client, SocketStream) and isinstance(upstream, SocketStream):
-        engine = Engine.current()
+        choice, engine = choose(client, upstream, options), Engine.current()
+        if instead:
+            choice = replace(choice, why=instead)
         try:
-            tunnel = engine.open(client, upstream, choose(client, upstream, options), limits)
+            tunnel = engine.open(client, upstream, choice, limits)
         except OSError as error:
             engine.unwatched += 1
             why = f"the kernel watches no more sockets: {error.strerror}"
@@ -76,7 +106,7 @@ async def _move(client: Stream, upstream: Stream, limits: TunnelLimits, options:
     return await copy(client, upstream, limits, why=why)
 
 
-async def _completion(client: SocketStream, upstream: SocketStream, tunnel: Tunnel) -> TunnelReport:
+async def _completion(client: Stream, upstream: Stream, tunnel: Tunnel | WireTunnel) -> TunnelReport:
     tunnels.add(tunnel)
     try:
         await tunnel.end()

@@ -16,6 +16,7 @@ class RelayKind(enum.Enum):
     SOCKMAP = "sockmap"
     SPLICE = "splice"
     COPY = "copy"
+    WIRE = "wire"
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,12 +276,7 @@ class Socks5Server:
             association.close()
 
     async def _tunnel(self, stream: Stream, upstream: Stream, machine: ServerMachine) -> TunnelReport:
-        try:
-            await stream.write(machine.data_to_send())
-        except BaseException:
-            upstream.abort()
-            raise
-        return await relay(stream, upstream)
+        return await relay(stream, upstream, reply=machine.data_to_send())
 
 
 async def _next_event(stream: Stream, machine: ServerMachine) -> Event:
