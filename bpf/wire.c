@@ -43,6 +43,7 @@ __attribute__((section("maps/ringbuf:" PIN_DIR "/notices"))) struct notices_tabl
 enum { LOOPBACK = 1, HOP_LIMIT = 64, STEPS = 24, CHANGES = 8 };
 enum { PASS = -1 /* TC_ACT_UNSPEC */, DROP = 2 /* TC_ACT_SHOT */ };
 enum { TO_US = 0 /* PACKET_HOST */ };
+enum { SLACK = 65536 /* bytes that an end may be ahead of what another CPU has noted of the other's window */ };
 enum { JUMBO = 8 /* bytes of the hop-by-hop header that a packet above 64 KiB has within the host */ };
 
 #define MEMBER(type, pointer, offset) (*(type *)((void *)(pointer) + (offset)))
@@ -53,6 +54,25 @@ static long (*redirect_neigh)(u32, void *, int, u64) = (void *)152;
 static __always_inline int is_after(u32 a, u32 b)
 {
 	return (s32)(a - b) > 0;
+}
+
+/* Let a sequence number go on to `to`, and never back; return by how much it did. */
+static __always_inline u32 advance(u64 *word, u32 to)
+{
+	u64 was = *(volatile u64 *)word;
+	int i;
+
+	for (i = 0; i < CHANGES; i++) {
+		u64 found;
+
+		if (!is_after(to, was))
+			return 0;
+		found = __sync_val_compare_and_swap(word, was, (u64)to);
+		if (found == was)
+			return to - (u32)was;
+		was = found;
+	}
+	return 0;
 }
 
 /* The difference that a changed word makes to a checksum, added up in 64 bits and folded at the end. */
@@ -390,26 +410,22 @@ int wire_relay(struct __sk_buff *skb)
 	 * What is not within the other end's window, or acknowledges what was never sent, is translated like anything else,
 	 * for that end to refuse; but nothing is believed of it here.
 	 */
-	ahead = seq + flow->seq - other->acked;
+	ahead = seq_end + flow->seq - (u32)other->acked;
 	if (tcp->rst) {
-		if (!ahead || seq == me->sent)
+		if (seq + flow->seq == (u32)other->acked || seq == (u32)me->sent)
 			set |= leg ? WIRE_RESET1 : WIRE_RESET0;
-	} else if ((s32)ahead <= (s32)other->window) {
-		if (is_after(seq_end, me->sent))
-			me->sent = seq_end;
+	} else if ((s32)ahead <= (s32)(other->window + SLACK)) {
+		advance(&me->sent, seq_end);
 		if (tcp->fin && (s32)ahead >= 0) {
 			me->end = seq_end;
 			set |= leg ? WIRE_FIN1 : WIRE_FIN0;
 		}
 	}
-	if (tcp->ack && !tcp->rst && !is_after(ack + flow->ack, other->sent)) {
-		u32 more = ack - me->acked;
-
-		if ((s32)more >= 0)
-			me->window = (u32)bpf_ntohs(tcp->window) << (flow->scale & 15);
-		if ((s32)more > 0) {
-			me->acked = ack;
-			__sync_fetch_and_add(&other->bytes, more);
+	if (tcp->ack && !tcp->rst) {
+		if (!is_after(ack + flow->ack, other->sent)) {
+			__sync_fetch_and_add(&other->bytes, advance(&me->acked, ack));
+			if (ack == (u32)me->acked)
+				me->window = (u32)bpf_ntohs(tcp->window) << (flow->scale & 15);
 		}
 		if (state & (leg ? WIRE_FIN0 : WIRE_FIN1) && ack + flow->ack == other->end)
 			set |= leg ? WIRE_FINACK1 : WIRE_FINACK0;

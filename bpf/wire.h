@@ -65,9 +65,10 @@ struct wire_leg {
 	__u64 packets;
 	__u64 bytes;  /* that this end has sent and the other has acknowledged; the end of the stream counts as one */
 	__u64 seen;   /* when the last packet came, CLOCK_MONOTONIC ns */
-	__u32 acked;  /* the highest acknowledgement that this end has sent, of what the other had sent */
-	__u32 end;    /* the sequence number behind its FIN */
-	__u32 sent;   /* the sequence number behind the last byte that it has sent within the other's window */
+	/* Sequence numbers, in words that can be compared and swapped: packets of one end may come on several CPUs. */
+	__u64 acked;  /* the highest acknowledgement that this end has sent, of what the other had sent */
+	__u64 sent;   /* behind the last byte that it has sent within the other's window */
+	__u32 end;    /* behind its FIN */
 	__u32 window; /* bytes that this end takes behind `acked` */
 };
 

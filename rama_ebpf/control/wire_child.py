@@ -79,7 +79,9 @@ class _Worker:
         try:
             request = Request.unpack(data)
             if request.ask is Ask.TAKE and len(sockets) == 2:
-                self._take(request, (sockets[0], sockets[1]))
+                client, target = sockets
+                sockets.clear()
+                self._take(request, (client, target))
             elif request.ask is Ask.GIVE_UP:
                 self._holder.splicer.give_up(self, request.number)
             elif request.ask is Ask.CUT:
@@ -88,6 +90,7 @@ class _Worker:
             for sock in sockets:
                 sock.close()
 
+    # Nothing here may set a time-out of these sockets: whether they block is the worker's business as well.
     def _take(self, request: Request, sockets: tuple[socket.socket, socket.socket]) -> None:
         number = request.number
 
@@ -97,9 +100,8 @@ class _Worker:
             else:
                 self._say(Reply(Answer.TAKEN if told is Told.TAKEN else Answer.SPOILED, number))
 
-        own = (sockets[0].dup(), sockets[1].dup())  # the splicer's, which may keep them
         try:
-            pair = self._holder.splicer.take(self, number, own, request.owed, request.deadline, tell)
+            pair = self._holder.splicer.take(self, number, sockets, request.owed, request.deadline, tell)
         except Refused as refused:
             self._say(Reply(Answer.REFUSED, number, text=str(refused)))
         except OSError as error:
@@ -158,8 +160,7 @@ class _Holder:
         except BlockingIOError:
             return
         if not data:
-            self.reactor.remove(self._door.fileno())  # somebody has shut it: the workers that we know go on
-            log.error("the door to the wire relay was shut: new workers do without")
+            self.reactor.remove(self._door.fileno())  # the server ends, or a worker has shut it: those we know go on
         for fd in fds:
             sock = socket.socket(fileno=fd)
             if sock.family == socket.AF_UNIX and len(self.workers) < _MOST_WORKERS:

@@ -56,9 +56,8 @@ def confine(
 
     Files may be opened where this Python, libc and OpenSSL have theirs, and beneath ``read``; changed beneath
     ``write``. ``closed`` is for who needs no network, or no listening sockets: with all of it closed there are no
-    sockets but Unix ones, besides those that are open. ``listener`` asks for one. ``bpf_commands`` of bpf(2) may be used
-    besides those on maps. Needs no_new_privs, and that no other
-    thread has been started.
+    sockets but Unix ones, besides those that are open. ``listener`` asks for one. ``bpf_commands`` of bpf(2) may be
+    used besides those on maps. Needs no_new_privs, and that no other thread has been started.
     """
     missing: list[str] = []
     version, filtered, told = 0, False, None

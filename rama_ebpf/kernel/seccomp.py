@@ -67,9 +67,7 @@ def call_name(number: int) -> str:
         return str(number)
 
 
-def keep_system_calls(
-    *, network: bool = True, listener: bool = False, bpf_commands: Iterable[int] = ()
-) -> int | None:
+def keep_system_calls(*, network: bool = True, listener: bool = False, bpf_commands: Iterable[int] = ()) -> int | None:
     """Set the filter for all threads of this process; ``bpf_commands`` are allowed besides those on maps.
 
     Raises :class:`SeccompUnavailable`.

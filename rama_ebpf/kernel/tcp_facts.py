@@ -13,12 +13,13 @@ from typing import Final
 
 from .wire import WireKey
 
-__all__ = ["ESTABLISHED", "TcpFacts", "TcpOption", "netns_cookie"]
+__all__ = ["ESTABLISHED", "TcpFacts", "TcpOption", "netns_cookie", "segments"]
 
 ESTABLISHED: Final = 1
 
 _INFO_BYTES: Final = 104
 _INFO: Final = struct.Struct("=24I")
+_SEGMENTS: Final = struct.Struct("=140xI8xI")  # tcpi_segs_in, tcpi_data_segs_in
 _SO_MARK, _SO_NETNS_COOKIE = 36, 71
 _TCP_ULP: Final = 31
 _IPV6_TCLASS: Final = 67
@@ -96,6 +97,13 @@ class TcpFacts:
             ),
             layered=bool(sock.getsockopt(socket.IPPROTO_TCP, _TCP_ULP, 16).rstrip(b"\0")),
         )
+
+
+def segments(sock: socket.socket) -> tuple[int, int]:
+    """Return how many segments have come to a socket, and how many of them with data. Raises OSError."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SEGMENTS.size)
+    came, with_data = _SEGMENTS.unpack(info)
+    return came, with_data
 
 
 def netns_cookie(sock: socket.socket) -> int:

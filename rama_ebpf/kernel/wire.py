@@ -37,6 +37,7 @@ __all__ = [
     "Leg",
     "Pair",
     "PairMemory",
+    "PairReader",
     "Snapshot",
     "WireKey",
     "WireMaps",
@@ -53,7 +54,7 @@ _FLOW: Final = _HEADER.layout(
     *("pair", "leg", "source", "target", "sport", "dport", "seq", "ack", "device"),
     *("expect_received", "expect_acked", "shift_left", "shift_right", "v6", "scale"),
 )
-_LEG: Final = _HEADER.layout("wire_leg", "packets", "bytes", "seen", "acked", "end", "sent", "window")
+_LEG: Final = _HEADER.layout("wire_leg", "packets", "bytes", "seen", "acked", "sent", "end", "window")
 _PAIR: Final = _HEADER.layout(
     "wire_pair", "state", "taken_at", "spoiled_by", "pad", "stamps", "offsets", "recent", "legs"
 )
@@ -152,8 +153,8 @@ class Leg:
     bytes: int
     seen: int
     acked: int
-    end: int
     sent: int
+    end: int
     window: int
 
 
@@ -174,15 +175,12 @@ class Pair:
 
 
 class PairMemory:
-    """The pairs as shared memory, of which every read is of the kernel's current value; ``write`` if it may be changed.
+    """The pairs as shared memory, of which every read is of the kernel's current value. ``fd`` stays the caller's."""
 
-    ``fd`` stays the caller's.
-    """
-
-    def __init__(self, fd: int, *, write: bool = False) -> None:
+    def __init__(self, fd: int) -> None:
         self.count = bpf.map_info(fd).max_entries
         size = -(-self.count * _PAIR.size // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._memory = mmap.mmap(fd, size, prot=mmap.PROT_READ | (mmap.PROT_WRITE if write else 0))
+        self._memory = mmap.mmap(fd, size)
         self._words = memoryview(self._memory).cast("Q")
 
     def state(self, number: int) -> int:
@@ -190,14 +188,14 @@ class PairMemory:
         return int(self._words[number * _PAIR.size // 8])
 
     def __getitem__(self, number: int) -> Pair:
-        state, _, spoiled, *_, client, target = _PAIR.unpack_from(self._memory, number * _PAIR.size)
-        return Pair(state, spoiled, Leg(*_LEG.unpack(client)), Leg(*_LEG.unpack(target)))
+        at = number * _PAIR.size
+        return _pair(self._memory[at : at + _PAIR.size])
 
     def begin(self, number: int, client: Snapshot, target: Snapshot, acked: tuple[int, int]) -> None:
         """Write a new pair, that is watched from now on; ``acked`` are the acknowledgements that the ends owe."""
         now = time.monotonic_ns()
         legs = [
-            _LEG.pack(0, 0, now, owed, 0, snapshot.rcv_nxt, snapshot.snd_wnd)
+            _LEG.pack(0, 0, now, owed, snapshot.rcv_nxt, 0, snapshot.snd_wnd)
             for snapshot, owed in zip((client, target), acked, strict=True)
         ]
         clocks = client.tsoffset, target.tsoffset, client.ts_recent, target.ts_recent
@@ -212,6 +210,30 @@ class PairMemory:
         """Unmap the memory."""
         self._words.release()
         self._memory.close()
+
+
+class PairReader:
+    """The pairs, for who may only read them: the kernel maps such a descriptor into no memory. ``fd`` is closed with
+    this."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._read = bpf.MapReader(fd, 4, _PAIR.size)
+
+    def __getitem__(self, number: int) -> Pair:
+        found = self._read(number.to_bytes(4, sys.byteorder))
+        if found is None:
+            raise IndexError(f"there is no pair {number}")
+        return _pair(found)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+
+def _pair(raw: bytes) -> Pair:
+    state, _, spoiled, *_, client, target = _PAIR.unpack(raw)
+    return Pair(state, spoiled, Leg(*_LEG.unpack(client)), Leg(*_LEG.unpack(target)))
 
 
 class WireMaps:

@@ -27,13 +27,13 @@ from ..kernel.conntrack import Conntrack
 from ..kernel.raw_packets import RawPackets
 from ..kernel.ringbuf import RingBuffer
 from ..kernel.routes import Routes
-from ..kernel.tcp_facts import TcpFacts, netns_cookie
+from ..kernel.tcp_facts import TcpFacts, netns_cookie, segments
 from ..kernel.wire import STATE, Pair, PairMemory, WireKey, WireMaps
 from .report import CloseReason
 from .wire_errors import translated_error
 from .wire_rules import End, Refused, check
 
-__all__ = ["ALIVE_SECONDS", "LINGER", "Reactor", "Splice", "Splicer", "Tell", "Told", "reason_of"]
+__all__ = ["ALIVE_SECONDS", "LINGER", "SWEEP", "Reactor", "Splice", "Splicer", "Tell", "Told", "reason_of"]
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ ALIVE_SECONDS: Final = 5.0
 """For how long the kernel translates when nothing is heard of this process any more."""
 LINGER: Final = 2.0
 """Seconds for which the flows of a tunnel stay when it is over."""
-_SWEEP_SECONDS: Final = 2.0
+SWEEP: Final = 2.0
+"""Seconds between looks at all tunnels: whether packets go to the stack."""
 _ROUTES_SECONDS: Final = 0.1
 _NOTICES: Final = 64
 """Notices that are answered a turn; what is above that is dropped, and comes again (RFC 1191 section 6.5)."""
@@ -89,6 +90,9 @@ class Splice:
     sockets: list[socket.socket | None]
     tell: Tell
     parked: bool = False
+    strays: list[tuple[int, int]] = field(default_factory=list)
+    """Segments, and those with data, that had come to each socket when it was looked at last."""
+    strayed: bool = False
     over_at: float | None = None
 
 
@@ -110,6 +114,7 @@ class Splicer:
         quota: int,
         listeners: Callable[[], Collection[tuple[bytes, int]]] | None = None,
         linger: float = LINGER,
+        sweep: float = SWEEP,
     ) -> None:
         self.counts = _Counts()
         self._maps = maps
@@ -117,7 +122,8 @@ class Splicer:
         self._quota = quota
         self._listeners = listeners
         self._linger = linger
-        self._pairs = PairMemory(maps.maps["pairs"], write=True)
+        self._sweep_seconds = sweep
+        self._pairs = PairMemory(maps.maps["pairs"])
         self._free = deque(range(maps.count))  # first in, first out: a pair rests as long as it can
         self._by_pair: dict[int, Splice] = {}
         self._by_owner: dict[Hashable, dict[int, Splice]] = {}
@@ -307,6 +313,7 @@ class Splicer:
         if not splice.parked:
             self._park(splice)
             self.counts.taken += 1
+            splice.strays = [segments(sock) for sock in splice.sockets if sock is not None]
             splice.tell(Told.TAKEN, CloseReason.EOF, (0, 0))
             for index, sock in enumerate(splice.sockets):
                 if sock is not None:
@@ -341,12 +348,27 @@ class Splicer:
             self._close(splice, index)
             return
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if events & _GONE else 0
-        log.log(
-            logging.INFO if error else logging.WARNING,
-            "a tunnel's %s: it is reset",
-            "socket was ended" if error else "packet went to the stack",
-        )
-        self._cut(splice, CloseReason.CUT if error else CloseReason.INTEGRITY)
+        if error:
+            log.info("the socket of a tunnel was ended: it is reset")
+            self._cut(splice, CloseReason.CUT)
+        else:
+            self._bypassed(splice)
+
+    def _bypassed(self, splice: Splice) -> None:
+        log.warning("packets of a tunnel went to the stack and not through the program: it is reset")
+        self._cut(splice, CloseReason.INTEGRITY)
+
+    def _look_for_strays(self, splice: Splice) -> None:
+        """Packets that come to a parked socket without being what it expects do not make it readable."""
+        counts = [segments(sock) for sock in splice.sockets if sock is not None]
+        before, splice.strays = splice.strays, counts
+        if counts == before:
+            splice.strayed = False
+            return
+        data = any(now[1] != then[1] for now, then in zip(counts, before, strict=True))
+        if data or splice.strayed:
+            self._bypassed(splice)
+        splice.strayed = True  # an acknowledgement may have been under way when it was parked
 
     def _end(
         self, splice: Splice, told: Told, reason: CloseReason = CloseReason.CUT, moved: tuple[int, int] = (0, 0)
@@ -395,10 +417,12 @@ class Splicer:
         if self._routes_changed is not None and now - self._routes_changed > _ROUTES_SECONDS:
             self._routes_changed = None
             self._follow_routes()
-        if now - self._swept > _SWEEP_SECONDS:  # the ring may have been full
+        if now - self._swept > self._sweep_seconds:
             self._swept = now
             for splice in list(self._by_pair.values()):
-                self._look(splice)
+                self._look(splice)  # the ring may have been full
+                if splice.parked and splice.over_at is None:
+                    self._look_for_strays(splice)
 
     def _note_routes(self) -> None:
         self._routes.forget_changes()

@@ -26,7 +26,7 @@ from ..core.client import client_address
 from ..core.per_loop import PerLoop
 from ..core.socket_stream import SocketStream
 from ..core.stream import Stream
-from ..kernel.wire import PairMemory
+from ..kernel.wire import PairReader
 from .direction import DirectionOwner
 from .host import RelayHost
 from .options import TunnelLimits
@@ -142,10 +142,10 @@ class Wire:
     def __init__(self) -> None:
         self.refused: Counter[str] = Counter()
         self.refusal = "the wire relay is not set up"
-        """Why there is none."""
+        """Why there is none; empty if there is."""
         self._door: socket.socket | None = None
         self._channel: socket.socket | None = None
-        self._pairs: PairMemory | None = None
+        self._pairs: PairReader | None = None
         self._numbers = itertools.count(1)
         self._begun: dict[int, asyncio.Queue[Reply]] = {}
         """What was heard of tunnels that are not taken over yet."""
@@ -179,6 +179,19 @@ class Wire:
         self.refusal = "the wire relay is not ready"
         self._channel = ours
         self._loop.add_reader(ours.fileno(), self._hear)
+
+    def close(self) -> None:
+        """Give everything up; what tunnels there are is reset by the other process."""
+        if self._channel is not None:
+            self._loop.remove_reader(self._channel.fileno())
+            self._channel.close()
+            self._channel = None
+        if self._pairs is not None:
+            self._pairs.close()
+            self._pairs = None
+        if self._door is not None:
+            self._door.close()
+            self._door = None
 
     # -- take-over ---------------------------------------------------------------------------------------------------
 
@@ -316,8 +329,8 @@ class Wire:
                 return
             reply = Reply.unpack(data)
             if reply.answer is Answer.WELCOME:
-                self._pairs = PairMemory(fds[0])
-                os.close(fds[0])
+                self._pairs = PairReader(fds[0])
+                self.refusal = ""
             else:
                 self._heard(reply)
 
@@ -338,7 +351,9 @@ class Wire:
             begun.put_nowait(Reply(Answer.REFUSED, text=_NO_ANSWER))
         for tunnel in list(self._tunnels.values()):
             tunnel.ended(CloseReason.ERROR, tunnel.moved)
-        self._pairs = None
+        if self._pairs is not None:
+            self._pairs.close()
+            self._pairs = None
         self._connect()
 
 

@@ -14,6 +14,7 @@ from rama_ebpf import loader
 from rama_ebpf.kernel import abi, bpf
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.kernel.splice import SpliceMaps
+from rama_ebpf.kernel.wire import WireMaps
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
@@ -44,6 +45,14 @@ def _relay() -> dict[str, int]:
         maps.close()
 
 
+def _wire() -> dict[str, int]:
+    maps = WireMaps.load(16)
+    try:
+        return {name: bpf.prog_info(fd).verified_insns for name, fd in maps.programs.items()}
+    finally:
+        maps.close()
+
+
 def test_every_program_passes_the_verifier_with_room_to_spare(
     instance: str, record_property: Callable[[str, object], None]
 ) -> None:
@@ -51,7 +60,7 @@ def test_every_program_passes_the_verifier_with_room_to_spare(
     place.run_dir.mkdir(parents=True)
     gate = loader.load(place, xdp=True, syn_cookies=True)
     try:
-        walked = {name: bpf.prog_info(fd).verified_insns for name, fd in gate.programs.items()} | _relay()
+        walked = {name: bpf.prog_info(fd).verified_insns for name, fd in gate.programs.items()} | _relay() | _wire()
     finally:
         gate.close()
     for name, count in walked.items():

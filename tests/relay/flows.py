@@ -8,6 +8,7 @@ unseen.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import random
@@ -120,6 +121,10 @@ class Peer:
     sock: socket.socket
     me: Side
     other: Side
+    reply: int = 0
+    """Bytes that it waits for before it begins."""
+    replied: asyncio.Event | None = None
+    """Set when they have come; who waits for none waits for this."""
     received: int = 0
     sent: int = 0
     eof: bool = False
@@ -129,6 +134,12 @@ class Peer:
     async def play(self) -> None:
         self.sock.setblocking(False)
         try:
+            if self.reply:
+                await asyncio.get_running_loop().sock_recv(self.sock, self.reply)
+                assert self.replied is not None
+                self.replied.set()
+            elif self.replied is not None:
+                await self.replied.wait()
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read())
                 group.create_task(self._write())
@@ -204,12 +215,16 @@ def check(plan: Plan, client: Peer, upstream: Peer) -> None:
             raise Wrong(f"seed {plan.seed}: {name} saw {peer.received} of {other.size} bytes, {peer.error or 'EOF'}")
 
 
-def tcp_pair(family: socket.AddressFamily = socket.AF_INET) -> tuple[socket.socket, socket.socket]:
-    """Two ends of one TCP connection over loopback."""
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
-        listener.listen()
-        near = socket.socket(family, socket.SOCK_STREAM)
+def tcp_pair(
+    family: socket.AddressFamily = socket.AF_INET, listener: socket.socket | None = None
+) -> tuple[socket.socket, socket.socket]:
+    """Two ends of one TCP connection over loopback; to ``listener``, or one that is there for a moment."""
+    with contextlib.ExitStack() as cleanup:
+        if listener is None:
+            listener = cleanup.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
+            listener.listen()
+        near = socket.socket(listener.family, socket.SOCK_STREAM)
         near.connect(listener.getsockname())
         far, _ = listener.accept()
         return near, far
@@ -218,23 +233,26 @@ def tcp_pair(family: socket.AddressFamily = socket.AF_INET) -> tuple[socket.sock
 Relay = Callable[[SocketStream, SocketStream], Awaitable[TunnelReport]]
 
 
-def relay_by(kind: RelayKind, limits: TunnelLimits | None = None) -> Relay:
+def relay_by(kind: RelayKind, limits: TunnelLimits | None = None, reply: bytes = b"") -> Relay:
     async def run(client: SocketStream, upstream: SocketStream) -> TunnelReport:
         client.extensions.add(RelayOptions(kind))
-        return await relay(client, upstream, limits)
+        return await relay(client, upstream, limits, reply=reply)
 
     return run
 
 
-async def run_flow(flow: Plan, relay: Relay) -> TunnelReport:
-    """Play ``flow`` through ``relay`` and check it. Raises :class:`Wrong`."""
-    (client_far, client_near), (upstream_near, upstream_far) = tcp_pair(), tcp_pair()
+async def run_flow(flow: Plan, relay: Relay, *, listener: socket.socket | None = None, reply: int = 0) -> TunnelReport:
+    """Play ``flow`` through ``relay`` and check it; the client comes by ``listener``, and waits for ``reply`` bytes
+    before both ends begin. Raises :class:`Wrong`."""
+    family = socket.AF_INET if listener is None else listener.family
+    (client_far, client_near), (upstream_near, upstream_far) = tcp_pair(listener=listener), tcp_pair(family)
     for sock, size in zip((client_far, client_near, upstream_near, upstream_far), flow.buffers, strict=True):
         if size:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-    client = Peer(client_far, flow.client, flow.upstream)
-    upstream = Peer(upstream_far, flow.upstream, flow.client)
+    replied = asyncio.Event()
+    client = Peer(client_far, flow.client, flow.upstream, reply=reply, replied=replied if reply else None)
+    upstream = Peer(upstream_far, flow.upstream, flow.client, replied=replied if reply else None)
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(client.play())

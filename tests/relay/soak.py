@@ -24,11 +24,13 @@ from rama_ebpf.kernel.splice import SpliceMaps
 from rama_ebpf.relay import CloseReason, RelayKind, TunnelReport, promotion, tunnels
 from rama_ebpf.relay.engine import Engine
 from rama_ebpf.relay.sockmap import Sockmap
+from rama_ebpf.relay.wire import Wire
 
 from .flows import MAX_SIZE, Wrong, open_descriptors, plan, relay_by, run_flow, running
 from .test_overlap import outcomes, read_all, segments_on_veth, through
 from .test_sockmap import entries
 from .test_tunnel import Ends, push_until_held, receive, send
+from .wire_relay import wire_relay
 
 AT_ONCE = 25
 STALLED = 64 << 20
@@ -38,8 +40,22 @@ CREDITS = (1, 1 << 16, 1 << 18, 1 << 20)
 
 async def flows(kind: RelayKind, count: int, maps: SpliceMaps) -> dict[str, object]:
     """Play ``count`` random flows, and see that nothing is left of them."""
+    if kind is RelayKind.WIRE:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(AT_ONCE)
+            async with wire_relay(listener):
+                result = await _flows(kind, count, maps, listener)
+                return result | {"refused": dict(Wire.current().refused)}
+    return await _flows(kind, count, maps)
+
+
+async def _flows(
+    kind: RelayKind, count: int, maps: SpliceMaps, listener: socket.socket | None = None
+) -> dict[str, object]:
     before = open_descriptors()
     sockmap = Engine.current().sockmap
+    reply = b"" if listener is None else b"!"
     rng = random.Random(f"soak {kind}")
     seeds = iter([rng.randrange(1 << 40) for _ in range(count)])
     seen: collections.Counter[CloseReason] = collections.Counter()
@@ -52,7 +68,9 @@ async def flows(kind: RelayKind, count: int, maps: SpliceMaps) -> dict[str, obje
             flow = plan(seed, largest=MAX_SIZE)
             if sockmap is not None:
                 sockmap.credit = CREDITS[seed % len(CREDITS)]
-            report: TunnelReport = await run_flow(flow, relay_by(kind))
+            report: TunnelReport = await run_flow(
+                flow, relay_by(kind, reply=reply), listener=listener, reply=len(reply)
+            )
             if not flow.resets and (report.to_upstream, report.to_client) != (flow.client.size, flow.upstream.size):
                 raise Wrong(f"seed {seed}: the counters are wrong")
             seen[report.reason] += 1
