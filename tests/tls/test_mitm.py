@@ -9,6 +9,7 @@ import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,19 @@ def upstream(authority: Pki) -> ClientTls:
     return ClientTls(ca=authority.certificate, alpn=("h2", "http/1.1"))
 
 
+Intercept = Callable[..., TlsTunnelLayer]
+
+
+@pytest.fixture
+def intercept(ours: CertificateAuthority, upstream: ClientTls) -> Intercept:
+    """Make a layer that looks into tunnels with certificates of ours, and trusts the targets' authority."""
+
+    def make(tls: ClientTls = upstream, **options: Any) -> TlsTunnelLayer:
+        return TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), tls, **options))
+
+    return make
+
+
 async def lines_upper(tunnel: Intercepted) -> TunnelReport:
     """Proof of plaintext: pass the server's greeting on in capitals, then relay."""
     greeting = await tunnel.upstream.read()
@@ -119,9 +133,9 @@ async def test_curl_through_a_proxy_is_decrypted_and_sees_our_certificate(
     connector: Connector,
     authority: Pki,
     ours: CertificateAuthority,
-    upstream: ClientTls,
     tmp_path: Path,
     proxy: str,
+    intercept: Intercept,
 ) -> None:
     port = await http_target(serve, authority, "a.test")
     seen: list[bytes] = []
@@ -130,7 +144,7 @@ async def test_curl_through_a_proxy_is_decrypted_and_sees_our_certificate(
         seen.append(await tunnel.client.peek(14))
         return await tunnel.move(tunnel.client, tunnel.upstream)
 
-    layer = TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), upstream, inspect=inspect))
+    layer = intercept(inspect=inspect)
     if proxy == "socks5h":
         running = serve(stack(layer, Socks5Server(connector)))
     elif proxy == "http":
@@ -156,12 +170,11 @@ async def test_a_tunnel_of_clients_that_trust_us_is_plaintext_to_us(
     serve: Serve,
     connector: Connector,
     tls_target: TlsTarget,
-    ours: CertificateAuthority,
-    upstream: ClientTls,
     trusting_us: ssl.SSLContext,
+    intercept: Intercept,
 ) -> None:
     port = await tls_target("a.test")
-    layer = TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), upstream, inspect=lines_upper))
+    layer = intercept(inspect=lines_upper)
     running = serve(passthrough(connector, port, layer))
     reader, writer = await asyncio.open_connection(HOST, running.port, ssl=trusting_us, server_hostname="a.test")
     assert await reader.readline() == b"A.TEST\n"
@@ -179,14 +192,13 @@ async def test_the_client_gets_the_protocol_that_the_server_speaks(
     serve: Serve,
     connector: Connector,
     tls_target: TlsTarget,
-    ours: CertificateAuthority,
-    upstream: ClientTls,
     trusting_us: ssl.SSLContext,
     offered: list[str],
     agreed: str | None,
+    intercept: Intercept,
 ) -> None:
     port = await tls_target("a.test", alpn=("h2", "http/1.1"))
-    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), upstream))))
+    running = serve(passthrough(connector, port, intercept()))
     if offered:
         trusting_us.set_alpn_protocols([*offered, "something/else"])
     reader, writer = await asyncio.open_connection(HOST, running.port, ssl=trusting_us, server_hostname="a.test")
@@ -225,9 +237,9 @@ async def test_a_server_that_does_not_verify_is_never_vouched_for(
     serve: Serve,
     connector: Connector,
     tls_target: TlsTarget,
-    ours: CertificateAuthority,
     upstream: ClientTls,
     trusting_us: ssl.SSLContext,
+    intercept: Intercept,
 ) -> None:
     port = await tls_target("a.test")
     settings = [
@@ -236,8 +248,8 @@ async def test_a_server_that_does_not_verify_is_never_vouched_for(
         (ClientTls(ca=upstream.ca, pins=frozenset([bytes(32)])), "a.test"),
     ]
     for tls, name in settings:
-        interceptor = TlsInterceptor(LeafIssuer(ours), tls)
-        running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
+        layer = intercept(tls)
+        running = serve(passthrough(connector, port, layer))
         with pytest.raises(ssl.SSLError, match="BAD_CERTIFICATE"):
             await greeting(running, trusting_us, name)
         await running.idle()
@@ -248,13 +260,12 @@ async def test_names_on_the_bypass_list_reach_their_server_unopened(
     serve: Serve,
     connector: Connector,
     tls_target: TlsTarget,
-    ours: CertificateAuthority,
-    upstream: ClientTls,
     trust: ssl.SSLContext,
+    intercept: Intercept,
 ) -> None:
     port = await tls_target("a.test")
-    interceptor = TlsInterceptor(LeafIssuer(ours), upstream, bypass=[".a.test"], inspect=lines_upper)
-    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
+    layer = intercept(bypass=[".a.test"], inspect=lines_upper)
+    running = serve(passthrough(connector, port, layer))
     assert await greeting(running, trust, "a.test") == b"a.test\n"
 
 
@@ -262,17 +273,16 @@ async def test_a_name_on_the_bypass_list_opens_no_other_target(
     serve: Serve,
     connector: Connector,
     tls_target: TlsTarget,
-    ours: CertificateAuthority,
-    upstream: ClientTls,
     trust: ssl.SSLContext,
     trusting_us: ssl.SSLContext,
+    intercept: Intercept,
 ) -> None:
     """The server name is the client's to choose, and so is the target that it asks the proxy for."""
     port = await tls_target("a.test")
 
     async def through(target: str, name: str, context: ssl.SSLContext, **options: bool) -> bytes:
-        interceptor = TlsInterceptor(LeafIssuer(ours), upstream, bypass=["a.test", "b.test"], **options)
-        running = serve(stack(TlsTunnelLayer(intercept=interceptor), Socks5Server(connector)))
+        layer = intercept(bypass=["a.test", "b.test"], **options)
+        running = serve(stack(layer, Socks5Server(connector)))
         reader, writer = await running.connect()
         if target[0].isdigit():
             asked = b"\x01" + socket.inet_aton(target)
@@ -332,12 +342,11 @@ async def test_by_default_a_client_that_refuses_us_is_not_passed_through_the_nex
     serve: Serve,
     connector: Connector,
     tls_target: TlsTarget,
-    ours: CertificateAuthority,
-    upstream: ClientTls,
     trust: ssl.SSLContext,
+    intercept: Intercept,
 ) -> None:
     port = await tls_target("a.test")
-    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), upstream))))
+    running = serve(passthrough(connector, port, intercept()))
 
     def connect() -> None:
         with socket.create_connection((HOST, running.port), timeout=20) as sock:
@@ -352,10 +361,9 @@ async def test_a_name_whose_client_refuses_us_is_passed_through_from_then_on_for
     serve: Serve,
     connector: Connector,
     tls_target: TlsTarget,
-    ours: CertificateAuthority,
-    upstream: ClientTls,
     trust: ssl.SSLContext,
     trusting_us: ssl.SSLContext,
+    intercept: Intercept,
 ) -> None:
     def connect(context: ssl.SSLContext) -> bytes:
         with (
@@ -367,8 +375,8 @@ async def test_a_name_whose_client_refuses_us_is_passed_through_from_then_on_for
     clock = Clock()
     port = await tls_target("a.test")
     rejections = Rejections(ttl=60, clock=clock)
-    interceptor = TlsInterceptor(LeafIssuer(ours), upstream, inspect=lines_upper, rejections=rejections)
-    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
+    layer = intercept(inspect=lines_upper, rejections=rejections)
+    running = serve(passthrough(connector, port, layer))
     with pytest.raises(ssl.SSLCertVerificationError):
         await asyncio.to_thread(connect, trust)
     await running.idle()
@@ -386,14 +394,13 @@ async def test_clients_that_hang_up_without_a_word_count_at_the_third_time_in_a_
     serve: Serve,
     connector: Connector,
     tls_target: TlsTarget,
-    ours: CertificateAuthority,
-    upstream: ClientTls,
     trust: ssl.SSLContext,
     trusting_us: ssl.SSLContext,
+    intercept: Intercept,
 ) -> None:
     port = await tls_target("a.test")
-    interceptor = TlsInterceptor(LeafIssuer(ours), upstream, inspect=lines_upper, rejections=Rejections())
-    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
+    layer = intercept(inspect=lines_upper, rejections=Rejections())
+    running = serve(passthrough(connector, port, layer))
 
     async def refuse() -> None:
         with pytest.raises(ssl.SSLCertVerificationError):  # of which asyncio does not tell the server
@@ -438,9 +445,8 @@ async def test_an_inspection_that_answers_by_itself_ends_in_order_for_the_client
     serve: Serve,
     connector: Connector,
     tls_target: TlsTarget,
-    ours: CertificateAuthority,
-    upstream: ClientTls,
     trusting_us: ssl.SSLContext,
+    intercept: Intercept,
 ) -> None:
     async def refuse(tunnel: Intercepted) -> TunnelReport:
         await tunnel.client.write(b"blocked\n")
@@ -448,8 +454,8 @@ async def test_an_inspection_that_answers_by_itself_ends_in_order_for_the_client
 
     trusting_us.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
     port = await tls_target("a.test")
-    interceptor = TlsInterceptor(LeafIssuer(ours), upstream, inspect=refuse)
-    running = serve(passthrough(connector, port, TlsTunnelLayer(intercept=interceptor)))
+    layer = intercept(inspect=refuse)
+    running = serve(passthrough(connector, port, layer))
 
     def connect() -> list[bytes]:
         with (
@@ -462,12 +468,14 @@ async def test_an_inspection_that_answers_by_itself_ends_in_order_for_the_client
 
 
 async def test_a_client_that_names_no_server_gets_the_certificate_of_the_target_it_named_to_the_proxy(
-    serve: Serve, connector: Connector, tls_target: TlsTarget, ours: CertificateAuthority, upstream: ClientTls
+    serve: Serve,
+    connector: Connector,
+    tls_target: TlsTarget,
+    ours: CertificateAuthority,
+    intercept: Intercept,
 ) -> None:
     port = await tls_target("a.test")
-    running = serve(
-        stack(TlsTunnelLayer(intercept=TlsInterceptor(LeafIssuer(ours), upstream)), Socks5Server(connector))
-    )
+    running = serve(stack(intercept(), Socks5Server(connector)))
     context = ssl.create_default_context(cadata=ours.pem.decode())
     context.check_hostname = False
     reader, writer = await socks(running, port)
@@ -484,14 +492,14 @@ async def test_a_client_that_names_no_server_is_intercepted_by_the_address_it_as
     run: Run,
     authority: Pki,
     ours: CertificateAuthority,
-    upstream: ClientTls,
     tmp_path: Path,
+    intercept: Intercept,
 ) -> None:
     port = await http_target(serve, authority, HOST)
     (tmp_path / "ca.pem").write_bytes(ours.pem)
     for scheme, server in (("socks5", Socks5Server(connector)), ("http", HttpProxy(connector))):
-        interceptor = TlsInterceptor(LeafIssuer(ours), upstream)
-        running = serve(stack(TlsTunnelLayer(intercept=interceptor), server))
+        layer = intercept()
+        running = serve(stack(layer, server))
         code, out, err = await run(
             *("curl", "-sS", "--proxy", f"{scheme}://{HOST}:{running.port}", "--cacert", tmp_path / "ca.pem"),
             f"https://{HOST}:{port}/",
