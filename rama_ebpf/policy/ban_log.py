@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from .atomic import bring_to_disk, open_regular
-from .ban_record import BanBlock, read_ban
+from .ban_record import BanBlock
 from .ban_rows import RowReader, lift_row, row_of
 from .ban_snapshot import BanSnapshot, SnapshotDamaged, write_snapshot
 from .ban_walk import BanWalk
@@ -120,10 +120,6 @@ class BanLog:
             return KeptBans(None, present, changes, self._since, by_wall)
         count = snapshot.count + present
         return KeptBans(self._snapshot, count, changes, self._since, by_wall or snapshot.by_wall)
-
-    def replay(self) -> list[Ban]:
-        """Return the bans that are in force. Raises OSError like :meth:`read`."""
-        return [read_ban(key, value) for block in self.read().blocks() for key, value in block.rows()]
 
     def walk(self, has: Callable[[bytes], bool]) -> BanWalk:
         """Return a walk through what is on disk; ``has`` says whether a ban's key is in force."""

@@ -30,6 +30,8 @@ from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.rule import Action, Ban, PolicyError, Stage, boottime_ns, parse_ttl
 from rama_ebpf.policy.store import PolicyStore
 
+from .conftest import bans_in
+
 MOST = 64
 """How many bans the stores here hold."""
 SHARE = 56
@@ -191,7 +193,7 @@ def test_a_ban_that_made_room_does_not_come_back(make_store: Callable[[], Policy
     store = make_store()
     for n in range(2 * SHARE):
         struck(store, f"198.18.3.{n}", ttl=1000 + n)
-    kept = {ban.source for ban in BanLog(tmp_path / "bans").replay()}
+    kept = {ban.source for ban in bans_in(BanLog(tmp_path / "bans"))}
     assert kept == sources(store)
 
 
@@ -278,7 +280,7 @@ def test_a_snapshot_and_the_log_after_it_are_what_is_in_force(
     store.unban(ip_address("198.18.1.3"))
     store.ban(ip_address("198.18.1.4"), reason="again")
     struck(store, "2001:db8:7::1")
-    found = {ban.source: ban for ban in log.replay()}
+    found = {ban.source: ban for ban in bans_in(log)}
     expected = {ban.source: ban for ban in store.bans()}
     assert found.keys() == expected.keys() == {*(f"198.18.1.{n}" for n in range(10) if n != 3), "2001:db8:7::/64"}
     for source, ban in found.items():
@@ -324,7 +326,7 @@ def test_a_compaction_that_is_killed_anywhere_loses_nothing(
                 finished = True
             except Killed:
                 finished = False
-        assert {ban.source for ban in BanLog(tmp_path / "bans").replay()} == sources(store), stop
+        assert {ban.source for ban in bans_in(BanLog(tmp_path / "bans"))} == sources(store), stop
         if finished:
             break
     assert stop > 5
@@ -343,7 +345,7 @@ def test_a_change_while_a_snapshot_is_made_is_in_the_log(store: PolicyStore, tmp
 
     log = BanLog(tmp_path / "bans")
     log.compact(nullcontext, blocks)
-    assert {ban.source for ban in log.replay()} == sources(store)
+    assert {ban.source for ban in bans_in(log)} == sources(store)
 
 
 def walk_on(walk: BanWalk, count: int) -> tuple[BanRound, list[Ban]]:
@@ -411,16 +413,16 @@ def test_a_damaged_block_of_a_snapshot_costs_no_other(tmp_path: Path, caplog: py
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert len(BanLog(tmp_path / "bans").replay()) == 5000 - 1024
+    assert len(bans_in(BanLog(tmp_path / "bans"))) == 5000 - 1024
     assert f"1024 bans of {path} are damaged" in caplog.text
     path.write_bytes(data[: -len(data) // 3])
-    assert 0 < len(BanLog(tmp_path / "bans").replay()) < 5000 - 1024
+    assert 0 < len(bans_in(BanLog(tmp_path / "bans"))) < 5000 - 1024
     data[0] ^= 1
     path.write_bytes(data)
-    assert BanLog(tmp_path / "bans").replay() == []
+    assert bans_in(BanLog(tmp_path / "bans")) == []
     assert path.with_name("bans.snapshot.damaged").read_bytes() == data
     path.write_bytes(b"")
-    assert BanLog(tmp_path / "bans").replay() == []
+    assert bans_in(BanLog(tmp_path / "bans")) == []
 
 
 def test_after_a_reboot_a_snapshot_holds_for_as_long_as_was_left(
@@ -433,14 +435,14 @@ def test_after_a_reboot_a_snapshot_holds_for_as_long_as_was_left(
         wall = time.time() - 7200
         earlier.setattr(ban_snapshot.time, "time", lambda: wall)
         write_snapshot(path, [BanBlock.of([endless, short, long])])
-    left = {ban.source: ban.expires for ban in BanLog(tmp_path / "bans").replay()}
+    left = {ban.source: ban.expires for ban in bans_in(BanLog(tmp_path / "bans"))}
     assert len(left) == 2  # the short one ended meanwhile
     (end,) = (end for end in left.values() if end is not None)
     assert abs(end - (boottime_ns() + HOUR)) < 60 * 10**9
     # A wall clock that begins in 1970 prolongs nothing.
     monkeypatch.setattr(ban_snapshot.time, "time", lambda: 0.0)
     assert all(
-        ban.expires is None or ban.expires <= boottime_ns() + 3 * HOUR for ban in BanLog(tmp_path / "bans").replay()
+        ban.expires is None or ban.expires <= boottime_ns() + 3 * HOUR for ban in bans_in(BanLog(tmp_path / "bans"))
     )
 
 
@@ -468,13 +470,13 @@ def test_hostile_bytes_in_the_log_cost_their_line_only(tmp_path: Path) -> None:
         good[0].replace(b"1.1", b"1.8")[:-5],
     ]
     (tmp_path / "bans").write_bytes(b"\n".join(hostile))
-    assert {ban.source for ban in BanLog(tmp_path / "bans").replay()} == {"198.18.1.1", "2001:db8:7::/64", "198.18.1.2"}
+    assert {ban.source for ban in bans_in(BanLog(tmp_path / "bans"))} == {"198.18.1.1", "2001:db8:7::/64", "198.18.1.2"}
 
 
 def test_what_a_ban_says_that_disk_and_kernel_cannot_hold_does_not_cost_it(store: PolicyStore, tmp_path: Path) -> None:
     store.ban(ip_address("fe80::1%eth0"), reason="\udcff" + "\N{SNOWMAN}" * 100)
     assert stage(store, "fe80::1") is Stage.BAN
-    (kept,), (ban,) = BanLog(tmp_path / "bans").replay(), store.bans()
+    (kept,), (ban,) = bans_in(BanLog(tmp_path / "bans")), store.bans()
     assert (kept.source, kept.reason) == (ban.source, ban.reason) == ("fe80::1", "?" + "\N{SNOWMAN}" * 20)
 
 
@@ -491,7 +493,7 @@ def test_a_line_longer_than_memory_is_never_held(tmp_path: Path) -> None:
         file.truncate(3 << 30)  # NUL bytes, of which the disk holds none
         file.seek(0, os.SEEK_END)
         file.write(b'\n{"address": "198.18.1.2", "action": "drop", "until": null, "created": 1, "reason": ""}\n')
-    assert {ban.source for ban in BanLog(tmp_path / "bans").replay()} == {"198.18.1.1", "198.18.1.2"}
+    assert {ban.source for ban in bans_in(BanLog(tmp_path / "bans"))} == {"198.18.1.1", "198.18.1.2"}
 
 
 @pytest.mark.root

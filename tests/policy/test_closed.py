@@ -26,6 +26,8 @@ from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, boottime_ns
 from rama_ebpf.policy.store import PolicyStore
 
+from .conftest import bans_in
+
 
 class Killed(BaseException):
     """The writer's end."""
@@ -191,17 +193,17 @@ def test_a_ban_ends_when_it_was_to_whatever_the_wall_clock_was_set_to(tmp_path: 
     log.banned(given)
     row = json.loads((tmp_path / "bans").read_text())
     for wrong in (-(10**9), 10**9):  # seconds: the clock that was right is wrong now
-        (found,) = _log(tmp_path, {**row, "until": row["until"] + wrong}).replay()
+        (found,) = bans_in(_log(tmp_path, {**row, "until": row["until"] + wrong}))
         assert found.expires is not None
         assert abs(found.expires - boottime_ns() - 3600 * 10**9) < 10**11
 
 
 def test_no_ban_holds_longer_than_was_given_after_a_boot_with_a_wrong_clock(tmp_path: Path) -> None:
     row = {"address": "198.18.1.1", "action": "drop", "created": 0, "reason": "", "boot": "another", "boot_until": 1}
-    (found,) = _log(tmp_path, {**row, "until": time.time() + 20 * 365 * 86400, "left": 3600}).replay()
+    (found,) = bans_in(_log(tmp_path, {**row, "until": time.time() + 20 * 365 * 86400, "left": 3600}))
     assert found.expires is not None
     assert found.expires <= boottime_ns() + 3600 * 10**9
-    assert _log(tmp_path, {**row, "until": time.time() - 1, "left": 3600}).replay() == []
+    assert bans_in(_log(tmp_path, {**row, "until": time.time() - 1, "left": 3600})) == []
 
 
 def test_hostile_rows_of_bans_hinder_no_start(tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_hostile_rows_of_bans_hinder_no_start(tmp_path: Path) -> None:
         good.replace("1.1", "1.3").replace("drop", "dance"),
     )
     (tmp_path / "bans").write_text("\n".join([*hostile, good]) + "\n", encoding="utf-8")
-    assert [ban.source for ban in BanLog(tmp_path / "bans").replay()] == ["198.18.1.1"]
+    assert [ban.source for ban in bans_in(BanLog(tmp_path / "bans"))] == ["198.18.1.1"]
 
 
 def test_what_reads_feeds_keeps_the_settings_that_changed_meanwhile(store: PolicyStore) -> None:
