@@ -222,6 +222,8 @@ OK_VIA = b"HTTP/1.1 200 OK\r\n" + DATE + b"Via: 1.1 rama-ebpf\r\nContent-Length:
 
 
 MakePool = Callable[..., BackendPool]
+RunOrigin = Callable[..., Origin]
+Connect = Service[Authority, Stream]
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from collections.abc import Callable
 
 import h2.events
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream, stack
+from rama_ebpf.core import Service, Stream, stack
 from rama_ebpf.core.request_log import RequestRecord
 from rama_ebpf.layers.access_log import AccessLogLayer, AccessRecord
 from rama_ebpf.layers.auth import StaticUsers
@@ -19,11 +18,9 @@ from rama_ebpf.services.http import HttpProxy, HttpServer, Request, Response
 from rama_ebpf.services.http.exchange.running import running
 from rama_ebpf.services.http.layers import ProxyAuthLayer
 
-from .conftest import OK, Origin, Run, Server, abort, eventually, nobody
+from .conftest import OK, Connect, Run, RunOrigin, Server, abort, eventually, nobody
 from .h2_client import GET, h2_client
 
-RunOrigin = Callable[..., Origin]
-Connect = Service[Authority, Stream]
 TOM = b"Proxy-Authorization: Basic " + base64.b64encode(b"tom:secret")
 EVE = b"Proxy-Authorization: Basic " + base64.b64encode(b"eve:guess")
 

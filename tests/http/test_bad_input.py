@@ -7,11 +7,11 @@ import contextlib
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream
+from rama_ebpf.core import Stream
 from rama_ebpf.services.http import (
     Body,
     Headers,
@@ -24,9 +24,8 @@ from rama_ebpf.services.http import (
     Response,
 )
 
-from .conftest import DATE, OK, Origin, Run, abort, descriptors, eventually, read_until_reset
+from .conftest import DATE, OK, Connect, Run, RunOrigin, abort, descriptors, eventually, read_until_reset
 
-RunOrigin = Callable[..., Origin]
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -230,7 +229,7 @@ async def test_client_that_pipelines_does_not_keep_others_waiting(run: Run) -> N
     assert order.index("/modest") < 100
 
 
-async def test_fast_sender_is_held_back_by_a_stalled_upstream(run: Run, connector: Service[Authority, Stream]) -> None:
+async def test_fast_sender_is_held_back_by_a_stalled_upstream(run: Run, connector: Connect) -> None:
     stalled = asyncio.Event()
 
     async def never_reads(stream: Stream) -> None:
@@ -259,7 +258,7 @@ async def test_fast_sender_is_held_back_by_a_stalled_upstream(run: Run, connecto
     del reader
 
 
-async def test_fast_origin_is_held_back_by_a_stalled_client(run: Run, connector: Service[Authority, Stream]) -> None:
+async def test_fast_origin_is_held_back_by_a_stalled_client(run: Run, connector: Connect) -> None:
     sent = 0
 
     async def floods(stream: Stream) -> None:
@@ -310,7 +309,7 @@ ORIGINS = {
 @pytest.mark.parametrize("reply", ORIGINS)
 @pytest.mark.parametrize("stage", STAGES)
 async def test_client_that_leaves_at_any_stage_leaves_nothing_behind(
-    run: Run, connector: Service[Authority, Stream], stage: str, reply: str, reset: bool
+    run: Run, connector: Connect, stage: str, reply: str, reset: bool
 ) -> None:
     served = asyncio.Event()
 
@@ -340,9 +339,7 @@ async def test_client_that_leaves_at_any_stage_leaves_nothing_behind(
     await eventually(lambda: descriptors() <= before)
 
 
-async def test_origin_that_leaves_at_any_point_leaves_nothing_behind(
-    run: Run, connector: Service[Authority, Stream]
-) -> None:
+async def test_origin_that_leaves_at_any_point_leaves_nothing_behind(run: Run, connector: Connect) -> None:
     whole = b"HTTP/1.1 200 OK\r\n" + DATE + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
     proxy = run(HttpProxy(connector))
     for cut in range(len(whole)):
@@ -362,7 +359,7 @@ async def test_origin_that_leaves_at_any_point_leaves_nothing_behind(
 
 
 async def test_many_broken_clients_at_once_leave_the_proxy_as_it_was(
-    run: Run, connector: Service[Authority, Stream], run_origin: RunOrigin
+    run: Run, connector: Connect, run_origin: RunOrigin
 ) -> None:
     service = HttpProxy(connector, timeouts=HttpTimeouts(linger=0.2, watch=0.1))
     proxy = run(service)

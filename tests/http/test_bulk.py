@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream
+from rama_ebpf.core import Stream
 from rama_ebpf.services.http import HttpProxy, HttpServer, Request, Response
 from rama_ebpf.services.http.h1 import bulk
 from rama_ebpf.services.http.layers import HookLayer
 
-from .conftest import OK, Origin, Run, Server, descriptors, eventually, read_until_reset
+from .conftest import OK, Connect, Origin, Run, RunOrigin, Server, descriptors, eventually, read_until_reset
 
-Connect = Service[Authority, Stream]
-RunOrigin = Callable[..., Origin]
 BIG = os.urandom(1 << 16) * 64
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BIG)
 

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,10 @@ from rama_ebpf.services.tls.mitm import TlsInterceptor
 from rama_ebpf.services.tls.tunnel import TlsTunnelLayer
 
 from ..tls.pki import Authority as Pki
-from .conftest import Origin, Run
+from .conftest import Connect, Run, RunOrigin
 from .origins import BIG, BIG_SHA256, Application, nginx, python_origin
 from .peers import command
 
-Connect = Service[Authority, Stream]
 MODES = ["forward", "connect", "intercepted"]
 ORIGINS = ["python", "nginx"]
 
@@ -179,7 +178,7 @@ async def test_reverse_proxy_serves_real_clients(reverse: str) -> None:
         assert await socket.receive_str() == "echo x"
 
 
-async def test_compression_is_left_untouched(run: Run, connector: Connect, run_origin: Callable[..., Origin]) -> None:
+async def test_compression_is_left_untouched(run: Run, connector: Connect, run_origin: RunOrigin) -> None:
     packed = gzip.compress(b"hello" * 100, mtime=0)
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
     origin = run_origin(head + packed)

@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream
+from rama_ebpf.core import Stream
 from rama_ebpf.services.http import HttpLimits, HttpProxy, HttpTimeouts, MalformedMessage
 from rama_ebpf.services.http.h1.reader import NEED_DATA, PAUSED, Closed, End, Role, StrictConnection
 
-from .conftest import Run, read_until_reset
+from .conftest import Connect, Run, read_until_reset
 from .corpus import BODIES, BROKEN, REQUESTS, RESPONSES
 
 
@@ -72,7 +72,7 @@ class Recorder:
             got += data
 
 
-async def test_no_byte_of_a_refused_request_reaches_an_origin(run: Run, connector: Service[Authority, Stream]) -> None:
+async def test_no_byte_of_a_refused_request_reaches_an_origin(run: Run, connector: Connect) -> None:
     recorder = Recorder()
     origin = run(recorder.serve).authority.encode()
     proxy = run(HttpProxy(connector))
@@ -84,7 +84,7 @@ async def test_no_byte_of_a_refused_request_reaches_an_origin(run: Run, connecto
     assert recorder.received == []
 
 
-async def test_no_refused_body_makes_a_complete_request(run: Run, connector: Service[Authority, Stream]) -> None:
+async def test_no_refused_body_makes_a_complete_request(run: Run, connector: Connect) -> None:
     recorder = Recorder()
     server = run(recorder.serve)
     origin = server.authority.encode()
@@ -110,7 +110,7 @@ def answering(data: bytes) -> Callable[[Stream], Awaitable[None]]:
     return serve
 
 
-async def test_no_malformed_response_reaches_the_client(run: Run, connector: Service[Authority, Stream]) -> None:
+async def test_no_malformed_response_reaches_the_client(run: Run, connector: Connect) -> None:
     proxy = run(HttpProxy(connector, timeouts=HttpTimeouts(response=2.0)))
     for name, (data, method) in RESPONSES.items():
         origin = run(answering(data)).authority.encode()
@@ -122,7 +122,7 @@ async def test_no_malformed_response_reaches_the_client(run: Run, connector: Ser
         assert b"\r\n\r\nok" not in answer, name
 
 
-async def test_no_broken_response_body_looks_complete(run: Run, connector: Service[Authority, Stream]) -> None:
+async def test_no_broken_response_body_looks_complete(run: Run, connector: Connect) -> None:
     proxy = run(HttpProxy(connector))
     for name, data in BROKEN.items():
         origin = run(answering(data)).authority.encode()

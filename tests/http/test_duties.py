@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import h2.config
@@ -15,7 +14,7 @@ import hpack
 import pytest
 from hyperframe.frame import DataFrame, HeadersFrame, SettingsFrame
 
-from rama_ebpf.core import Authority, Service, Stream, stack
+from rama_ebpf.core import Stream, stack
 from rama_ebpf.services.http import (
     ForwardedField,
     ForwardedLayer,
@@ -33,12 +32,9 @@ from rama_ebpf.services.http import (
 )
 from rama_ebpf.services.http.h2.server import H2_PREFACE
 
-from .conftest import DATE, OK, OK_VIA, MakePool, Origin, Run, eventually
+from .conftest import DATE, OK, OK_VIA, Connect, MakePool, Run, RunOrigin, eventually
 from .h2_client import GET, h2_client
 from .test_upgrade import KEY, asking
-
-RunOrigin = Callable[..., Origin]
-Connect = Service[Authority, Stream]
 
 
 def get(target: str = "/", *fields: str, method: str = "GET", host: str = "a.test") -> bytes:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream
+from rama_ebpf.core import Authority, Stream
 from rama_ebpf.services.http import HttpProxy, HttpTimeouts, PoolLimits
 
-from .conftest import DATE, OK, OK_VIA, Origin, Run, Server, abort, descriptors, eventually, nobody, read_until_reset
-
-RunOrigin = Callable[..., Origin]
+from .conftest import (
+    DATE,
+    OK,
+    OK_VIA,
+    Connect,
+    Origin,
+    Run,
+    RunOrigin,
+    Server,
+    abort,
+    descriptors,
+    eventually,
+    nobody,
+    read_until_reset,
+)
 
 
 @pytest.fixture
-async def proxy(run: Run, connector: Service[Authority, Stream]) -> Server:
+async def proxy(run: Run, connector: Connect) -> Server:
     return run(HttpProxy(connector))
 
 
@@ -173,7 +184,7 @@ async def test_a_refusal_instead_of_100_continue_ends_the_request_unsent(proxy: 
     )
 
 
-async def test_no_100_continue_follows_a_final_response(run: Run, connector: Service[Authority, Stream]) -> None:
+async def test_no_100_continue_follows_a_final_response(run: Run, connector: Connect) -> None:
     async def refuses_slowly(stream: Stream) -> None:
         await stream.read()
         await stream.write(b"HTTP/1.1 403 No\r\n" + DATE + b"Transfer-Encoding: chunked\r\n\r\n2\r\nno\r\n")
@@ -284,9 +295,7 @@ async def test_connect_joins_both_sides_and_nothing_sent_early_is_lost(proxy: Se
     assert origin.requests == [b"hello server"]
 
 
-async def test_failures_of_the_upstream_are_told_apart(
-    run: Run, connector: Service[Authority, Stream], run_origin: RunOrigin
-) -> None:
+async def test_failures_of_the_upstream_are_told_apart(run: Run, connector: Connect, run_origin: RunOrigin) -> None:
     proxy = run(HttpProxy(connector, timeouts=HttpTimeouts(response=0.2)))
 
     async def status(request: bytes) -> tuple[bytes, bytes]:
@@ -363,7 +372,7 @@ async def test_client_that_resets_ends_the_request_upstream(proxy: Server, run_o
 
 @pytest.mark.parametrize("chooses", [False, True])
 async def test_connections_are_shared_between_clients_unless_the_connector_may_choose_by_the_client(
-    run: Run, connector: Service[Authority, Stream], run_origin: RunOrigin, chooses: bool
+    run: Run, connector: Connect, run_origin: RunOrigin, chooses: bool
 ) -> None:
     async def choosing(target: Authority) -> Stream:
         return await connector(target)
@@ -381,7 +390,7 @@ async def test_connections_are_shared_between_clients_unless_the_connector_may_c
 
 
 async def test_users_on_one_connection_do_not_share_where_the_connector_may_choose(
-    run: Run, connector: Service[Authority, Stream], run_origin: RunOrigin
+    run: Run, connector: Connect, run_origin: RunOrigin
 ) -> None:
     async def choosing(target: Authority) -> Stream:
         return await connector(target)
@@ -397,7 +406,7 @@ async def test_users_on_one_connection_do_not_share_where_the_connector_may_choo
 
 
 async def test_idle_upstream_connections_are_bounded_and_closed(
-    run: Run, connector: Service[Authority, Stream], run_origin: RunOrigin
+    run: Run, connector: Connect, run_origin: RunOrigin
 ) -> None:
     service = HttpProxy(connector, pool_limits=PoolLimits(idle_per_origin=2, keep=0.2))
     proxy = run(service)
@@ -409,9 +418,7 @@ async def test_idle_upstream_connections_are_bounded_and_closed(
     await eventually(lambda: descriptors() <= before)
 
 
-async def test_draining_closes_idle_connections_and_lets_a_request_finish(
-    run: Run, connector: Service[Authority, Stream]
-) -> None:
+async def test_draining_closes_idle_connections_and_lets_a_request_finish(run: Run, connector: Connect) -> None:
     arrived, released = asyncio.Event(), asyncio.Event()
 
     async def slow(stream: Stream) -> None:

@@ -23,7 +23,7 @@ from rama_ebpf.services.http.layers import BasicAuthLayer
 from rama_ebpf.services.resolver import SystemResolver
 
 from ..proxy_protocol.test_behind_balancer import Policy
-from .conftest import Origin, Run, Server, eventually
+from .conftest import Origin, Run, RunOrigin, Server, eventually
 
 LOOPBACK = (parse_network("127.0.0.0/8"),)
 MALFORMED = b"POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -61,7 +61,7 @@ Start = Callable[..., Front]
 
 
 @pytest.fixture
-def front(run: Run, run_origin: Callable[..., Origin]) -> Start:
+def front(run: Run, run_origin: RunOrigin) -> Start:
     def start(**settings: Any) -> Front:
         origin = run_origin(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         return Front(run, origin, Policy(), **settings)

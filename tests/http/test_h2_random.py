@@ -24,11 +24,11 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-from rama_ebpf.core import Authority, Service, Stream
+from rama_ebpf.core import Authority, Stream
 from rama_ebpf.services.http import BackendPool, HttpServer, HttpTimeouts, Request, Response
 from rama_ebpf.services.http.h2.server import H2_PREFACE
 
-from .conftest import Run, descriptors, eventually
+from .conftest import Connect, Run, descriptors, eventually
 from .h2_client import h2_client
 from .test_h2_server import echo
 
@@ -171,9 +171,7 @@ async def test_server_survives_random_frames(run: Run, caplog: pytest.LogCapture
     await eventually(lambda: descriptors() <= before)
 
 
-async def test_client_survives_random_frames(
-    run: Run, connector: Service[Authority, Stream], caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_client_survives_random_frames(run: Run, connector: Connect, caplog: pytest.LogCaptureFixture) -> None:
     chance = random.Random(7540)
 
     async def origin(stream: Stream) -> None:

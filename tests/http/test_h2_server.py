@@ -24,7 +24,7 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-from rama_ebpf.core import Authority, Service, Stream
+from rama_ebpf.core import Authority, Stream
 from rama_ebpf.services.http import (
     BackendPool,
     Body,
@@ -38,12 +38,9 @@ from rama_ebpf.services.http import (
 )
 from rama_ebpf.services.http.h2 import server as server_of_h2
 
-from .conftest import DATE, OK, Origin, Run, descriptors, eventually, read_until_reset
+from .conftest import DATE, OK, Connect, Run, RunOrigin, descriptors, eventually, read_until_reset
 from .h2_client import GET, H2Client, h2_client
 from .peers import command
-
-RunOrigin = Callable[..., Origin]
-Connect = Service[Authority, Stream]
 
 
 async def echo(request: Request) -> Response:

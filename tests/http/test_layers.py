@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import h2.events
 import pytest
 
-from rama_ebpf.core import AuthFailed, Authority, Credentials, IPAddress, Service, Stream, User, stack
+from rama_ebpf.core import AuthFailed, Authority, Credentials, IPAddress, User, stack
 from rama_ebpf.layers import by_source
 from rama_ebpf.layers.rate import RateLimitLayer
 from rama_ebpf.layers.strikes import StrikeLayer, StrikeLimit
@@ -45,11 +45,8 @@ from rama_ebpf.services.http.layers import (
     to_https,
 )
 
-from .conftest import OK, Origin, Run
+from .conftest import OK, Connect, Run, RunOrigin
 from .h2_client import h2_client
-
-RunOrigin = Callable[..., Origin]
-Connect = Service[Authority, Stream]
 
 
 async def only_tom(credentials: Credentials) -> User:

@@ -35,15 +35,13 @@ from rama_ebpf.services.tls.mitm import TlsInterceptor
 from rama_ebpf.services.tls.tunnel import TlsTunnelLayer
 
 from ..tls.pki import Authority as Pki
-from .conftest import Run, abort, eventually
+from .conftest import Connect, Run, abort, eventually
 from .h2_client import H2Client
 
 PAUSE = 0.4
 PATIENT = HttpTimeouts(idle=60.0, body=20.0, response=20.0, watch=0.01, body_grace=0.01, body_rate=0.0, linger=0.5)
 """As the defaults are, a hundred times as quick where the tests wait."""
 HASTY = HttpTimeouts(body=0.2, response=0.2, watch=0.01, linger=0.1)
-
-Connect = Service[Authority, Stream]
 
 
 async def slow_app(request: Request) -> Response:

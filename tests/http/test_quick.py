@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +30,8 @@ from rama_ebpf.services.http.exchange.quick import decides
 from rama_ebpf.services.http.exchange.running import running
 from rama_ebpf.services.http.h1.server import H1ServerConnection
 
-from .conftest import DATE, OK, Origin, Run, Server, abort, descriptors, eventually, read_until_reset
+from .conftest import DATE, OK, Connect, Origin, Run, Server, abort, descriptors, eventually, read_until_reset
 
-RunOrigin = Callable[..., Origin]
-Connect = Service[Authority, Stream]
 HEAD = b"HTTP/1.1 200 OK\r\n" + DATE
 
 

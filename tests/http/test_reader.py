@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import h11
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream
+from rama_ebpf.core import Authority
 from rama_ebpf.services.http import (
     BackendPool,
     Headers,
@@ -23,7 +23,7 @@ from rama_ebpf.services.http.h1.reader import NEED_DATA, PAUSED, Closed, Content
 from rama_ebpf.services.http.h1.writer import MessageWriter, WrongLength
 
 from ..fuzz.http.oracle import Taken, judge
-from .conftest import DATE, OK, OK_VIA, Run, Server
+from .conftest import DATE, OK, OK_VIA, Connect, Run, Server
 from .corpus import BODIES, BROKEN, REQUESTS, RESPONSES
 from .test_corpus import answering
 
@@ -188,9 +188,7 @@ async def answer_of(server: Server, request: bytes) -> bytes:
         return b""
 
 
-async def test_a_lenient_upstream_is_taken_and_its_response_is_written_anew(
-    run: Run, connector: Service[Authority, Stream]
-) -> None:
+async def test_a_lenient_upstream_is_taken_and_its_response_is_written_anew(run: Run, connector: Connect) -> None:
     ask = b"GET http://%b/ HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n"
     strict = run(HttpProxy(connector))
     forward = run(HttpProxy(connector, origins=lambda _: OriginOptions(lenient=True)))
@@ -213,7 +211,7 @@ async def test_a_lenient_upstream_is_taken_and_its_response_is_written_anew(
 
 
 async def test_what_can_be_read_in_two_ways_is_refused_from_a_lenient_upstream_too(
-    run: Run, connector: Service[Authority, Stream]
+    run: Run, connector: Connect
 ) -> None:
     proxy = run(HttpProxy(connector, origins=lambda _: OriginOptions(lenient=True)))
     for name, data in NEVER.items():
@@ -310,7 +308,7 @@ def test_fields_of_the_connection_that_a_service_adds_are_not_written() -> None:
     assert data == b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-async def test_a_kept_connection_serves_the_next_request(run: Run, connector: Service[Authority, Stream]) -> None:
+async def test_a_kept_connection_serves_the_next_request(run: Run, connector: Connect) -> None:
     origin = run(answering(OK))
     proxy = run(HttpProxy(connector))
     answer = await proxy.exchange(

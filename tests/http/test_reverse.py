@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream
+from rama_ebpf.core import Authority, Service
 from rama_ebpf.services.http import (
     BackendPool,
     HealthCheck,
@@ -22,10 +21,7 @@ from rama_ebpf.services.http import (
 from rama_ebpf.services.http.proxy.health import BackendHealth
 from rama_ebpf.services.proxy_protocol import ProxyHeader, ProxyProtocolConnector, ProxyProtocolLayer
 
-from .conftest import DATE, OK, OK_VIA, MakePool, Origin, Run, eventually, nobody
-
-RunOrigin = Callable[..., Origin]
-Connect = Service[Authority, Stream]
+from .conftest import DATE, OK, OK_VIA, Connect, MakePool, Origin, Run, RunOrigin, eventually, nobody
 
 
 def at(port: int) -> Authority:

@@ -11,7 +11,7 @@ from rama_ebpf.core.service import Service
 from rama_ebpf.core.stream import Stream
 from rama_ebpf.services.http import BackendPool, HttpProxy, HttpServer, HttpTimeouts
 
-from .conftest import Run, Server, abort
+from .conftest import Connect, Run, Server, abort
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nDate: x\r\n\r\n"
 QUICK = HttpTimeouts(watch=0.01, body_grace=0.01, body_rate=1e6)
@@ -19,7 +19,7 @@ QUICK = HttpTimeouts(watch=0.01, body_grace=0.01, body_rate=1e6)
 
 
 @pytest.fixture(params=["forward", "reverse", "reverse over h2"])
-def through(request: pytest.FixtureRequest, run: Run, connector: Service[Authority, Stream]) -> object:
+def through(request: pytest.FixtureRequest, run: Run, connector: Connect) -> object:
     """Return a proxy to a service, and what a request for it begins with."""
 
     def make(service: Service[Stream, object], timeouts: HttpTimeouts = QUICK) -> tuple[Server, bytes]:
@@ -68,9 +68,7 @@ async def test_client_that_half_closes_gets_its_late_answer(through) -> None:  #
     writer.close()
 
 
-async def test_half_closed_client_that_goes_altogether_ends_its_request(
-    run: Run, connector: Service[Authority, Stream]
-) -> None:
+async def test_half_closed_client_that_goes_altogether_ends_its_request(run: Run, connector: Connect) -> None:
     upstream_closed = asyncio.Event()
 
     async def silent(stream: Stream) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import h2.events
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream, stack
+from rama_ebpf.core import Authority, Stream, stack
 from rama_ebpf.services.http import (
     BackendPool,
     Body,
@@ -31,12 +31,11 @@ from rama_ebpf.services.tls.mitm import TlsInterceptor
 from rama_ebpf.services.tls.tunnel import TlsTunnelLayer
 
 from ..tls.pki import Authority as Pki
-from .conftest import Run, eventually
+from .conftest import Connect, Run, eventually
 from .h2_client import h2_client
 from .peers import command
 from .test_upgrade import KEY, asking, echo_app
 
-Connect = Service[Authority, Stream]
 BOTH = ("h2", "http/1.1")
 
 

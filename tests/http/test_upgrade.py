@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import h2.events
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream, client_address
+from rama_ebpf.core import Authority, Stream, client_address
 from rama_ebpf.relay import TunnelReport
 from rama_ebpf.services.http import ForwardProxy, Headers, HttpProxy, HttpServer, Request, Response
 from rama_ebpf.services.http.message.websocket import accept_for
 
-from .conftest import DATE, OK, MakePool, Origin, Run, descriptors, eventually
+from .conftest import DATE, OK, Connect, MakePool, Run, RunOrigin, descriptors, eventually
 from .h2_client import h2_client
 
-RunOrigin = Callable[..., Origin]
-Connect = Service[Authority, Stream]
 # RFC 6455 section 1.3.
 KEY, ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
