@@ -8,7 +8,7 @@ PYTEST ?= $(BIN)/python -m pytest
 # Many tests wait for a time to pass: half as many processes again as there are cores, and not more than memory bears.
 WORKERS ?= $(shell cores=$$(nproc); n=$$((cores + (cores + 1) / 2)); echo $$((n < 8 ? n : 8)))
 
-.PHONY: run test check lint crash faults hammer setup setup-test docker-test serial kernels vagrant-test clean help
+.PHONY: run test check lint crash faults hammer upgrades setup setup-test docker-test serial kernels vagrant-test clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -55,6 +55,10 @@ faults: setup-test ## 500 rounds of random faults, and a million messages of a h
 
 hammer: setup-test ## denied clients through 100 starts, reloads, stops, loads and trials; N=100
 	nice $(BIN)/python -m tests.hammering $(or $(N),100)
+
+upgrades: setup-test ## 100 upgrades under load, and each step of one made to fail; an hour; N=100
+	nice $(BIN)/python -m tests.upgrading $(or $(N),100)
+	nice $(BIN)/python -m tests.upgrading --faults
 
 clean: ## remove the virtual environment and caches (also of images, kernels and boxes)
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache

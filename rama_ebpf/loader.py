@@ -40,7 +40,7 @@ from .kernel.steering import Steering
 from .kernel.witness import WITNESS_PROGRAM, Witness
 from .kernel.xdp import XdpAttachment
 
-__all__ = ["AcceptCounter", "Cover", "Gate", "PolicyKeeper", "forget_compiled", "load", "unload"]
+__all__ = ["AcceptCounter", "Cover", "Gate", "PolicyKeeper", "adopt", "forget_compiled", "load", "unload"]
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,9 @@ class Gate:
     def __init__(self, instance: Instance, maps: GateMaps, programs: dict[str, int], *, fresh: bool = True) -> None:
         self.instance = instance
         self.maps = maps
+        self.is_ours = True
+        """Whether the end of this gate is the end of what it guards, and not the affair of another process that has
+        taken it over, or is to give it to us."""
         self.fresh = fresh
         """Whether the maps were made for this gate: no policy was pinned before."""
         self.programs = programs
@@ -210,8 +213,14 @@ class Gate:
     # -- end -----------------------------------------------------------------------------------------------------
 
     def close(self, *, keep_policy: bool = False) -> None:
-        """Detach everything and remove the cgroup; remove the maps' pins too unless ``keep_policy``."""
+        """Detach everything and remove the cgroup; remove the maps' pins too unless ``keep_policy``. If it is not ours,
+        close our descriptors alone."""
         with contextlib.ExitStack() as steps:  # from the last to the first, each whatever becomes of those before it
+            if not self.is_ours:
+                steps.callback(self.maps.close)
+                steps.callback(self._close_programs)
+                steps.callback(self.attachments.release)
+                return
             if not keep_policy:
                 steps.callback(self._forget_policy)
             steps.callback(self.maps.close)
@@ -271,18 +280,38 @@ def load(
     with instance.policy_lock():
         maps, fresh = _open_or_create_maps(instance, sizes or MapSizes(), keeper)
     try:
-        source = amalgamate(abi.source_dir() / "sockops_filter.c")
-        wanted = [hook.program for hook in HOOKS if xdp or hook.target is not Target.INTERFACE]
-        wanted.append(WITNESS_PROGRAM)
-        defines = [*([] if xdp else ["-DWITHOUT_XDP"]), *(["-DSYN_COOKIES"] if syn_cookies else [])]
-        unit = Unit(source, tuple(wanted), tuple(defines), kernel_headers)
-        programs = load_programs(unit, maps, pins=instance.pin_dir)
+        programs = load_programs(_unit(kernel_headers, xdp, syn_cookies), maps, pins=instance.pin_dir)
     except BaseException:
         maps.close()
         if fresh:
             _remove_pins(instance)
         raise
     return Gate(instance, maps, programs, fresh=fresh)
+
+
+def adopt(
+    instance: Instance,
+    maps: GateMaps,
+    *,
+    kernel_headers: Path | None = None,
+    xdp: bool = False,
+    syn_cookies: bool = False,
+) -> Gate:
+    """Load the programs of an instance over maps of a server that hands it over; arguments as :func:`load` has them.
+
+    Nothing of what is in force changes, and the gate is not ours (:attr:`Gate.is_ours`). Raises
+    :class:`~rama_ebpf.kernel.compile.CompileError` or OSError; the maps stay the caller's then."""
+    gate = Gate(instance, maps, load_programs(_unit(kernel_headers, xdp, syn_cookies), maps), fresh=False)
+    gate.is_ours = False
+    return gate
+
+
+def _unit(kernel_headers: Path | None, xdp: bool, syn_cookies: bool) -> Unit:
+    source = amalgamate(abi.source_dir() / "sockops_filter.c")
+    wanted = [hook.program for hook in HOOKS if xdp or hook.target is not Target.INTERFACE]
+    wanted.append(WITNESS_PROGRAM)
+    defines = [*([] if xdp else ["-DWITHOUT_XDP"]), *(["-DSYN_COOKIES"] if syn_cookies else [])]
+    return Unit(source, tuple(wanted), tuple(defines), kernel_headers)
 
 
 @contextlib.contextmanager

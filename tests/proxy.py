@@ -121,9 +121,11 @@ class ProxyProcess:
         """Run a command on this instance and return its JSON."""
         return json.loads(self.command(command, *args, "--json", check=check).stdout)
 
-    def command(self, command: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, command: str, *args: str, check: bool = True, timeout: float = 60.0
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command on this instance."""
-        return rama_ebpf(command, *args, "--instance", self.instance, check=check)
+        return rama_ebpf(command, *args, "--instance", self.instance, check=check, timeout=timeout)
 
     def accepted(self) -> int:
         """How many connections the server accepted, over all its listeners."""

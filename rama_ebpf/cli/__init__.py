@@ -29,6 +29,7 @@ _GROUPS: Final = {
     "bans": ("ban", "bans"),
     "lifecycle": ("status", "unload"),
     "flows": ("flows",),
+    "upgrade": ("upgrade",),
     "ca": ("ca",),
     "events": ("events",),
     "doctor": ("doctor",),

@@ -73,6 +73,7 @@ def status(instance: Instance) -> Json:
         "workers": state.get("workers"),
         "sandbox": state.get("sandbox"),
         "denials": _rows(state, "denials"),
+        "draining": _rows(state, "draining"),
         "confirm_within": None,
         "listeners": [],
         "verdicts": [],
@@ -163,6 +164,9 @@ def _status(args: argparse.Namespace) -> int:
             f"process {result['pid']} IS STOPPED (Ctrl-Z, SIGSTOP): workers serve by the policy as it is, and nothing "
             f"else goes on{stopped_hint(cast('int', result['pid']))}"
         )
+    for row in cast("list[Json]", result["draining"]):
+        age = duration(time.time() - cast("float", row["since"]))
+        print(f"process {row['pid']}, which was followed {age} ago, drains")
     if result["confirm_within"] is not None:
         within = duration(result["confirm_within"])
         print(f"a set of rules is ON TRIAL: undone in {within} unless confirmed (rama-ebpf policy confirm)")

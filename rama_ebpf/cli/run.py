@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..control.daemon import serve
 from ..control.listeners import ListenAt
 from ..control.options import DaemonOptions
+from ..control.predecessor import Predecessor
 from ..core.address import Endpoint
 from ..core.shares import SourceLimits
 from ..kernel import abi
@@ -89,6 +91,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
         help="live connections of one IPv4 address or IPv6 /64, over all workers; 0: any number (default: %(default)s)",
     )
     add("--drain", type=_positive, default=300.0, metavar="S", help="for live tunnels after SIGTERM (default: 300)")
+    add("--upgrade-drain", type=_positive, metavar="S", help="for live tunnels after an upgrade (default: no end)")
     sizes = MapSizes()
     add("--metrics", metavar="ADDR:PORT", help="serve metrics there, on loopback (default: nowhere)")
     add("--max-rules", type=_count, default=sizes.rules, metavar="N", help="default: %(default)s")
@@ -166,13 +169,19 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     # Before the options are known, for what is to be said of them.
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    predecessor = Predecessor.of_environment()
+    with contextlib.nullcontext() if predecessor is None else predecessor.reporting():
+        _serve(make, predecessor)
+    return OK
+
+
+def _serve(make: Callable[[], DaemonOptions], predecessor: Predecessor | None) -> None:
     options = make()
     logging.getLogger().setLevel(options.log_level.upper())
     if options.user is not None and options.user.name == FALLBACK:
         text = "workers become %s, whom other daemons may be as well: packaging/sysusers.d makes a user %s"
         log.info(text, FALLBACK, WORKERS)
-    serve(options, make)
-    return OK
+    serve(options, make, predecessor)
 
 
 def _read_by_workers(args: argparse.Namespace) -> tuple[str, ...]:
@@ -246,6 +255,8 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         drain=server.drain,
         linger=server.linger or 0.0,
         watchdog=server.watchdog,
+        upgrade_drain=server.upgrade_drain,
+        max_generations=server.max_generations,
         default=None if policy.default is None else Action[policy.default.upper()],
         failsafe=policy.failsafe,
         rules=tuple(rule.rule() for rule in policy.rules),
@@ -306,6 +317,7 @@ def _from_arguments(args: argparse.Namespace) -> DaemonOptions:
         write=_existing("--sandbox-write", args.sandbox_write),
         egress=egress,
         drain=args.drain,
+        upgrade_drain=args.upgrade_drain,
         default=None if args.default is None else Action[args.default.upper()],
         failsafe=failsafe,
         sizes=MapSizes(rules=args.max_rules, bans=args.max_bans),

@@ -65,6 +65,12 @@ class ServerConfig:
     drain: float = setting(DURATION, "time that live connections have after SIGTERM", default=300.0)
     linger: float | None = setting(DURATION_OR_OFF, "for how long it still accepts after SIGTERM", default=None)
     watchdog: float = setting(DURATION, "a worker that hangs for so long is replaced", default=60.0)
+    upgrade_drain: float | None = setting(
+        DURATION_OR_OFF, "time that live connections have after an upgrade (without end by default)", default=None
+    )
+    max_generations: int = setting(
+        integer(2, 16), "servers that live at once while they drain after upgrades; the oldest is cut", default=4
+    )
     metrics: Endpoint | None = setting(LOOPBACK_ENDPOINT, "where metrics are served (nowhere by default)", default=None)
 
 

@@ -11,11 +11,12 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Final
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
 
@@ -32,6 +33,7 @@ from ..policy.refresh import Refresher
 from ..policy.rule import PolicyError
 from ..process import Nursery, Plan, Supervisor, WorkerObserver, WorkerProcess
 from ..process.sandbox import Sandbox
+from ..process.service_manager import notify
 from ..services.tcp import bind_tcp
 from . import upkeep
 from .api import ControlApi
@@ -41,15 +43,19 @@ from .egress import Egress
 from .enforced import Judge, KernelJudge, StoreJudge
 from .events import EventHub, GateEvents, rule_names
 from .guard import Guard
+from .incumbent import Duties, Parts, ServedIncumbent, metrics_directory
 from .kernel_relay import KernelRelay
 from .kill import ConnectionKiller, Denials
 from .listeners import Listeners, SocketSet
 from .options import FIXED, DaemonOptions
-from .policy_host import PolicyHost, open_policy_host, refuse_without_gate
+from .policy_host import PolicyHost, open_policy_host, refuse_without_gate, take_over_policy
 from .policy_thread import PolicyThread
+from .predecessor import Predecessor, Seniors
 from .revision import Deployment, Policy, ServedRevision
 from .signals import EarlyStop, stopping_early, suspend
 from .socket import ControlServer
+from .succession import Estate
+from .successor import Upgrades
 from .verdicts import Verdicts
 from .wire import WireRelay
 from .worker_requests import WorkerRequests
@@ -64,13 +70,23 @@ log = logging.getLogger("rama_ebpf")
 _ENFORCE_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 1.9
 _SYNC_SECONDS: Final = 0.5
+_SENIORS_SECONDS: Final = 1.0
+_ALONE_SECONDS: Final = 5.0
+_WORKERS_SECONDS: Final = 8.0
+_PROBATION_SECONDS: Final = 5.0
+"""For how long a server has to serve before the one before it lets go."""
 _OOM_SCORE: Final = -800
 _WORKER_TARGET: Final = "rama_ebpf.control.worker:application"
 
 
-def serve(options: DaemonOptions, reload: Callable[[], DaemonOptions] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. ``reload`` makes the options for SIGHUP; without it they stay the same, and the
-    workers load the application anew.
+def serve(
+    options: DaemonOptions,
+    reload: Callable[[], DaemonOptions] | None = None,
+    predecessor: Predecessor | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, or until another server has taken over. ``reload`` makes the options for SIGHUP;
+    without it they stay the same, and the workers load the application anew. ``predecessor`` is a server that waits to
+    hand over: until this one serves, that one does.
 
     Raises :class:`~rama_ebpf.kernel.instance.InstanceBusy`, :class:`~.policy_host.GateUnavailable`,
     :class:`~rama_ebpf.process.WorkersFailed`, or OSError (a port that is taken, say); nothing stays behind then.
@@ -83,14 +99,40 @@ def serve(options: DaemonOptions, reload: Callable[[], DaemonOptions] | None = N
     signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))  # one that comes during the start waits
     with (
         stopping_early() as stop,
-        ServerLock(options.instance, create=True),
-        open_policy_host(options) as host,
+        _before(options, predecessor) as (lock, estate),
+        open_policy_host(options) if estate is None else take_over_policy(options, estate) as host,
         PolicyThread() as thread,
         contextlib.ExitStack() as cleanup,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         stop.wait_from_now_on()
-        runner.run(_Daemon(options, reload or (lambda: options), host, thread, cleanup, started, early, stop).run())
+        inherited = None if predecessor is None or estate is None else _Inherited(predecessor, estate)
+        make = reload or (lambda: options)
+        daemon = _Daemon(options, make, host, thread, cleanup, started, early, stop, lock, inherited)
+        runner.run(daemon.run())
+
+
+@contextlib.contextmanager
+def _before(options: DaemonOptions, predecessor: Predecessor | None) -> Iterator[tuple[ServerLock, Estate | None]]:
+    """The instance's lock, and what is handed over by who had it before."""
+    if predecessor is None:
+        with ServerLock(options.instance, create=True) as lock:
+            yield lock, None
+        return
+    estate = predecessor.estate(options.instance)
+    with contextlib.closing(estate):
+        estate.take("lock")
+        with contextlib.closing(ServerLock.adopt(options.instance, estate.lock)) as lock:
+            predecessor.at("programs")
+            yield lock, estate
+
+
+@dataclass(frozen=True, slots=True)
+class _Inherited:
+    """What is taken over, and from whom."""
+
+    predecessor: Predecessor
+    estate: Estate
 
 
 class _Daemon(WorkerObserver):
@@ -106,6 +148,8 @@ class _Daemon(WorkerObserver):
         started: float,
         early: list[int],
         stop: EarlyStop,
+        lock: ServerLock,
+        inherited: _Inherited | None,
     ) -> None:
         self._options = options
         self._reload = reload
@@ -115,9 +159,15 @@ class _Daemon(WorkerObserver):
         self._early = early
         self._stop_early = stop
         self._ends_by: float | None = None
+        self._lock = lock
+        self._inherited = inherited
+        self._facts: Mapping[str, Any] = {} if inherited is None else inherited.estate.facts
         self._cookies = CookieWatch(options.syn_cookies)
         self._listeners = Listeners(host.gate, host.why_local)
         cleanup.callback(self._listeners.close)
+        if inherited is not None:
+            inherited.estate.take("listeners")
+            self._listeners.adopt((one.at, one.sockets) for one in inherited.estate.listeners)
         self._guard = Guard(host.gate, self._listeners, self._worker_pids, self._write_state)
         cleanup.callback(self._guard.close)
         self._is_ready = False
@@ -125,7 +175,7 @@ class _Daemon(WorkerObserver):
         self._stale = ""
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
-            self._metrics = cleanup.enter_context(MetricsDirectory())
+            self._metrics = cleanup.enter_context(metrics_directory(None if inherited is None else inherited.estate))
         self._denials = DenialCounts()
         cleanup.callback(self._denials.close)
         self._feeds = FeedStore(options.instance.feeds_dir)
@@ -135,8 +185,10 @@ class _Daemon(WorkerObserver):
         self._cleanup = cleanup
         self._audit = self._make_audit()
         self._deployment = Deployment(
-            host, self._listeners, self._egress, self._feeds, thread, self._guard.probe, self._in_force
+            host, self._listeners, self._egress, self._feeds, thread, self._guard.probe, self._in_force, self._alone
         )
+        self._closed = asyncio.Event()
+        """Set when no earlier server listens any more."""
 
     def _own_cgroups(self) -> frozenset[int]:
         return frozenset() if self._host.gate is None else self._host.gate.attachments.own_cgroups
@@ -161,8 +213,7 @@ class _Daemon(WorkerObserver):
                 on_change=self._write_state,
             )
             self._cleanup.callback(self._wire.close)
-            sockets = self._listeners.prepare(options.listen, options.workers)
-            revision = ServedRevision(options, self._plan(options, sockets), sockets, self._deployment, None, None)
+            revision = await self._first_revision()
             observers: list[WorkerObserver] = [
                 WorkerRequests(host.store, self._thread, self._events),
                 self._relay,
@@ -182,6 +233,10 @@ class _Daemon(WorkerObserver):
                 on_ready=self._ready,
                 on_stopping=self._stopping,
                 denials=self._denials,
+                on_left=lambda: self._incumbent.left(),
+                series=str(self._facts.get("series", "")),
+                restarts=int(self._facts.get("restarts", 0)),
+                reloads=int(self._facts.get("reloads", 0)),
             )
             if self._early:
                 self._supervisor.hang_up()
@@ -192,39 +247,79 @@ class _Daemon(WorkerObserver):
             await self._serve(nursery)
         self._supervisor.close()
 
+    async def _first_revision(self) -> ServedRevision:
+        """The one of the start: where another server hands over it is as one for a reload."""
+        options, policy, predecessor = self._options, None, None
+        if self._inherited is not None:
+            predecessor = self._inherited.predecessor
+            predecessor.at("policy")
+            policy = await asyncio.to_thread(Policy.of, options, self._host.store, self._feeds)
+            predecessor.at("listeners")
+        sockets = self._listeners.prepare(options.listen, options.workers)
+        before = None if predecessor is None else options
+        if predecessor is not None:
+            predecessor.at("workers")
+        plan = self._plan(options, sockets)
+        return ServedRevision(options, plan, sockets, self._deployment, before, policy, predecessor)
+
     async def _serve(self, nursery: Nursery) -> None:
         store, thread = self._host.store, self._thread
-        control = ControlServer(
+        self._seniors = Seniors(nursery, self._write_state)
+        metrics = self._metrics_server()
+        self._duties = Duties(nursery, lambda: self._work(metrics))
+        self._make_incumbent(metrics, nursery)
+        upgrades = Upgrades(self._incumbent, nursery)
+        control = self._control_server = ControlServer(
             self._options.instance.control_socket,
             self._control,
-            {"events": self._events.stream, "flows": self._flows, "probe": self._probed},
+            {
+                "events": self._events.stream,
+                "flows": self._flows,
+                "probe": self._probed,
+                "upgrade": upgrades.stream,
+            },
         )
-        await control.start()
-        metrics = self._metrics_server()
-        if metrics is not None:
-            nursery.keep("serving metrics", metrics.run)
-        self._write_state()
-        nursery.keep("sweeping the policy", lambda: upkeep.sweep(store, thread))
-        nursery.keep("watching the wall clock", lambda: upkeep.watch_clock(store, thread))
+        if self._inherited is not None:
+            self._incumbent.own(False)
         nursery.keep("keeping bans on disk", lambda: upkeep.sync(store, thread))
-        nursery.keep("refreshing feeds", lambda: upkeep.refresh(store, Refresher(store, self._feeds)))
-        nursery.keep("ending denied connections", self._enforce)
-        if (audit := self._audit) is not None:
-            nursery.keep("auditing the policy", lambda: audit.watch(thread))
-        nursery.keep("following the nameservers", self._egress.follow_nameservers)
-        nursery.keep("probing the gate", self._guard.watch)
-        nursery.keep("following this host's addresses", self._egress.follow_addresses)
-        nursery.keep("watching SYN cookies", lambda: self._cookies.watch(self._write_state))
+        if self._inherited is None:
+            await control.start()
+            self._write_state()
+            self._duties.start()
         try:
             await self._supervisor.run()
         finally:
+            await upgrades.end()
             self._feeds.cancel()  # their threads are waited for at the end
             if metrics is not None:
                 metrics.stop()
             await control.stop()
+            await self._duties.stop()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SENIORS_SECONDS):
+                    await self._seniors.ended()
             with contextlib.suppress(TimeoutError):  # held up: then it is no clean stop
                 async with asyncio.timeout(_SYNC_SECONDS):
-                    await thread.run(store.finish)
+                    await thread.run(store.sync if self._incumbent.retired else store.finish)
+
+    def _work(self, metrics: MetricsServer | None) -> dict[str, Callable[[], Awaitable[None]]]:
+        """What is done as long as this server is the one that serves, by name."""
+        store, thread = self._host.store, self._thread
+        work: dict[str, Callable[[], Awaitable[None]]] = {
+            "sweeping the policy": lambda: upkeep.sweep(store, thread),
+            "watching the wall clock": lambda: upkeep.watch_clock(store, thread),
+            "refreshing feeds": lambda: upkeep.refresh(store, Refresher(store, self._feeds)),
+            "ending denied connections": self._enforce,
+            "following the nameservers": self._egress.follow_nameservers,
+            "probing the gate": self._guard.watch,
+            "following this host's addresses": self._egress.follow_addresses,
+            "watching SYN cookies": lambda: self._cookies.watch(self._write_state),
+        }
+        if (audit := self._audit) is not None:
+            work["auditing the policy"] = lambda: audit.watch(thread)
+        if metrics is not None:
+            work["serving metrics"] = metrics.run
+        return work
 
     def _plan(self, options: DaemonOptions, sockets: SocketSet) -> Plan:
         gate = self._host.gate
@@ -360,6 +455,91 @@ class _Daemon(WorkerObserver):
 
     # -- start, reload, stop -------------------------------------------------------------------------------------
 
+    # -- from one server to the next -----------------------------------------------------------------------------
+
+    def _make_incumbent(self, metrics: MetricsServer | None, nursery: Nursery) -> None:
+        parts = Parts(
+            options=lambda: self._options,
+            host=self._host,
+            lock=self._lock,
+            listeners=self._listeners,
+            guard=self._guard,
+            supervisor=self._supervisor,
+            control=lambda: self._control_server,
+            seniors=self._seniors,
+            thread=self._thread,
+            metrics=self._metrics,
+            metrics_listener=lambda: None if metrics is None else metrics.listener,
+            duties=self._duties,
+            put_settings=self._deployment.put_settings,
+            on_change=self._write_state,
+        )
+        self._incumbent = ServedIncumbent(parts, str(self._facts.get("series", "")), nursery)
+        self._incumbent.serves = self._inherited is None
+        self._nursery = nursery
+
+    def _take_over(self, inherited: _Inherited) -> None:
+        """We serve now, and speak for the instance. It is ours when the server before has let go of it."""
+        predecessor, estate = inherited.predecessor, inherited.estate
+        self._lock.name_us()
+        self._incumbent.serves = True
+        estate.take("control")
+        estate.take("seniors")
+        self._nursery.start("taking over the control socket", self._control_server.start(estate.control))
+        self._guard.losses.update(self._facts.get("losses", {}))
+        self._seniors.add(estate.seniors)
+        self._seniors.add(
+            [predecessor.follow(str(self._facts.get("own_series", "")))], self._inherit, on_abort=_end_aborted
+        )
+        self._duties.start()
+        self._host.store.keep()
+        predecessor.wire.tell(serving=True, metrics=self._metrics is not None)
+        self._nursery.start("the first seconds", self._prove(predecessor))
+
+    def _inherit(self) -> None:
+        """No earlier server listens any more, and none can go on: what was handed over is ours."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._incumbent.own(True)
+            self._listeners.forget_adopted()
+            self._incumbent.may_hand_over = True
+
+    async def _prove(self, predecessor: Predecessor) -> None:
+        """Serve for some seconds; then the server before may go. If not all of our workers do, for half of that time
+        (one may be killed by somebody, and is replaced), it takes over again."""
+        await asyncio.wait((self._supervisor.stopping,), timeout=_PROBATION_SECONDS)
+        limit = time.monotonic() + _WORKERS_SECONDS
+        while not (proven := self._workers_prove()) and time.monotonic() < limit:
+            await asyncio.wait((self._supervisor.stopping,), timeout=0.05)
+            if self._supervisor.stopping.done():
+                break
+        counts = self._supervisor.counts
+        if not proven and not self._supervisor.stopping.done():
+            why = f"{counts.serving} of {counts.expected} workers serve, and {self._supervisor.restarts} were replaced"
+            log.critical("upgrade: %s: process %d takes over again", why, predecessor.pid)
+            predecessor.wire.tell(failed="probation", why=why)
+            return
+        predecessor.wire.tell(stable=True)
+
+    def _workers_prove(self) -> bool:
+        """Whether all workers serve, and have for half of the time in which we are to prove that we do."""
+        serving, since = self._supervisor.serving, time.monotonic() - _PROBATION_SECONDS / 2
+        return len(serving) >= self._options.workers and all(worker.started <= since for worker in serving)
+
+    async def _end_seniors(self) -> None:
+        """They stop with us."""
+        self._seniors.stop()
+        await asyncio.wait((self._supervisor.cutting,))
+        for senior in self._seniors.live:
+            self._seniors.cut(senior)
+
+    async def _alone(self) -> None:
+        """Wait until no earlier server listens on what we would take from under the gate."""
+        if self._inherited is not None and self._host.served:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ALONE_SECONDS):
+                    await self._closed.wait()
+
     def _in_force(self, options: DaemonOptions) -> None:
         self._options = options
         self._wire.follow_listeners()
@@ -368,6 +548,11 @@ class _Daemon(WorkerObserver):
     def _ready(self) -> None:
         self._host.served = self._is_ready = True
         self._wire.follow_listeners()
+        if self._inherited is not None:
+            self._take_over(self._inherited)
+        else:
+            self._incumbent.may_hand_over = True
+            notify("READY=1")
         self._write_state()
         where = "kernel" if self._host.gate is not None else "userspace"
         addresses = ", ".join(str(row["address"]) for row in self._listeners.described())
@@ -404,12 +589,17 @@ class _Daemon(WorkerObserver):
         timer.start()
         self._is_stopping = True
         self._ends_by = time.time() + limit
+        self._nursery.start("the end of earlier servers", self._end_seniors())
+        notify("STOPPING=1")
         self._write_state()
 
     # -- what is seen from outside -------------------------------------------------------------------------------
 
     def _write_state(self) -> None:
-        """A disk that refuses costs nobody but who reads it: it is told once, and the next change tries again."""
+        """A disk that refuses costs nobody but who reads it: it is told once, and the next change tries again. While
+        another server serves it is that one's."""
+        if not self._incumbent.serves:
+            return
         try:
             self._options.instance.write_state(self._state())
         except OSError as error:
@@ -441,6 +631,7 @@ class _Daemon(WorkerObserver):
             "sandbox": self._sandbox(),
             "drain": self._options.drain,
             "ends_by": self._ends_by,
+            "draining": [{"pid": senior.pid, "since": senior.since} for senior in self._seniors.live],
             **self._guarded(),
         }
 
@@ -453,6 +644,15 @@ class _Daemon(WorkerObserver):
             "seccomp": bool(serving) and all(confinement.seccomp for confinement in serving),
             "landlock": min((confinement.landlock for confinement in serving), default=0),
         }
+
+    def _metrics_listener(self, address: SocketAddress) -> socket.socket:
+        """Where metrics are served, and were by the server before, on its socket."""
+        handed = None if self._inherited is None else self._inherited.estate.metrics
+        if handed is not None and SocketAddress.from_sockaddr(handed.getsockname()) == address:
+            assert self._inherited is not None
+            self._inherited.estate.take("metrics")
+            return handed
+        return bind_tcp(str(address.ip), address.port)
 
     def _metrics_server(self) -> MetricsServer | None:
         if self._metrics is None or self._options.metrics is None or self._options.metrics.address is None:
@@ -478,7 +678,7 @@ class _Daemon(WorkerObserver):
         if (audit := self._audit) is not None:
             collectors.append(disagreements_collector(lambda: audit.disagreements))
         return MetricsServer(
-            bind_tcp(str(address.ip), address.port),
+            self._metrics_listener(address),
             self._metrics,
             collectors,
             self._unready,
@@ -486,6 +686,11 @@ class _Daemon(WorkerObserver):
             adopt=self.spawned,
             denials=self._denials,
         )
+
+
+def _end_aborted() -> None:
+    log.critical("upgrade: the server before takes over again: this one ends")
+    os._exit(1)
 
 
 def _be_spared_by_oom() -> None:

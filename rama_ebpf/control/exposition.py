@@ -198,6 +198,11 @@ class MetricsServer:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1)
 
+    @property
+    def listener(self) -> socket.socket:
+        """The listening socket."""
+        return self._listener
+
     def stop(self) -> None:
         """Close the listening socket."""
         self._listener.close()

@@ -57,6 +57,7 @@ class Guard:
         self._listeners = listeners
         self._workers = workers
         self._on_change = on_change
+        self._resting = False
         self._said: dict[str, str] = {}
         self._turn = asyncio.Lock()
         # Of its own: whatever else holds up threads, the gate is looked at.
@@ -93,11 +94,23 @@ class Guard:
                         await changed.wait()
                 changed.clear()
 
+    async def rest(self) -> None:
+        """Look no more, until :meth:`wake`: another server may have its hands on what the gate is attached to."""
+        self._resting = True
+        async with self._turn:
+            pass
+
+    def wake(self) -> None:
+        """Look again."""
+        self._resting = False
+
     async def probe(self) -> None:
         """Look now, and open and close listeners as that says."""
         if self._gate is None:
             return
         async with self._turn:
+            if self._resting:
+                return
             loop, before = asyncio.get_running_loop(), self._state()
             watched = self._listeners.watched()
             found, covers = await loop.run_in_executor(self._thread, _look, self._gate, self._workers(), watched)

@@ -102,6 +102,59 @@ class Listeners(WorkerObserver):
         self._in_force = SocketSet((), {})
         self._sets: list[SocketSet] = []
         self._away: dict[tuple[str, int], int] = {}
+        self.is_ours = True
+        """Whether we say who is let in and steered where: not while, or after, another server does."""
+        self.owns = True
+        """Whether what nobody needs any more is ours to take away: not while another server may go on with it."""
+        self._adopted: SocketSet | None = None
+
+    # -- from one server to the next -----------------------------------------------------------------------------
+
+    def handed(self) -> tuple[tuple[ListenAt, tuple[socket.socket, ...]], ...]:
+        """The listeners of the revision in force, with their sockets, for another server."""
+        found = {_key(at): (at, self._in_force.opened[_key(at)].sockets) for at in self._in_force.wanted}
+        return tuple(found.values())
+
+    @property
+    def settled(self) -> bool:
+        """Whether only the revision in force has listening sockets."""
+        return self._sets == [self._in_force]
+
+    def adopt(self, handed: Iterable[tuple[ListenAt, tuple[socket.socket, ...]]]) -> None:
+        """Go on with what another server has opened. It is in force, and not ours, until :meth:`switch`. Raises
+        KeyError if the gate has no entry for it."""
+        opened = {}
+        for at, sockets in handed:
+            address = None if at.endpoint.address is None else SocketAddress.from_sockaddr(sockets[0].getsockname())
+            opened[_key(at)] = OpenListener(sockets, address)
+        self._adopted = self._in_force = SocketSet(tuple(at for at, _ in handed), opened)
+        self._sets.append(self._in_force)
+        self.is_ours = self.owns = False
+        if self._gate is not None:
+            self._gate.listeners.adopt(self._in_force.addresses)
+
+    def forget_adopted(self) -> None:
+        """The server before does not listen any more: close what only it has needed."""
+        if self._adopted is not None and self._adopted in self._sets:
+            self.give_up(self._adopted)
+        self._adopted = None
+
+    def take_back(self) -> None:
+        """Say again who is let in and steered where, after another server did: as if it had never been. All stay
+        closed until :meth:`reopen_gate`."""
+        self.is_ours = True
+        self._changing = True
+        if self._gate is not None:
+            self._look()
+            self._gate.listeners.mend()
+            self.close_gate()
+
+    def _look(self) -> None:
+        if self._gate is not None:
+            entries = (entry for one in self._sets for entry in one.opened.values())
+            self._gate.listeners.look(sock for entry in entries for sock in entry.sockets)
+
+    # -- what is open --------------------------------------------------------------------------------------------
 
     def prepare(self, wanted: Iterable[ListenAt], sockets: int) -> SocketSet:
         """Open sockets for all of ``wanted``, ``sockets`` for each TCP address: one a worker, so that each has an
@@ -128,8 +181,8 @@ class Listeners(WorkerObserver):
         before = self._in_force.opened.get(_key(at))
         if at.endpoint.address is None:
             return before or OpenListener((bind_unix(at.endpoint.path, mode=at.mode),), None)
-        if before is not None and self._gate is None:
-            return before
+        if before is not None and (self._gate is None or not self.is_ours):
+            return before  # handshakes that have begun on a socket end on it
         wanted = at.endpoint.address if before is None or before.address is None else before.address
         held = any(_overlap(wanted, address) for one in self._sets for address in one.addresses)
         sockets = _bind(wanted, count, shared=held)
@@ -164,8 +217,11 @@ class Listeners(WorkerObserver):
         """Let no SYN in on any address of the revision in force: silence, so that clients try again."""
         self._changing = True
         if self._gate is not None:
-            for address in self._in_force.addresses:
+            for address, sockets in self._in_force.addresses.items():
                 self._gate.listeners.close(address)
+                if self._in_force is self._adopted:  # the same sockets will serve: no handshake ends meanwhile either
+                    for sock in sockets:
+                        seal(sock)
 
     def reopen_gate(self) -> None:
         """Let in again to the revision in force, after :meth:`close_gate`, on what is guarded."""
@@ -173,7 +229,7 @@ class Listeners(WorkerObserver):
         self._open_guarded()
 
     def _open_guarded(self) -> None:
-        if self._gate is None:
+        if self._gate is None or not self.is_ours:
             return
         for at in self._in_force.wanted:
             listener = self._in_force.opened[_key(at)]
@@ -200,7 +256,7 @@ class Listeners(WorkerObserver):
     def judge(self, covers: Mapping[OpenListener, Cover]) -> None:
         """Take what a probe found: open what is guarded, close what is not."""
         self._covers.update(covers)
-        if self._gate is not None and not self._changing:
+        if self._gate is not None and self.is_ours and not self._changing:
             for address in self._gate.listeners.mend():
                 log.warning("the gate's entry of %s was not as it was meant: put back", address)
             self._open_guarded()
@@ -228,6 +284,8 @@ class Listeners(WorkerObserver):
         old, self._in_force = self._in_force, new
         if self._gate is None:
             return
+        if old is self._adopted:
+            self._look()
         try:
             for address, sockets in new.addresses.items():
                 self._gate.listeners.steer(address, sockets)
@@ -237,6 +295,7 @@ class Listeners(WorkerObserver):
                 self._gate.listeners.steer(address, sockets)
             raise
         self._away.clear()
+        self.is_ours = True
         for address in old.addresses.keys() - new.addresses.keys():
             self._gate.listeners.close(address)
             self._gate.listeners.steer(address, ())
@@ -253,15 +312,20 @@ class Listeners(WorkerObserver):
             self._covers.pop(entry, None)
             if entry.address is not None:
                 self._drop_entry(entry.address)
-            elif key[0].path and not key[0].path.startswith("@"):
+            elif key[0].path and not key[0].path.startswith("@") and (self.owns or key not in self._others):
                 with contextlib.suppress(FileNotFoundError):  # somebody has tidied up before us
                     os.unlink(key[0].path)
 
     def _drop_entry(self, address: SocketAddress) -> None:
         """Take an address from under the gate that no set has any more."""
         wanted = any(address in one.addresses for one in self._sets)
-        if self._gate is not None and address in self._gate.listeners and not wanted:
+        if self._gate is not None and self.owns and address in self._gate.listeners and not wanted:
             self._gate.listeners.remove(address)
+
+    @property
+    def _others(self) -> frozenset[_Key]:
+        """What another server may go on with."""
+        return frozenset((self._adopted or self._in_force).opened)
 
     def stop(self) -> None:
         """Close our own sockets; those that workers have are judged on."""
@@ -271,9 +335,9 @@ class Listeners(WorkerObserver):
 
     def close(self) -> None:
         """Close all, when no worker listens any more."""
-        self._in_force = SocketSet((), {})
         for one in list(self._sets):
             self.give_up(one)
+        self._in_force = SocketSet((), {})
 
     # -- steering around workers ---------------------------------------------------------------------------------
 
@@ -304,7 +368,7 @@ class Listeners(WorkerObserver):
 
     def _steer_shares(self) -> None:
         """Steer each share of the connections to its own socket, or to another's while its worker does not serve."""
-        if self._gate is None:
+        if self._gate is None or not self.is_ours:
             return
         for at in self._in_force.wanted:
             entry = self._in_force.opened[_key(at)]

@@ -35,6 +35,8 @@ class DaemonOptions:
     become, None to stay, ``sandbox`` whether they give up files and system calls, and ``read`` and ``write`` are paths
     that are left to them. ``metrics`` is where metrics are served, nowhere if None. ``source_lengths``: whom strikes
     count against, and the bans that follow shut out.
+    ``upgrade_drain``: how many seconds live connections have when another server has taken over, None for as many as
+    they like; ``max_generations``: how many servers there may be then at once.
     ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
     the first tunnel wants it. ``wire``: have the wire relay. ``kill``: a source that the policy comes to deny loses its
     live connections, too.
@@ -55,6 +57,8 @@ class DaemonOptions:
     drain: float = 300.0
     linger: float = 0.0
     watchdog: float = 60.0
+    upgrade_drain: float | None = None
+    max_generations: int = 4
     default: Action | None = None
     failsafe: tuple[IPNetwork, ...] | None = None
     rules: tuple[Rule, ...] | None = None

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 
 from .. import loader
 from ..kernel.compile import CompileError
+from ..kernel.gate_maps import GateMaps
 from ..kernel.xdp import XdpError
 from ..policy.kernel_store import KernelStore
 from ..policy.local import LocalStore
 from ..policy.store import PolicyStore
 from .host_policy import GateUnavailable, HostPolicy
 from .options import DaemonOptions
+from .succession import Estate
 
-__all__ = ["GateUnavailable", "PolicyHost", "open_policy_host", "refuse_without_gate"]
+__all__ = ["GateUnavailable", "PolicyHost", "open_policy_host", "refuse_without_gate", "take_over_policy"]
 
 log = logging.getLogger("rama_ebpf")
 
@@ -89,6 +91,31 @@ def open_policy_host(options: DaemonOptions) -> Iterator[PolicyHost]:
     HostPolicy(options.instance).restore(local)
     local.keep()
     yield PolicyHost(local, None, why)
+
+
+@contextlib.contextmanager
+def take_over_policy(options: DaemonOptions, estate: Estate) -> Iterator[PolicyHost]:
+    """Make a gate of our own programs over the maps and links of another server, which it has until
+    :attr:`~rama_ebpf.loader.Gate.is_ours`. When the block ends before, all of it is still that server's, else see
+    :func:`open_policy_host`."""
+    maps = GateMaps.adopt(estate.maps)
+    xdp = tuple(dict.fromkeys(options.xdp))
+    gate = loader.adopt(
+        options.instance, maps, kernel_headers=options.kernel_headers, xdp=bool(xdp), syn_cookies=options.syn_cookies
+    )
+    estate.take("maps")
+    keep = True
+    try:
+        estate.take("attachments")
+        gate.attachments.adopt(estate.attachments, xdp)
+        if maps.sizes != options.sizes:
+            log.warning("only a restart changes sizes: the maps hold %s", maps.sizes)
+        _attach_xdp(gate, [name for name in xdp if name not in gate.attachments.live_xdp])
+        host = PolicyHost(KernelStore(options.instance, maps), gate)
+        yield host
+        keep = options.persist if host.served else keep
+    finally:
+        gate.close(keep_policy=keep)
 
 
 def refuse_without_gate(options: DaemonOptions, why: str) -> None:

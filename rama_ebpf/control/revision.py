@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from .listeners import Listeners, SocketSet
 from .options import DaemonOptions
 from .policy_host import PolicyHost
 from .policy_thread import PolicyThread
+from .predecessor import Predecessor
 
 __all__ = ["Deployment", "Policy", "ServedRevision"]
 
@@ -29,7 +31,7 @@ log = logging.getLogger("rama_ebpf")
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """Where revisions come into force. ``probe`` finds out which listeners are guarded; ``in_force`` is told of each
-    revision that is."""
+    revision that is; ``before_leave`` waits until listeners may be closed at the end."""
 
     host: PolicyHost
     listeners: Listeners
@@ -38,6 +40,15 @@ class Deployment:
     thread: PolicyThread
     probe: Callable[[], Awaitable[None]]
     in_force: Callable[[DaemonOptions], None]
+    before_leave: Callable[[], Awaitable[None]]
+
+    def put_settings(self, options: DaemonOptions) -> None:
+        """Have egress policy and the rate of rejects be those of ``options``, on the event loop. Raises PolicyError or
+        OSError."""
+        self.egress.put(options.egress, options.name_servers)
+        if self.host.gate is not None:
+            limit = options.rejects
+            self.host.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
 
 
 class ServedRevision:
@@ -51,15 +62,18 @@ class ServedRevision:
         deployment: Deployment,
         before: DaemonOptions | None,
         policy: Policy | None,
+        predecessor: Predecessor | None = None,
     ) -> None:
         """``before`` are the options in force, None at the start, and so is ``policy``: then it is made when it is
-        put into force, which is not before all else is known to be good."""
+        put into force, which is not before all else is known to be good. ``predecessor`` is another server that serves
+        until then, with the same sockets."""
         self.options = options
         self.plan = plan
         self._sockets = sockets
         self._to = deployment
         self._before = before
         self._policy = policy
+        self._predecessor = predecessor
 
     async def enter(self) -> None:
         """Close the gate, change policy and egress, steer to the new sockets, open. While it is closed SYNs get no
@@ -71,6 +85,9 @@ class ServedRevision:
         def on_loop(step: Callable[[], None]) -> None:
             asyncio.run_coroutine_threadsafe(_step(step), loop).result()
 
+        if self._predecessor is not None and self._to.host.gate is not None:
+            self._predecessor.at("programs into their links")
+            await asyncio.to_thread(self._to.host.gate.attachments.update)
         await self._to.probe()
         await self._to.thread.run(lambda: self._enter(on_loop))
         self._to.in_force(self.options)
@@ -79,9 +96,13 @@ class ServedRevision:
         """In the policy thread; ``on_loop`` has a step done on the event loop, whose the listeners are."""
         to, options, before = self._to, self.options, self._before
         with to.host.store.held():
+            began = time.monotonic()
             with contextlib.ExitStack() as undo:
                 undo.callback(self._open, on_loop)
                 on_loop(to.listeners.close_gate)
+                if self._predecessor is not None:
+                    self._predecessor.step = "switch"
+                    self._predecessor.pause()
                 if before is not None:
                     undo.callback(self._put_settings, before, on_loop)
                 self._put_settings(options, on_loop)
@@ -89,6 +110,8 @@ class ServedRevision:
                 on_loop(lambda: to.listeners.switch(self._sockets))
                 undo.pop_all()  # clients meet this revision now: whatever fails from here on, it is the one in force
             self._open(on_loop)
+        if before is not None:
+            log.info("new clients waited for %.0f ms", 1000 * (time.monotonic() - began))
 
     def _open(self, on_loop: Callable[[Callable[[], None]], None]) -> None:
         """Open the listeners of the revision in force. A listener that the kernel does not open stays closed, until the
@@ -99,10 +122,7 @@ class ServedRevision:
             log.error("some listeners stay closed for now: %s", error)
 
     def _put_settings(self, options: DaemonOptions, on_loop: Callable[[Callable[[], None]], None]) -> None:
-        on_loop(lambda: self._to.egress.put(options.egress, options.name_servers))
-        if self._to.host.gate is not None:
-            limit = options.rejects
-            self._to.host.gate.limit_rejects(None if limit is None else (limit.emission_ns, limit.tolerance_ns))
+        on_loop(lambda: self._to.put_settings(options))
 
     def _put_policy(self) -> Callable[[], None]:
         store = self._to.host.store
@@ -125,6 +145,7 @@ class ServedRevision:
         self._to.listeners.stop()
 
     async def leave(self) -> None:
+        await self._to.before_leave()
         self._to.listeners.close()
 
 

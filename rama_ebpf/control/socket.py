@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _MAX_LINE: Final = 64 * 1024
 _MAX_ANSWER: Final = 64 * 1024 * 1024
 _IDLE_SECONDS: Final = 10.0
+_BACKLOG: Final = 100
 _UCRED: Final = struct.Struct("=iII")  # unix(7): pid, uid, gid
 
 Handler = Callable[[str, Mapping[str, object]], Json]
@@ -61,23 +62,54 @@ class ControlServer:
         self._handler = handler
         self._streams = streams or {}
         self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self.owns = True
+        """Whether the path is ours to remove: not while another server answers there, or may have to again."""
 
-    async def start(self) -> None:
-        """Start to listen. Raises OSError."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.unlink(missing_ok=True)
-        previous = os.umask(0o177)
-        try:
-            self._server = await asyncio.start_unix_server(self._serve, path=self._path, limit=_MAX_LINE)
-        finally:
-            os.umask(previous)
+    @property
+    def listener(self) -> socket.socket:
+        """The listening socket, once :meth:`start` has made it."""
+        assert self._listener is not None
+        return self._listener
 
-    async def stop(self) -> None:
-        """Stop listening and remove the socket."""
+    async def start(self, listener: socket.socket | None = None) -> None:
+        """Start to listen, or go on with the socket of another server. Raises OSError."""
+        if listener is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            previous = os.umask(0o177)
+            try:
+                listener.bind(str(self._path))
+                listener.listen(_BACKLOG)
+            except BaseException:
+                listener.close()
+                raise
+            finally:
+                os.umask(previous)
+        listener.setblocking(False)
+        self._listener = listener
+        await self.resume()
+
+    def pause(self) -> None:
+        """Answer nobody who comes from now on: they wait, for us or for another server."""
         if self._server is not None:
             self._server.close()
             self._server = None
+
+    async def resume(self) -> None:
+        """Answer who comes."""
+        if self._server is None and self._listener is not None:
+            self._server = await asyncio.start_unix_server(self._serve, sock=self._listener.dup(), limit=_MAX_LINE)
+
+    async def stop(self) -> None:
+        """Stop listening, and remove the socket if it is ours."""
+        self.pause()
+        if self._listener is not None and self.owns:
             self._path.unlink(missing_ok=True)
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from . import abi, bpf, cgroup, netdev, xdp
 from .bpf import AttachType
@@ -31,7 +31,7 @@ from .bytecode import Program
 from .gate_maps import GateMaps
 from .xdp import XdpAttachment, XdpError
 
-__all__ = ["HOOKS", "Attachments", "Hook", "Mending", "Target"]
+__all__ = ["HOOKS", "Attachments", "Handed", "Hook", "Mending", "Target"]
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,15 @@ class _Place:
     def unlink(self) -> None:
         while self.links:
             os.close(self.links.popitem()[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """All attachments of a gate as another process takes them over: it is described by ``facts``, which are JSON, and
+    holds links by ``descriptors``, in the order in which ``facts`` name them."""
+
+    facts: Mapping[str, object]
+    descriptors: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -208,6 +217,116 @@ class Attachments:
         """Tell the program of an interface; it passes what comes on one that it was not told of."""
         value = abi.INTERFACE.pack(attachment.hardware, attachment.answers)
         bpf.map_update(self._maps["interfaces"], attachment.index.to_bytes(4, sys.byteorder), value)
+
+    # -- from one process to another --------------------------------------------------------------------------------
+
+    def handed(self) -> Handed:
+        """Return what another process needs to go on with all of this. It stays ours until :meth:`release`."""
+        places, interfaces, links = [], [], []
+        for place in self._places:
+            names = [name for name in place.links if not name.startswith(_LAST)]
+            links += [place.links[name] for name in names]
+            workers = None if place.workers is None else str(place.workers)
+            places.append(
+                {
+                    "directory": str(place.directory),
+                    "identity": place.identity,
+                    "workers": workers,
+                    "workers_identity": place.workers_identity,
+                    "links": names,
+                }
+            )
+        if self._steering is not None:
+            links.append(self._steering)
+        for interface in self._interfaces.values():
+            if interface.live:
+                attached = interface.attached
+                interfaces.append({"name": interface.name, "index": attached.index, "mode": attached.mode})
+                links.append(attached.link)
+        steers = self._steering is not None
+        return Handed({"places": places, "steering": steers, "interfaces": interfaces}, tuple(links))
+
+    def adopt(self, handed: Handed, interfaces: Collection[str]) -> None:
+        """Go on with what another process has attached, its descriptors included, also with XDP on ``interfaces``; its
+        programs stay in force until :meth:`update`. Raises OSError or :class:`~.xdp.XdpError`, and LookupError,
+        TypeError or ValueError for what makes no sense; the caller closes what it was handed then."""
+        facts: Any = handed.facts
+        links = iter(handed.descriptors)
+        known = {hook.name for hook in HOOKS}
+        for row in facts["places"]:
+            workers = None if row["workers"] is None else Path(row["workers"])
+            place = _Place(Path(row["directory"]), int(row["identity"]), workers, int(row["workers_identity"]))
+            for name in row["links"]:
+                link = next(links)
+                if name in known:
+                    place.links[name] = link
+                else:
+                    os.close(link)  # of a hook that this version has not
+            place.links[_LAST + _JUDGE.name] = _closed_last(place.links[_JUDGE.name])
+            self._places.append(place)
+        if facts["steering"]:
+            self._steering = next(links)
+            self._steering_last = _closed_last(self._steering)
+        for row in facts["interfaces"]:
+            link = next(links)
+            if row["name"] in interfaces:
+                attached = xdp.adopted(link, row["name"], int(row["index"]), row["mode"])
+                self._interfaces[row["name"]] = _Interface(row["name"], attached)
+            else:
+                os.close(link)
+
+    def update(self) -> None:
+        """Put our programs into the place of those of whom all this was taken over from, or, where that has failed, of
+        those who were to take it over: whatever they have changed. Raises OSError when all that can be done is done."""
+        errors: list[OSError] = []
+        for place in self._places:
+            for hook in HOOKS:
+                link, where = place.links.get(hook.name), place.of(hook)
+                try:
+                    if link is not None:
+                        bpf.link_update(link, self._programs[hook.name])
+                    elif where is not None and place is self._places[-1]:
+                        place.links[hook.name] = self._link(hook, where[0])
+                except OSError as error:
+                    errors.append(error)
+        wanted = set()
+        try:
+            if self._steering is not None:
+                bpf.link_update(self._steering, self._programs[_STEERING.name])
+        except OSError as error:
+            errors.append(error)
+        for interface in self._interfaces.values():
+            if not interface.live:
+                continue
+            wanted.add(interface.attached.index.to_bytes(4, sys.byteorder))
+            try:
+                bpf.link_update(interface.attached.link, self._programs[_BY_INTERFACE.name])
+                self._describe(interface.attached)
+            except OSError as error:
+                errors.append(error)
+        for key, _ in bpf.map_lookup_batch(self._maps["interfaces"], 4, abi.INTERFACE.size):
+            if key not in wanted:
+                bpf.map_delete(self._maps["interfaces"], key)
+        if errors:
+            raise errors[0]
+
+    def release(self, *, but_egress: bool = False) -> None:
+        """Close our descriptors of all links, and touch nothing: another process has them, or they end with us. What
+        keeps the egress policy of workers that drain stays ``but_egress``."""
+        for steering in (self._steering, self._steering_last):
+            if steering is not None:
+                os.close(steering)
+        self._steering = self._steering_last = None
+        for interface in self._interfaces.values():
+            if interface.live:
+                os.close(interface.attached.link)
+        self._interfaces.clear()
+        kept = {hook.name for hook in HOOKS if but_egress and hook.target in (Target.EGRESS, Target.WORKERS)}
+        for place in self._places:
+            for name in place.links.keys() - kept:
+                os.close(place.links.pop(name))
+        if not but_egress:
+            self._places.clear()
 
     def detach(self) -> None:
         """Detach all hooks and leave the cgroup, which is removed if it was made for this gate. May be done twice."""

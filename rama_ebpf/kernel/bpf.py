@@ -36,6 +36,7 @@ __all__ = [
     "link_by_id",
     "link_create",
     "link_info",
+    "link_update",
     "map_batches",
     "map_by_id",
     "map_create",
@@ -387,6 +388,11 @@ def link_create(prog_fd: int, target_fd: int, attach_type: AttachType, flags: in
     The attachment lives as long as the returned descriptor, a copy of it, or a pin.
     """
     return _bpf(_LINK_CREATE, struct.pack("=IIII", prog_fd, target_fd, attach_type, flags))
+
+
+def link_update(link_fd: int, prog_fd: int) -> None:
+    """Put another program into the place of the one that a link attaches: each packet meets one of them."""
+    _bpf(_LINK_UPDATE, struct.pack("=IIII", link_fd, prog_fd, 0, 0))
 
 
 def link_by_id(identity: int) -> int:

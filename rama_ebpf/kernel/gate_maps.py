@@ -186,6 +186,18 @@ class GateMaps(Mapping[str, int]):
             raise
         return maps
 
+    @classmethod
+    def adopt(cls, fds: Mapping[str, int]) -> GateMaps:
+        """Take over open maps, by name, of another process. Raises :class:`LayoutMismatch` if they are not those of
+        this version; the descriptors stay the caller's then."""
+        specs = _specs(MapSizes())
+        if fds.keys() != specs.keys():
+            other = ", ".join(sorted(fds.keys() ^ specs.keys()))
+            raise LayoutMismatch(f"the maps are of another version: only one of the two has {other}")
+        for name, spec in specs.items():
+            spec.check(name, fds[name])
+        return cls(dict(fds), specs)
+
     def pin(self, directory: Path) -> None:
         """Pin all maps in a directory on a bpffs. Raises OSError."""
         for name, fd in self.items():

@@ -201,9 +201,29 @@ class ServerLock:
             pid = int(text) if text.isdigit() else 0
             raise InstanceBusy(self._instance.name, pid, self._instance.doing(pid)) from None
         if self._create:
-            os.truncate(self._fd, 0)
-            os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+            self.name_us()
         return self
+
+    @classmethod
+    def adopt(cls, instance: Instance, fd: int) -> ServerLock:
+        """Return the lock that another process holds, by a descriptor of it, to be held by both: it is free when both
+        have let go of it. It is entered already."""
+        lock = cls(instance)
+        lock._fd = fd
+        return lock
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.__exit__()
+
+    def fileno(self) -> int:
+        """The descriptor, for a process that is to hold the lock as well."""
+        return self._fd
+
+    def name_us(self) -> None:
+        """Have :meth:`Instance.serving_pid` say that this process is the server."""
+        text = str(os.getpid()).encode()
+        os.pwrite(self._fd, text.ljust(32, b"\n"), 0)  # in one step: never empty, never of two numbers
 
     def __exit__(self, *_exc: object) -> None:
         if self._fd >= 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..core.address import SocketAddress, mapped
@@ -44,6 +44,37 @@ class Steering:
     def __iter__(self) -> Iterator[SocketAddress]:
         """The addresses that have an entry."""
         return iter(list(self._listeners))
+
+    def adopt(self, listeners: Mapping[SocketAddress, Sequence[socket.socket]]) -> None:
+        """Go on with the entries that another process has made for these addresses, and with what they are steered to.
+        Raises KeyError for an address that has none."""
+        found = dict(bpf.map_lookup_batch(self._maps["listeners"], abi.LISTENER_KEY.size, abi.LISTENER.size))
+        is_open = abi.constants()["LISTENER_OPEN"]
+        self._listeners.clear()
+        for address in listeners:
+            key = abi.LISTENER_KEY.pack(mapped(address.ip), address.port, 0)
+            identity, sockets, state = abi.LISTENER.unpack(found[key])
+            self._listeners[address] = _Listener(key, identity, sockets, state == is_open)
+        self.look(sock for sockets in listeners.values() for sock in sockets)
+
+    def look(self, ours: Iterable[socket.socket]) -> None:
+        """See anew which slots hold which of our sockets: another process has had its hands on them."""
+        by_cookie = {sock_diag.cookie_of(sock).to_bytes(8, sys.byteorder): sock for sock in ours if sock.fileno() >= 0}
+        self._steered.clear()
+        for listener in self._listeners.values():
+            for index in range(listener.sockets):
+                slot = self._slot(listener, index)
+                try:
+                    held = bpf.map_lookup(self._maps["sockets"], slot, 8)
+                except OSError:
+                    continue  # its socket was closed
+                if held is not None and held in by_cookie:
+                    self._steered[slot] = by_cookie[held]
+
+    def release(self) -> None:
+        """Forget all entries, and leave them in the kernel: they are another process's."""
+        self._listeners.clear()
+        self._steered.clear()
 
     def close(self, address: SocketAddress) -> None:
         """Let no SYN to ``address`` in from now on, whatever the policy says: silence. A new address gets an entry, and

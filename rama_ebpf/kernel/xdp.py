@@ -17,7 +17,7 @@ from typing import Final
 from . import abi, bpf, netdev
 from .bpf import AttachType
 
-__all__ = ["XdpAttachment", "XdpError", "attach", "is_attached", "traits"]
+__all__ = ["XdpAttachment", "XdpError", "adopted", "attach", "is_attached", "traits"]
 
 _MODES: Final = (("native", 1 << 2), ("generic", 1 << 1))  # XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE
 _SIOCGIFHWADDR: Final = 0x8927
@@ -77,6 +77,12 @@ def attach(program: int, interface: str) -> XdpAttachment:
                 raise
             return XdpAttachment(interface, index, hardware, link, link_id, mode, why, silent, answers)
     raise XdpError(f"XDP cannot be attached to {interface}: {', '.join(dict.fromkeys(refused))}")
+
+
+def adopted(link: int, interface: str, index: int, mode: str) -> XdpAttachment:
+    """Describe an attachment that another process has made. Raises :class:`XdpError` or OSError."""
+    hardware, silent, answers = traits(interface, index, mode)
+    return XdpAttachment(interface, index, hardware, link, bpf.link_info(link).id, mode, "", silent, answers)
 
 
 def traits(interface: str, index: int, mode: str) -> tuple[bytes, str, int]:

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -32,14 +33,25 @@ ENDED: Final = "~"
 
 class MetricsDirectory:
     """A private directory for the files of one supervisor's workers; removed on exit. ``parent`` is by default ``/run``
-    for root, which is in memory."""
+    for root, which is in memory. ``adopted`` is the directory of another supervisor, which is to leave it to us.
+    """
 
-    def __init__(self, *, parent: str | None = None) -> None:
+    def __init__(self, *, parent: str | None = None, adopted: Path | None = None) -> None:
+        self.leave = False
+        """Whether another supervisor removes it."""
+        if adopted is not None:
+            self.path = adopted
+            self._numbers = itertools.count(time.time_ns())  # those before us have begun at 0, or earlier
+            self._hold()
+            return
         if parent is None and os.geteuid() == 0:
             parent = "/run"
         sweep(Path(tempfile.gettempdir() if parent is None else parent))
         self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
         self._numbers = itertools.count()
+        self._hold()
+
+    def _hold(self) -> None:
         self._held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
@@ -63,7 +75,8 @@ class MetricsDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._held)
-        shutil.rmtree(self.path)
+        if not self.leave:
+            shutil.rmtree(self.path)
 
 
 def sweep(parent: Path) -> None:

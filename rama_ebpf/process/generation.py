@@ -9,6 +9,8 @@ import time
 from collections.abc import Collection
 from typing import Any, Final
 
+from ..core.errors import PeerClosed
+from .channel import RequestFailed
 from .nursery import BackOff, Nursery
 from .plan import Plan
 from .worker_process import WorkerFactory, WorkerProcess, WorkersFailed, outcome
@@ -26,11 +28,12 @@ _STABLE_SECONDS: Final = 10.0
 
 
 class Generation:
-    """As many workers as ``plan`` wants. ``index`` tells it from all others that live at the same time."""
+    """As many workers as ``plan`` wants. ``name`` and ``index`` tell it from all others that live at the same time."""
 
-    def __init__(self, plan: Plan, index: int, factory: WorkerFactory, nursery: Nursery) -> None:
+    def __init__(self, plan: Plan, name: str, index: int, factory: WorkerFactory, nursery: Nursery) -> None:
         self.plan = plan
         self.index = index
+        self._name = name
         self.restarts = 0
         self._factory = factory
         self._nursery = nursery
@@ -83,6 +86,22 @@ class Generation:
         for observer in self._factory.observers:
             observer.serving(worker)
 
+    async def pause(self, seconds: float) -> None:
+        """Have all serve what waits for them and accept no more, their replacements neither, until :meth:`open`.
+
+        Raises :class:`WorkersFailed` if one does not say within so many seconds that it does; some may accept then.
+        """
+        self._opened = False
+        for worker in self.serving:
+            try:
+                async with asyncio.timeout(seconds):
+                    await worker.channel.request("pause")
+            except PeerClosed:
+                continue  # it has ended
+            except (TimeoutError, RequestFailed):
+                text = f"worker {worker.number} (pid {worker.pid}) does not let go of its queue"
+                raise WorkersFailed(text) from None
+
     async def release(self, seconds: float) -> None:
         """Wait until none accepts any more on what a later plan keeps, after :meth:`retire`, but not for longer."""
         if releasing := [worker.released for worker in self._workers.values()]:
@@ -129,7 +148,7 @@ class Generation:
         back_off = BackOff(_FIRST_BACK_OFF, _LAST_BACK_OFF)
         while not self._retired.done():
             try:
-                worker = self._factory.spawn(self.plan, number, f"{number}g{self.index}")
+                worker = self._factory.spawn(self.plan, number, f"{number}g{self._name}")
             except OSError as error:
                 if not self._started.done():
                     self._fail(number, WorkersFailed(f"worker {number} cannot be started: {error}"))

@@ -46,11 +46,11 @@ class BackOff:
 class Nursery:
     """An async context manager; what is under way when its block ends is cancelled and waited for.
 
-    ``failures`` counts, by name, what ended with an error.
+    ``failures`` counts, by name, what ended with an error; several may count together.
     """
 
-    def __init__(self) -> None:
-        self.failures: Counter[str] = Counter()
+    def __init__(self, failures: Counter[str] | None = None) -> None:
+        self.failures: Counter[str] = Counter() if failures is None else failures
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
 

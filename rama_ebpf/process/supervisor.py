@@ -74,8 +74,10 @@ class Supervisor:
     """Runs the workers of a revision until it is told to stop.
 
     ``prepare`` makes the revision for SIGHUP; if it raises a RamaError, or the new workers do not come up, the old
-    ones serve on. ``observers`` are told of workers. ``on_ready`` is called once when all workers serve.
-    ``denials`` counts what their sandboxes refuse.
+    ones serve on. ``observers`` are told of workers. ``on_ready`` is called once when all workers serve, and
+    ``on_left`` at the end when none listens any more. ``restarts`` and ``reloads`` are counted on from. ``series`` goes
+    into the identities of workers: it tells them from those of other supervisors that share their metrics. ``denials``
+    counts what their sandboxes refuse.
     """
 
     def __init__(
@@ -88,14 +90,25 @@ class Supervisor:
         on_ready: Callable[[], None] = lambda: None,
         on_stopping: Callable[[], None] = lambda: None,
         denials: DenialCounts | None = None,
+        on_left: Callable[[], None] = lambda: None,
+        series: str = "",
+        restarts: int = 0,
+        reloads: int = 0,
     ) -> None:
         self.nursery = nursery
-        self.reloads = 0
+        self.reloads = reloads
+        self.reloading = asyncio.Lock()
+        """Held while revisions change: whoever else holds it has none change."""
+        self._series = series
+        self.yielding = False
+        """Whether somebody else serves already, and we are only there in case it does not go on."""
+        self._handed_over: float | None = None
+        self._on_left = on_left
         self._revision = revision
         self._prepare = prepare
         self._on_ready = on_ready
         self._on_stopping = on_stopping
-        self._ended_restarts = 0
+        self._ended_restarts = restarts
         loop = asyncio.get_running_loop()
         self._stopping: asyncio.Future[None] = loop.create_future()
         self._cutting: asyncio.Future[None] = loop.create_future()
@@ -110,6 +123,21 @@ class Supervisor:
     def plan(self) -> Plan:
         """The one in force."""
         return self._revision.plan
+
+    @property
+    def stopping(self) -> asyncio.Future[None]:
+        """Done when it has been told to stop, or to leave the service to somebody else."""
+        return self._stopping
+
+    @property
+    def cutting(self) -> asyncio.Future[None]:
+        """Done when connections are to end at once."""
+        return self._cutting
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether a reload was asked for that has not begun."""
+        return self._hangup.is_set()
 
     @property
     def restarts(self) -> int:
@@ -137,11 +165,42 @@ class Supervisor:
         return WorkerCounts(self.plan.workers, serving, None if since is None else time.monotonic() - since)
 
     def stop(self) -> None:
-        """Drain and end; a second call cuts. SIGTERM and SIGINT do this."""
+        """Drain and end; a second call cuts. SIGTERM and SIGINT do this. After :meth:`hand_over` the first call gives
+        the drain the deadline that it has without one."""
+        if self.yielding and not self._stopping.done():
+            self.hand_over(self.plan.drain)
+            return
+        if self._handed_over is not None and self._handed_over > self.plan.drain:
+            self._handed_over = self.plan.drain
+            asyncio.get_running_loop().call_later(self.plan.drain, self.cut)
+            return
         for future in (self._stopping, self._cutting):
             if not future.done():
                 future.set_result(None)
                 return
+
+    def cut(self) -> None:
+        """End all connections now, if the server drains."""
+        if self._stopping.done() and not self._cutting.done():
+            self._cutting.set_result(None)
+
+    async def pause(self, seconds: float) -> None:
+        """Have workers serve what waits for them and accept no more, for somebody else who goes on with their sockets.
+        Raises :class:`WorkersFailed` if one does not, for so many seconds; :meth:`resume` undoes it in any case."""
+        assert self._in_force is not None
+        await self._in_force.pause(seconds)
+
+    def resume(self) -> None:
+        """Accept again, after :meth:`pause`."""
+        if self._in_force is not None and not self._stopping.done():
+            self._in_force.open()
+
+    def hand_over(self, drain: float) -> None:
+        """Somebody else serves now, with the sockets that the workers have after :meth:`pause`: :meth:`run` has them
+        close these at once, drain for so many seconds, and end."""
+        if not self._stopping.done():
+            self._handed_over = drain
+            self._stopping.set_result(None)
 
     def hang_up(self) -> None:
         """Reload when the start, or the reload that runs, is over. SIGHUP does this."""
@@ -198,7 +257,7 @@ class Supervisor:
         used = {generation.index for generation in self._generations}
         # The lowest that is free: a worker's files of metrics are named for it, and their number is to stay bounded.
         index = next(index for index in range(len(used) + 1) if index not in used)
-        generation = Generation(plan, index, self._factory, self.nursery)
+        generation = Generation(plan, f"{index}{self._series}", index, self._factory, self.nursery)
         self._generations.append(generation)
         return generation
 
@@ -216,16 +275,19 @@ class Supervisor:
         self._on_ready()
 
     async def _stop(self) -> None:
-        plan = self.plan
-        self._on_stopping()
-        log.info("stopping: connections have %g s to end (a second signal cuts them)", plan.drain)
+        linger, drain = self.plan.linger, self.plan.drain
+        if self._handed_over is None:
+            self._on_stopping()
+            log.info("stopping: connections have %g s to end (a second signal cuts them)", drain)
+        else:
+            linger, drain = 0.0, self._handed_over
         generations = list(self._generations)
         self._revision.stop()
         for generation in generations:
-            generation.retire(linger=plan.linger, drain=plan.drain)
+            generation.retire(linger=linger, drain=drain)
         self.nursery.start("closing the listeners", self._leave(generations))
         await asyncio.gather(
-            *(generation.stop(linger=plan.linger, drain=plan.drain, cut=self._cutting) for generation in generations)
+            *(generation.stop(linger=linger, drain=drain, cut=self._cutting) for generation in generations)
         )
         await self._leave(generations)
 
@@ -233,21 +295,23 @@ class Supervisor:
         for generation in generations:
             await generation.stop_listening()
         await self._revision.leave()
+        self._on_left()
 
     # -- reload --------------------------------------------------------------------------------------------------
 
     async def _reload_when_asked(self) -> None:
         while not self._stopping.done():
             await self._hangup.wait()
-            self._hangup.clear()  # all that came meanwhile are one
-            if self._stopping.done():
-                return
-            try:
-                await self.reload()
-            except (RamaError, OSError) as error:
-                log.error("reload failed, the old configuration stays: %s", error)
-            else:
-                log.info("reloaded")
+            async with self.reloading:
+                if self._stopping.done():
+                    return
+                self._hangup.clear()  # all that came meanwhile are one
+                try:
+                    await self._reload()
+                except (RamaError, OSError) as error:
+                    log.error("reload failed, the old configuration stays: %s", error)
+                else:
+                    log.info("reloaded")
 
     async def reload(self) -> None:
         """Start workers of a new revision and, when all could serve, put it into force and drain those of the old one.
@@ -255,6 +319,10 @@ class Supervisor:
         Raises :class:`RamaError` or OSError if it cannot be made, its workers do not come up, or it cannot enter;
         then nothing has changed.
         """
+        async with self.reloading:
+            await self._reload()
+
+    async def _reload(self) -> None:
         if self._prepare is None:
             raise RamaError("nothing to reload here")
         old_generation, old_revision = self._in_force, self._revision

@@ -133,6 +133,7 @@ class _Worker:
         self._stop = asyncio.Event()
         self._cutting = asyncio.Event()
         self._channel.on("open", self._open)
+        self._channel.on("pause", self._pause)
         self._channel.on("drain", self._drain)
         self._channel.on("cut", self._cut)
         await self._channel.open(channel)
@@ -173,6 +174,10 @@ class _Worker:
             server.accept_waiting()
             server.stop_accepting()
             server.listener.close()
+        assert self._confinement is not None
+        if self._confinement.seccomp:
+            for fd in self._order["held"]:  # those who listen hold the gate, and we no longer do
+                os.close(fd)
         self._channel.notify("draining")
 
     def _open(self, _body: Mapping[str, object]) -> None:
@@ -186,6 +191,12 @@ class _Worker:
         if not self._stop.is_set():
             for server in self._servers:
                 server.start()
+
+    def _pause(self, _body: Mapping[str, object]) -> None:
+        """Serve what waits, and accept no more until told to open again: the queues may become another server's."""
+        for server in self._servers:
+            server.accept_waiting()
+            server.stop_accepting()
 
     def _server(self, name: str, listener: socket.socket, application: Application) -> TcpServer:
         listener.set_inheritable(False)
