@@ -74,6 +74,7 @@ allow = ["127.0.0.0/8"]
 [listeners.main]
 address = "127.0.0.1:{port}"
 stack = "socks"
+relay = "{relay}"
 [stacks.socks]
 service = {{ socks5 = {{}} }}
 """
@@ -149,14 +150,28 @@ class Lab:
         config.write_text(_DANTE.format(port=port))
         return Proxy("dante", port, self.start("danted", "-f", config, cpu=None, port=port), socks=True)
 
-    def rama(self) -> Proxy:
+    def rama(self, relay: str = "auto", workers: int | None = None, cpu: int | None = None) -> Proxy:
         port = free_port()
-        config = self.directory / "rama.toml"
-        config.write_text(_RAMA.format(port=port, workers=os.cpu_count()))
-        command = (Path(sys.executable).with_name("rama-ebpf"), "run", "--instance", f"bench-{os.getpid()}")
+        config = self.directory / f"rama-{relay}.toml"
+        config.write_text(_RAMA.format(port=port, workers=workers or os.cpu_count(), relay=relay))
+        instance = f"bench-{relay}-{os.getpid()}"
+        command = (Path(sys.executable).with_name("rama-ebpf"), "run", "--instance", instance)
         self._cleanup.callback(subprocess.run, [command[0], "unload", "--purge", "--instance", command[3]], check=True)
-        process = self.start(*command, "--config", config, cpu=None, port=port)
+        process = self.start(*command, "--config", config, cpu=cpu, port=port)
         return Proxy("rama-ebpf", port, process, socks=True)
+
+    def wire(self) -> Proxy:
+        """The whole server, with one worker, once its wire relay is ready."""
+        proxy = self.rama("wire", 1, _PROXY_CPU)
+        state = Path(f"/run/rama-ebpf/bench-wire-{os.getpid()}/state.json")
+        deadline = time.monotonic() + 60
+        while json.loads(state.read_text())["wire"]["state"] != "ready":
+            if time.monotonic() > deadline:
+                raise RuntimeError("the wire relay does not come")
+            time.sleep(0.1)
+        time.sleep(0.5)  # its worker has to hear of it
+        proxy.name = "wire"
+        return proxy
 
     def run(self, mode: str, proxy: Proxy, *args: object, target: int, pin: bool = True) -> dict[str, Any]:
         """Run the load against ``proxy`` and return what it prints."""
@@ -223,7 +238,7 @@ def _turns(proxies: Sequence[Proxy], rounds: int) -> Iterator[Proxy]:
 def bulk(rounds: int, seconds: float) -> list[Proxy]:
     with Lab() as lab:
         target, server = lab.server("sink", _LOAD_CPU)
-        proxies = [lab.haproxy(target), *(lab.ours(kind, target) for kind in _OURS), lab.microsocks()]
+        proxies = [lab.haproxy(target), *(lab.ours(kind, target) for kind in _OURS), lab.wire(), lab.microsocks()]
         for proxy in _turns(proxies, rounds):
             pids = [*_kernel_threads(), server.pid, proxy.process.pid]
             before, own = {pid: _cpu(pid) for pid in pids}, _cpu(proxy.process.pid)
@@ -248,7 +263,7 @@ def one_cpu(rounds: int, seconds: float) -> list[Proxy]:
 def ping(rounds: int, seconds: float) -> list[Proxy]:
     with Lab() as lab:
         target, _ = lab.server("echo", _LOAD_CPU)
-        proxies = [lab.haproxy(target), *(lab.ours(kind, target) for kind in _OURS), lab.microsocks()]
+        proxies = [lab.haproxy(target), *(lab.ours(kind, target) for kind in _OURS), lab.wire(), lab.microsocks()]
         for proxy in _turns(proxies, rounds):
             before = _user_cpu(proxy.process.pid)
             answer = lab.run("ping", proxy, 20, 64, seconds, target=target)

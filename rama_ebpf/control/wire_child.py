@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 from collections import deque
@@ -41,7 +43,7 @@ log = logging.getLogger("rama_ebpf.wire")
 _TURN_SECONDS: Final = 0.25
 _MESSAGES: Final = 64
 """That are read of one worker before the others have their turn."""
-_MOST_WORKERS: Final = 4096
+_CREDENTIALS: Final = struct.Struct("=III")  # struct ucred
 _QUEUE_BYTES: Final = 1 << 20
 _WORDS_BYTES: Final = 1 << 16
 _BPF_COMMANDS: Final = (10, 28)  # BPF_PROG_TEST_RUN, BPF_LINK_CREATE
@@ -50,7 +52,8 @@ _BPF_COMMANDS: Final = (10, 28)  # BPF_PROG_TEST_RUN, BPF_LINK_CREATE
 class _Worker:
     """One worker, by its channel."""
 
-    def __init__(self, holder: _Holder, sock: socket.socket) -> None:
+    def __init__(self, holder: _Holder, sock: socket.socket, pid: int) -> None:
+        self.pid = pid
         self._holder = holder
         self._sock = sock
         self._unsent: deque[bytes] = deque()
@@ -68,7 +71,7 @@ class _Worker:
                 if not data:
                     self.close()
                     return
-                self._obey(data, [socket.socket(fileno=fd) for fd in fds])
+                self._obey(data, _sockets(fds))
         except BlockingIOError:
             return
         except (OSError, ValueError) as error:
@@ -162,14 +165,20 @@ class _Holder:
         if not data:
             self.reactor.remove(self._door.fileno())  # the server ends, or a worker has shut it: those we know go on
         for fd in fds:
-            sock = socket.socket(fileno=fd)
-            if sock.family == socket.AF_UNIX and len(self.workers) < _MOST_WORKERS:
-                try:
-                    self.workers.add(_Worker(self, sock))
-                except OSError as error:
-                    log.error("a worker cannot be heard: %s", error)
-                    sock.close()
-            else:
+            try:
+                [sock] = _sockets([fd])
+            except OSError:
+                continue
+            try:
+                # Who made the pair, as the kernel has noted it.
+                pid, _, _ = _CREDENTIALS.unpack(
+                    sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                )
+                for former in [worker for worker in self.workers if worker.pid == pid]:
+                    former.close()  # or else one of them had the places of many
+                self.workers.add(_Worker(self, sock, pid))
+            except OSError as error:
+                log.error("a worker cannot be heard: %s", error)
                 sock.close()
 
     def _hear(self) -> None:
@@ -205,6 +214,21 @@ class _Holder:
             return  # it is slow: the next word will do
         except OSError:
             self.stopping = True
+
+
+def _sockets(fds: list[int]) -> list[socket.socket]:
+    """Make sockets of descriptors. Raises OSError where one is none; then all are closed."""
+    made: list[socket.socket] = []
+    try:
+        for fd in fds:
+            made.append(socket.socket(fileno=fd))
+    except OSError:
+        for sock in made:
+            sock.close()
+        for fd in fds[len(made) :]:
+            os.close(fd)
+        raise
+    return made
 
 
 def _places(wanted: dict[str, Any]) -> frozenset[tuple[bytes, int]]:

@@ -202,6 +202,9 @@ class Splicer:
             if self._conntrack.rewrites(end.facts.arriving.reverse):
                 raise Refused("addresses are rewritten (NAT)")
         for key in keys:
+            if key.reverse in self._by_key:
+                # Over loopback, from one tunnel into the next: a packet is translated once on its way.
+                raise Refused("its other end is a tunnel's")
             if (former := self._by_key.get(key)) is not None:
                 if former.over_at is None:
                     raise Refused("its addresses are those of another tunnel")

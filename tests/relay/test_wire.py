@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import struct
@@ -16,9 +17,10 @@ import pytest
 
 from rama_ebpf.cli.flows import live_flows
 from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.kernel.raw_packets import checksum
 from rama_ebpf.loader import unload
 
-from ..lab import Lab, wait_for
+from ..lab import Host, Lab, wait_for
 from ..proxy import ProxyProcess
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
@@ -89,15 +91,17 @@ class Scene:
             listener.listen()
             yield listener
 
-    def dial(self, listener: socket.socket) -> tuple[socket.socket, socket.socket]:
+    def dial(self, listener: socket.socket, port: int = PORT) -> tuple[socket.socket, socket.socket]:
         """A tunnel: the client's socket and the target's."""
         v6 = listener.family == socket.AF_INET6
-        host, port = listener.getsockname()[:2]
-        client = self.client.connect(self.proxy_host.ipv6 if v6 else self.proxy_host.ipv4, PORT)
+        host, target = listener.getsockname()[:2]
+        client = self.client.connect(self.proxy_host.ipv6 if v6 else self.proxy_host.ipv4, port)
         self.ends.enter_context(client)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         kind = b"\4" if v6 else b"\1"
-        client.sendall(b"\5\1\0" + b"\5\1\0" + kind + socket.inet_pton(listener.family, host) + struct.pack("!H", port))
+        client.sendall(
+            b"\5\1\0" + b"\5\1\0" + kind + socket.inet_pton(listener.family, host) + struct.pack("!H", target)
+        )
         answer = b""
         while len(answer) < 2 + 4 + (16 if v6 else 4) + 2:
             answer += client.recv(100)
@@ -245,7 +249,123 @@ def exchanged(scene: Scene, listener: socket.socket) -> bool:
     return row is not None and row["relay"] == "wire"
 
 
-def test_killed_server_leaves_no_tunnel_and_no_program(scene: Scene) -> None:
+def nft(host: Host, rules: str) -> None:
+    host.run("nft", rules)
+
+
+def test_addresses_that_are_rewritten_are_refused(scene: Scene) -> None:
+    nft(
+        scene.proxy_host,
+        "table ip nat { chain in { type nat hook prerouting priority dstnat; tcp dport 1085 redirect to :1080; }; }",
+    )
+    try:
+        with scene.listening() as listener:
+            client, upstream = scene.dial(listener, port=1085)
+            exchange(client, upstream)
+            assert (scene.row(client) or {})["why"] == "no wire: addresses are rewritten (NAT)"
+            assert scene.refused()["no wire: addresses are rewritten (NAT)"] == 1
+    finally:
+        scene.proxy_host.run("nft", "delete table ip nat")
+
+
+def test_loss_on_both_legs_is_made_good_by_the_ends(scene: Scene) -> None:
+    """With SACK, retransmissions and time-outs, none of which the proxy has a part in."""
+    rule = "type filter hook input priority 0; meta l4proto tcp numgen random mod 40 0 drop;"
+    with scene.listening() as listener, scene.listening(v6=True) as six:
+        pairs = [scene.taken(each) for each in (listener, six)]
+        for host in (scene.client, scene.target):
+            nft(host, f"table inet lossy {{ chain in {{ {rule} }}; }}")
+        try:
+            blobs = [os.urandom(400_000) for _ in range(4)]
+            got = [bytearray() for _ in range(4)]
+            ways = [
+                (pairs[0][0], pairs[0][1]),
+                (pairs[0][1], pairs[0][0]),
+                (pairs[1][0], pairs[1][1]),
+                (pairs[1][1], pairs[1][0]),
+            ]
+            threads = [
+                threading.Thread(target=send_all, args=(way[0], blob)) for way, blob in zip(ways, blobs, strict=True)
+            ]
+            threads += [
+                threading.Thread(target=read_all, args=(way[1], into)) for way, into in zip(ways, got, strict=True)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert [bytes(each) for each in got] == blobs
+        finally:
+            for host in (scene.client, scene.target):
+                host.run("nft", "delete table inet lossy")
+
+
+@contextmanager
+def second_wire(scene: Scene) -> Iterator[None]:
+    """Another wire between proxy and target, 198.19.0.1 and 198.19.0.2."""
+    proxy, target = scene.proxy_host, scene.target
+    proxy.ip("link", "add", "mid", "type", "veth", "peer", "name", "mid", "netns", target.netns)
+    try:
+        for host, address in ((proxy, "198.19.0.1"), (target, "198.19.0.2")):
+            host.ip("link", "set", "mid", "up")
+            host.add_address(f"{address}/24", "mid")
+        yield
+    finally:
+        proxy.ip("link", "del", "mid")
+        scene.client.ip("route", "flush", "cache")  # what was learned of the path
+
+
+def path_mtu(host: Host, to: str) -> int:
+    found = re.search(r"mtu (\d+)", host.run("ip", "route", "get", to).stdout)
+    return int(found[1]) if found else 1500
+
+
+def test_smaller_path_is_told_to_the_sender_and_the_transfer_goes_on(scene: Scene) -> None:
+    with second_wire(scene), scene.target.socket() as listener:
+        listener.bind(("198.19.0.2", 0))
+        listener.listen()
+        wait_for(lambda: exchanged(scene, listener), what="the program there")
+        client, upstream = scene.taken(listener)
+        other = scene.taken(listener)
+        # An error from the path behind: a router quotes the packet as it was translated.
+        forge_too_big(scene.target, other[1], 1400)
+        wait_for(lambda: path_mtu(scene.client, scene.proxy_host.ipv4) == 1400, what="the smaller path")
+        exchange(*other)
+        for host in (scene.proxy_host, scene.target):
+            host.ip("link", "set", "mid", "mtu", "1300")
+        blob, got = os.urandom(1_000_000), bytearray()
+        reader = threading.Thread(target=read_all, args=(upstream, got))
+        reader.start()
+        send_all(client, blob)
+        reader.join()
+        assert bytes(got) == blob
+        assert path_mtu(scene.client, scene.proxy_host.ipv4) == 1300
+    wait_for(lambda: not scene.flows(), what="the end of what went by an interface that is gone")
+
+
+def forge_too_big(host: Host, upstream: socket.socket, mtu: int) -> None:
+    """Say, as a router, that what came to ``upstream`` last was too big."""
+    local, peer = upstream.getsockname(), upstream.getpeername()
+    seq = received_up_to(upstream)
+    quoted = struct.pack("!BBHHHBBH", 0x45, 0, 1300, 0, 0x4000, 64, 6, 0)
+    quoted += socket.inet_aton(peer[0]) + socket.inet_aton(local[0]) + struct.pack("!HHI", peer[1], local[1], seq)
+    icmp = struct.pack("!BBHHH", 3, 4, 0, 0, mtu) + quoted
+    icmp = icmp[:2] + struct.pack("!H", checksum(icmp)) + icmp[4:]
+    with host.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
+        raw.sendto(icmp, (peer[0], 0))
+
+
+def received_up_to(sock: socket.socket) -> int:
+    """The next sequence number that a socket expects: that of its receive queue, in repair mode for a moment."""
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, 19, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, 20, 1)
+        return sock.getsockopt(socket.IPPROTO_TCP, 21) & 0xFFFFFFFF
+    finally:
+        sock.setsockopt(socket.IPPROTO_TCP, 19, -1)  # off, and no window probe
+
+
+def test_killed_server_leaves_no_tunnel_and_the_next_one_drains_its_own(scene: Scene) -> None:
     with scene.listening() as listener:
         ends = scene.taken(listener)
         holder = scene.holder()
@@ -253,3 +373,12 @@ def test_killed_server_leaves_no_tunnel_and_no_program(scene: Scene) -> None:
         assert [is_reset(sock) for sock in ends] == [True, True]
         wait_for(lambda: has_ended(holder), what="the end of the process that holds the relay")
         assert not scene.proxy_host.run("ss", "-Htn", "state", "established").stdout
+
+        scene.start()
+        ends = scene.taken(listener)
+        scene.proxy.signal(signal.SIGTERM)
+        wait_for(lambda: scene.proxy.json("status")["stopping"], what="the stop")
+        exchange(*ends)
+        scene.proxy.signal(signal.SIGTERM)
+        assert [is_reset(sock) for sock in ends] == [True, True]
+        assert scene.proxy.wait() == 0
