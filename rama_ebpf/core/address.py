@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 __all__ = ["Authority", "Endpoint", "IPAddress", "SocketAddress", "is_loopback", "mapped", "unmap"]
@@ -45,6 +45,7 @@ class SocketAddress:
     ip: IPAddress
     port: int
     scope_id: int = 0
+    _text: str = field(default="", init=False, repr=False, compare=False)
 
     @classmethod
     def from_sockaddr(cls, sockaddr: tuple[object, ...]) -> SocketAddress:
@@ -76,7 +77,11 @@ class SocketAddress:
         return (str(self.ip), self.port, 0, self.scope_id)
 
     def __str__(self) -> str:
-        return f"{self.ip}:{self.port}" if self.ip.version == 4 else f"[{self.ip}]:{self.port}"
+        text = self._text
+        if not text:  # asked for each log line of a connection
+            text = f"{self.ip}:{self.port}" if self.ip.version == 4 else f"[{self.ip}]:{self.port}"
+            object.__setattr__(self, "_text", text)
+        return text
 
 
 @dataclass(frozen=True, slots=True)

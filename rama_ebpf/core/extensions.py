@@ -58,6 +58,13 @@ class Extensions:
             if type(value) is kind:
                 yield value
 
+    def latest(self) -> dict[type, object]:
+        """Return the latest value of each type, from here and from parents: for who asks for many."""
+        found: dict[type, object] = {} if self._parent is None else self._parent.latest()
+        for value in self._values or ():
+            found[type(value)] = value
+        return found
+
     def fork(self) -> Extensions:
         """Return a child: it sees what this one holds now and later, and what is added to it stays in it."""
         return Extensions(self)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from .address import SocketAddress
 from .errors import RamaError
-from .logfmt import logfmt
+from .logfmt import logfmt, quoted
 from .notes import Note
 
 __all__ = ["Refusal", "RequestLog", "RequestRecord", "Upstream", "error_reason", "explained"]
@@ -65,27 +65,31 @@ class RequestRecord:
 
     def __str__(self) -> str:
         """Return the record as logfmt."""
-        return logfmt(
-            (
-                ("client", self.client or "unix"),
-                ("listener", self.listener),
-                ("user", self.user),
-                ("method", self.method),
-                ("target", self.target),
-                ("status", self.status or None),
-                ("upstream", "" if self.upstream is None else self.upstream.address or "unix"),
-                ("kept", "yes" if self.upstream is not None and self.upstream.kept else ""),
-                ("reason", self.reason),
-                ("rule", self.rule),
-                ("received", self.received),
-                ("sent", self.sent),
-                ("first_byte", "" if self.first_byte is None else f"{self.first_byte:.3f}"),
-                ("total", f"{self.total:.3f}"),
-                ("relay", self.relay),
-                *((note.key, note.value) for note in self.notes),
-                ("error", self.error),
-            )
-        )
+        parts = [f"client={self.client or 'unix'}"]
+        if self.listener is not None:
+            parts.append(f"listener={self.listener}")
+        if self.user:
+            parts.append(f"user={quoted(self.user)}")
+        parts.append(f"method={quoted(self.method)}")
+        if self.target:
+            parts.append(f"target={quoted(self.target)}")
+        if self.status:
+            parts.append(f"status={self.status}")
+        if self.upstream is not None:
+            parts.append(f"upstream={self.upstream.address or 'unix'}")
+            if self.upstream.kept:
+                parts.append("kept=yes")
+        parts.append(f"reason={quoted(self.reason)}")
+        if self.rule:
+            parts.append(f"rule={quoted(self.rule)}")
+        parts.append(f"received={self.received} sent={self.sent}")
+        if self.first_byte is not None:
+            parts.append(f"first_byte={self.first_byte:.3f}")
+        parts.append(f"total={self.total:.3f}")
+        rest = [("relay", self.relay), *((note.key, note.value) for note in self.notes), ("error", self.error)]
+        if self.relay or self.error or self.notes:
+            parts.append(logfmt(rest))
+        return " ".join(parts)
 
 
 class RequestLog:

@@ -17,6 +17,7 @@ from ..core.auth import User
 from ..core.client import client_address
 from ..core.extensions import Extensions
 from ..core.first_bytes import FirstBytes
+from ..core.log_lines import log_line
 from ..core.logfmt import logfmt
 from ..core.notes import Note
 from ..core.request_log import RequestLog, RequestRecord, error_reason
@@ -76,7 +77,7 @@ def close_reason(extensions: Extensions, error: BaseException | None) -> str:
 
 
 def _log_line(record: AccessRecord | RequestRecord) -> None:
-    log.info("%s", record, extra={"access": record})
+    log_line(log, record)
 
 
 class AccessLogLayer:

@@ -22,6 +22,7 @@ from typing import Any, Final, cast
 import uvloop
 
 from ..core.errors import PeerClosed, RamaError
+from ..core.log_lines import LineHandler, SecondFormatter
 from ..kernel.confine import Confinement
 from ..kernel.privileges import UserIds, die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
 from ..metrics.directory import ENVIRONMENT as METRICS_ENVIRONMENT
@@ -56,11 +57,9 @@ def main() -> int:
         order = cast("Mapping[str, Any]", receive_line(channel))
     except PeerClosed:
         return 0
-    logging.basicConfig(
-        level=str(order["log_level"]).upper(),
-        format=f"%(asctime)s %(levelname)s worker {order['worker']} %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    handler = LineHandler(sys.stderr)
+    handler.setFormatter(SecondFormatter(f"%(asctime)s %(levelname)s worker {order['worker']} %(name)s: %(message)s"))
+    logging.basicConfig(level=str(order["log_level"]).upper(), handlers=[handler])
     try:
         worker = _Worker(order)
         worker.prepare()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from ....core.auth import User
-from ....core.client import client_address
+from ....core.client import ClientAddress, client_address
 from ....core.errors import PolicyDenied
 from ....core.notes import Note
 from ....core.request_log import Refusal, RequestLog, RequestRecord, Upstream, error_reason, explained
@@ -79,10 +79,14 @@ class RunningRequest:
 
     def _record(self, error: BaseException | None) -> RequestRecord:
         request = self._request
-        extensions = request.extensions
-        refusal = extensions.get(Refusal)
-        report = extensions.get(TunnelReport)
-        user = extensions.get(User)
+        told = request.extensions.latest().get
+        refusal, report, user = told(Refusal), told(TunnelReport), told(User)
+        upstream, client = told(Upstream), told(ClientAddress)
+        assert refusal is None or isinstance(refusal, Refusal)
+        assert report is None or isinstance(report, TunnelReport)
+        assert user is None or isinstance(user, User)
+        assert upstream is None or isinstance(upstream, Upstream)
+        assert client is None or isinstance(client, ClientAddress)
         if error is not None:
             reason, text = error_reason(error), explained(error)
         elif refusal is not None:
@@ -93,13 +97,13 @@ class RunningRequest:
             reason, text = ("done" if self._status < _FIRST_ERROR else f"http_{self._status}"), ""
         received, sent = self._counted()
         return RequestRecord(
-            client=client_address(request),
+            client=None if client is None else client.address,
             listener=self._stream.local,
             user="" if user is None else user.name,
             method=request.method,
             target=_shown(request),
             status=self._status,
-            upstream=extensions.get(Upstream),
+            upstream=upstream,
             reason=reason,
             received=received,
             sent=sent,
@@ -108,7 +112,7 @@ class RunningRequest:
             rule="" if refusal is None else refusal.rule,
             relay="" if report is None else report.relay,
             error=text,
-            notes=tuple(extensions.all(Note)),
+            notes=() if told(Note) is None else tuple(request.extensions.all(Note)),
         )
 
 
