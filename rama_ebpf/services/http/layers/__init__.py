@@ -2,6 +2,7 @@
 
 from .auth import BasicAuthLayer, ProxyAuthLayer
 from .cors import CorsLayer
+from .decode import DecodeLayer
 from .har import HarLayer, HarRecorder
 from .headers import RequestHeadersLayer, ResponseHeadersLayer
 from .hooks import HookLayer, MappedBody
@@ -12,6 +13,7 @@ from .request_id import RequestId, RequestIdLayer
 __all__ = [
     "BasicAuthLayer",
     "CorsLayer",
+    "DecodeLayer",
     "HarLayer",
     "HarRecorder",
     "HookLayer",

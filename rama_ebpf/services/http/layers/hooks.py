@@ -43,7 +43,7 @@ class HookLayer:
     ``on_request`` may change the request, or return a response and so answer it. ``on_response`` gets both and may
     change the response. ``request_body`` and ``response_body`` are asked for each message whether its bytes are to
     be changed: they return a function from bytes to bytes (see :class:`MappedBody`), or None. Bodies come as they
-    were sent: of a message with a Content-Encoding, compressed.
+    were sent: of a message with a Content-Encoding, compressed, unless a :class:`~.decode.DecodeLayer` is inside.
     """
 
     accepts = Request
