@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -13,10 +13,12 @@ from ..core.service import Service, stack
 from ..core.source_policy import SourcePolicy
 from ..core.stream import Stream
 from ..services.http import (
+    DEFAULT_UPGRADES,
     BackendPool,
     ForwardedField,
     ForwardedLayer,
     HealthCheck,
+    HttpLimits,
     HttpServer,
     HttpTimeouts,
     OriginOptions,
@@ -28,7 +30,7 @@ from ..services.http import (
 from ..services.proxy_protocol import ProxyProtocolConnector
 from ..services.tls import ClientTls, TlsConnector
 from .decode import ListOf, Table, setting
-from .http import ENGINE, HttpTimeoutSettings, limits_of
+from .http import ENGINE, HttpLimitSettings, HttpTimeoutSettings, check_upgrades
 from .kinds import AUTHORITY, BOOLEAN, DURATION, NETWORK, SIZE, TEXT, choice, file_path, integer
 
 __all__ = ["HasLifecycle", "ReverseSettings"]
@@ -96,6 +98,7 @@ class RouteSettings:
     host: str | None = setting(TEXT, "a name, or *.name for all below it (any by default)", default=None)
     path: str = setting(TEXT, "a prefix that ends at a /, or at the path's end", default="/")
     methods: tuple[str, ...] = setting(ListOf(TEXT), "in upper case (any by default)", default=())
+    name: str | None = setting(TEXT, "what metrics call the route (its host and path by default)", default=None)
     tls: UpstreamTlsSettings | None = setting(Table(UpstreamTlsSettings), "to the backends", default=None)
     check: HealthCheckSettings | None = setting(Table(HealthCheckSettings), "active health checks", default=None)
     failures: int = setting(integer(1, 1000), "failed requests in 10 s that take a backend out for 10 s", default=3)
@@ -120,7 +123,13 @@ class RouteSettings:
             raise ValueError("methods are written in upper case (RFC 9110 section 9.1)")
 
     def route(
-        self, environment: HasLifecycle, connector: Service[Authority, Stream], timeouts: HttpTimeouts, engine: str
+        self,
+        environment: HasLifecycle,
+        connector: Service[Authority, Stream],
+        *,
+        protocols: Collection[str],
+        limits: HttpLimits,
+        timeouts: HttpTimeouts,
     ) -> Route:
         """Make the pool and its route."""
         requests: Service[Authority, Stream] = connector
@@ -142,12 +151,13 @@ class RouteSettings:
             own_host=self.own_host,
             proxy_protocol=header,
             origin=OriginOptions(keep=self.keep, lenient=self.lenient),
-            limits=limits_of(engine),
+            upgrades=protocols,
+            limits=limits,
             timeouts=timeouts,
         )
         environment.on_start(pool.start)
         environment.on_close(pool.close)
-        return Route(pool, host=self.host, path=self.path, methods=self.methods or None)
+        return Route(pool, host=self.host, path=self.path, methods=self.methods or None, name=self.name or "")
 
 
 @dataclass(frozen=True)
@@ -168,6 +178,12 @@ class ReverseSettings:
     )
     max_body: int | None = setting(SIZE, "of a request (413); no bound by default", default=None)
     h2c: bool = setting(BOOLEAN, "HTTP/2 without TLS for clients that begin with its preface", default=False)
+    upgrades: tuple[str, ...] = setting(
+        ListOf(TEXT), "protocols that may be switched to", default=tuple(sorted(DEFAULT_UPGRADES))
+    )
+    limits: HttpLimitSettings = setting(
+        Table(HttpLimitSettings), "how large parts of messages may be", default=HttpLimitSettings()
+    )
     timeouts: HttpTimeoutSettings = setting(
         Table(HttpTimeoutSettings), "how long to wait", default=HttpTimeoutSettings()
     )
@@ -176,6 +192,7 @@ class ReverseSettings:
     )
 
     def __post_init__(self) -> None:
+        check_upgrades(self.upgrades)
         if not self.routes:
             raise ValueError("routes is empty: name at least one")
         if self.trusted and self.forwarded == "off":
@@ -188,8 +205,14 @@ class ReverseSettings:
         """Make the service."""
         field = None if self.forwarded == "off" else ForwardedField(self.forwarded)
         timeouts = self.timeouts.timeouts()
-        limits = limits_of(self.engine, body=self.max_body)
-        routes = Routes([route.route(environment, connector, timeouts, self.engine) for route in self.routes])
+        limits = self.limits.limits(self.engine, body=self.max_body)
+        onward = self.limits.limits(self.engine)
+        routes = Routes(
+            [
+                route.route(environment, connector, protocols=self.upgrades, limits=onward, timeouts=timeouts)
+                for route in self.routes
+            ]
+        )
         trusted = tuple(map(str, self.trusted))
         policy = environment.policy if trusted and self.judge else None
         service = stack(ForwardedLayer(field, trusted=trusted, policy=policy), routes)

@@ -20,14 +20,14 @@ from ..layers.check_queue import CheckQueue
 from ..layers.retry import RetryLayer
 from ..services.connect import ConnectError, Connector
 from ..services.forward import Forward
-from ..services.http import HttpProxy, OriginOptions
+from ..services.http import DEFAULT_UPGRADES, HttpProxy, OriginOptions
 from ..services.http.layers import ProxyAuthLayer
 from ..services.proxy import mixed_proxy
 from ..services.socket_options import SocketOptions
 from ..services.socks5 import Binder, ReplyTiming, Socks5Server, UdpAssociator, UserLimits
 from ..services.upstream import parse_chain
 from .decode import ListOf, Table, setting
-from .http import ENGINE, HttpTimeoutSettings, limits_of
+from .http import ENGINE, HttpLimitSettings, HttpTimeoutSettings, check_upgrades
 from .kinds import AUTHORITY, BOOLEAN, DURATION, HOST_PATTERN, TARGET, TEXT, choice, file_path, integer, ip_literal
 from .layers import Environment, TargetsSettings
 from .reverse import HasLifecycle, ReverseSettings
@@ -199,6 +199,12 @@ class HttpSettings:
             keep=str(target.host).lower() not in unkept, lenient=str(target.host).lower() in lenient
         )
 
+    upgrades: tuple[str, ...] = setting(
+        ListOf(TEXT), "protocols that may be switched to", default=tuple(sorted(DEFAULT_UPGRADES))
+    )
+    limits: HttpLimitSettings = setting(
+        Table(HttpLimitSettings), "how large parts of messages may be", default=HttpLimitSettings()
+    )
     timeouts: HttpTimeoutSettings = setting(
         Table(HttpTimeoutSettings), "how long to wait", default=HttpTimeoutSettings()
     )
@@ -206,6 +212,9 @@ class HttpSettings:
     engine: str = setting(
         ENGINE, "who reads HTTP/1.1; h11: it as well, and what the two read apart is refused", default="strict"
     )
+
+    def __post_init__(self) -> None:
+        check_upgrades(self.upgrades)
 
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         authenticate = _authenticator(environment, self.users)
@@ -215,7 +224,8 @@ class HttpSettings:
             layers=layers,
             connect_ports=self.connect_ports or None,
             origins=self.origins(),
-            limits=limits_of(self.engine),
+            upgrades=self.upgrades,
+            limits=self.limits.limits(self.engine),
             timeouts=self.timeouts.timeouts(),
         )
 
@@ -230,6 +240,12 @@ class MixedSettings:
         default=None,
     )
     handshake: float = setting(DURATION, "time for each protocol's handshake", default=10.0)
+    upgrades: tuple[str, ...] = setting(
+        ListOf(TEXT), "protocols that HTTP may switch to", default=tuple(sorted(DEFAULT_UPGRADES))
+    )
+    limits: HttpLimitSettings = setting(
+        Table(HttpLimitSettings), "how large parts of HTTP messages may be", default=HttpLimitSettings()
+    )
     timeouts: HttpTimeoutSettings = setting(
         Table(HttpTimeoutSettings), "how long HTTP waits", default=HttpTimeoutSettings()
     )
@@ -237,12 +253,16 @@ class MixedSettings:
         ENGINE, "who reads HTTP/1.1; h11: it as well, and what the two read apart is refused", default="strict"
     )
 
+    def __post_init__(self) -> None:
+        check_upgrades(self.upgrades)
+
     def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
         return mixed_proxy(
             connector,
             auth=_authenticator(environment, self.users),
             handshake_timeout=self.handshake,
-            http_limits=limits_of(self.engine),
+            http_upgrades=self.upgrades,
+            http_limits=self.limits.limits(self.engine),
             http_timeouts=self.timeouts.timeouts(head=self.handshake),
             handshakes=environment.share(Held.HANDSHAKES),
         )

@@ -10,13 +10,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from .address import SocketAddress
 from .errors import RamaError
 from .logfmt import logfmt, quoted
 from .notes import Note
 
-__all__ = ["Refusal", "RequestLog", "RequestRecord", "Upstream", "error_reason", "explained"]
+__all__ = [
+    "Refusal",
+    "RequestLog",
+    "RequestMeter",
+    "RequestRecord",
+    "RouteCount",
+    "RouteName",
+    "Upstream",
+    "error_reason",
+    "explained",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,67 @@ class Upstream:
 
     address: SocketAddress | None
     kept: bool
+
+
+_MOST_ROUTES: Final = 1000
+"""How many routes are told apart, whatever an application calls them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteName:
+    """An extension: which route of the configuration the request took. Names are the operator's and few, never the
+    client's."""
+
+    name: str
+
+
+class RequestMeter:
+    """Counts the requests of a listener by route, cheaply: who adds it to connections takes what was counted now and
+    then. Among the extensions of connections."""
+
+    __slots__ = ("_routes", "_watcher")
+
+    SLOW: Final = (0.1, 1.0, 10.0)
+    """Seconds: how many requests took longer is counted."""
+
+    def __init__(self, watcher: Callable[[], None]) -> None:
+        self._routes: dict[str, RouteCount] = {}
+        self._watcher = watcher
+
+    def tell(self, route: str, status: int, first_byte: float | None, total: float) -> None:
+        """A request has ended; ``status`` is 0 if no response began. ``watcher`` is called at the first one since
+        :meth:`take`."""
+        count = self._routes.get(route)
+        if count is None and len(self._routes) >= _MOST_ROUTES:
+            count = self._routes.setdefault("other", RouteCount())
+        elif count is None:
+            count = self._routes[route] = RouteCount()
+            if len(self._routes) == 1:
+                self._watcher()
+        count.statuses[status // 100] += 1
+        count.seconds += total
+        count.first_byte += first_byte or 0.0
+        if total > 0.1:
+            for number, seconds in enumerate(self.SLOW):
+                count.slow[number] += total > seconds
+
+    def take(self) -> dict[str, RouteCount]:
+        """Return what was counted since this was asked for last, by route."""
+        taken, self._routes = self._routes, {}
+        return taken
+
+
+class RouteCount:
+    """What was counted of one route: requests by the first digit of their status, sums of seconds, and those slower
+    than each of :attr:`RequestMeter.SLOW`."""
+
+    __slots__ = ("first_byte", "seconds", "slow", "statuses")
+
+    def __init__(self) -> None:
+        self.statuses = [0] * 10
+        self.seconds = 0.0
+        self.first_byte = 0.0
+        self.slow = [0] * len(RequestMeter.SLOW)
 
 
 @dataclass(frozen=True, slots=True)

@@ -378,6 +378,10 @@ class SocketStream(Stream):
             raise ConnectionResetError(error.errno, f"cannot half-close: {error.strerror}") from error
 
     async def close(self) -> None:
+        self.close_now()
+
+    def close_now(self) -> None:
+        """As :meth:`close`, which need not wait for anything here."""
         if not self._closed:
             reset_on_close(self._sock, False)
         self._close()

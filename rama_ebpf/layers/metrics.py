@@ -11,6 +11,7 @@ from ..core.address import SocketAddress
 from ..core.client import ListenerName
 from ..core.first_bytes import FirstBytes, Refused
 from ..core.lifecycle import Lifecycle, Stage
+from ..core.request_log import RequestMeter
 from ..core.service import Output, Service
 from ..core.stream import Stream
 from ..relay.report import TunnelReport
@@ -20,12 +21,14 @@ __all__ = ["MetricsLayer"]
 
 _FLUSH_SECONDS: Final = 5.0
 _REFUSED_SECONDS: Final = 0.5
+_REQUEST_SECONDS: Final = 1.0
 
 
 class MetricsLayer:
     """Counts connections, handshakes, tunnels, bytes and errors; put it outermost.
 
     The label ``listener`` is the :class:`~rama_ebpf.core.client.ListenerName` that the server gave, else "default".
+    Requests are counted by their route, which is the operator's name for it; what is no route's is ``none``.
     Bytes of live connections are added every 5 s; those that move inside the kernel when their tunnel has ended.
     Connections that are refused by their first bytes have no duration.
     """
@@ -54,7 +57,9 @@ class MetricsLayer:
 
         async def serve(stream: Stream, /) -> Output:
             told = stream.extensions.get(ListenerName)
-            connection = _Connection(self._listener(None if told is None else told.name), stream)
+            listener = self._listener(None if told is None else told.name)
+            stream.extensions.add(listener.requests)
+            connection = _Connection(listener, stream)
             error: BaseException | None = None
             try:
                 return await inner(stream)
@@ -84,6 +89,7 @@ class _Listener:
         self.sent = definitions.SENT_BYTES.labels(name)
         self.tunnels = definitions.TUNNELS.labels(name)
         self.established = definitions.HANDSHAKES.labels(name, "established")
+        self.requests = RequestMeter(self._requests_begun)
         self._live: set[_Connection] = set()
         self._refused: Counter[str] = Counter()
         self._refused_bytes = 0
@@ -111,6 +117,22 @@ class _Listener:
         self.received.inc(self._refused_bytes)
         self._refused.clear()
         self._refused_bytes = 0
+
+    def _requests_begun(self) -> None:
+        asyncio.get_running_loop().call_later(_REQUEST_SECONDS, self._flush_requests)
+
+    def _flush_requests(self) -> None:
+        definitions = self.definitions
+        for route, count in self.requests.take().items():
+            for digit, number in enumerate(count.statuses):
+                if number:
+                    status = f"{digit}xx" if digit else "none"
+                    definitions.HTTP_REQUESTS.labels(self.name, route, status).inc(number)
+            definitions.HTTP_REQUEST_SECONDS.labels(self.name, route).inc(count.seconds)
+            definitions.HTTP_FIRST_BYTE_SECONDS.labels(self.name, route).inc(count.first_byte)
+            for seconds, number in zip(RequestMeter.SLOW, count.slow, strict=True):
+                if number:
+                    definitions.HTTP_SLOW_REQUESTS.labels(self.name, route, f"{seconds:g}").inc(number)
 
     def remove(self, connection: _Connection) -> None:
         self._live.discard(connection)

@@ -15,6 +15,10 @@ __all__ = [
     "ERRORS",
     "HANDSHAKES",
     "HANDSHAKE_SECONDS",
+    "HTTP_FIRST_BYTE_SECONDS",
+    "HTTP_REQUESTS",
+    "HTTP_REQUEST_SECONDS",
+    "HTTP_SLOW_REQUESTS",
     "LOOKUPS",
     "LOOKUP_SECONDS",
     "PASSWORD_CHECKS",
@@ -58,6 +62,22 @@ LOOKUP_SECONDS: Final = Histogram(
     "rama_lookup_duration_seconds",
     "Look-ups that were not answered from what was known, from the question to the end of the wait.",
     buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+HTTP_REQUESTS: Final = Counter(
+    "rama_http_requests",
+    "HTTP requests by route and class of status (2xx, …; none: broken off before a response).",
+    ("listener", "route", "status"),
+)
+HTTP_REQUEST_SECONDS: Final = Counter(
+    "rama_http_request_seconds",
+    "Sum of the times from a request's head to the end of its response.",
+    ("listener", "route"),
+)
+HTTP_FIRST_BYTE_SECONDS: Final = Counter(
+    "rama_http_first_byte_seconds", "Sum of the times from a request's head to its response's.", ("listener", "route")
+)
+HTTP_SLOW_REQUESTS: Final = Counter(
+    "rama_http_slow_requests", "HTTP requests that took longer than so many seconds.", ("listener", "route", "seconds")
 )
 PASSWORD_CHECKS: Final = Counter(
     "rama_password_checks", "Passwords that had to be checked, by outcome: right, wrong, busy or dropped.", ("outcome",)

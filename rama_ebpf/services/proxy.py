@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ..core.address import Authority
@@ -10,7 +11,7 @@ from ..core.service import Service, stack
 from ..core.shares import SourceShare
 from ..core.stream import Stream
 from ..relay import TunnelLimits
-from .http import HttpLimits, HttpProxy, HttpTimeouts
+from .http import DEFAULT_UPGRADES, HttpLimits, HttpProxy, HttpTimeouts
 from .http.layers import ProxyAuthLayer
 from .protocols import PeekMatcher, is_http, is_socks, is_tls
 from .router import PeekRouter
@@ -30,6 +31,7 @@ def mixed_proxy(
     tunnel_limits: TunnelLimits | None = None,
     http_timeouts: HttpTimeouts | None = None,
     http_limits: HttpLimits | None = None,
+    http_upgrades: Collection[str] = DEFAULT_UPGRADES,
     handshakes: SourceShare | None = None,
 ) -> Service[Stream, Any]:
     """Return a service that tells its clients' protocols apart by their first bytes.
@@ -40,7 +42,7 @@ def mixed_proxy(
     turned away.
     ``handshake_timeout`` (seconds) bounds each protocol's handshake, ``tunnel_limits`` every tunnel;
     ``http_limits`` and ``http_timeouts`` are those of HTTP, by default with ``handshake_timeout`` for a request's
-    header section.
+    header section; ``http_upgrades`` are the protocols that it may switch to.
     ``handshakes`` bounds how many clients of one source may leave open what they speak, or be within a ClientHello.
     """
     socks = Socks5Server(
@@ -49,6 +51,7 @@ def mixed_proxy(
     http = HttpProxy(
         connector,
         layers=() if auth is None else (ProxyAuthLayer(auth),),
+        upgrades=http_upgrades,
         tunnel_limits=tunnel_limits,
         limits=http_limits,
         timeouts=HttpTimeouts(head=handshake_timeout) if http_timeouts is None else http_timeouts,

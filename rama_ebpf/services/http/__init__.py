@@ -7,6 +7,7 @@ from .message.headers import Headers
 from .message.limits import HttpLimits, HttpTimeouts, OriginOptions
 from .message.model import Body, BodyTooLarge, Request, Response, Upgrade
 from .proxy.backends import BackendPool
+from .proxy.duties import DEFAULT_UPGRADES
 from .proxy.forward import ForwardProxy, HttpProxy
 from .proxy.health import HealthCheck, PassiveHealth
 from .proxy.intercept import HttpInspector
@@ -15,6 +16,7 @@ from .proxy.routes import Route, Routes
 from .server import HttpServer
 
 __all__ = [
+    "DEFAULT_UPGRADES",
     "BackendPool",
     "Body",
     "BodyTooLarge",

@@ -10,7 +10,16 @@ from ....core.auth import User
 from ....core.client import ClientAddress, client_address
 from ....core.errors import PolicyDenied
 from ....core.notes import Note
-from ....core.request_log import Refusal, RequestLog, RequestRecord, Upstream, error_reason, explained
+from ....core.request_log import (
+    Refusal,
+    RequestLog,
+    RequestMeter,
+    RequestRecord,
+    RouteName,
+    Upstream,
+    error_reason,
+    explained,
+)
 from ....core.stream import Stream
 from ....relay.registry import FlowSnapshot
 from ....relay.report import TunnelReport
@@ -26,19 +35,25 @@ _FIRST_ERROR: Final = 400
 class RunningRequest:
     """One request from the end of its header section to the end of its response, or of the tunnel that it became.
 
-    ``counted`` returns how many bytes came from the client for it by now, and how many went there; ``log`` is that of
-    the connection, if it has one.
+    ``counted`` returns how many bytes came from the client for it by now, and how many went there; ``log`` and
+    ``meter`` are those of the connection, if it has them.
     """
 
-    __slots__ = ("_counted", "_first_byte", "_log", "_request", "_started", "_status", "_stream")
+    __slots__ = ("_counted", "_first_byte", "_log", "_meter", "_request", "_started", "_status", "_stream")
 
     def __init__(
-        self, request: Request, stream: Stream, counted: Callable[[], tuple[int, int]], log: RequestLog | None
+        self,
+        request: Request,
+        stream: Stream,
+        counted: Callable[[], tuple[int, int]],
+        log: RequestLog | None,
+        meter: RequestMeter | None,
     ) -> None:
         self._request = request
         self._stream = stream
         self._counted = counted
         self._log = log
+        self._meter = meter
         self._started = time.monotonic()
         self._first_byte: float | None = None
         self._status = 0
@@ -56,6 +71,10 @@ class RunningRequest:
     def ended(self, error: BaseException | None = None) -> None:
         """It is over; ``error`` is what broke it off, if anything did."""
         running.discard(self)
+        if self._meter is not None:
+            route = self._request.extensions.get(RouteName)
+            total = time.monotonic() - self._started
+            self._meter.tell("none" if route is None else route.name, self._status, self._first_byte, total)
         if self._log is not None:
             self._log.tell(self._record(error), error)
 

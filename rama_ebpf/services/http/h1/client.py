@@ -217,6 +217,14 @@ class H1ClientConnection:
         self._deadline.close()
         await self.stream.close()
 
+    def close_now(self) -> bool:
+        """As :meth:`close`, if that need not wait for anything; else return False."""
+        if not isinstance(self.stream, SocketStream):
+            return False
+        self._deadline.close()
+        self.stream.close_now()
+        return True
+
     async def abort(self) -> None:
         """Close at once. Idempotent."""
         self._deadline.close()

@@ -10,7 +10,7 @@ from typing import Final
 from ....core.deadline import Deadline
 from ....core.errors import PeerClosed
 from ....core.lifecycle import Lifecycle, Stage
-from ....core.request_log import RequestLog
+from ....core.request_log import RequestLog, RequestMeter
 from ....core.service import Service
 from ....core.socket_stream import SocketStream
 from ....core.stream import Stream
@@ -51,6 +51,7 @@ class H1ServerConnection:
         self._served = served
         self._received = self._sent = 0
         self._log = stream.extensions.get(RequestLog)
+        self._meter = stream.extensions.get(RequestMeter)
         timeouts = self._timeouts = served.timeouts
         self.strict = reader(Role.SERVER, served.limits)
         self._responses = ResponseSender(stream, self.strict, timeouts, date)
@@ -242,7 +243,7 @@ class H1ServerConnection:
     def begin(self, request: Request) -> RunningRequest:
         """A request is to be served from here on."""
         self.continued = False
-        return RunningRequest(request, self._stream, self._counted, self._log)
+        return RunningRequest(request, self._stream, self._counted, self._log, self._meter)
 
     def whole_response(self, head: RequestHead, response: Response) -> bytes:
         """Return the bytes of a response all of which is here."""

@@ -13,7 +13,7 @@ import h2.events
 
 from ....core.errors import PeerClosed, RamaError
 from ....core.lifecycle import Lifecycle, Stage
-from ....core.request_log import RequestLog
+from ....core.request_log import RequestLog, RequestMeter
 from ....core.stream import Stream
 from ..exchange.date import http_date
 from ..exchange.gateway import error_response
@@ -182,8 +182,13 @@ class H2ServerConnection(H2Connection):
     async def _exchange(self, channel: Channel, head: H2RequestHead) -> None:
         tunnel = head.method == "CONNECT"
         request = self._request(channel, head, Body.empty() if tunnel else _RequestBody(self, channel, head))
-        log = self.stream.extensions.get(RequestLog)
-        running = RunningRequest(request, self.stream, lambda: (channel.bytes_received, channel.bytes_sent), log)
+        running = RunningRequest(
+            request,
+            self.stream,
+            lambda: (channel.bytes_received, channel.bytes_sent),
+            self.stream.extensions.get(RequestLog),
+            self.stream.extensions.get(RequestMeter),
+        )
         try:
             await self._answer(channel, head, request, running)
         except BaseException as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable
+from typing import Final
 
 from ....core.address import Authority
 from ....core.lifecycle import Lifecycle
-from ....core.request_log import Upstream
+from ....core.request_log import RouteName, Upstream
 from ....core.service import Layer, Service, check_fit, stack
 from ....core.stream import Stream
 from ....core.target import Target
@@ -22,6 +23,10 @@ from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, returned
 from .pool import ConnectionPool, Origins, PoolLimits
 
 __all__ = ["ForwardProxy", "HttpProxy"]
+
+
+_FORWARD: Final = RouteName("forward")
+_CONNECT: Final = RouteName("connect")
 
 
 class ForwardProxy:
@@ -67,7 +72,9 @@ class ForwardProxy:
 
     async def __call__(self, request: Request, /) -> Response:
         if request.method == "CONNECT":
+            request.extensions.add(_CONNECT)
             return await self._connect(request)
+        request.extensions.add(_FORWARD)
         if not request.absolute:
             raise HttpError(400, "this is a proxy: the request target must be an absolute URI")
         own = answer_max_forwards(request)
@@ -88,7 +95,10 @@ class ForwardProxy:
             return None
         onward = forwardable(request, self._via, self._upgrades)
         connection = self.pool.ready(request, request.target, partition=None if self._share else _client(request))
-        return None if connection is None else Exchange(connection, onward, self._returned, self._recover)
+        if connection is None:
+            return None
+        request.extensions.add(_FORWARD)
+        return Exchange(connection, onward, self._returned, self._recover)
 
     def _returned(self, response: Response) -> Response:
         return returned(response, self._via)

@@ -192,7 +192,7 @@ class ConnectionPool:
                 origin.busy += 1
                 request.extensions.add(connection.as_kept)
                 return connection
-            self._in_background(connection.close())
+            self._end(connection)
         return None
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ class ConnectionPool:
             self._sweeper = None
         for origin in list(self._known.values()):
             for idle in origin.idle:
-                self._in_background(idle.connection.close())
+                self._end(idle.connection)
             self._idle_count -= len(origin.idle)
             origin.idle.clear()
             for connection in origin.h2:
@@ -253,7 +253,7 @@ class ConnectionPool:
             if connection.quiet:
                 origin.busy += 1
                 return connection
-            self._in_background(connection.close())
+            self._end(connection)
         return None
 
     def _unbusy(self, origin: _Origin) -> None:
@@ -268,7 +268,7 @@ class ConnectionPool:
         full = self._idle_count >= limits.idle or len(origin.idle) >= limits.idle_per_origin
         if self._closed or full or not keep:
             self._unbusy(origin)
-            self._in_background(connection.close())
+            self._end(connection)
             return
         origin.busy -= 1
         origin.idle.append(_Idle(connection, time.monotonic()))
@@ -285,7 +285,7 @@ class ConnectionPool:
         for origin in list(self._known.values()):
             for idle in origin.idle:
                 if idle.since <= due:
-                    self._in_background(idle.connection.close())
+                    self._end(idle.connection)
                     self._idle_count -= 1
             origin.idle = [idle for idle in origin.idle if idle.since > due]
             oldest += [min(idle.since for idle in origin.idle)] if origin.idle else []
@@ -293,6 +293,10 @@ class ConnectionPool:
         if oldest:
             left = min(oldest) + self._pool_limits.keep - now
             self._sweeper = asyncio.get_running_loop().call_later(left, self._sweep)
+
+    def _end(self, connection: H1ClientConnection) -> None:
+        if not connection.close_now():
+            self._in_background(connection.close())
 
     def _in_background(self, closing: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(closing)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from ....core.request_log import RouteName
 from ....core.service import Service
 from ..exchange.quick import Exchange, quick_of
 from ..message.errors import HttpError
@@ -32,12 +33,16 @@ class Route:
     host: str | None = None
     path: str = "/"
     methods: Collection[str] | None = None
+    name: str = ""
+    """What metrics call it; its host and path by default."""
     _prefix: str = field(init=False, repr=False, default="")
+    _named: RouteName = field(init=False, repr=False, default=RouteName(""))
 
     def __post_init__(self) -> None:
         if not self.path.startswith("/"):
             raise ValueError(f"the path of a route begins with /, not {self.path!r}")
         object.__setattr__(self, "_prefix", self.path.rstrip("/") + "/")
+        object.__setattr__(self, "_named", RouteName(self.name or f"{self.host or ''}{self.path}"))
 
     def takes_host(self, host: str) -> bool:
         """Whether this route is for ``host``, which is in lower case."""
@@ -73,12 +78,18 @@ class Routes:
         self._ambiguous_paths = ambiguous_paths
 
     async def __call__(self, request: Request, /) -> Response:
-        return await self.find(request).service(request)
+        route = self.find(request)
+        request.extensions.add(route._named)
+        return await route.service(request)
 
     def quick_exchange(self, request: Request, /) -> Exchange | None:
         """See :mod:`..exchange.quick`."""
-        quick = quick_of(self.find(request).service)
-        return None if quick is None else quick(request)
+        route = self.find(request)
+        quick = quick_of(route.service)
+        exchange = None if quick is None else quick(request)
+        if exchange is not None:
+            request.extensions.add(route._named)
+        return exchange
 
     def find(self, request: Request) -> Route:
         """Return the route of ``request``. Raises :class:`HttpError` if there is none."""
