@@ -17,7 +17,7 @@ import pytest
 from rama_ebpf.core import Authority, IPAddress, RamaError, Service, Stream
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import Connector, ResolveError, SystemResolver
-from rama_ebpf.services.http import BackendPool, HttpProxy
+from rama_ebpf.services.http import BackendPool, ConnectionPool, HttpProxy
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
 
 from ..tls import pki as pki_of_tests
@@ -71,10 +71,30 @@ def abort(writer: asyncio.StreamWriter) -> None:
 Run = Callable[[Service[Stream, Any]], Server]
 
 
+@contextlib.asynccontextmanager
+async def _pools_closed() -> AsyncIterator[None]:
+    """Close the pools that are made within, however deep in a stack they are."""
+    made: list[ConnectionPool] = []
+    initialize = ConnectionPool.__init__
+
+    def noted(pool: ConnectionPool, *arguments: Any, **options: Any) -> None:
+        initialize(pool, *arguments, **options)
+        made.append(pool)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConnectionPool, "__init__", noted)
+        yield
+    for pool in made:
+        pool.close()
+        await pool.wait_closed()
+
+
 @pytest.fixture
 async def run() -> AsyncIterator[Run]:
-    """``run(service)`` serves a transport service on a loopback port until the test ends."""
+    """``run(service)`` serves a transport service on a loopback port until the test ends. Then whatever connections
+    pools have kept are closed."""
     async with contextlib.AsyncExitStack() as cleanup:
+        await cleanup.enter_async_context(_pools_closed())
 
         def start(service: Service[Stream, Any]) -> Server:
             listener = bind_tcp("127.0.0.1", 0)
