@@ -3,7 +3,8 @@
 ``python -m bench.http_requests forward|reverse|connect [--seconds 4] [--rounds 5] [--connections 32] [--size 1024]``.
 The proxy has one CPU, load and origin the other. Rounds take turns, so that what else the machine does hits all alike;
 shown are medians, and the median of the rounds' ratios to ours with their range. ``kept`` is over kept connections,
-``close`` with a new one for each request. As root it takes precedence over the other sessions of the machine.
+``close`` with a new one for each request, ``layers`` is ours with metrics and an access line a request. ``--only ours
+squid rama`` takes some. As root it takes precedence over the other sessions of the machine.
 """
 
 from __future__ import annotations

