@@ -79,7 +79,7 @@ def minimal(more: str = "", layers: str = "[]", service: str = '"echo"') -> str:
 def mistakes(path: Path) -> list[str]:
     with pytest.raises(ConfigError) as refused:
         load_config(path)
-    return [line.removeprefix(f"{path}:") for line in str(refused.value).splitlines()]
+    return [line.removeprefix(f"{path}:").lstrip() for line in str(refused.value).splitlines()]
 
 
 def test_a_good_file_is_what_it_says(write: Write) -> None:
