@@ -133,9 +133,25 @@ class Loopback(SystemResolver):
         return [ip_address("127.0.0.1")] if name.endswith(".test") else await super().resolve(name)
 
 
+class Remembering(Connector):
+    """Knows what it has opened: a pool keeps connections to origins, and belongs to nobody whom a test could ask."""
+
+    def __init__(self) -> None:
+        super().__init__(Loopback(), EgressPolicy.of(["127.0.0.0/8", "::1/128"]), timeout=5.0)
+        self.opened: list[Stream] = []
+
+    async def __call__(self, target: Authority, /) -> Stream:
+        stream = await super().__call__(target)
+        self.opened.append(stream)
+        return stream
+
+
 @pytest.fixture
-def connector() -> Service[Authority, Stream]:
-    return Connector(Loopback(), EgressPolicy.of(["127.0.0.0/8", "::1/128"]), timeout=5.0)
+async def connector() -> AsyncIterator[Connector]:
+    made = Remembering()
+    yield made
+    for stream in made.opened:
+        stream.abort()
 
 
 @pytest.fixture(scope="session")
