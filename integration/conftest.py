@@ -7,7 +7,9 @@ from tests.conftest import (
     lab,
     pytest_sessionstart,
     pytest_xdist_make_scheduler,
+    shared_lab,
     start_proxy,
+    start_shared,
 )
 
 __all__ = [
@@ -17,5 +19,7 @@ __all__ = [
     "lab",
     "pytest_sessionstart",
     "pytest_xdist_make_scheduler",
+    "shared_lab",
     "start_proxy",
+    "start_shared",
 ]

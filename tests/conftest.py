@@ -92,10 +92,8 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture
 def instance() -> Iterator[str]:
     """The name of an instance of our own; whatever it leaves is removed."""
-    name = f"test-{os.getpid()}-{next(_numbers)}"
-    yield name
-    wait_for(lambda: Instance(name).serving_pid() is None, what="the end of the server")
-    unload(Instance(name))
+    with _instance() as name:
+        yield name
 
 
 StartProxy = Callable[..., ProxyProcess]
@@ -104,6 +102,35 @@ StartProxy = Callable[..., ProxyProcess]
 @pytest.fixture
 def start_proxy(instance: str) -> Iterator[StartProxy]:
     """Start ``rama-ebpf run`` with arguments in a lab host; it is ended after the test."""
+    with _starting(instance) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared_lab() -> Iterator[Lab]:
+    """As :func:`lab`, for the tests of a module together."""
+    with Lab() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def start_shared() -> Iterator[StartProxy]:
+    """As :func:`start_proxy`, for tests of a module that only use their server: see
+    :meth:`.proxy.ProxyProcess.forget_rules`."""
+    with _instance() as name, _starting(name) as start:
+        yield start
+
+
+@contextlib.contextmanager
+def _instance() -> Iterator[str]:
+    name = f"test-{os.getpid()}-{next(_numbers)}"
+    yield name
+    wait_for(lambda: Instance(name).serving_pid() is None, what="the end of the server")
+    unload(Instance(name))
+
+
+@contextlib.contextmanager
+def _starting(instance: str) -> Iterator[StartProxy]:
     started: list[ProxyProcess] = []
 
     def start(host: Host, *args: str, cwd: Path | None = None) -> ProxyProcess:
@@ -111,6 +138,8 @@ def start_proxy(instance: str) -> Iterator[StartProxy]:
         started.append(proxy)
         return proxy
 
-    yield start
-    for proxy in started:
-        proxy.end()
+    try:
+        yield start
+    finally:
+        for proxy in started:
+            proxy.end()

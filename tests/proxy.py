@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.policy.kernel_store import KernelStore
+from rama_ebpf.policy.rule import RUNTIME
+
 from .lab import PATIENCE, Host, wait_for
 
 __all__ = ["ProxyProcess", "has_ended", "rama_ebpf"]
@@ -126,6 +130,15 @@ class ProxyProcess:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on this instance."""
         return rama_ebpf(command, *args, "--instance", self.instance, check=check, timeout=timeout)
+
+    def forget_rules(self) -> None:
+        """Take back all rules at run time and all bans, so that the next test finds the server as it began."""
+        with KernelStore(Instance(self.instance)) as store:
+            for record in store.records(now=0):
+                if record.rule.origin == RUNTIME:
+                    store.remove(record.sources[0], record.rule.port)
+            for ban in store.bans():
+                store.unban(ban.network)
 
     def accepted(self) -> int:
         """How many connections the server accepted, over all its listeners."""

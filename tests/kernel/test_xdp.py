@@ -71,10 +71,9 @@ def shared() -> Iterator[Scene]:
 
 
 @pytest.fixture
-def scene(shared: Scene) -> Iterator[Scene]:
-    yield shared
-    for rule in shared.proxy.json("list")["rules"]:
-        shared.proxy.command("unblock", rule["sources"][0])
+def scene(shared: Scene) -> Scene:
+    shared.proxy.forget_rules()
+    return shared
 
 
 def dropped(proxy: ProxyProcess, hook: str = "xdp") -> int:
