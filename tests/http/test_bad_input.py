@@ -128,7 +128,7 @@ async def test_what_stalls_unfinished_holds_no_more_than_its_limit(run: Run, wha
         writer.write(begun + b"a" * 60_000)
         await writer.drain()
     await eventually(lambda: server.tcp.live == 100)
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.2)  # the server has taken what it takes: no event tells of that
     assert resident() - before < 100 * 256 * 1024
     for reader, writer in clients:
         writer.write(b"a" * 10_000)
@@ -276,7 +276,7 @@ async def test_fast_origin_is_held_back_by_a_stalled_client(run: Run, connector:
     before = -1
     while sent != before or sent == 0:
         before = sent
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5)  # until nothing moves any more
     assert sent < 64 * 1024 * 1024
     writer.transport.abort()
     await eventually(lambda: proxy.tcp.live == 0)
@@ -330,7 +330,7 @@ async def test_client_that_leaves_at_any_stage_leaves_nothing_behind(
     writer.write(STAGES[stage].replace(b"ORIGIN", upstream.authority.encode()))
     await writer.drain()
     await eventually(lambda: proxy.tcp.accepted == 1)
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # so that the server has taken what was sent: no event tells of that
     if reset:
         abort(writer)
     else:

@@ -209,7 +209,7 @@ async def test_stalled_client_holds_a_moved_body_back(run: Run, connector: Conne
             async with asyncio.timeout(0.5):
                 if not spliced.count:
                     await reader.read(1 << 20)
-                await asyncio.sleep(0.4)
+                await asyncio.sleep(0.4)  # until nothing moves any more
     assert sent < 64 * 1024 * 1024
     writer.transport.abort()
     await proxy.idle()

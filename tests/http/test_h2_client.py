@@ -369,7 +369,7 @@ async def test_stalled_client_closes_the_window_of_its_stream(run: Run, pool_of:
     before = -1
     while produced != before or produced == 0:
         before = produced
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3)  # until nothing moves any more
     assert produced < 32 * 1024 * 1024
     assert (await proxy.exchange(get())).endswith(b"ok")
     writer.transport.abort()

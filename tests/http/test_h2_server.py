@@ -440,7 +440,7 @@ async def test_reset_by_the_client_cancels_the_service(run: Run) -> None:
     async def app(request: Request) -> Response:
         started.set()
         try:
-            await asyncio.sleep(3600)
+            await asyncio.Event().wait()
         except asyncio.CancelledError:
             cancelled.set()
             raise
@@ -699,7 +699,7 @@ async def test_client_that_leaves_leaves_nothing_behind(
     writer.write(client.h2.data_to_send()[: cut or None])
     await writer.drain()
     await eventually(lambda: server.tcp.accepted == 1)
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # so that the server has taken what was sent: no event tells of that
     if reset:
         writer.transport.abort()
     else:

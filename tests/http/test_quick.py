@@ -411,7 +411,7 @@ async def test_a_client_that_half_closes_gets_its_answer_however_late(run: Run, 
     client = await Client.warm(proxy, script)
     client.writer.write(get(script))
     client.writer.write_eof()
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.2)  # longer than a half-closed client is watched before it is looked at
     released.set()
     assert (await client.reader.read()).endswith(b"ok")
     client.writer.close()

@@ -201,9 +201,9 @@ async def test_get_is_repeated_on_another_backend_and_post_is_not(
 
     rude, good = run_origin(b"", close=True), run_origin(OK)
     proxy = run(HttpServer(pool(rude, good)))
-    for _ in range(10):
+    for _ in range(40):  # whichever backend it begins with
         assert (await proxy.exchange(get())).endswith(b"ok")
-    assert len(good.requests) == 10
+    assert len(good.requests) == 40
     assert rude.requests
     rude, good = run_origin(b"", close=True), run_origin(OK)
     proxy = run(HttpServer(pool(rude, good)))

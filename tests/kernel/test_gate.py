@@ -270,7 +270,7 @@ def test_kill_9_at_any_moment_of_the_start_does_not_hinder_the_next(
     server, client = lab.host("proxy"), lab.host("client")
     listen = ("--listen", f"{server.ipv4}:{PORT}")
     victim = server.popen(ProxyProcess.COMMAND, "run", "--instance", instance, *listen, stderr=subprocess.DEVNULL)
-    time.sleep(moment)
+    time.sleep(moment)  # whatever the start has come to by then
     victim.kill()
     victim.wait()
     proxy = start_proxy(server, *listen)

@@ -29,7 +29,7 @@ async def test_handshake_that_does_not_finish_is_cut(serve: Serve) -> None:
 async def test_established_connection_outlives_the_handshake_timeout(serve: Serve) -> None:
     server = await serve(stack(TimeoutLayer(0.1, idle=60), establish_and_echo))
     client = await server.open()
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.3)  # longer than the handshake may last
     assert await client.ask(b"still there") == b"still there"
 
 
@@ -78,7 +78,7 @@ async def test_tunnel_past_its_handshake_is_still_under_what_is_left_of_the_tota
     tunnel = tunnel_to(echo_target)
 
     async def slow_handshake(stream: Stream) -> TunnelReport:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)  # part of what the total allows
         return await tunnel(stream)
 
     server = await serve(stack(TimeoutLayer(5, idle=None, total=0.4), slow_handshake))

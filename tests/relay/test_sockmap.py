@@ -387,7 +387,7 @@ async def test_byte_that_passes_at_the_moment_of_the_hand_over_is_not_forgotten(
 
         monkeypatch.setattr(DirectionSlot, "watch", slow_watch)
         async with running(relay_by(RelayKind.SOCKMAP), ends.client_near, ends.upstream_near):
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # until the kernel's program watches: it tells nobody
             await send(ends.client, b"early")
             assert await receive(ends.upstream, 9) == b"earlylate"
             assert not late

@@ -182,7 +182,7 @@ async def test_bytes_queued_behind_a_stall_need_no_new_event(kind: RelayKind) ->
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
         async with running(relay_by(kind), ends.client_near, ends.upstream_near):
             await send(ends.client, data)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # the reader stalls
             assert await receive(ends.upstream, len(data)) == data
 
 
@@ -194,7 +194,7 @@ async def test_idle_tunnel_is_reset_after_its_time_out(kind: RelayKind) -> None:
             for _ in range(6):  # twice the time-out, but never idle for so long
                 await send(ends.client, b"ping")
                 await receive(ends.upstream, 4)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.2)  # less than the time-out
             assert not tunnel.done()
             await send(ends.client, b"last")
             last = loop.time()

@@ -67,7 +67,7 @@ async def test_reply_that_comes_after_the_clients_fin_arrives(run_proxy, run_tar
     async def late(reader, writer):
         await reader.read()
         fin_seen.set()
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)  # the target is slow
         writer.write(b"late answer")
 
     host, port = await run_target(late)

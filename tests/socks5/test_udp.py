@@ -190,7 +190,7 @@ async def test_idle_association_is_closed_and_an_active_one_is_not(run_proxy, ud
     for _ in range(8):
         client.send(framed(*target.address, b"active"), relay)
         await target.receive()
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)  # less than the time-out
     assert not reading.done(), "1.6 s of activity outlive an idle time-out of 1 s"
     assert await reading == b""
     await proxy.idle()

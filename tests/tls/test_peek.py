@@ -98,7 +98,7 @@ async def test_no_reset_follows_the_alert_though_more_was_sent_than_is_read(serv
         await loop.sock_sendall(client, b"POST / HTTP/1.1\r\n\r\n" + bytes(48 * 1024))
         assert await loop.sock_recv(client, 100) == Alert.UNEXPECTED_MESSAGE.record
         assert await loop.sock_recv(client, 100) == b""
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)  # in which nothing may come
         assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
 
 
