@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from ..core.bucket import TokenBucket
 from ..kernel.conntrack import Conntrack
 from ..kernel.raw_packets import RawPackets
 from ..kernel.ringbuf import RingBuffer
@@ -45,7 +46,8 @@ SWEEP: Final = 2.0
 """Seconds between looks at all tunnels: whether packets go to the stack."""
 _ROUTES_SECONDS: Final = 0.1
 _NOTICES: Final = 64
-"""Notices that are answered a turn; what is above that is dropped, and comes again (RFC 1191 section 6.5)."""
+_ERRORS: Final = 1000.0
+"""ICMP errors that are sent a second; what is above that is dropped, for the packets come again."""
 _CHANGES: Final = 1024
 _REPAIR: Final = 19
 _WIRE_BYTES: Final = 16 * 1024
@@ -134,6 +136,7 @@ class Splicer:
         self._raw = RawPackets()
         self._changes = RingBuffer(maps.maps["changes"])
         self._notices = RingBuffer(maps.maps["notices"])
+        self._errors = TokenBucket(_ERRORS, _ERRORS)
         self._routes_changed: float | None = None
         self._swept = time.monotonic()
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
@@ -460,7 +463,7 @@ class Splicer:
             if splice is None or not splice.parked:
                 continue
             error = translated_error(record, splice.keys, splice.flows, self._pairs[splice.pair])
-            if error is not None:
+            if error is not None and not self._errors.take(time.monotonic()):
                 self._raw.error(*error)
 
     def close(self) -> None:

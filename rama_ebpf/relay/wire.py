@@ -141,7 +141,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.refused: Counter[str] = Counter()
-        self.refusal = "the wire relay is not set up"
+        self.refusal = "it is not set up"
         """Why there is none; empty if there is."""
         self._door: socket.socket | None = None
         self._channel: socket.socket | None = None
@@ -176,7 +176,7 @@ class Wire:
                 ours.close()
                 self.refusal = f"the process that holds the wire relay is not to be reached: {error.strerror}"
                 return
-        self.refusal = "the wire relay is not ready"
+        self.refusal = "it is not ready (rama-ebpf status says why)"
         self._channel = ours
         self._loop.add_reader(ours.fileno(), self._hear)
 

@@ -26,6 +26,7 @@ from ..proxy import ProxyProcess
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
 PORT = 1080
+CONNECT_PORT = 1090
 CONFIG = """
 [server]
 workers = 2
@@ -46,6 +47,14 @@ relay = "wire"
 address = "[::]:1080"
 stack = "socks"
 relay = "wire"
+
+[listeners.connect]
+address = "0.0.0.0:1090"
+stack = "mixed"
+relay = "wire"
+
+[stacks.mixed]
+service = { mixed = {} }
 
 [stacks.socks]
 service = { socks5 = {} }
@@ -98,6 +107,9 @@ class Scene:
         client = self.client.connect(self.proxy_host.ipv6 if v6 else self.proxy_host.ipv4, port)
         self.ends.enter_context(client)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if port == CONNECT_PORT:
+            ask_by_connect(client, listener)
+            return client, self._accepted(listener)
         kind = b"\4" if v6 else b"\1"
         client.sendall(
             b"\5\1\0" + b"\5\1\0" + kind + socket.inet_pton(listener.family, host) + struct.pack("!H", target)
@@ -106,22 +118,26 @@ class Scene:
         while len(answer) < 2 + 4 + (16 if v6 else 4) + 2:
             answer += client.recv(100)
         assert answer[3] == 0, answer
+        return client, self._accepted(listener)
+
+    def _accepted(self, listener: socket.socket) -> socket.socket:
         upstream, _ = listener.accept()
         self.ends.enter_context(upstream)
-        upstream.settimeout(client.gettimeout())
+        upstream.settimeout(listener.gettimeout())
         upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return client, upstream
+        return upstream
 
-    def taken(self, listener: socket.socket) -> tuple[socket.socket, socket.socket]:
+    def taken(self, listener: socket.socket, port: int = PORT) -> tuple[socket.socket, socket.socket]:
         """A tunnel that the relay has taken over."""
-        for _ in range(5):
-            client, upstream = self.dial(listener)
-            exchange(client, upstream)
-            wait_for(lambda c=client: self.row(c) is not None, what="the tunnel in flows")  # type: ignore[misc]
-            row = self.row(client)
-            if row is not None and row["relay"] == "wire":
-                return client, upstream
-        raise AssertionError(f"not taken over: {row}, {self.refused()}\n" + "\n".join(self.proxy.log[-20:]))
+        ends: list[tuple[socket.socket, socket.socket]] = []
+
+        def dialled() -> bool:
+            ends.append(self.dial(listener, port))
+            exchange(*ends[-1])
+            return (self.row(ends[-1][0]) or {"relay": ""})["relay"] == "wire"
+
+        wait_for(dialled, timeout=30, what="a tunnel that is taken over")  # new workers have to hear of it first
+        return ends[-1]
 
     def row(self, client: socket.socket) -> dict[str, Any] | None:
         name = client.getsockname()
@@ -147,6 +163,15 @@ def scene(running: Scene) -> Iterator[Scene]:
     """The one of this module; what a test opens is closed."""
     with running.ends:
         yield running
+
+
+def ask_by_connect(client: socket.socket, listener: socket.socket) -> None:
+    host, target = listener.getsockname()[:2]
+    client.sendall(f"CONNECT {host}:{target} HTTP/1.1\r\nHost: {host}:{target}\r\n\r\n".encode())
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        answer += client.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 200 "), answer
 
 
 def exchange(client: socket.socket, upstream: socket.socket) -> None:
@@ -206,6 +231,11 @@ def send_all(sock: socket.socket, data: bytes) -> None:
 def read_all(sock: socket.socket, into: bytearray) -> None:
     while data := sock.recv(1 << 20):
         into += data
+
+
+def test_tunnel_by_connect_is_taken_over(scene: Scene) -> None:
+    with scene.listening() as listener:
+        exchange(*scene.taken(listener, CONNECT_PORT))
 
 
 def test_resets_pass_and_are_told(scene: Scene) -> None:

@@ -24,6 +24,11 @@ class Tunnel:
         self._limits = limits
         self._over = over
         self._move: Move | None = None
+        self._answer = b""
+
+    def answer_with(self, answer: bytes) -> None:
+        """Have :meth:`run` send ``answer`` to the client first: the relay may have to do something before."""
+        self._answer = answer
 
     async def run(self, client: Stream) -> None:
         """Relay until the tunnel ends; both streams are closed then."""
@@ -31,8 +36,10 @@ class Tunnel:
         assert upstream is not None
         try:
             if self._move is None:
-                await relay(client, upstream, self._limits)
+                await relay(client, upstream, self._limits, reply=self._answer)
             else:
+                if self._answer:
+                    await client.write(self._answer)
                 await self._move(client, upstream)
         finally:
             self._over()

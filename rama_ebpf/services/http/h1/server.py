@@ -20,6 +20,7 @@ from ..exchange.pace import Pace
 from ..exchange.quick import quick_of
 from ..exchange.running import RunningRequest
 from ..exchange.served import Served
+from ..exchange.tunnel import Tunnel
 from ..message.errors import HttpError, MalformedMessage, unanswered
 from ..message.headers import Headers
 from ..message.model import Body, Request, Response
@@ -404,9 +405,11 @@ class H1ServerConnection:
         if response.status == 101:
             assert head.upgrade is not None
             extra += [b"Connection: Upgrade\r\n", b"Upgrade: %b\r\n" % head.upgrade.encode("ascii")]
-        await self._responses.write(
-            self.strict.writer.switch(response.status, response.reason, response.headers, extra)
-        )
+        answer = self.strict.writer.switch(response.status, response.reason, response.headers, extra)
+        if isinstance(response.upgrade, Tunnel):
+            response.upgrade.answer_with(answer)
+        else:
+            await self._responses.write(answer)
         await self._watch.leave()
         self._stream.unread(self.strict.trailing)
         self._stream.extensions.adopt(request.extensions)
