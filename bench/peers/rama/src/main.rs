@@ -7,17 +7,17 @@ use std::{convert::Infallible, env, process};
 use rama::{
     Layer, Service,
     http::{
-        Body, Request, Response, StatusCode,
+        Request, Response, StatusCode,
         client::EasyHttpWebClient,
         layer::{
             remove_header::{RemoveRequestHeaderLayer, RemoveResponseHeaderLayer},
-            upgrade::{UpgradeLayer, http_proxy_connect::EagerHttpProxyConnector},
+            upgrade::{EagerHttpProxyConnector, UpgradeLayer},
         },
         matcher::MethodMatcher,
         server::HttpServer,
         service::web::response::IntoResponse,
     },
-    net::{proxy::IoForwardService, socket::Interface},
+    net::proxy::IoForwardService,
     rt::Executor,
     service::service_fn,
     tcp::{client::service::TcpConnector, server::TcpListener},
@@ -29,11 +29,19 @@ fn main() {
         eprintln!("usage: peer-rama PORT [THREADS]");
         process::exit(2);
     };
-    let threads = arguments.next().and_then(|text| text.parse::<usize>().ok()).unwrap_or(1);
+    let threads = arguments
+        .next()
+        .and_then(|text| text.parse::<usize>().ok())
+        .unwrap_or(1);
     let runtime = if threads == 1 {
-        tokio::runtime::Builder::new_current_thread().enable_all().build()
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
     } else {
-        tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads)
+            .enable_all()
+            .build()
     };
     runtime.expect("a runtime").block_on(serve(port));
 }
@@ -49,19 +57,29 @@ async fn serve(port: u16) {
         UpgradeLayer::new(
             executor.clone(),
             MethodMatcher::CONNECT,
-            EagerHttpProxyConnector::new(TcpConnector::new(), IoForwardService::new()),
+            EagerHttpProxyConnector::new(
+                TcpConnector::new(),
+                IoForwardService::new(executor.clone()),
+            ),
         ),
         RemoveResponseHeaderLayer::hop_by_hop(),
         RemoveRequestHeaderLayer::hop_by_hop(),
     )
         .into_layer(forward);
-    let listener = TcpListener::bind_address(format!("127.0.0.1:{port}"), executor.clone()).await.expect("an address");
-    listener.serve(HttpServer::auto(executor).service(service)).await;
+    let listener = TcpListener::bind_address(format!("127.0.0.1:{port}"), executor.clone())
+        .await
+        .expect("an address");
+    listener
+        .serve(HttpServer::auto(executor).service(service))
+        .await;
 }
 
 async fn forwarded<C>(client: &C, request: Request) -> Response
 where
     C: Service<Request, Output = Response>,
 {
-    client.serve(request).await.unwrap_or_else(|_| StatusCode::BAD_GATEWAY.into_response())
+    client
+        .serve(request)
+        .await
+        .unwrap_or_else(|_| StatusCode::BAD_GATEWAY.into_response())
 }
