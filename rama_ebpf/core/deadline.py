@@ -17,8 +17,8 @@ class Deadline:
 
     __slots__ = ("_due", "_fired", "_loop", "_task", "_timer", "_when")
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._loop = asyncio.get_running_loop() if loop is None else loop
         self._task: asyncio.Task[object] | None = None
         self._due = 0.0
         self._when = 0.0

@@ -318,7 +318,8 @@ class SocketStream(Stream):
             data = bytes(self._unread[:max_bytes])
             del self._unread[:max_bytes]
             return data
-        self._check_open()
+        if self._closed:
+            self._check_open()
         if not self._maybe_readable:
             return None
         try:
@@ -326,7 +327,12 @@ class SocketStream(Stream):
         except BlockingIOError:
             self._maybe_readable = False
             return None
-        self._count_received(len(data), max_bytes)
+        count = len(data)
+        if 0 < count < max_bytes and not (self._ended or self._unix):
+            self.bytes_received += count
+            self._maybe_readable = self._poller is None
+        else:
+            self._count_received(count, max_bytes)
         return data
 
     def write_now(self, data: bytes) -> int:

@@ -21,11 +21,11 @@ class DisconnectWatch:
     watch. ``delay`` is how many seconds nobody has read before that is worth a watching task.
     """
 
-    def __init__(self, stream: Stream, *, delay: float) -> None:
+    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop, *, delay: float) -> None:
         self._stream = stream
         self._reading = False
         self._delay = delay
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._reader: asyncio.Task[None] | None = None

@@ -140,6 +140,8 @@ class _Running:
 
     def __init__(self) -> None:
         self._live: set[RunningRequest] = set()
+        self.add: Callable[[RunningRequest], None] = self._live.add
+        self.discard: Callable[[RunningRequest], None] = self._live.discard
 
     def __len__(self) -> int:
         return len(self._live)
@@ -147,12 +149,6 @@ class _Running:
     def __iter__(self) -> Iterator[FlowSnapshot]:
         for request in list(self._live):
             yield request.snapshot()
-
-    def add(self, request: RunningRequest) -> None:
-        self._live.add(request)
-
-    def discard(self, request: RunningRequest) -> None:
-        self._live.discard(request)
 
 
 running: Final = _Running()

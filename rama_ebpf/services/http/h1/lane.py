@@ -174,7 +174,7 @@ class QuickPath:
         self._lane.take_back(upstream)
         self._head = self._request = self._running = self._exchange = self._upstream = None
         try:
-            out = server.whole_response(head, exchange.finish(response))
+            out = server.responses.whole(head, server.no_body, exchange.finish(response), draining=server.draining)
             running.responded(response.status)
             sent = self._stream.write_now(out)
         except Exception as error:  # noqa: BLE001  # the coroutine raises it

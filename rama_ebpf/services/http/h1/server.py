@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _READ: Final = 64 * 1024
 _LINGER_BYTES: Final = 64 * 1024 * 1024
+_DROPPED: Final = 4096
 
 
 class H1ServerConnection:
@@ -51,27 +52,28 @@ class H1ServerConnection:
         self._stream = stream
         self._served = served
         self._received = self._sent = 0
+        loop = self._loop = asyncio.get_running_loop()  # once: it asks for the process's id each time (Python 3.11)
         self._log = stream.extensions.get(RequestLog)
         self._meter = stream.extensions.get(RequestMeter)
         timeouts = self._timeouts = served.timeouts
         self.strict = reader(Role.SERVER, served.limits)
-        self._responses = ResponseSender(stream, self.strict, timeouts, date)
-        self._loop = asyncio.get_running_loop()
+        self.responses = ResponseSender(stream, self.strict, timeouts, date)
         quick = quick_of(served.service) if isinstance(stream, SocketStream) else None
         self._path = QuickPath(self, stream, quick) if quick is not None and isinstance(stream, SocketStream) else None
         self._waits_for: str | None = None
-        self._watch = DisconnectWatch(stream, delay=timeouts.watch)
-        self._deadline = Deadline()
+        self._watch = DisconnectWatch(stream, loop, delay=timeouts.watch)
+        self._deadline = Deadline(loop)
         self._idle = False
-        self._draining = False
+        self.draining = False
+        """Whether no other request is to be taken."""
         self._established = False
-        self._no_body = RequestBody(self, None, timeouts)
+        self.no_body = RequestBody(self, None, timeouts)
         self.continued = False
         """Whether the current request's client was told to send its body."""
 
     def drain(self) -> None:
         """Finish the request that is being served, if any, and take no other."""
-        self._draining = True
+        self.draining = True
         if self._idle:
             self._deadline.hurry()
 
@@ -106,7 +108,7 @@ class H1ServerConnection:
         service: Service[Request, Response] | None = None,
     ) -> bool:
         """Serve the request with this head, or go on with it from where callbacks have left it."""
-        body = self._no_body
+        body = self.no_body
         if request is None and head.length == 0:
             request = self.request_of(head)
         elif request is None:
@@ -139,7 +141,7 @@ class H1ServerConnection:
     async def _serve_quickly(self, path: QuickPath) -> bool:
         """Let callbacks serve requests, and do what they cannot; return whether the connection can take another."""
         deadline = self._deadline
-        if self._draining and self.strict.quiet:
+        if self.draining and self.strict.quiet:
             return False
         self._waits_for = None
         deadline.start(self._timeouts.idle)
@@ -199,12 +201,12 @@ class H1ServerConnection:
         """Write what is left of a response; ``running`` is its request, None if that has ended."""
         if running is not None:
             try:
-                await self._responses.write(bytes(rest))
+                await self.responses.write(bytes(rest))
             except BaseException as error:
                 running.ended(error)
                 raise
             running.ended()
-        return await self._keep(self._no_body, upgraded=False)
+        return await self._keep(self.no_body, upgraded=False)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -226,16 +228,11 @@ class H1ServerConnection:
         self._idle = False
         self._deadline.prolong(self._timeouts.response)
 
-    @property
-    def draining(self) -> bool:
-        """Whether no other request is to be taken."""
-        return self._draining
-
     def request_of(self, head: RequestHead) -> Request:
         """Return the request of a head that has no body."""
         if self.strict.take_body() is None:
             self.strict.next_event()  # its end
-        return self._request(head, self._no_body)
+        return self._request(head, self.no_body)
 
     def may_be_quick(self, request: Request) -> bool:
         """Whether the service may be asked to decide at once."""
@@ -245,10 +242,6 @@ class H1ServerConnection:
         """A request is to be served from here on."""
         self.continued = False
         return RunningRequest(request, self._stream, self._counted, self._log, self._meter)
-
-    def whole_response(self, head: RequestHead, response: Response) -> bytes:
-        """Return the bytes of a response all of which is here."""
-        return self._responses.whole(head, self._no_body, response, draining=self._draining)
 
     def over(self, running: RunningRequest) -> bool:
         """A request's response was written; return whether the connection can take another."""
@@ -281,7 +274,7 @@ class H1ServerConnection:
             try:
                 running.responded(response.status)
                 if response.upgrade is None:
-                    await self._responses.send(head, body, response, draining=self._draining)
+                    await self.responses.send(head, body, response, draining=self.draining)
                     return False
                 running.became_tunnel()
                 await self._switch(head, request, response)
@@ -313,7 +306,7 @@ class H1ServerConnection:
         event = strict.next_event()
         if event is NEED_DATA:
             self._idle = strict.quiet
-            if self._idle and self._draining:
+            if self._idle and self.draining:
                 return None
             deadline.start(self._timeouts.idle if self._idle else self._timeouts.head)
             try:
@@ -397,11 +390,11 @@ class H1ServerConnection:
     async def _inform(self, status: int, headers: Headers) -> None:
         if status == 100:
             self.continued = True
-        await self._responses.write(self.strict.writer.interim(status, headers))
+        await self.responses.write(self.strict.writer.interim(status, headers))
 
     async def _switch(self, head: RequestHead, request: Request, response: Response) -> None:
         assert response.upgrade is not None
-        extra = self._responses.date_line(response.headers)
+        extra = self.responses.date_line(response.headers)
         if response.status == 101:
             assert head.upgrade is not None
             extra += [b"Connection: Upgrade\r\n", b"Upgrade: %b\r\n" % head.upgrade.encode("ascii")]
@@ -409,11 +402,28 @@ class H1ServerConnection:
         if isinstance(response.upgrade, Tunnel):
             response.upgrade.answer_with(answer)
         else:
-            await self._responses.write(answer)
+            await self.responses.write(answer)
         await self._watch.leave()
         self._stream.unread(self.strict.trailing)
         self._stream.extensions.adopt(request.extensions)
         await response.upgrade.run(self._stream)
 
     async def _linger(self, last: bytes = b"") -> None:
-        await self._stream.close_after(last, timeout=self._timeouts.linger, max_discard=_LINGER_BYTES)
+        """As :meth:`Stream.close_after`, on this connection's one deadline."""
+        stream, deadline = self._stream, self._deadline
+        deadline.start(self._timeouts.linger)
+        try:
+            if last:
+                await stream.write(last)
+            await stream.write_eof()
+            left = _LINGER_BYTES
+            while left > 0 and (data := await stream.read(_DROPPED)):
+                left -= len(data)
+        except asyncio.CancelledError:
+            if not deadline.expired():
+                raise
+        except OSError as error:
+            log.debug("%s: gone before its connection was closed: %s", stream.peer, error)
+        finally:
+            deadline.stop()
+            await stream.close()

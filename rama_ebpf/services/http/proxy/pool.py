@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass, replace
@@ -155,7 +156,7 @@ class ConnectionPool:
             stream,
             limits=self._limits,
             timeouts=self._timeouts,
-            released=lambda connection: self._released(origin, connection, keep=keep),
+            released=functools.partial(self._released, origin, keep),
             keep=keep,
             lenient=options.lenient,
         ).send(request)
@@ -260,7 +261,7 @@ class ConnectionPool:
         origin.busy -= 1
         self._forget(origin)
 
-    def _released(self, origin: _Origin, connection: H1ClientConnection, *, keep: bool) -> None:
+    def _released(self, origin: _Origin, keep: bool, connection: H1ClientConnection) -> None:
         if not connection.reusable:
             self._unbusy(origin)
             return
