@@ -5,6 +5,8 @@
  * rama_ebpf/policy/egress.py: the longest prefix decides, and an address that embeds an IPv4 address is judged as both.
  * Streams to the proxy's own listeners are refused whatever the prefix says: they would go round in circles.
  *
+ * A child that reads a feed is in a cgroup of its own below the workers', and goes where it was granted to, nowhere else.
+ *
  * connect4 and connect6 judge every connect(2), sendmsg4 and sendmsg6 every datagram that names its target. The process
  * is what counts, not whose socket it is: a listener was made by the server, but a worker can turn it, and whatever it
  * has accepted, into a new connection (connect(2) to AF_UNSPEC, and again).
@@ -56,6 +58,14 @@ static __always_inline int is_denied(const struct address *target, u16 port, int
 	return *found & EGRESS_DENY && !(*found & EGRESS_NAMESERVER && port == DNS_PORT);
 }
 
+static __always_inline int is_nameserver(const struct address *target, u16 port)
+{
+	struct failsafe_key key = { .plen = 32 + 128, .ipv4 = is_mapped(target), .addr = *target };
+	u32 *found = port == DNS_PORT ? egress.lookup(&key) : 0;
+
+	return found && *found & EGRESS_NAMESERVER;
+}
+
 static __always_inline int policy_refuses(const struct address *target, u16 port, int stream)
 {
 	struct address inner;
@@ -86,7 +96,7 @@ static __always_inline int policy_refuses(const struct address *target, u16 port
 	return is_denied(&inner, port, stream);
 }
 
-/* The server itself, and what it starts beside its workers: it reads feeds from anywhere. */
+/* The server itself. */
 static __always_inline int is_server(void)
 {
 	u32 zero = 0;
@@ -98,7 +108,15 @@ static __always_inline int is_server(void)
 static __always_inline int judge_target(struct bpf_sock_addr *ctx, const struct address *target)
 {
 	struct peer_key peer = { .addr = *target, .port = bpf_ntohs(ctx->user_port) };
+	struct grant_key grant = { .cgroup = bpf_get_current_cgroup_id() };
 
+	if (grants.lookup(&grant)) {
+		if (is_nameserver(target, peer.port))
+			return EGRESS_ALLOW;
+		grant.addr = *target;
+		grant.port = peer.port;
+		return grants.lookup(&grant) ? EGRESS_ALLOW : EGRESS_REFUSE;
+	}
 	if (!policy_refuses(target, peer.port, ctx->type != SOCK_DGRAM_TYPE) || is_server())
 		return EGRESS_ALLOW;
 	if (ctx->type != SOCK_DGRAM_TYPE)

@@ -17,6 +17,7 @@ BPF_TABLE_PINNED("hash", struct ban_key, struct ban, bans, 1, PIN_DIR "/bans");
 BPF_TABLE_PINNED("lpm_trie", struct failsafe_key, u32, failsafe, 1, PIN_DIR "/failsafe");
 BPF_TABLE_PINNED("lpm_trie", struct failsafe_key, u32, egress, 1, PIN_DIR "/egress");
 BPF_TABLE_PINNED("array", u32, u64, server_cgroup, 1, PIN_DIR "/server_cgroup"); /* id of the one not under egress policy */
+BPF_TABLE_PINNED("hash", struct grant_key, u32, grants, 1, PIN_DIR "/grants");
 BPF_TABLE_PINNED("lru_hash", struct peer_key, u32, datagram_peers, 1, PIN_DIR "/datagram_peers");
 BPF_TABLE_PINNED("lru_hash", struct bucket_key, u64, buckets, 1, PIN_DIR "/buckets");
 BPF_TABLE_PINNED("hash", struct runtime_key, u32, runtime, 1, PIN_DIR "/runtime");

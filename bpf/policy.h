@@ -10,7 +10,7 @@
 #define RAMA_EBPF_POLICY_H
 
 /* Changes whenever a map's meaning does: pins with another number are not reused. */
-enum layout { LAYOUT_VERSION = 3 };
+enum layout { LAYOUT_VERSION = 4 };
 
 /* What is decided for a connection attempt. */
 enum action {
@@ -189,6 +189,18 @@ struct peer_key {
 	__u16 pad[3];
 };
 _Static_assert(sizeof(struct peer_key) == 32, "peer_key");
+
+/*
+ * Where the processes of a cgroup may connect to besides the name servers, whatever egress policy says. An entry with neither
+ * address nor port says that they may go nowhere else.
+ */
+struct grant_key {
+	__u64 cgroup; /* its id */
+	struct address addr;
+	__u16 port;
+	__u8 pad[6];
+};
+_Static_assert(sizeof(struct grant_key) == 32, "grant_key");
 
 /*
  * A ban shuts out one source: an exact address, or the prefix by which strikes are counted (IPv4 /32 and IPv6 /64, if nobody

@@ -24,6 +24,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -32,6 +33,8 @@ from .core.address import SocketAddress
 from .kernel import abi, bpf, bpffs, cgroup
 from .kernel.attachments import HOOKS, Attachments, Mending, Target
 from .kernel.compile import Unit, amalgamate
+from .kernel.denials import DenialCounts
+from .kernel.feed_cgroup import GrantedChild, confined_to_grants
 from .kernel.gate_maps import USUAL_REJECTS, GateMaps, LayoutMismatch, MapSizes
 from .kernel.instance import Instance, InstanceBusy, PolicyBusy
 from .kernel.programs import code_cache, load_programs
@@ -117,6 +120,10 @@ class Gate:
         if workers is not None:
             with contextlib.suppress(ProcessLookupError):  # it has ended already; its end is seen elsewhere
                 cgroup.move(pid, workers)
+
+    def confine_feed(self, pid: int, denials: DenialCounts) -> AbstractContextManager[GrantedChild]:
+        """Have a child that reads a feed, and has just been started, connect to what it is granted and nowhere else."""
+        return confined_to_grants(self.maps, self.attachments.workers, pid, denials)
 
     @property
     def witness(self) -> Witness:
@@ -338,8 +345,8 @@ def _open_or_create_maps(instance: Instance, sizes: MapSizes, keeper: PolicyKeep
         why = "they are of another version"
     if pinned is not None and (keeper is None or (pinned.sizes == sizes and not keeper.supersedes(pinned))):
         log.info("took over the policy pinned at %s", instance.pin_dir)
-        # Listeners and their sockets died with the last server, and so did its links.
-        for name in ("listeners", "interfaces"):
+        # Listeners and their sockets died with the last server, and so did its links and children.
+        for name in ("listeners", "interfaces", "grants"):
             spec = pinned.specs[name]
             for key, _ in bpf.map_lookup_batch(pinned[name], spec.key_size, spec.value_size):
                 bpf.map_delete(pinned[name], key)

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import uvloop
 from ..core.address import SocketAddress
 from ..core.errors import RamaError
 from ..kernel.denials import DenialCounts
+from ..kernel.feed_cgroup import GrantedChild, confined_to_grants
 from ..kernel.instance import ServerLock
 from ..kernel.xdp import XdpAttachment
 from ..metrics.directory import MetricsDirectory
@@ -52,7 +52,7 @@ from .policy_host import PolicyHost, open_policy_host, refuse_without_gate, take
 from .policy_thread import PolicyThread
 from .predecessor import Predecessor, Seniors
 from .revision import Deployment, Policy, ServedRevision
-from .signals import EarlyStop, stopping_early, suspend
+from .signals import EarlyStop, end_after, stopping_early, suspend
 from .socket import ControlServer
 from .succession import Estate
 from .successor import Upgrades
@@ -178,7 +178,7 @@ class _Daemon(WorkerObserver):
             self._metrics = cleanup.enter_context(metrics_directory(None if inherited is None else inherited.estate))
         self._denials = DenialCounts()
         cleanup.callback(self._denials.close)
-        self._feeds = FeedStore(options.instance.feeds_dir)
+        self._feeds = FeedStore(options.instance.feeds_dir, self)
         self._egress = Egress(host.gate)
         self._killer = ConnectionKiller(self._listeners.addresses, self._own_cgroups)
         self._events = EventHub() if host.gate is None else GateEvents(host.gate.maps, rule_names(host.store)).hub
@@ -189,6 +189,13 @@ class _Daemon(WorkerObserver):
         )
         self._closed = asyncio.Event()
         """Set when no earlier server listens any more."""
+
+    def admit(self, pid: int) -> contextlib.AbstractContextManager[GrantedChild]:
+        """Confine a child that reads a feed (:class:`~rama_ebpf.policy.feed_room.FeedRoom`)."""
+        gate = self._host.gate
+        if gate is None:
+            return confined_to_grants(None, None, pid, self._denials)
+        return gate.confine_feed(pid, self._denials)
 
     def _own_cgroups(self) -> frozenset[int]:
         return frozenset() if self._host.gate is None else self._host.gate.attachments.own_cgroups
@@ -584,9 +591,7 @@ class _Daemon(WorkerObserver):
     def _stopping(self) -> None:
         """Whatever holds us up, the server is gone soon after its drain."""
         limit = self._options.linger + self._options.drain + _STOP_SECONDS
-        timer = threading.Timer(limit, _end_at_once)
-        timer.daemon = True
-        timer.start()
+        end_after(limit)
         self._is_stopping = True
         self._ends_by = time.time() + limit
         self._nursery.start("the end of earlier servers", self._end_seniors())
@@ -701,11 +706,6 @@ def _be_spared_by_oom() -> None:
             file.write(str(score))
     except OSError as error:
         log.debug("the OOM score stays: %s", error)
-
-
-def _end_at_once() -> None:
-    log.critical("something holds the server up after its drain: it ends now, and the kernel takes the gate away")
-    os._exit(1)
 
 
 def _described(attached: XdpAttachment) -> dict[str, object]:

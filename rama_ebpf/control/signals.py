@@ -7,12 +7,13 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
 from ..kernel.policy_lock import stop_without_locks
 
-__all__ = ["EarlyStop", "stopping_early", "suspend"]
+__all__ = ["EarlyStop", "end_after", "stopping_early", "suspend"]
 
 log = logging.getLogger("rama_ebpf")
 
@@ -65,3 +66,18 @@ async def suspend() -> None:
     began = time.monotonic()
     await asyncio.to_thread(stop_without_locks)
     log.warning("going on after %.1f s", time.monotonic() - began)
+
+
+def end_after(seconds: float) -> None:
+    """End this process in so many seconds, whatever holds it up: in a thread, or by SIGALRM where there can be none."""
+    timer = threading.Timer(seconds, _end_at_once)
+    timer.daemon = True
+    try:
+        timer.start()
+    except RuntimeError:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _end_at_once() -> None:
+    log.critical("something holds the server up after its drain: it ends now, and the kernel takes the gate away")
+    os._exit(1)

@@ -24,6 +24,7 @@ __all__ = [
     "EVENT_METER",
     "FAILSAFE_KEY",
     "GATE",
+    "GRANT_KEY",
     "INTERFACE",
     "LIMIT",
     "LISTENER",
@@ -67,6 +68,7 @@ SET_HEAD: Final = _HEADER.layout(
 )
 FAILSAFE_KEY: Final = _HEADER.layout("failsafe_key", "plen", "ipv4", "addr")
 PEER_KEY: Final = _HEADER.layout("peer_key", "socket", "addr", "port", "pad")
+GRANT_KEY: Final = _HEADER.layout("grant_key", "cgroup", "addr", "port", "pad")
 BAN_KEY: Final = _HEADER.layout("ban_key", "prefix", "length")
 BAN_MASK: Final = _HEADER.layout("ban_mask", "mask", "length")
 BAN: Final = _HEADER.layout("ban", "expires", "created", "hits", "action", "automatic", "reason")

@@ -151,16 +151,18 @@ def leave_and_remove(cgroup: Path) -> None:
     while "populated 1" in (cgroup / "cgroup.events").read_text(encoding="ascii") and time.monotonic() < deadline:
         time.sleep(0.01)
     with contextlib.suppress(FileNotFoundError):  # somebody else removes it as well
-        for child in cgroup.iterdir():
-            if child.is_dir():
-                child.rmdir()
-        cgroup.rmdir()
+        _remove_tree(cgroup)
+
+
+def _remove_tree(cgroup: Path) -> None:
+    for child in cgroup.iterdir():
+        if child.is_dir():
+            with contextlib.suppress(FileNotFoundError):
+                _remove_tree(child)
+    cgroup.rmdir()
 
 
 def remove_if_empty(cgroup: Path) -> None:
     """Remove a cgroup with its children if no process lives in it."""
     with contextlib.suppress(OSError):  # gone already, or somebody still lives there
-        for child in cgroup.iterdir():
-            if child.is_dir():
-                child.rmdir()
-        cgroup.rmdir()
+        _remove_tree(cgroup)

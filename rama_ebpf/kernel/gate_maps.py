@@ -87,6 +87,8 @@ MAX_FAILSAFE: Final = 1024
 one goes, so that nobody is locked out between them."""
 MAX_EGRESS: Final = 65_536
 """How many networks and name servers the egress policy has at most."""
+MAX_GRANTS: Final = 4096
+"""Of all children that read feeds at once."""
 _SPARE_RULES: Final = 8192
 """How many rules the tables hold beyond ``MapSizes.rules``, for the moment in which a set replaces another."""
 
@@ -125,6 +127,7 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "failsafe": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, 2 * MAX_FAILSAFE, _LPM[1]),
         "egress": MapSpec(_LPM[0], abi.FAILSAFE_KEY.size, 4, MAX_EGRESS, _LPM[1]),
         "server_cgroup": MapSpec(MapType.ARRAY, 4, 8, 1),
+        "grants": MapSpec(_HASH[0], abi.GRANT_KEY.size, 4, MAX_GRANTS, _HASH[1]),
         "datagram_peers": MapSpec(MapType.LRU_HASH, abi.PEER_KEY.size, 4, constant["MAX_DATAGRAM_PEERS"]),
         "buckets": MapSpec(MapType.LRU_HASH, abi.BUCKET_KEY.size, 8, sizes.buckets),
         "event_rate": MapSpec(MapType.ARRAY, 4, abi.LIMIT.size, 1),

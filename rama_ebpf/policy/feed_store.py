@@ -17,6 +17,7 @@ from typing import Final
 from .atomic import open_regular, write_atomically
 from .feed import FeedContent, FeedError, judge_feed
 from .feed_record import V6_BYTES, decode, encode
+from .feed_room import FeedRoom
 from .fetch import Answer, Fetcher, FetchError
 from .rule import Feed
 
@@ -47,11 +48,11 @@ class _Kept:
 
 
 class FeedStore:
-    """Loads feeds, and keeps the last good copy of each in ``directory``. Thread-safe."""
+    """Loads feeds, with children in ``room``, and keeps the last good copy of each in ``directory``. Thread-safe."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, room: FeedRoom | None = None) -> None:
         self._directory = directory
-        self._fetcher = Fetcher()
+        self._fetcher = Fetcher(room)
         self._said: dict[str, str] = {}
         self._lock = threading.Lock()
 

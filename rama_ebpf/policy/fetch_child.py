@@ -1,6 +1,8 @@
-"""The child process of :mod:`.fetch`: reads and parses one feed, told by JSON on standard input.
+"""The child process of :mod:`.fetch`: reads and parses one feed.
 
-It writes a record (:mod:`.feed_record`) to standard output, or the reason why there is none to standard error, as JSON.
+Started as ``python -m rama_ebpf.policy.fetch_child CHANNEL``. CHANNEL says what to read, as JSON, and is asked before
+each connection (:mod:`.feed_room`). It writes a record (:mod:`.feed_record`) to standard output, or the reason why
+there is none to standard error, as JSON.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ import contextlib
 import json
 import os
 import resource
+import socket
 import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..kernel.confine import confine
+from ..kernel.confine import NO_NETWORK, Network, confine
 from ..kernel.own_addresses import local_networks
 from ..kernel.privileges import UserIds, can_change_user, die_with_parent, drop_privileges, give_up_capabilities
 from .egress import EgressPolicy, OwnHost
@@ -22,13 +25,15 @@ from .feed_record import HEAD_BYTES, V6_BYTES, encode
 from .gzipped import unpack
 from .prefixes import Prefixes
 
-__all__: list[str] = []
+__all__ = ["confine_reader"]
 
 _PYTHON_BYTES: Final = 512 * 1024 * 1024  # of addresses: most are libraries' and never touched
 _SHORTEST_LINE: Final = 3  # "::" and a line feed
+_ANSWER_BYTES: Final = 64 * 1024
+_MOST_ADDRESSES: Final = 64
 
 
-def _confine(max_size: int) -> None:
+def confine_reader(channel: socket.socket, max_size: int, *, network: bool) -> None:
     """Give up all privileges, and the means to fill memory or to start anything."""
     if os.geteuid() == 0 and can_change_user():
         drop_privileges(UserIds.of_workers())
@@ -41,7 +46,16 @@ def _confine(max_size: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    confine()  # as far as the host can
+    confinement = confine(closed=Network.BIND if network else NO_NETWORK, listener=True)  # as far as the host can
+    if confinement.listener is not None:
+        _ask(channel, listener=confinement.listener)  # it has it, or does not count
+        os.close(confinement.listener)
+
+
+def _ask(channel: socket.socket, **what: object) -> str:
+    """Ask, and return why not, or nothing."""
+    channel.sendall(json.dumps(what).encode())
+    return str(json.loads(channel.recv(_ANSWER_BYTES))["refusal"])
 
 
 def _close_off() -> None:
@@ -54,11 +68,13 @@ def _fail(error: str, retry_after: float | None = None) -> SystemExit:
 
 
 def main() -> None:
-    wanted = json.load(sys.stdin)
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.set_inheritable(False)
+    wanted = json.loads(channel.recv(_ANSWER_BYTES))
     egress = _egress() if "url" in wanted else None  # asks the kernel over a socket that is forbidden afterwards
-    _confine(wanted["max_size"])
+    confine_reader(channel, wanted["max_size"], network=egress is not None)
     try:
-        record = _read_file(wanted) if egress is None else _fetch(wanted, egress)
+        record = _read_file(wanted) if egress is None else _fetch(wanted, egress, channel)
     except (FeedError, ValueError) as error:
         raise _fail(str(error)) from None
     except MemoryError:
@@ -85,11 +101,15 @@ def _egress() -> EgressPolicy:
         raise _fail(f"cannot tell this host's own addresses, where no redirect may lead: {error}") from None
 
 
-def _fetch(wanted: Mapping[str, Any], egress: EgressPolicy) -> bytes:
+def _fetch(wanted: Mapping[str, Any], egress: EgressPolicy, channel: socket.socket) -> bytes:
     from .http_get import GetError, get  # late: a file needs none of it
 
+    def ask(host: str, port: int, addresses: list[str]) -> None:
+        if refusal := _ask(channel, host=host, port=port, addresses=addresses[:_MOST_ADDRESSES]):
+            raise OSError(f"refusing to connect to {host}: {refusal}")
+
     try:
-        with contextlib.closing(get(wanted["url"], wanted["validators"], wanted["timeout"], egress)) as response:
+        with contextlib.closing(get(wanted["url"], wanted["validators"], wanted["timeout"], egress, ask)) as response:
             data = response.read(wanted["max_size"])
     except GetError as error:
         raise _fail(str(error), error.retry_after) from None

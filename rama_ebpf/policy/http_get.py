@@ -20,13 +20,15 @@ from urllib.parse import urlsplit
 from .. import __version__
 from ..core.errors import PolicyDenied
 from .egress import EgressPolicy
+from .feed_room import same_server
 
-__all__ = ["GetError", "Response", "get"]
+__all__ = ["Ask", "GetError", "Response", "get"]
 
 _VALIDATORS: Final = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
 _VALIDATOR_LENGTH: Final = 1024
 _SHOWN_URL: Final = 200
-_PORTS: Final = {"http": 80, "https": 443}
+
+Ask = Callable[[str, int, list[str]], None]
 
 
 class GetError(Exception):
@@ -67,13 +69,14 @@ class Response:
             self._body.close()
 
 
-def get(url: str, validators: Mapping[str, str], timeout: float, egress: EgressPolicy) -> Response:
+def get(url: str, validators: Mapping[str, str], timeout: float, egress: EgressPolicy, ask: Ask) -> Response:
     """GET a URL, which may be anywhere, for it was named; redirects lead only to where ``egress`` lets connect, or back
-    to the same server. ``timeout`` seconds bound each wait. Raises :class:`GetError`."""
+    to the same server. Before each connection ``ask`` is called, with a name, a port, and its addresses, which raises
+    OSError if it may not be. ``timeout`` seconds bound each wait. Raises :class:`GetError`."""
     request = urllib.request.Request(url, headers={"User-Agent": f"rama-ebpf/{__version__}"})
     for name, value in validators.items():
         request.add_header(_VALIDATORS[name], value)
-    opener = urllib.request.build_opener(_Redirects(url, egress), _Http(url, egress), _Https(url, egress))
+    opener = urllib.request.build_opener(_Redirects(url, egress), _Http(url, egress, ask), _Https(url, egress, ask))
     try:
         response = opener.open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
@@ -149,7 +152,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         shown = "".join(letter if letter.isprintable() else "?" for letter in newurl[:_SHOWN_URL])
         if not newurl.startswith("https://" if req.full_url.startswith("https://") else ("http://", "https://")):
             raise _RefusedRedirect(newurl, code, f"refusing to be redirected to {shown}", headers, fp)
-        if not _same_server(newurl, self._first):
+        if not same_server(newurl, self._first):
             host = urlsplit(newurl).hostname or ""
             try:  # here as well, for where a proxy would connect in our place
                 _check(self._egress, host, urlsplit(newurl).port)
@@ -158,13 +161,6 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
                     newurl, code, f"refusing to be redirected to {shown}: {error}", headers, fp
                 ) from None
         return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _same_server(url: str, other: str) -> bool:
-    """Whether two URLs are of one host and port, or of the default ports of one host."""
-    one, two = urlsplit(url), urlsplit(other)
-    ports = [parts.port or _PORTS.get(parts.scheme) for parts in (one, two)]
-    return one.hostname == two.hostname and (ports[0] == ports[1] or ports == [443, 80])
 
 
 def _check(egress: EgressPolicy, host: str, port: int | None) -> None:
@@ -176,20 +172,28 @@ def _check(egress: EgressPolicy, host: str, port: int | None) -> None:
     egress.check(ip, port)
 
 
-def _connector(egress: EgressPolicy) -> Callable[..., socket.socket]:
-    """A :func:`socket.create_connection` that connects only to addresses of the name that ``egress`` allows."""
+def _connector(egress: EgressPolicy | None, ask: Ask) -> Callable[..., socket.socket]:
+    """A :func:`socket.create_connection` that connects only to addresses of the name that ``egress`` allows, or to any
+    if there is none, and where ``ask`` lets it."""
 
     def connect(address: tuple[str, int], timeout: float, source_address: Any = None, **_options: Any) -> socket.socket:
         host, port = address
         failure: OSError | None = None
-        for *_, sockaddr in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        found = [str(sockaddr[0]) for *_, sockaddr in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        allowed = []
+        for ip in found:
             try:
-                _check(egress, str(sockaddr[0]), port)
+                if egress is not None:
+                    _check(egress, ip, port)
             except PolicyDenied as error:
                 failure = OSError(f"refusing to be redirected to {host}: {error}")
-                continue
+            else:
+                allowed.append(ip)
+        if allowed:
+            ask(host, port, allowed)
+        for ip in allowed:
             try:
-                return socket.create_connection((str(sockaddr[0]), port), timeout, source_address)
+                return socket.create_connection((ip, port), timeout, source_address)
             except OSError as error:
                 failure = error
         raise failure or OSError(f"{host} has no address")
@@ -199,32 +203,30 @@ def _connector(egress: EgressPolicy) -> Callable[..., socket.socket]:
 
 def _is_led_away(request: urllib.request.Request, first: str) -> bool:
     """Whether a request goes, by itself, to where only a redirect has sent it."""
-    return not request.has_proxy() and not _same_server(request.full_url, first)
+    return not request.has_proxy() and not same_server(request.full_url, first)
 
 
 class _Http(urllib.request.HTTPHandler):
-    def __init__(self, url: str, egress: EgressPolicy) -> None:
+    def __init__(self, url: str, egress: EgressPolicy, ask: Ask) -> None:
         super().__init__()
         self._first = url
-        self._connect = _connector(egress)
+        self._connect, self._connect_first = _connector(egress, ask), _connector(None, ask)
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        if not _is_led_away(req, self._first):
-            return self.do_open(http.client.HTTPConnection, req)
-        return self.do_open(functools.partial(_Judged, self._connect), req)
+        connect = self._connect if _is_led_away(req, self._first) else self._connect_first
+        return self.do_open(functools.partial(_Judged, connect), req)
 
 
 class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, url: str, egress: EgressPolicy) -> None:
+    def __init__(self, url: str, egress: EgressPolicy, ask: Ask) -> None:
         super().__init__()
         self._first = url
-        self._connect = _connector(egress)
+        self._connect, self._connect_first = _connector(egress, ask), _connector(None, ask)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         tunnelled = getattr(req, "_tunnel_host", None) is not None
-        if tunnelled or not _is_led_away(req, self._first):
-            return self.do_open(http.client.HTTPSConnection, req)
-        return self.do_open(functools.partial(_JudgedTls, self._connect), req)
+        connect = self._connect_first if tunnelled or not _is_led_away(req, self._first) else self._connect
+        return self.do_open(functools.partial(_JudgedTls, connect), req)
 
 
 class _Judged(http.client.HTTPConnection):

@@ -54,7 +54,17 @@ Verdicts = Mapping[str, str]
 """What each of :data:`SOURCES` met: ``in``, ``rst`` or ``silence``."""
 
 _NOT_POLICY = {
-    *("listeners", "sockets", "interfaces", "accepted", "established", "server_cgroup", "datagram_peers", "buckets"),
+    *(
+        "listeners",
+        "sockets",
+        "interfaces",
+        "accepted",
+        "established",
+        "server_cgroup",
+        "grants",
+        "datagram_peers",
+        "buckets",
+    ),
     *("events", "event_rate", "event_meter", "reject_meter", "silent_rejects", "scratch", "egress", "gate_stats"),
     *("rule_hits",),
 }
