@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from ..kernel.denials import DenialCounts
 from ..kernel.privileges import UserIds
+from ..kernel.suspended import is_stopped
 from ..metrics.directory import ENDED, MetricsDirectory
 from ..metrics.files import MAX_FILES, FilesSum
 from ..metrics.handover import FILES_AT_ONCE, OWN, PACKET_BYTES
@@ -39,6 +40,11 @@ __all__ = [
 ]
 
 log = logging.getLogger("rama_ebpf.metrics")
+
+_LOOK_SECONDS = 0.25
+_LOOKS_STOPPED = 3
+_SILENT_SECONDS = 30.0
+"""It is heard each 5 s; on a busy host later."""
 
 Verdicts = Callable[[], Mapping[tuple[str, str, str], int]]
 
@@ -141,6 +147,7 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
     ask: bool
     added: Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=MAX_FILES)]
     listener: Annotated[int, Meta(ge=0, le=2**20)] | None = None
+    alive: bool = False
 
 
 class MetricsServer:
@@ -185,9 +192,16 @@ class MetricsServer:
                 ours.setblocking(False)
                 self._adopt(process.pid)
                 loop.add_reader(ours.fileno(), readable.set)
+                heard, stopped = loop.time(), 0
                 while True:
-                    await readable.wait()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_LOOK_SECONDS):
+                            await readable.wait()
+                            heard = loop.time()
                     readable.clear()
+                    stopped = stopped + 1 if is_stopped(process.pid) else 0
+                    if stopped >= _LOOKS_STOPPED or loop.time() - heard > _SILENT_SECONDS:
+                        raise RuntimeError("the process that serves metrics is stopped, or hangs")
                     with contextlib.suppress(BlockingIOError):
                         while data := ours.recv(PACKET_BYTES):
                             await asyncio.to_thread(self._answer, ours, data, process.pid)
@@ -228,6 +242,8 @@ class MetricsServer:
             request = msgspec.json.decode(data, type=_Request)
         except msgspec.DecodeError as error:
             raise RuntimeError(f"the process that serves metrics breaks its protocol: {error}") from error
+        if request.alive:
+            return
         if request.listener is not None and self._denials is not None:
             try:
                 self._denials.follow("metrics", pid, request.listener)

@@ -9,6 +9,7 @@ server, over CHANNEL, for open files, which it could not open, and for what the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import mmap
@@ -43,6 +44,8 @@ log = logging.getLogger("rama_ebpf.metrics")
 
 _OWN_BYTES: Final = 64 * 1024 * 1024
 _ANSWER_SECONDS: Final = 20.0
+_ALIVE_SECONDS: Final = 5.0
+_ALIVE: Final = json.dumps({"ask": False, "added": [], "alive": True}).encode()
 _ADDRESS_BYTES: Final = 4 << 30  # most are reserved by threads and libraries, and never touched
 
 
@@ -50,7 +53,7 @@ class _Scraper:
     """Asks the server, and adds up. One at a time."""
 
     def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
+        self.channel = channel
         self._files = FilesSum()
         self._lock = threading.Lock()
 
@@ -75,9 +78,9 @@ class _Scraper:
             return own, metrics
 
     def _request(self, *, ask: bool, added: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
-        self._channel.send(json.dumps({"ask": ask, "added": list(added)}).encode())
+        self.channel.send(json.dumps({"ask": ask, "added": list(added)}).encode())
         while True:
-            data, fds, _, _ = socket.recv_fds(self._channel, PACKET_BYTES, FILES_AT_ONCE)
+            data, fds, _, _ = socket.recv_fds(self.channel, PACKET_BYTES, FILES_AT_ONCE)
             if not data:
                 os._exit(0)  # the server has ended
             message = json.loads(data)
@@ -138,7 +141,10 @@ async def _serve(listener: socket.socket, scraper: _Scraper) -> None:
     service = stack(ConcurrencyLimitLayer(256), TimeoutLayer(None, idle=20, total=300), HttpServer(_Service(scraper)))
     server = TcpServer(listener, service)
     server.start()
-    await asyncio.Event().wait()  # until it is killed
+    while True:  # until it is killed
+        await asyncio.sleep(_ALIVE_SECONDS)
+        with contextlib.suppress(BlockingIOError):  # the server is stopped
+            scraper.channel.send(_ALIVE, socket.MSG_DONTWAIT)
 
 
 def enter_sandbox() -> Confinement:

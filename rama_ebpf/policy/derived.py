@@ -64,6 +64,10 @@ class DerivedState:
                 )
         self._tables.put_gate(replace(gate, flags=gate.flags | self._bans, ban_lengths=wanted))
 
+    def looks_for_bans_of(self, network: IPNetwork) -> bool:
+        """Whether a ban of this network would be found as things are."""
+        return network.prefixlen + MAPPED[network.version] in self.ban_lengths(network.version)
+
     def ban_lengths(self, version: int) -> Sequence[int]:
         """Return the lengths, in the IPv4-mapped form, of the bans that are looked for, the longest first."""
         gate = self._tables.gate()

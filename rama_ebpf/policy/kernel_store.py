@@ -14,6 +14,7 @@ from typing import Final
 from ..kernel import bpf
 from ..kernel.gate_maps import GateMaps
 from ..kernel.instance import Instance
+from ..kernel.policy_lock import PolicyBusy, PolicyLock
 from .counters import GateCounters
 from .kernel_tables import KernelTables
 from .rule import PolicyError
@@ -22,6 +23,7 @@ from .store import PolicyStore
 __all__ = ["KernelStore"]
 
 _SERVER_PATIENCE: Final = 5.0
+_BAN_PATIENCE: Final = 0.25
 _COMMAND_PATIENCE: Final = 30.0
 """Seconds to wait for others that change the policy."""
 
@@ -39,7 +41,8 @@ class KernelStore(PolicyStore):
         self._lock = instance.policy_lock(_COMMAND_PATIENCE if self._owned else _SERVER_PATIENCE)
         self.tables = KernelTables(GateMaps.open(instance.pin_dir) if maps is None else maps)
         self.counters = GateCounters(self.tables)
-        super().__init__(self.tables, self._current)
+        self._brief_lock = instance.policy_lock(_BAN_PATIENCE)
+        super().__init__(self.tables, self._current, self._current_briefly)
         self.remember_in(instance.state_dir)
 
     def close(self) -> None:
@@ -54,10 +57,24 @@ class KernelStore(PolicyStore):
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
+    def _current(self) -> contextlib.AbstractContextManager[None]:
+        return self._holding(self._lock)
+
     @contextlib.contextmanager
-    def _current(self) -> Iterator[None]:
+    def _current_briefly(self) -> Iterator[None]:
+        """Likewise, and wait at most for :data:`_BAN_PATIENCE`; not at all if that was in vain a moment ago."""
+        try:
+            with self._holding(self._brief_lock):
+                self._brief_lock.patience = _BAN_PATIENCE
+                yield
+        except PolicyBusy:
+            self._brief_lock.patience = 0.0
+            raise
+
+    @contextlib.contextmanager
+    def _holding(self, lock: PolicyLock) -> Iterator[None]:
         """Hold the lock, with the pins open that are in use: those found before it may be nobody's any more."""
-        with self._lock:
+        with lock:
             if self._owned and not self._is_current():
                 self._reopen()
             yield

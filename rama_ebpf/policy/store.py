@@ -20,6 +20,7 @@ from typing import Final
 from ..core.address import IPAddress, unmap
 from ..core.client import SourceLengths
 from ..kernel.clock import is_synchronized
+from ..kernel.policy_lock import PolicyBusy
 from .ban_book import BanBook, stands
 from .ban_log import BanLog
 from .ban_record import BanBlock, canonical
@@ -52,9 +53,11 @@ class PolicyStore:
     """A policy in its place. All methods may raise OSError where the kernel refuses an operation, and those that change
     something :class:`~rama_ebpf.kernel.policy_lock.PolicyBusy`."""
 
-    def __init__(self, tables: Tables, exclusive: Exclusive) -> None:
+    def __init__(self, tables: Tables, exclusive: Exclusive, briefly: Exclusive | None = None) -> None:
+        """``briefly`` is ``exclusive`` for who does not wait."""
         self._tables = tables
         self._exclusive = exclusive
+        self._briefly = briefly or exclusive
         self._derived = DerivedState(tables)
         self._loaded = LoadedSet(tables)
         self._runtime = RuntimeRules(tables, self._derived)
@@ -415,9 +418,13 @@ class PolicyStore:
         would last about as long as that which is there is that one. Where the disk refuses an operator's ban, OSError
         is raised and nothing is changed; an automatic one is in force all the same, until the server ends.
 
+        An ``automatic`` one waits for no command that does not let go of the policy: it needs nothing that others
+        write but where there is no ban of its prefix length yet.
+
         Raises :class:`PolicyError` for an operator's of a network that is no source's, and when there is no room.
         """
-        with self._exclusive():
+
+        def put() -> Ban:
             network = canonical(banned) if automatic else self._bans.target(banned)
             now = boottime_ns()
             expires = None if ttl is None else now + round(ttl * 1e9)
@@ -427,6 +434,14 @@ class PolicyStore:
                 told = {"address": ban.source, "ttl": ttl, "reason": reason or None}
                 self._note("ban", self.revision, ban_revision=self.ban_revision, action=action.name.lower(), **told)
             return in_force
+
+        try:
+            with self._briefly() if automatic else self._exclusive():
+                return put()
+        except PolicyBusy:
+            if not automatic or not self._derived.looks_for_bans_of(canonical(banned)):
+                raise
+        return put()
 
     def stands(self, banned: IPAddress | IPNetwork, ttl: float) -> bool:
         """Whether an automatic ban of it for ``ttl`` seconds would change nothing. It takes no lock."""

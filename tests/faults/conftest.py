@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import statistics
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,21 @@ sources = ["198.18.66.0/24"]
 TARGET = ("198.18.0.80", 1080)
 ALLOWED = ("198.18.1.1", "198.18.1.2", "198.18.1.3", "198.18.1.4")
 DENIED = ("198.18.66.6", "198.18.66.7")
+
+
+_times: dict[str, list[float]] = {}
+
+
+def measured(what: str, since: float) -> None:
+    """Keep how long it took since a moment of :func:`time.monotonic`: it is told at the end, and never asserted."""
+    _times.setdefault(what, []).append(time.monotonic() - since)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was measured."""
+    for what, seconds in sorted(_times.items()):
+        line = f"{what}: p50 {statistics.median(seconds):.2f} s, max {max(seconds):.2f} s of {len(seconds)}"
+        terminalreporter.write_line(line)
 
 
 @dataclass

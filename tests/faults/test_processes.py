@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 
 import pytest
 
 from ..hammer import Denied, Served
 from ..lab import wait_for
 from ..proxy import has_ended
-from .conftest import ALLOWED, DENIED, ROUNDS, TARGET, EchoServer, StartEcho, attached_programs
+from .conftest import ALLOWED, DENIED, ROUNDS, TARGET, EchoServer, StartEcho, attached_programs, measured
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf, pytest.mark.timeout(240 if not ROUNDS else 20 + 20 * ROUNDS)]
 
@@ -21,10 +22,12 @@ SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGSEGV)
 def _strike(server: EchoServer, number: signal.Signals, pid: int) -> None:
     """What must hold: clients are served again by all workers; while one is stopped the others serve."""
     server.proxy.log.clear()
+    began = time.monotonic()
     os.kill(pid, number)
     if number == signal.SIGSTOP:
         silent = rf"\(pid {pid}\) does not answer|\(pid {pid}\) ended"
         wait_for(lambda: server.proxy.logged(silent), timeout=20, what="the silence")
+        measured("a stopped worker is steered around", began)
         # Connections of before may wait with the worker; new ones do not come to it. On a busy host the other one may
         # be silent for a moment as well.
         wait_for(lambda: all(map(server.served, ALLOWED * 2)), timeout=20, what="a way around the stopped worker")
@@ -32,6 +35,8 @@ def _strike(server: EchoServer, number: signal.Signals, pid: int) -> None:
             os.kill(pid, signal.SIGCONT)
     else:
         wait_for(lambda: has_ended(pid), timeout=20, what=f"the worker's end by {number.name}")
+        wait_for(lambda: all(map(server.served, ALLOWED)), timeout=20, what="service")
+        measured("clients of a worker that ended are served", began)
     server.wait_until_whole()
 
 
@@ -62,9 +67,11 @@ def test_when_the_supervisor_dies_nothing_goes_on_and_the_next_run_serves_the_sa
         for _ in range((ROUNDS + 4) // 5 or 3):
             wait_for(lambda before=served.served: served.served > before + chance.randrange(20), what="load")
             workers = server.proxy.workers()
+            began = time.monotonic()
             server.proxy.signal(chance.choice([signal.SIGKILL, signal.SIGSEGV]))
             wait_for(lambda pids=workers: all(map(has_ended, pids)), what="the end of the workers")
             wait_for(lambda: not attached_programs(server.host), what="the end of the programs")
+            measured("nothing is left of a server that was killed", began)
             server.proxy.end()
             server.proxy.start()
             server.wait_until_whole()

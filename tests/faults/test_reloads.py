@@ -10,12 +10,34 @@ import pytest
 
 from ..hammer import Denied
 from ..lab import Host, wait_for
+from ..proxy import ProxyProcess
 from .conftest import DENIED, ROUNDS, TARGET, EchoServer, StartEcho
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf, pytest.mark.timeout(240 if not ROUNDS else 20 + 20 * ROUNDS)]
 
 NEW = "{ http = {} }"
 """What serves after a reload: it answers to what the echo service would give back."""
+
+
+# When, and of which configuration the worker is that dies.
+STEPS = (
+    ("the first new worker is started", "new"),
+    ("all new workers are started", "old"),
+    ("all new workers could serve", "new"),
+    ("the new configuration is in force", "old"),
+    ("the new configuration is in force", "new"),
+)
+
+
+def _has_come(proxy: ProxyProcess, step: str, old: set[int]) -> bool:
+    if proxy.logged("reload"):  # it is over
+        return True
+    new = set(proxy.workers()) - old
+    if step == "the first new worker is started":
+        return bool(new)
+    if step == "all new workers are started":
+        return len(new) == 2
+    return "could" in step and sum("worker" in line and " serves (pid" in line for line in proxy.log) >= 2
 
 
 def _configure(server: EchoServer, *, new: bool) -> None:
@@ -34,36 +56,24 @@ def _served_by(host: Host) -> str:
     return "old" if answer.startswith(b"nonsense") else "new"
 
 
-def test_a_worker_that_dies_at_any_moment_of_a_reload_leaves_one_configuration(start_echo: StartEcho) -> None:
+def test_a_worker_that_dies_at_any_step_of_a_reload_leaves_one_configuration(start_echo: StartEcho) -> None:
     """After "reloaded" all clients are served by the new configuration, after a refusal all by the old one."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    server = start_echo()
+    server = start_echo(server='[logging]\nlevel = "debug"')
     proxy, new = server.proxy, False
     with Denied(server.host, DENIED, [TARGET]) as denied:
-        for _ in range((ROUNDS + 4) // 5 or 5):
+        for number in range((ROUNDS + 4) // 5 or len(STEPS)):
+            step, whose = STEPS[number % len(STEPS)]
             new = not new
             _configure(server, new=new)
             old_workers = set(proxy.workers())
             proxy.log.clear()
             proxy.signal(signal.SIGHUP)
-            moment = chance.random()
-            if moment < 0.4:  # one of the new ones, as it starts
-                wait_for(
-                    lambda known=old_workers: set(proxy.workers()) - known or proxy.logged("reload"),
-                    what="a new worker",
-                )
-            elif moment < 0.8:
-                wait_for(
-                    lambda known=old_workers: len(set(proxy.workers()) - known) == 2 or proxy.logged("reload"),
-                    timeout=30,
-                    what="new workers",
-                )
-            else:
-                wait_for(lambda: proxy.logged(": reloaded$"), timeout=60, what="the reload")
-            victims = proxy.workers()
-            for pid in chance.sample(victims, min(len(victims), chance.randrange(1, 3))):
+            wait_for(lambda s=step, o=old_workers: _has_come(proxy, s, o), timeout=60, what=step)
+            victims = [pid for pid in proxy.workers() if (pid in old_workers) == (whose == "old")]
+            for pid in chance.sample(victims, min(len(victims), chance.choice((1, 1, 2)))):
                 os.kill(pid, signal.SIGKILL)
             wait_for(lambda: proxy.logged(": reloaded$|reload failed"), timeout=60, what="the reload's end")
             if not proxy.logged(": reloaded$"):

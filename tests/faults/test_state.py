@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from rama_ebpf.kernel.instance import Instance
 from ..conftest import StartProxy
 from ..hammer import Denied
 from ..lab import Host, wait_for
-from ..proxy import rama_ebpf
+from ..proxy import ProxyProcess, rama_ebpf
 from .conftest import ALLOWED, DENIED, TARGET, EchoServer, StartEcho
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
@@ -100,10 +101,15 @@ def test_whatever_lies_in_place_of_a_state_file_hinders_no_start_or_is_named(
     server.wait_until_whole()
 
 
+def kill_server(proxy: ProxyProcess) -> None:
+    """Kill a server."""
+    proxy.signal(signal.SIGKILL)
+    proxy.end()
+
+
 def kill(server: EchoServer) -> None:
     """Kill the server."""
-    server.proxy.signal(signal.SIGKILL)
-    server.proxy.end()
+    kill_server(server.proxy)
 
 
 class Disk:
@@ -200,6 +206,45 @@ def test_whoever_sleeps_with_the_lock_holds_up_changes_alone(start_echo: StartEc
     server.proxy.end()
     server.proxy.start()
     server.wait_until_whole()
+
+
+def test_services_ban_beside_whoever_sleeps_with_the_lock(
+    host: Host, instance: str, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    """What they ban is in force at once, and on disk; a change by an operator waits, and is told who has the lock."""
+    file = tmp_path / "rama.toml"
+    file.write_text(
+        f'[server]\nworkers = 1\n[listeners.main]\naddress = "{TARGET[0]}:{TARGET[1]}"\nstack = "s"\n[stacks.s]\n'
+        'service = "mixed"\nlayers = [{ strikes = { strikes = 2, window = "5m", ban = "1h" } }]\n'
+    )
+    proxy = start_proxy(host, "--config", str(file))
+
+    def strike(source: str) -> None:
+        for _ in range(2):
+            with contextlib.suppress(ConnectionError), host.connect(*TARGET, source=source, timeout=15) as sock:
+                sock.sendall(b"\x05\x01\x00\x05\x09\x00\x01" + bytes(6))  # SOCKS5, and no command that there is
+                while sock.recv(64):
+                    pass
+
+    def is_shut_out(source: str) -> bool:
+        try:
+            host.connect(*TARGET, source=source, timeout=0.3).close()
+        except TimeoutError:
+            return True
+        return False
+
+    strike(ALLOWED[0])
+    wait_for(lambda: is_shut_out(ALLOWED[0]), what="the first ban")
+    with Instance(instance).policy_lock():
+        for source in ALLOWED[1:3]:
+            strike(source)
+            wait_for(lambda s=source: is_shut_out(s), what="the ban beside the lock's holder")
+    bans = {row["address"] for row in proxy.json("bans")["bans"]}
+    assert bans == set(ALLOWED[:3])
+    kill_server(proxy)
+    proxy.start()
+    assert all(map(is_shut_out, ALLOWED[:3]))
+    assert not is_shut_out(ALLOWED[3])
 
 
 def test_what_status_shows_may_not_be_writable_and_costs_no_client(start_echo: StartEcho, instance: str) -> None:

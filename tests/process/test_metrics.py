@@ -242,11 +242,14 @@ async def test_metrics_are_served_by_a_process_that_may_do_nothing_else(supervis
     assert directory.stat().st_mode & 0o077 == 0
 
 
-async def test_metrics_are_served_again_after_their_process_has_ended(supervise: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_metrics_are_served_again_after_their_process_has_ended_or_was_stopped(
+    supervise: Start, number: signal.Signals
+) -> None:
     server = await supervise("measured", metrics=True)
     await established(server, 0)
     await until(server, "rama_connections", ("main",), 1)
-    os.kill(server_of_metrics(server), signal.SIGKILL)
+    os.kill(server_of_metrics(server), number)
     await server.logged("serving metrics failed")
     samples = await scrape(server)
     assert samples["rama_connections"] == {("main",): 1}
