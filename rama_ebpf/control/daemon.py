@@ -17,10 +17,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import uvloop
-
 from ..core.address import SocketAddress
 from ..core.errors import RamaError
+from ..core.event_loop import run_loop
 from ..kernel.denials import DenialCounts
 from ..kernel.feed_cgroup import GrantedChild, confined_to_grants
 from ..kernel.instance import ServerLock
@@ -103,13 +102,12 @@ def serve(
         open_policy_host(options) if estate is None else take_over_policy(options, estate) as host,
         PolicyThread() as thread,
         contextlib.ExitStack() as cleanup,
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         stop.wait_from_now_on()
         inherited = None if predecessor is None or estate is None else _Inherited(predecessor, estate)
         make = reload or (lambda: options)
         daemon = _Daemon(options, make, host, thread, cleanup, started, early, stop, lock, inherited)
-        runner.run(daemon.run())
+        run_loop(daemon.run())
 
 
 @contextlib.contextmanager

@@ -22,12 +22,12 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import uvloop
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from ..core.event_loop import run_loop
 from ..core.service import stack
 from ..kernel.confine import NO_NETWORK, Confinement, confine
 from ..kernel.privileges import UserIds, die_with_parent, drop_privileges, give_up_capabilities
@@ -181,8 +181,7 @@ def main() -> None:
         channel.send(json.dumps({"ask": False, "added": [], "listener": confinement.listener}).encode())
         channel.recv(PACKET_BYTES)  # the server has it
         os.close(confinement.listener)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(listener, _Scraper(channel)))
+    run_loop(_serve(listener, _Scraper(channel)))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def stopping_early() -> Iterator[EarlyStop]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # of end_after: it has ended by itself
         signal.signal(signal.SIGTERM, before)
 
 
@@ -69,12 +70,14 @@ async def suspend() -> None:
 
 
 def end_after(seconds: float) -> None:
-    """End this process in so many seconds, whatever holds it up: in a thread, or by SIGALRM where there can be none."""
+    """End this process in so many seconds, whatever holds it up: by a thread, or where there can be none by SIGALRM. To
+    be called in the block of :func:`stopping_early`."""
     timer = threading.Timer(seconds, _end_at_once)
     timer.daemon = True
     try:
         timer.start()
     except RuntimeError:
+        signal.signal(signal.SIGALRM, lambda *_: _end_at_once())
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 

@@ -20,9 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final, cast
 
-import uvloop
-
 from ..core.errors import PeerClosed, RamaError
+from ..core.event_loop import run_loop
 from ..core.log_lines import LineHandler, SecondFormatter
 from ..kernel.confine import Confinement
 from ..kernel.privileges import UserIds, die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
@@ -76,8 +75,7 @@ def main() -> int:
     # What is there now stays. A full collection that walks it takes 10 ms and more, in which all clients wait.
     gc.collect()
     gc.freeze()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(worker.run(channel))
+    return run_loop(worker.run(channel))
 
 
 class _Worker:

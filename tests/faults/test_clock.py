@@ -4,6 +4,8 @@ where Python asks for the time: nobody sets the host's for a test."""
 from __future__ import annotations
 
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,17 +32,24 @@ time.time_ns = lambda: _time_ns() + _offset() * 1_000_000_000
 """
 
 
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that every user can reach: pytest's own are root's."""
+    with tempfile.TemporaryDirectory(prefix="rama-ebpf-test-") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
 def test_a_clock_that_jumps_by_a_year_lets_nobody_in_and_keeps_nobody_out_for_longer(
-    host: Host, start_proxy: StartProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: Host, start_proxy: StartProxy, tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offset = tmp_path / "offset"
+    offset = place / "offset"
     offset.write_text("0")
-    offset.chmod(0o644)
-    (tmp_path / "sitecustomize.py").write_text(INJECTED.format(file=str(offset)))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (place / "sitecustomize.py").write_text(INJECTED.format(file=str(offset)))
+    monkeypatch.setenv("PYTHONPATH", str(place))
     file = tmp_path / "rama.toml"
     file.write_text(CONFIG.format(workers=1, server="", policy="") + f'[sandbox]\nread = ["{offset}"]\n')
-    proxy = start_proxy(host, "--config", str(file))
+    proxy = start_proxy(host, "--config", str(file), "--require-sandbox")
 
     def met(source: str) -> str:
         try:

@@ -28,7 +28,7 @@ drain = "1s"
 [resolver]
 servers = ["{silent}"]
 [egress]
-allow = ["198.18.1.0/24"]
+allow = ["{silent}", "198.18.1.2"]
 [listeners.main]
 address = "{listen}"
 stack = "proxy"

@@ -116,7 +116,7 @@ def test_no_process_and_no_thread_more_costs_what_needs_one_and_passes(
             processes.limit(1)
         assert denied.got_in == []
         server.proxy.signal(signal.SIGTERM)
-        assert server.proxy.wait() == 0
+        assert server.proxy.wait() == 0, "\n".join(line for line in server.proxy.log if "access" not in line)
         assert not server.proxy.logged("Traceback|itself failed"), server.proxy.log
     finally:
         server.proxy.end()
