@@ -86,7 +86,8 @@ class StartedUnder(ProxyProcess):
 
 
 def started(host: Host, instance: str, file: Path, under: tuple[str, ...], passed: tuple[int, ...] = ()) -> EchoServer:
-    file.write_text(CONFIG.format(workers=2, server="", policy=""))
+    text = CONFIG.format(workers=2, server="", policy="")
+    file.write_text(text.replace('drain = "1s"', 'drain = "30s"'))  # a busy host takes its time to end a worker
     proxy = StartedUnder(host, instance, "--config", str(file))
     proxy.under, proxy.passed = under, passed
     proxy.start()
