@@ -68,13 +68,14 @@ def _taken(instance: Instance, config: Config) -> list[str]:
     except OSError:
         return []  # no netlink for us: a start will tell
     server = instance.serving_pid() or 0
-    return [
+    taken = (
         f"{address} is taken: {sock_diag.owner_of(other.inode)} listens at {SocketAddress(other.address, other.port)}"
         for listener in config.listeners.values()
         if (address := listener.address.address) is not None
         for other in listening
         if other.meets(address.ip, address.port) and not sock_diag.has_socket(server, other.inode)
-    ]
+    )
+    return list(dict.fromkeys(taken))  # a server has a socket there for each of its workers
 
 
 def _show(args: argparse.Namespace) -> int:

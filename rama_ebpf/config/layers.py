@@ -187,6 +187,10 @@ class ProxyProtocolSettings:
     trusted: tuple[IPv4Network | IPv6Network, ...] = setting(ListOf(NETWORK), "who may send one")
     require: bool = setting(BOOLEAN, "refuse everybody else", default=True)
 
+    def __post_init__(self) -> None:
+        if not self.trusted:
+            raise ValueError("trusted names nobody, so nobody's header is read: name the balancers' networks")
+
     def make(self, environment: Environment) -> Layer:
         reads = ProxyProtocolLayer(map(str, self.trusted), require=self.require)
         judges = PolicyLayer(environment.policy)

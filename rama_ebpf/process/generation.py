@@ -135,8 +135,12 @@ class Generation:
                 worker.channel.notify("cut")
             _, pending = await asyncio.wait(pending, timeout=_GRACE_SECONDS)
         for worker in self._workers.values():
-            if not worker.ended.done():
-                log.error("worker %d (pid %d) does not end: killed", worker.number, worker.pid)
+            if not worker.ended.done() and not worker.given_up:
+                worker.given_up = True
+                if worker.said_goodbye:
+                    log.debug("worker %d (pid %d) has drained and is slow to end: killed", worker.number, worker.pid)
+                else:
+                    log.error("worker %d (pid %d) does not end: killed", worker.number, worker.pid)
                 worker.signal(signal.SIGKILL)
         if pending:
             await asyncio.wait(pending)

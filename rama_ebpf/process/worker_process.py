@@ -90,6 +90,8 @@ class WorkerProcess:
         """What it said of its sandbox when it was ready."""
         self.said_goodbye = False
         """Whether it has drained: nothing is lost with it any more."""
+        self.given_up = False
+        """Whether it was killed for not ending in time."""
 
     @property
     def served(self) -> bool:

@@ -124,7 +124,7 @@ async def test_rules_and_bans_judge_the_client_in_the_header(run: Run) -> None:
 
 
 def test_orders_that_cannot_work_are_refused() -> None:
-    header = ProxyProtocolSettings(trusted=())
+    header = ProxyProtocolSettings(trusted=(parse_network("192.0.2.0/24"),))
     limit = LAYERS["concurrency"](limit=5, per="source")
     check_order((header, limit, StrikesSettings()))
     check_order((StrikesSettings(), header))
