@@ -57,7 +57,10 @@ BLAME: Final[Mapping[str, Judgement]] = {
     # -- any protocol
     "protocol": Judgement("any", "bytes that are of no protocol or break it", _A, "no client of the protocol sends it"),
     "wrong_protocol": Judgement(
-        "any", "HTTP, TLS or STUN on another protocol's port", _C, "a URL or a TURN server in a web page is enough"
+        "any",
+        "HTTP, TLS, STUN or SOCKS on another protocol's port",
+        _C,
+        "a URL or a TURN server in a web page, or the wrong kind of proxy in a browser's settings",
     ),
     "peer_closed": Judgement("any", "closed early: preconnects, health checks", _C, "leaving is no offence"),
     "handshake_timeout": Judgement("any", "no complete handshake in time", _C, "silence; under load the delay is ours"),
@@ -146,12 +149,14 @@ def judge(error: BaseException) -> Judgement | None:
 _STUN_COOKIE: Final = b"\x21\x12\xa4\x42"
 _HTTP_METHODS: Final = (b"GET", b"POST", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"CONNECT", b"PRI", b"TRACE")
 
-_FIRST_BYTES: Final = frozenset({method[0] for method in _HTTP_METHODS} | {0x16} | set(range(4)))
-"""Of HTTP, TLS, and STUN: most garbage begins with none of them."""
+_FIRST_BYTES: Final = frozenset({method[0] for method in _HTTP_METHODS} | {0x16} | set(range(6)))
+"""Of HTTP, TLS, STUN and SOCKS: most garbage begins with none of them."""
+_MOST_METHODS: Final = 9
 
 
 def speaks_another_protocol(data: bytes) -> bool:
-    """Whether first bytes can be those of HTTP, TLS or STUN, which a web page can make a browser send to any port.
+    """Whether first bytes can be those of HTTP, TLS or STUN, which a web page can make a browser send to any port, or
+    of SOCKS, where a browser was told the wrong kind of proxy.
 
     Doubt counts for the client: bytes that may become one of these count as one.
     """
@@ -162,6 +167,8 @@ def speaks_another_protocol(data: bytes) -> bool:
         return True
     if b"\x16\x03".startswith(start[:2]):
         return True
+    if start[:1] in (b"\4", b"\5"):  # RFC 1928 section 3: how many methods; SOCKS4: CONNECT or BIND
+        return len(start) < 2 or 1 <= start[1] <= (2 if start[0] == 4 else _MOST_METHODS)
     # RFC 8489 section 5: two zero bits, and the magic cookie at offset 4.
     cookie = start[4:8]
     return bool(start) and start[0] < 0x04 and _STUN_COOKIE.startswith(cookie) and len(start) > 1

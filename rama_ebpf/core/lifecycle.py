@@ -29,10 +29,13 @@ class Stage(enum.IntEnum):
 class Lifecycle:
     """The stage of one connection, and the callbacks that are told when it moves."""
 
-    __slots__ = ("_owed", "_owed_watchers", "_watchers", "stage")
+    __slots__ = ("_owed", "_owed_watchers", "_watchers", "due", "stage")
 
     def __init__(self) -> None:
         self.stage = Stage.ACCEPTED
+        self.due: float | None = None
+        """By when (the event loop's clock) a protocol had better end a handshake that takes too long, in its own words:
+        a moment later it is cut. None: it may take any time."""
         self._watchers: list[Callable[[Stage], None]] = []
         self._owed = 0
         self._owed_watchers: list[Callable[[bool], None]] = []

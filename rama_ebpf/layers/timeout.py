@@ -15,6 +15,10 @@ from ..relay.options import TunnelLimits
 __all__ = ["TimeoutLayer"]
 
 
+_SAY_SECONDS: Final = 0.5
+"""So much sooner than it is cut a protocol may end a handshake by itself."""
+_SAY_PART: Final = 0.1
+"""At most this part of the handshake's time."""
 _FOREVER: Final = 365 * 86400.0
 
 
@@ -68,6 +72,7 @@ class _Watch:
     def __init__(self, layer: TimeoutLayer, stream: Stream) -> None:
         self._layer = layer
         self._stream = stream
+        self._lifecycle = Lifecycle.of(stream.extensions)
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.time()
         self._moved = -1
@@ -79,8 +84,7 @@ class _Watch:
         self.timeout = asyncio.timeout(None)
 
     def start(self) -> None:
-        layer = self._layer
-        lifecycle = Lifecycle.of(self._stream.extensions)
+        layer, lifecycle = self._layer, self._lifecycle
         lifecycle.watch(self._reached)
         lifecycle.watch_owed(self._owe)
         if lifecycle.stage is Stage.ACCEPTED and layer.handshake is not None:
@@ -99,6 +103,8 @@ class _Watch:
         if total is not None and self._started + total <= when:
             when, error = self._started + total, TotalTimeout(f"connection lived for {total} s")
         self.error = error
+        if isinstance(error, HandshakeTimeout) and self._layer.handshake is not None:
+            self._lifecycle.due = when - min(_SAY_SECONDS, self._layer.handshake * _SAY_PART)
         self.timeout.reschedule(None if when == float("inf") else when)
 
     def _owe(self, owed: bool) -> None:

@@ -13,9 +13,12 @@ import rama_ebpf
 from rama_ebpf.core.blame import BLAME, Blame, judge, markdown, speaks_another_protocol
 from rama_ebpf.core.errors import AuthFailed, Busy, HandshakeTimeout, PeerClosed, ProtocolError, RamaError
 from rama_ebpf.core.shares import Held, SourceShare
+from rama_ebpf.services.http import HttpServer, Request, Response
 from rama_ebpf.services.http.h1.heads import head_end, parse_request
 from rama_ebpf.services.http.message.errors import AmbiguousMessage, MalformedMessage
 from rama_ebpf.services.http.message.limits import HttpLimits
+from rama_ebpf.services.protocols import is_http
+from rama_ebpf.services.router import PeekRouter
 from rama_ebpf.services.socks5.machine import ServerMachine
 from rama_ebpf.services.socks5.wire import Method
 from rama_ebpf.services.tls.client_hello import ClientHelloParser
@@ -166,8 +169,11 @@ def _http(data: bytes) -> str:
         b"GET / HTTP/1.1\r\nHost: a_b c\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"\x05\x02\x00\x02\r\n\r\n",
+        b"\x04\x01\x00\x50\x01\x02\x03\x04\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
-    ids=["414", "raw UTF-8", "blank in target", "431", "bad Host", "no Host", "TLS"],
+    ids=["414", "raw UTF-8", "blank in target", "431", "bad Host", "no Host", "TLS", "SOCKS5", "SOCKS4", "h2 preface"],
 )
 def test_what_a_web_page_can_make_a_browser_send_is_no_strike(data: bytes) -> None:
     assert _http(data) == "no"
@@ -237,7 +243,22 @@ def test_tls_strikes_for_what_breaks_the_protocol_only(data: bytes, kind: str) -
     assert caught.value.kind == kind
 
 
+@pytest.mark.parametrize("data", [b"\x05\x01\x00", b"\x05\x02\x00\x02", b"\x04\x01\x00\x50\x7f\x00\x00\x01\x00"])
+def test_wrong_kind_of_proxy_in_a_browser_s_settings_is_no_strike(data: bytes) -> None:
+    async def app(_request: Request) -> Response:
+        raise AssertionError
+
+    for service in (HttpServer(app), PeekRouter((is_http, HttpServer(app)))):
+        judge_first = service.first_bytes
+        assert judge_first is not None
+        refused = judge_first.judge(data)
+        assert refused is not None
+        assert not BLAME[refused.kind].strikes
+
+
 def test_noise_is_of_no_other_protocol() -> None:
+    assert not speaks_another_protocol(b"\x05\x00")
+    assert not speaks_another_protocol(b"\x04\x09")
     assert not speaks_another_protocol(b"\xff\xff\xff\xff")
     assert not speaks_another_protocol(b"\x00" * 8)
     assert not speaks_another_protocol(b"SSH-2.0-x")

@@ -148,6 +148,9 @@ class RequestMemory:
         self.section: _Section | None = None
 
 
+_PREFACE: Final = b"PRI * HTTP/2.0"
+
+
 def parse_request(data: bytes, limits: HttpLimits, memory: RequestMemory | None = None) -> RequestHead:
     """Read a complete header section. Raises :class:`MalformedMessage`."""
     try:
@@ -160,6 +163,8 @@ def _read_request(data: bytes, limits: HttpLimits, memory: RequestMemory | None)
     line, _, rest = data.partition(b"\r\n")
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
+        if line == _PREFACE:
+            raise MalformedMessage("HTTP/2 without TLS is not served here")
         stray = _METHOD_LIKE.match(line) is not None or speaks_another_protocol(line)
         refusal = AmbiguousMessage if not stray or _OTHER_VERSION.fullmatch(line) else MalformedMessage
         raise refusal("not a request line of HTTP/1.0 or HTTP/1.1")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ....core.deadline import Deadline
-from ....core.errors import PeerClosed
+from ....core.errors import HandshakeTimeout, PeerClosed
 from ....core.lifecycle import Lifecycle, Stage
 from ....core.request_log import RequestLog, RequestMeter
 from ....core.service import Service
@@ -67,6 +67,7 @@ class H1ServerConnection:
         self.draining = False
         """Whether no other request is to be taken."""
         self._established = False
+        self._lifecycle = Lifecycle.of(stream.extensions)
         self.no_body = RequestBody(self, None, timeouts)
         self.continued = False
         """Whether the current request's client was told to send its body."""
@@ -89,7 +90,8 @@ class H1ServerConnection:
         except MalformedMessage as error:
             log.debug("%s: refused a message: %s", self._stream.peer, error)  # the connection's end says it as well
             if strict.may_respond:
-                await self._linger(error.wire)
+                with self._lifecycle.owed():  # no time-out of the handshake cuts what it is told
+                    await self._linger(error.wire)
             raise
         finally:
             self._deadline.close()
@@ -144,7 +146,7 @@ class H1ServerConnection:
         if self.draining and self.strict.quiet:
             return False
         self._waits_for = None
-        deadline.start(self._timeouts.idle)
+        deadline.start(self._within(self._timeouts.idle))
         self.waits(self.strict.quiet)
         try:
             found = await path.serve()
@@ -158,7 +160,7 @@ class H1ServerConnection:
                 raise
             if found.exchange is None:
                 if self._idle:
-                    return False
+                    return await self._give_up()
                 raise MalformedMessage("the request's header section did not come in time", 408) from error
             await found.exchange.connection.abort()
             found = found._replace(failure=unanswered())
@@ -220,7 +222,7 @@ class H1ServerConnection:
             return
         self._waits_for = wanted
         self._idle = idle
-        self._deadline.prolong(self._timeouts.idle if idle else self._timeouts.head)
+        self._deadline.prolong(self._within(self._timeouts.idle if idle else self._timeouts.head))
 
     def waits_for_response(self) -> None:
         """The upstream is waited for."""
@@ -300,6 +302,21 @@ class H1ServerConnection:
         """Read once from the client."""
         self.strict.receive(await self._watch.read(_READ))
 
+    def _within(self, seconds: float) -> float:
+        """How long to wait for a request: for the first not longer than until the connection would be cut without a
+        word."""
+        due = None if self._established else self._lifecycle.due
+        return seconds if due is None else max(0.0, min(seconds, due - self._loop.time()))
+
+    async def _give_up(self) -> bool:
+        """No request has come. Before the first of a handshake in time that ends it, in order: it may be a browser's
+        connection in reserve. Raises :class:`~rama_ebpf.core.errors.HandshakeTimeout` then; else returns False."""
+        if self._established or self.draining or self._lifecycle.due is None:
+            return False
+        with self._lifecycle.owed():
+            await self._linger()
+        raise HandshakeTimeout("no request came in the time for the handshake")
+
     async def _read_head(self) -> RequestHead | None:
         """Return the next request's head; None if there will be none."""
         strict, deadline = self.strict, self._deadline
@@ -308,18 +325,19 @@ class H1ServerConnection:
             self._idle = strict.quiet
             if self._idle and self.draining:
                 return None
-            deadline.start(self._timeouts.idle if self._idle else self._timeouts.head)
+            deadline.start(self._within(self._timeouts.idle if self._idle else self._timeouts.head))
             try:
                 while event is NEED_DATA:
                     strict.receive(await self._stream.read(_READ))
                     event = strict.next_event()
                     if self._idle and event is NEED_DATA:
                         self._idle = False
-                        deadline.start(self._timeouts.head)
+                        deadline.start(self._within(self._timeouts.head))
             except asyncio.CancelledError as error:
                 if not deadline.expired():
                     raise
                 if self._idle:
+                    await self._give_up()
                     return None
                 raise MalformedMessage("the request's header section did not come in time", 408) from error
             except PeerClosed:
@@ -337,7 +355,7 @@ class H1ServerConnection:
     def _request(self, head: RequestHead, body: Body) -> Request:
         if not self._established:
             self._established = True
-            Lifecycle.of(self._stream.extensions).reached(Stage.ESTABLISHED)
+            self._lifecycle.reached(Stage.ESTABLISHED)
         return Request(
             method=head.method,
             authority=head.authority,

@@ -63,6 +63,7 @@ class H2ServerConnection(H2Connection):
         self._served = served
         self._date = date
         self._settled = False
+        self._lifecycle = Lifecycle.of(stream.extensions)
         self._refusals = 0
         self._tasks: dict[asyncio.Task[None], Channel] = {}
 
@@ -100,6 +101,14 @@ class H2ServerConnection(H2Connection):
             self._begin(event.stream_id, list(event.headers or []))
         elif isinstance(event, h2.events.SettingsAcknowledged):
             self._settled = True
+        elif isinstance(event, h2.events.RemoteSettingsChanged):
+            self._lifecycle.reached(Stage.ESTABLISHED)  # with its preface (RFC 9113 section 3.4)
+
+    def _read_deadline(self) -> float | None:
+        deadline, due = super()._read_deadline(), self._lifecycle.due
+        if self._lifecycle.stage is not Stage.ACCEPTED or due is None or deadline is None:
+            return deadline
+        return min(deadline, due)  # it would be cut without a word
 
     def _begin(self, stream_id: int, fields: Fields) -> None:
         # Tasks outlive a reset by a moment: they count, or reset streams would make room for more work (rapid reset).
@@ -110,7 +119,7 @@ class H2ServerConnection(H2Connection):
             self._refuse_surplus(stream_id)
             return
         channel = self.channels[stream_id] = Channel(self, stream_id)
-        Lifecycle.of(self.stream.extensions).reached(Stage.ESTABLISHED)
+        self._lifecycle.reached(Stage.ESTABLISHED)
         task = asyncio.get_running_loop().create_task(self._serve(channel, fields))
         self._tasks[task] = channel
         task.add_done_callback(self._ended)
