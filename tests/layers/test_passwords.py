@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
@@ -231,6 +233,21 @@ def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "users")
     with pytest.raises(PasswordFileError, match="not a regular file"):
         PasswordFile(tmp_path / "users")
+
+
+@pytest.mark.root
+def test_a_server_that_is_nice_already_checks_passwords_as_well(users: Path) -> None:
+    script = (
+        "import asyncio, os, sys\n"
+        "from rama_ebpf.core import Credentials\n"
+        "from rama_ebpf.layers.auth import PasswordFile\n"
+        "os.nice(17)\n"
+        "file = PasswordFile(sys.argv[1])\n"
+        "os.setuid(65534)\n"  # who may not be less nice again
+        "print(asyncio.run(file(Credentials('tom', 'secret'))).name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, users], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("tom\n", 0), done.stderr
 
 
 async def test_argon2_hashes(tmp_path: Path) -> None:
