@@ -196,6 +196,10 @@ RULE = '[[policy.rules]]\nname = "r{n}"\naction = "drop"\nsources = ["198.18.0.{
         (minimal("[policy]\nsyn_cookies = true"), "7: policy: syn_cookies: XDP sends them, so name at least one"),
         (minimal("[policy.rejects]\nburst = 5"), "7: policy.rejects.rate: this setting is needed"),
         (minimal("server = 5"), "7: stacks.s.server: there is no such setting"),
+        (
+            minimal(layers="[{ proxy-protocol = { trusted = [] } }]"),
+            "6: stacks.s.layers[0].proxy-protocol: trusted names nobody",
+        ),
         ("server = 5\n" + minimal(), "1: server: write a table"),
         (
             minimal("".join(f'[listeners.l{n}]\naddress = "127.0.0.1:{n}"\nstack = "s"\n' for n in range(2000, 2064))),

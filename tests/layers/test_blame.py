@@ -41,8 +41,10 @@ SERVER_SIDE = {
     "sandbox",
     "seccomp",
     "stack",
+    "stopping",
     "target",
     "too_many_bans",
+    "upgrade_failed",
     "user",
     "workers_failed",
 }
