@@ -17,19 +17,23 @@ __all__ = ["LineHandler", "SecondFormatter", "log_line"]
 _BASE: Final = logging.makeLogRecord({"levelno": logging.INFO, "levelname": "INFO"}).__dict__
 
 
+_TIME: Final = "\0time\0"
+_MESSAGE: Final = "\0message\0"
+
+
 class _Line(logging.LogRecord):
     """A record of a message that needs no arguments. ``access`` is the message as an object."""
 
     def __init__(self, name: str, message: object) -> None:
         now = time.time()
-        self.__dict__.update(_BASE)
-        self.__dict__.update(
-            name=name,
-            msg=message,
-            created=now,
-            msecs=int(now % 1 * 1000) + 0.0,
-            access=message,
-        )
+        self.__dict__ = {
+            **_BASE,
+            "name": name,
+            "msg": message,
+            "created": now,
+            "msecs": int(now % 1 * 1000) + 0.0,
+            "access": message,
+        }
 
     def getMessage(self) -> str:  # the library's name
         return str(self.msg)
@@ -46,8 +50,33 @@ class SecondFormatter(logging.Formatter):
 
     def __init__(self, fmt: str) -> None:
         super().__init__(fmt)
+        self._line = fmt
         self._second = -1
         self._text = ""
+        self._around: dict[str, tuple[str, str, str] | None] = {}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as a line; of :func:`log_line`, all but the time and the message is known by its logger."""
+        if type(record) is not _Line:
+            return super().format(record)
+        name = record.name
+        if name not in self._around:
+            self._around[name] = self._cut(record)
+        around = self._around[name]
+        if around is None:
+            return super().format(record)
+        return f"{around[0]}{self.formatTime(record)}{around[1]}{record.msg}{around[2]}"
+
+    def _cut(self, record: logging.LogRecord) -> tuple[str, str, str] | None:
+        """Return what a line has before its time, between time and message, and behind; None for another order."""
+        fields = {**record.__dict__, "asctime": _TIME, "message": _MESSAGE}
+        try:
+            before, rest = (self._line % fields).split(_TIME)
+            between, after = rest.split(_MESSAGE)
+        except ValueError:
+            return None
+        varying = ("created", "msecs", "relativeCreated")
+        return None if any(f"({name})" in self._line for name in varying) else (before, between, after)
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         """Return the local time of a record."""
