@@ -31,6 +31,7 @@ from ..policy.kernel_store import KernelStore
 from ..policy.refresh import Refresher
 from ..policy.rule import PolicyError
 from ..process import Nursery, Plan, Supervisor, WorkerObserver, WorkerProcess
+from ..process.plan import nothing_held
 from ..process.sandbox import Sandbox
 from ..process.service_manager import notify
 from ..services.tcp import bind_tcp
@@ -350,7 +351,7 @@ class _Daemon(WorkerObserver):
             fds=self._relay.descriptors
             | self._wire.descriptors(wanted=options.wire)
             | ({} if gate is None else {"accepted": gate.maps["accepted"]}),
-            held=tuple if gate is None else lambda: gate.attachments.guarding,
+            held=nothing_held if gate is None else gate.attachments.guarding,
             environment={} if self._metrics is None else self._metrics.environment,
             drain=options.drain,
             linger=options.linger,

@@ -20,7 +20,8 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -103,9 +104,13 @@ class _Place:
     workers: Path | None = None
     workers_identity: int = 0
     links: dict[str, int] = field(default_factory=dict)
+    judges_alone: bool = False
+    """Whether it is somebody else's, and has what judges connections alone."""
 
     def of(self, hook: Hook) -> tuple[Path, int] | None:
         """Which cgroup a hook is attached to, with its id; None if it is not for this place."""
+        if self.judges_alone:
+            return (self.directory, self.identity) if hook is _JUDGE else None
         if hook.target is Target.CGROUP or (hook.target is Target.EGRESS and self.workers is not None):
             return self.directory, self.identity
         if hook.target is Target.WORKERS and self.workers is not None:
@@ -149,6 +154,9 @@ class Attachments:
         self._steering: int | None = None
         self._steering_last: int | None = None
         self._interfaces: dict[str, _Interface] = {}
+        self._program_ids: dict[str, int] = {}
+        self._lending = threading.Lock()
+        """Held while links are given to a process, and while any is closed: their numbers are others' then."""
 
     # -- attach --------------------------------------------------------------------------------------------------
 
@@ -175,6 +183,7 @@ class Attachments:
         place = next((known for known in self._places if known.identity == identity), None)
         if place is not None:
             self._places.remove(place)
+            place.judges_alone = False
         else:
             place = _Place(directory, identity)
             if directory.name == self._name:
@@ -193,10 +202,14 @@ class Attachments:
                         place.links[_LAST + hook.name] = _closed_last(link)
         except BaseException:
             if len(self._places) > 1:  # those before still judge
-                self._places.remove(place)
-                place.unlink()
+                self._forget(place)
             raise
         return place
+
+    def _forget(self, place: _Place) -> None:
+        self._places.remove(place)
+        with self._lending:
+            place.unlink()
 
     def _link(self, hook: Hook, path: Path) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -364,13 +377,16 @@ class Attachments:
         """The cgroup for workers, None where cgroups may not be changed."""
         return self._places[-1].workers if self._places else None
 
-    @property
-    def guarding(self) -> tuple[int, ...]:
-        """Descriptors of the links of what judges connections. Each process that has listening sockets holds them:
-        whatever is killed, the gate stands for as long as one of them listens."""
+    @contextlib.contextmanager
+    def guarding(self) -> Iterator[tuple[int, ...]]:
+        """Yield descriptors of the links of what judges connections, and keep them open meanwhile; from any thread.
+
+        Each process that has listening sockets holds them: whatever is killed, the gate stands for as long as one of
+        them listens."""
         names = (_JUDGE.name, _LAST + _JUDGE.name)
-        links = [place.links.get(name) for place in list(self._places) for name in names]
-        return tuple(fd for fd in (*links, self._steering, self._steering_last) if fd is not None)
+        with self._lending:
+            links = [place.links.get(name) for place in list(self._places) for name in names]
+            yield tuple(fd for fd in (*links, self._steering, self._steering_last) if fd is not None)
 
     @property
     def former_cgroups(self) -> tuple[Path, ...]:
@@ -411,17 +427,37 @@ class Attachments:
 
     def steers(self) -> bool:
         """Whether sk_lookup is attached to the network namespace of this thread."""
-        return self._steering is not None and bpf.link_info(self._steering).target == _NAMESPACE.stat().st_ino
+        if self._steering is None:
+            return False
+        link = bpf.link_info(self._steering)
+        return link.target == _NAMESPACE.stat().st_ino and link.prog_id == self._program_id(_STEERING)
 
     def _reaches(self, fd: int) -> bool:
         """Whether a cgroup, by its descriptor, is judged by ours: it, or one above it, has the program."""
-        ours = bpf.prog_info(self._programs[_JUDGE.name]).id
-        return ours in bpf.effective_programs(fd, _JUDGE.attach_type)
+        return self._program_id(_JUDGE) in bpf.effective_programs(fd, _JUDGE.attach_type)
 
-    @staticmethod
-    def _is_attached(place: _Place, hook: Hook) -> bool:
+    def _is_attached(self, place: _Place, hook: Hook) -> bool:
         where, link = place.of(hook), place.links.get(hook.name)
-        return where is not None and link is not None and bpf.link_info(link).target == where[1]
+        if where is None or link is None:
+            return False
+        found = bpf.link_info(link)
+        return found.target == where[1] and found.prog_id == self._program_id(hook)
+
+    def _program_id(self, hook: Hook) -> int:
+        if hook.name not in self._program_ids:
+            self._program_ids[hook.name] = bpf.prog_info(self._programs[hook.name]).id
+        return self._program_ids[hook.name]
+
+    def _takes_back(self, hook: Hook, link: int | None, target: int) -> bool:
+        """Put our program in place of another one that somebody has put into a link of ours; return whether that was
+        what is wrong."""
+        if link is None:
+            return False
+        found = bpf.link_info(link)
+        if found.target != target or found.prog_id == self._program_id(hook):
+            return False
+        bpf.link_update(link, self._programs[hook.name])
+        return True
 
     # -- mend ----------------------------------------------------------------------------------------------------
 
@@ -438,9 +474,46 @@ class Attachments:
         for place in list(self._places):
             self._mend_place(place, found)
         self._mend_steering(found)
+        self._mend_exemption(found)
         for pid in workers:
             self._mend_worker(pid, found)
         return found
+
+    def adopt(self, cgroups: Collection[int | None], found: Mending) -> None:
+        """Judge for the cgroup above ours, too, while it is one of ``cgroups``, those of our listening sockets: they
+        were made while this process had to stay there, and belong to it for good."""
+        if not self._places or self._places[-1].workers is None:
+            return
+        above = self._places[-1].directory.parent
+        try:
+            identity = above.stat().st_ino
+            for place in [one for one in self._places if one.judges_alone and one.identity not in cgroups]:
+                bpf.link_detach(place.links[_JUDGE.name])  # workers that were started meanwhile hold it
+                self._forget(place)
+            if identity not in cgroups or any(one.identity == identity for one in self._places):
+                return
+            fd = os.open(above, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if self._reaches(fd):
+                    return
+            finally:
+                os.close(fd)
+            place = _Place(above, identity, judges_alone=True)
+            place.links[_JUDGE.name] = link = self._link(_JUDGE, above)
+            place.links[_LAST + _JUDGE.name] = _closed_last(link)
+        except OSError as error:
+            found.faults["cgroup"] = f"listeners' sockets belong to {above}, and are not judged: {error.strerror}"
+            return
+        self._places.insert(0, place)
+        found.losses.append(("cgroup", f"listeners' sockets belong to {above}: {_JUDGE.name} is attached there, too"))
+
+    def _mend_exemption(self, found: Mending) -> None:
+        """Whose cgroup is free of the egress policy."""
+        place = self._places[-1]
+        wanted = place.identity.to_bytes(8, sys.byteorder)
+        if place.workers is not None and bpf.map_lookup(self._maps["server_cgroup"], bytes(4), 8) != wanted:
+            bpf.map_update(self._maps["server_cgroup"], bytes(4), wanted)
+            found.losses.append(("egress", "another program wrote which cgroup has no egress policy: put back"))
 
     def _mend_worker(self, pid: int, found: Mending) -> None:
         """Sockets that a worker makes belong to its cgroup: elsewhere no egress policy holds for them."""
@@ -498,8 +571,7 @@ class Attachments:
                 cgroup.remove_if_empty(place.directory)
             if not place.directory.is_dir():
                 if not self._is_attached(place, _JUDGE):  # the last socket of it has been closed
-                    place.unlink()
-                    self._places.remove(place)
+                    self._forget(place)
                 return
         for hook in HOOKS:
             where = place.of(hook)
@@ -507,6 +579,10 @@ class Attachments:
                 continue
             label, directory = _NAMED[hook.target], where[0]
             try:
+                if self._takes_back(hook, place.links.get(hook.name), where[1]):
+                    text = f"another program was put in place of {hook.name} at {directory}: put back"
+                    found.losses.append((label, text))
+                    continue
                 if hook.target is Target.WORKERS and not directory.is_dir():
                     directory.mkdir()
                     place.workers_identity = directory.stat().st_ino
@@ -528,6 +604,10 @@ class Attachments:
         if self.steers():
             return
         try:
+            if self._takes_back(_STEERING, self._steering, _NAMESPACE.stat().st_ino):
+                text = f"another program was put in place of {_STEERING.name} in the network namespace: put back"
+                found.losses.append(("sk_lookup", text))
+                return
             link = self._link(_STEERING, _NAMESPACE)
         except OSError as error:
             text = f"{_STEERING.name} is detached, and cannot be attached again: {error.strerror}"
@@ -547,7 +627,7 @@ class Attachments:
         label = f"XDP on {name}"
         if interface.live:
             device = netdev.link(attached.index)
-            if device is not None and device.program == bpf.prog_info(self._programs[_BY_INTERFACE.name]).id:
+            if device is not None and device.program == self._program_id(_BY_INTERFACE):
                 self._keep_interface(interface, device.name)
                 return
             gone = "it was removed" if device is None else "it was detached"

@@ -121,6 +121,7 @@ _MOST_PROGRAMS: Final = 256  # the kernel's own bound is 64 a cgroup (BPF_CGROUP
 _LINK_GET_FD_BY_ID = 30
 _LOOKUP_BATCH, _UPDATE_BATCH = 24, 26
 _LINK_CREATE, _LINK_UPDATE = 28, 29
+_LINK_DETACH = 34
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _ATTR_SIZE: Final = 128
@@ -391,8 +392,13 @@ def link_create(prog_fd: int, target_fd: int, attach_type: AttachType, flags: in
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:
-    """Put another program into the place of the one that a link attaches: each packet meets one of them."""
+    """Put another program in place of a link's, at once: all who hold the link have that."""
     _bpf(_LINK_UPDATE, struct.pack("=IIII", link_fd, prog_fd, 0, 0))
+
+
+def link_detach(link_fd: int) -> None:
+    """End an attachment, whoever else holds the link."""
+    _bpf(_LINK_DETACH, struct.pack("=I", link_fd))
 
 
 def link_by_id(identity: int) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from ..core.errors import RamaError
 from ..kernel.privileges import UserIds
 from .sandbox import Sandbox
 
-__all__ = ["Json", "Listener", "Plan", "PlanError"]
+__all__ = ["Json", "Listener", "Plan", "PlanError", "nothing_held"]
 
 Json = Mapping[str, object]
 
@@ -20,6 +21,11 @@ class PlanError(RamaError, ValueError):
     """A plan cannot be carried out; the text names the value and the remedy."""
 
     kind = "plan"
+
+
+def nothing_held() -> AbstractContextManager[Collection[int]]:
+    """No descriptors to hold."""
+    return nullcontext(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +56,9 @@ class Plan:
     context. ``user`` is who the workers become (None: they stay who they are), ``sandbox`` whether they must give up
     files and system calls, and ``read`` and ``write`` are paths that are left to them. ``fds`` are further descriptors
     by name that every worker gets. ``held`` says, whenever a worker starts, which descriptors it has to hold without
-    knowing what they are for. ``drain`` is how many seconds live connections have after SIGTERM, ``linger`` for how
-    many it goes on to accept before that, ``watchdog`` after how many seconds of silence a worker is taken for hung
+    knowing what they are for, and keeps them open meanwhile. ``drain`` is how many seconds live connections have after
+    SIGTERM, ``linger`` for how many it goes on to accept before that, ``watchdog`` after how many seconds of silence a
+    worker is taken for hung
     and replaced. ``environment`` is added to the workers'.
     """
 
@@ -65,7 +72,7 @@ class Plan:
     params: Json = field(default_factory=dict)
     directory: str | None = None
     fds: Mapping[str, int] = field(default_factory=dict)
-    held: Callable[[], Collection[int]] = tuple
+    held: Callable[[], AbstractContextManager[Collection[int]]] = nothing_held
     environment: Mapping[str, str] = field(default_factory=dict)
     drain: float = 300.0
     linger: float = 0.0

@@ -179,11 +179,11 @@ class WorkerFactory:
             raise OSError("too many workers of earlier configurations still drain")
         ours, theirs = socket.socketpair()
         listeners = [(listener.name, listener.for_worker(number, plan.workers)) for listener in plan.listeners]
-        held = list(plan.held())
-        fds = {theirs.fileno(), self._shared_fd, *plan.fds.values(), *held}
+        fds = {theirs.fileno(), self._shared_fd, *plan.fds.values()}
         fds.update(sock.fileno() for _, sockets in listeners for _, sock in sockets)
         try:
-            with theirs:
+            with theirs, plan.held() as held:
+                fds.update(held)
                 # A fresh interpreter and not a fork of this one: see docs/process.md.
                 process = subprocess.Popen(
                     [sys.executable, "-m", "rama_ebpf.process.worker", str(theirs.fileno())],
@@ -212,7 +212,7 @@ class WorkerFactory:
                 for name, sockets in listeners
             ],
             "fds": plan.fds,
-            "held": held,
+            "held": list(held),
             "user": None if plan.user is None else (plan.user.uid, plan.user.gid),
             "sandbox": plan.sandbox.value,
             "read": plan.read,

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ import pytest
 
 from rama_ebpf.core.address import mapped
 from rama_ebpf.kernel import abi, bpf, cgroup
+from rama_ebpf.kernel.attachments import HOOKS
 from rama_ebpf.kernel.bpf import MapType
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.loader import unload
@@ -189,6 +191,32 @@ def test_listener_of_a_cgroup_that_the_gate_cannot_reach_is_not_open(elsewhere: 
     assert ready(host)[0] == 200
 
 
+def test_listener_of_a_cgroup_that_could_not_be_reached_opens_by_itself_when_it_can(
+    elsewhere: Path, scene: Scene
+) -> None:
+    host = scene.server
+    scene.start(f"{host.ipv4}:{PORT}")
+    (elsewhere / "cgroup.max.descendants").write_text("0")
+    move(scene.proxy.pid, elsewhere)
+    scene.reload(f"{host.ipv4}:{PORT}")
+    assert "NOT GUARDED" in scene.guards()[f"{host.ipv4}:{PORT}"]
+    (elsewhere / "cgroup.max.descendants").write_text("max")
+    wait_for(lambda: scene.gets_in(scene.allowed, host.ipv4), timeout=60, what="that the listener opens")
+    assert scene.is_guarded(host.ipv4)
+    assert scene.proxy.json("status")["problems"] == {}
+    assert ready(host)[0] == 200
+    scene.reload(f"{host.ipv4}:{PORT}")
+    assert scene.is_guarded(host.ipv4)
+    # Else sockets of ours would be judged, and charged, twice.
+    wait_for(lambda: scene.proxy.json("status") and not judges(elsewhere), timeout=30, what="one gate for each socket")
+
+
+def judges(directory: Path) -> bool:
+    """Whether what judges connections is attached to this very cgroup."""
+    listed = subprocess.run(["bpftool", "cgroup", "show", directory], check=True, capture_output=True, text=True).stdout
+    return any(line.split()[-1:] == ["gate_cgroup"] for line in listed.splitlines())
+
+
 def test_removed_cgroup_is_replaced_and_everything_stays_guarded(elsewhere: Path, scene: Scene) -> None:
     host = scene.server
     scene.start(f"{host.ipv4}:{PORT}")
@@ -248,6 +276,28 @@ def test_links_that_are_lost_are_put_back_logged_once_and_counted(scene: Scene) 
     assert scene.logged("XDP on eth0: attached again, native") == 1
     assert metric(host, 'rama_gate_losses_total{hook="cgroup"}') >= 1
     assert metric(host, 'rama_gate_losses_total{hook="sk_lookup"}') == 1
+    assert scene.proxy.json("status")["problems"] == {}
+
+
+def test_another_program_in_a_link_of_ours_is_replaced_and_counted(scene: Scene) -> None:
+    host = scene.server
+    scene.start(f"{host.ipv4}:{PORT}", policy='xdp = ["eth0"]')
+    passes = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 1, 0x95, 0, 0, 0)  # r0 = 1; exit
+    kinds = {hook.name[:15]: hook for hook in HOOKS}  # as the kernel has it
+    for name, link in links(scene.proxy.pid).items():
+        program = bpf.prog_load(kinds[name].prog_type, passes, kinds[name].attach_type, "foreign")
+        held = bpf.link_by_id(link)
+        try:
+            bpf.link_update(held, program)
+        finally:
+            bpf.close(held)
+            bpf.close(program)
+    assert links(scene.proxy.pid).keys() == {"foreign"}
+    assert scene.guards() == {f"{host.ipv4}:{PORT}": "guarded by cgroup, sk_lookup, XDP on eth0"}
+    assert {"gate_cgroup", "gate_lookup", "gate_xdp", "egress_connect4"} <= links(scene.proxy.pid).keys()
+    assert scene.is_guarded(host.ipv4)
+    assert scene.logged("another program was put in place of gate_cgroup at .*: put back") == 1
+    assert scene.logged("another program was put in place of gate_lookup in the network namespace: put back") == 1
     assert scene.proxy.json("status")["problems"] == {}
 
 
