@@ -55,6 +55,15 @@ class InstanceBusy(RuntimeError):
         self.pid = pid
 
 
+def _whole(path: Path) -> bytes:
+    """Read a file. A read that fails raises OSError, whatever its errno: file objects have another word for EAGAIN."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
+    finally:
+        os.close(fd)
+
+
 @dataclass(frozen=True, slots=True)
 class Instance:
     """A named instance of the proxy: 1–32 characters of ``[a-z0-9_-]``. Raises ValueError for another name."""
@@ -122,8 +131,8 @@ class Instance:
     def read_state(self) -> dict[str, object]:
         """Return what the server wrote about itself last, or an empty dict."""
         try:
-            state = json.loads((self.run_dir / "state.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            state = json.loads(_whole(self.run_dir / "state.json"))
+        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
             return {}  # never served, or torn by a crash while it was written
         return state if isinstance(state, dict) else {}
 
