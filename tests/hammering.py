@@ -1,15 +1,21 @@
 """``python -m tests.hammering N``: sources that are denied connect without pause through N starts, N reloads in which
-policy and services change, N stops, N loads and N trials. None of them may get in, and no allowed one may be refused
-while a listener is up: it may wait, and be reset when the server that it was with has gone.
+policy and services change, N stops, N loads, N trials and N upgrades. None of them may get in, and no allowed one may
+be refused while a listener is up: it may wait, and be reset when the server that it was with has gone.
+
+An upgrade is from the last commit whose maps have another layout: its server serves, ends or is killed, and leaves its
+pins; then this one starts. Before that it is a downgrade: the old one finds what this one has left.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
+import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -70,6 +76,17 @@ action = "allow"
 sources = ["198.18.1.0/24", "2001:db8:1::/64"]
 """
 """Only the office gets in, and needs no password."""
+
+
+_ENDS = (
+    (signal.SIGTERM,),
+    (signal.SIGINT,),
+    (signal.SIGTERM, signal.SIGTERM),
+    (signal.SIGTERM, signal.SIGKILL),
+    (signal.SIGHUP, signal.SIGTERM),
+    (signal.SIGKILL,),
+)
+"""How a server is ended."""
 
 
 class Strangers(Hammer):
@@ -154,6 +171,24 @@ def _go_on(pids: list[int]) -> None:
             continue
 
 
+def _old_version(directory: Path) -> Path:
+    """Put the last version whose pins have another layout into a directory. Raises CalledProcessError without git."""
+    top = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", top, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    changed = git("log", "-1", "--format=%H", "-GLAYOUT_VERSION = ", "--", "bpf/policy.h")
+    packed = directory / "old.tar"
+    git("archive", "--output", str(packed), f"{changed}^")
+    old = directory / "old"
+    with tarfile.open(packed) as archive:
+        archive.extractall(old, filter="tar")
+    layouts = [re.search(r"LAYOUT_VERSION = (\d+)", (one / "bpf/policy.h").read_text()) for one in (old, top)]
+    assert len({found[1] for found in layouts if found is not None}) == 2, "the layout is the same"
+    return old
+
+
 def hammer(count: int, directory: Path) -> int:
     """Run it; return how many got in who may not, or were refused who may."""
     chance = random.Random(seed := random.randrange(2**32))
@@ -172,6 +207,7 @@ def hammer(count: int, directory: Path) -> int:
             host.add_address(f"{address}/{128 if ':' in address else 32}", "lo")
         _configure(file, OPEN)
         proxy = ProxyProcess(host, name, "--config", str(file))
+        old = {"PYTHONPATH": str(_old_version(directory))}
         try:
             with Denied(host, DENIED, targets) as denied, Strangers(host) as strangers, Allowed(host) as allowed:
                 begun = time.monotonic()
@@ -200,11 +236,23 @@ def hammer(count: int, directory: Path) -> int:
                     allowed.phase = "stop"
                     allowed.down()
                     stopped = _busy(proxy, chance)
-                    proxy.signal(signal.SIGTERM if chance.random() < 0.8 else signal.SIGKILL)
+                    for number_of_signal in chance.choice(_ENDS):
+                        proxy.signal(number_of_signal)
+                        time.sleep(chance.random() * 0.2)
                     threading.Timer(chance.random(), _go_on, (stopped,)).start()
                     proxy.wait(30)
                     proxy.end()
                     done["stops"] += 1
+                    allowed.phase = "upgrade"
+                    proxy.environment = old
+                    proxy.start()
+                    proxy.signal(signal.SIGTERM if chance.random() < 0.5 else signal.SIGKILL)
+                    proxy.wait(30)
+                    proxy.end()
+                    layouts = sorted(path.name for path in Instance(name).pin_root.iterdir())
+                    assert set(layouts) - {Instance(name).pin_dir.name}, layouts
+                    proxy.environment = {}
+                    done["upgrades"] += 1
                     if number % 10 == 9:
                         rama_ebpf("unload", "--instance", name)
                     if number % 5 == 4:

@@ -55,6 +55,8 @@ class ProxyProcess:
         self.instance = instance
         self._args = args
         self._cwd = cwd
+        self.environment: dict[str, str] = {}
+        """What the server gets beside this process's."""
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self.log: list[str] = []
@@ -76,7 +78,7 @@ class ProxyProcess:
             self.instance,
             *self._args,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
             cwd=self._cwd,
             pass_fds=pass_fds,
         )
