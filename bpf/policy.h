@@ -58,6 +58,12 @@ enum gate_flag {
 	GATE_RUNTIME_PORTS = 4, /* some runtime rule is for one port */
 };
 
+/*
+ * An entry of the failsafe, for lists 0 and 1: whether list n covers its network (bit n), and whether it names it (bit
+ * 2 + n). A look-up finds the longest prefix of either list, and what that says of one is so for all shorter ones.
+ */
+enum failsafe_bit { FAILSAFE_COVERED = 1, FAILSAFE_NAMED = 4 };
+
 enum bound {
 	MAX_LISTENERS        = 64,
 	MAX_INTERFACES       = 64, /* with gate_xdp */
@@ -240,14 +246,15 @@ _Static_assert(sizeof(struct limit) == 16, "limit");
 
 struct set_head {
 	__u32 default_action;
-	__u32 pad;
+	__u32 chain_items; /* how many there are of it, for userspace */
 	struct limit per_source; /* per /32 or /64 */
 	struct limit global;
 	struct table tables[2]; /* IPv4, IPv6 */
 	__u32 document_at; /* the description of the set, for userspace, in bytes from the first page */
 	__u32 document_size;
+	__u64 checksum; /* of pages, slots and chains, for userspace: whether somebody else has written there */
 };
-_Static_assert(sizeof(struct set_head) == 128, "set_head");
+_Static_assert(sizeof(struct set_head) == 136, "set_head");
 
 struct gate {
 	__u64 revision;
@@ -257,11 +264,15 @@ struct gate {
 	__u32 flags;
 	__u16 failsafe_ports[MAX_FAILSAFE_PORTS]; /* 0: none */
 	__u16 source_lengths[2]; /* IPv4, IPv6: how many bits of an address stand for a source, to strikes and their bans */
+	__u32 failsafe_list; /* which of the two lists of networks is in force */
+	__u32 pad;
+	__u64 owner; /* the instance, for userspace */
 	struct lengths runtime[2]; /* IPv4, IPv6 */
 	struct set_head sets[2];
 	struct ban_masks bans[2]; /* IPv4, IPv6 */
+	__u64 seal; /* for userspace: a checksum of all the others, by which it knows what somebody else has written */
 };
-_Static_assert(sizeof(struct gate) == 512, "gate");
+_Static_assert(sizeof(struct gate) == 552, "gate");
 
 /*
  * How many RST answer `reject`, of all sources and CPUs together. Addresses in a flood are forged: without a bound the host

@@ -13,12 +13,14 @@
 static __always_inline int is_failsafe(const struct gate *g, const struct packet *p)
 {
 	struct failsafe_key key = { .plen = 32 + 128, .ipv4 = p->ipv4, .addr = p->source };
+	u32 *lists;
 
 #pragma unroll
 	for (int i = 0; i < MAX_FAILSAFE_PORTS; i++)
 		if (g->failsafe_ports[i] == p->port)
 			return 1;
-	return failsafe.lookup(&key) != NULL;
+	lists = failsafe.lookup(&key);
+	return lists && *lists & FAILSAFE_COVERED << (g->failsafe_list & 1);
 }
 
 static __always_inline void limit(struct verdict *v, u64 emission, u64 tolerance, u32 bucket, struct scratch *s,

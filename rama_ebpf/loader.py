@@ -338,7 +338,7 @@ def _open_or_create_maps(instance: Instance, sizes: MapSizes, keeper: PolicyKeep
     pinned, why = None, ""
     if instance.pin_dir.is_dir():
         try:
-            pinned = GateMaps.open(instance.pin_dir)
+            pinned = GateMaps.open(instance.pin_dir, instance.name)
         except (FileNotFoundError, LayoutMismatch) as error:
             why = str(error)
     elif instance.pin_root.is_dir() and any(instance.pin_root.iterdir()):
@@ -372,7 +372,7 @@ def _created(
         _remove_empty(instance)
         raise
     try:
-        maps = GateMaps.create(aside, sizes)
+        maps = GateMaps.create(aside, sizes, instance.name)
         try:
             if keeper is not None:
                 keeper.fill(maps, pinned, why)

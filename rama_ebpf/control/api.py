@@ -149,9 +149,7 @@ class ControlApi:
             "removed": [rule.name for rule in removed],
             "ban_lifted": lifted,
             "still_banned": None if wider is None else wider.source,
-            "revision": self._store.revision,
-            "ban_revision": self._store.ban_revision,
-        }
+        } | self._revision(bans=True)
         if not lifted and not any(rule.action is not Action.ALLOW and not rule.dry_run for rule in removed):
             return result
         return result | self._enforced(source, port, lambda decision: decision.verdict.allowed)

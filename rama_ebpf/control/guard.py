@@ -146,7 +146,7 @@ def _look(gate: Gate, workers: Collection[int], watched: list[Watched]) -> tuple
         found = gate.mend(workers)
         listening = sock_diag.listening()
         here = [one for one in listening if any(one.meets(at.address.ip, at.address.port) for at in watched)]
-        gate.attachments.adopt({one.cgroup for one in here}, found)  # those of workers that drain included
+        gate.attachments.judge_above({one.cgroup for one in here}, found)  # those of workers that drain included
         _look_for_others(watched, listening, found)
         return found, {one.listener: gate.cover(one.address, one.cookies, listening) for one in watched}
     except OSError as error:  # out of descriptors, say: what was known of listeners stands, new ones stay closed

@@ -64,7 +64,15 @@ CHAIN_ITEM: Final = _HEADER.layout("chain_item", "rule", "length", "end")
 RUNTIME_KEY: Final = _HEADER.layout("runtime_key", "length", "port", "prefix")
 TABLE: Final = _HEADER.layout("table", "base", "shift", "slots", "page", "below", "above", "layout", "zero", "pad")
 SET_HEAD: Final = _HEADER.layout(
-    "set_head", "default_action", "pad", "per_source", "global", "tables", "document_at", "document_size"
+    "set_head",
+    "default_action",
+    "chain_items",
+    "per_source",
+    "global",
+    "tables",
+    "document_at",
+    "document_size",
+    "checksum",
 )
 FAILSAFE_KEY: Final = _HEADER.layout("failsafe_key", "plen", "ipv4", "addr")
 PEER_KEY: Final = _HEADER.layout("peer_key", "socket", "addr", "port", "pad")
@@ -81,9 +89,13 @@ GATE: Final = _HEADER.layout(
     "flags",
     "failsafe_ports",
     "source_lengths",
+    "failsafe_list",
+    "pad",
+    "owner",
     "runtime",
     "sets",
     "bans",
+    "seal",
 )
 BUCKET_KEY: Final = _HEADER.layout("bucket_key", "rule", "pad", "source")
 EVENT: Final = _HEADER.layout(

@@ -246,6 +246,7 @@ class Attachments:
                     "identity": place.identity,
                     "workers": workers,
                     "workers_identity": place.workers_identity,
+                    "judges_alone": place.judges_alone,
                     "links": names,
                 }
             )
@@ -269,6 +270,7 @@ class Attachments:
         for row in facts["places"]:
             workers = None if row["workers"] is None else Path(row["workers"])
             place = _Place(Path(row["directory"]), int(row["identity"]), workers, int(row["workers_identity"]))
+            place.judges_alone = bool(row.get("judges_alone"))
             for name in row["links"]:
                 link = next(links)
                 if name in known:
@@ -326,6 +328,10 @@ class Attachments:
     def release(self, *, but_egress: bool = False) -> None:
         """Close our descriptors of all links, and touch nothing: another process has them, or they end with us. What
         keeps the egress policy of workers that drain stays ``but_egress``."""
+        with self._lending:
+            self._release(but_egress)
+
+    def _release(self, but_egress: bool) -> None:
         for steering in (self._steering, self._steering_last):
             if steering is not None:
                 os.close(steering)
@@ -479,7 +485,7 @@ class Attachments:
             self._mend_worker(pid, found)
         return found
 
-    def adopt(self, cgroups: Collection[int | None], found: Mending) -> None:
+    def judge_above(self, cgroups: Collection[int | None], found: Mending) -> None:
         """Judge for the cgroup above ours, too, while it is one of ``cgroups``, those of our listening sockets: they
         were made while this process had to stay there, and belong to it for good."""
         if not self._places or self._places[-1].workers is None:

@@ -12,7 +12,7 @@ from typing import Final
 
 from . import abi, bpf
 from .bpf import MapFlags, MapType
-from .gate_state import GateState
+from .gate_state import GateState, owner_number
 
 __all__ = [
     "MAX_EGRESS",
@@ -83,7 +83,7 @@ class MapSpec:
 
 _HASH: Final = (MapType.HASH, MapFlags.NO_PREALLOC)
 MAX_FAILSAFE: Final = 1024
-"""How many networks the failsafe has at most. Its map has room for two such lists: the new one is added before the old
+"""How many networks the failsafe has at most. Its map has room for two such lists: the new one is made before the old
 one goes, so that nobody is locked out between them."""
 MAX_EGRESS: Final = 65_536
 """How many networks and name servers the egress policy has at most."""
@@ -160,14 +160,16 @@ class GateMaps(Mapping[str, int]):
         self.specs = specs
 
     @classmethod
-    def create(cls, directory: Path, sizes: MapSizes) -> GateMaps:
-        """Create all maps, with an empty policy that allows all, and pin them in ``directory`` (on a bpffs)."""
+    def create(cls, directory: Path, sizes: MapSizes, owner: str = "") -> GateMaps:
+        """Create all maps, with an empty policy that allows all, and pin them in ``directory`` (on a bpffs).
+
+        ``owner`` is the instance that they are for; none is for any."""
         specs = _specs(sizes)
         maps = cls({}, specs)
         try:
             for name, spec in specs.items():
                 maps._fds[name] = spec.create(name)
-            bpf.map_update(maps["gate"], bytes(4), GateState().pack())
+            bpf.map_update(maps["gate"], bytes(4), GateState(owner=owner_number(owner) if owner else 0).pack())
             bpf.map_update(maps["reject_meter"], bytes(4), abi.REJECT_METER.pack(*USUAL_REJECTS, 0))
             maps.pin(directory)
         except BaseException:
@@ -176,14 +178,18 @@ class GateMaps(Mapping[str, int]):
         return maps
 
     @classmethod
-    def open(cls, directory: Path) -> GateMaps:
-        """Open the maps pinned in ``directory``. Raises FileNotFoundError or :class:`LayoutMismatch`."""
+    def open(cls, directory: Path, owner: str = "") -> GateMaps:
+        """Open the maps pinned in ``directory``.
+
+        Raises FileNotFoundError or :class:`LayoutMismatch`, also for maps that were made for another instance than
+        ``owner``, if that is given."""
         specs = _specs(MapSizes())
         maps = cls({}, specs)
         try:
             for name, spec in specs.items():
                 maps._fds[name] = fd = _pinned(directory / name)
                 spec.check(name, fd)
+            maps._check_owner(directory, owner)
         except BaseException:
             maps.close()
             raise
@@ -200,6 +206,12 @@ class GateMaps(Mapping[str, int]):
         for name, spec in specs.items():
             spec.check(name, fds[name])
         return cls(dict(fds), specs)
+
+    def _check_owner(self, directory: Path, owner: str) -> None:
+        raw = bpf.map_lookup(self["gate"], bytes(4), abi.GATE.size)
+        assert raw is not None  # an array has all its elements
+        if owner and GateState.unpack(raw).owner not in (0, owner_number(owner)):
+            raise LayoutMismatch(f"the maps pinned at {directory} belong to another instance")
 
     def pin(self, directory: Path) -> None:
         """Pin all maps in a directory on a bpffs. Raises OSError."""

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from dataclasses import dataclass, field
 from typing import cast
 
 from . import abi
 
-__all__ = ["EMPTY_TABLE", "GateState", "SetHead"]
+__all__ = ["EMPTY_TABLE", "LAST_REVISION", "GateState", "SetHead", "owner_number"]
 
 EMPTY_TABLE = bytes(abi.TABLE.size)
+LAST_REVISION = 1 << 62
+"""No policy has a higher one: what says so was not written by this software."""
+
+
+def owner_number(instance: str) -> int:
+    """Return the number by which a record names the instance that it belongs to."""
+    return _checksum(instance.encode())
+
+
+def _checksum(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), sys.byteorder)
 
 
 @dataclass(frozen=True, slots=True)
 class SetHead:
-    """``struct set_head``. Limits are (emission, tolerance) in nanoseconds; ``tables`` are packed ``struct table``."""
+    """``struct set_head``. Limits are (emission, tolerance) in nanoseconds; ``tables`` are packed ``struct table``;
+    ``checksum`` is of all that the programs read of the set, and ``chain_items`` says how much of it there is."""
 
     default: int = abi.constants()["ACTION_ALLOW"]
     per_source: tuple[int, int] = (0, 0)
@@ -22,25 +36,27 @@ class SetHead:
     tables: tuple[bytes, bytes] = (EMPTY_TABLE, EMPTY_TABLE)
     document_at: int = 0
     document_size: int = 0
+    chain_items: int = 0
+    checksum: int = 0
 
     def pack(self) -> bytes:
         return abi.SET_HEAD.pack(
             self.default,
-            0,
+            self.chain_items,
             *self.per_source,
             *self.overall,
             *self.tables,
             self.document_at,
             self.document_size,
+            self.checksum,
         )
 
     @classmethod
     def unpack(cls, raw: bytes) -> SetHead:
-        default, _, emission, tolerance, all_emission, all_tolerance, table4, table6, at, size = abi.SET_HEAD.unpack(
-            raw
-        )
-        limits = ((emission, tolerance), (all_emission, all_tolerance))
-        return cls(default, *limits, (table4, table6), at, size)
+        default, items, *limits, table4, table6, at, size, checksum = abi.SET_HEAD.unpack(raw)
+        emission, tolerance, all_emission, all_tolerance = limits
+        both = ((emission, tolerance), (all_emission, all_tolerance))
+        return cls(default, *both, (table4, table6), at, size, items, checksum)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +76,13 @@ class GateState:
     """How many bits of an IPv4 and of an IPv6 address stand for a source, to strikes and the bans that follow."""
     ban_lengths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     """For IPv4 and IPv6, which prefix lengths bans have, in the IPv4-mapped form, the longest first."""
+    failsafe_list: int = 0
+    """Which of the two lists of the failsafe is in force."""
+    owner: int = 0
+    """The instance that it belongs to, :func:`owner_number`."""
+    is_sealed: bool = True
+    """Whether only this software has written it. What is written over a record that somebody else has changed is not
+    sealed either, until it is put in order."""
 
     def in_force(self, now: int) -> int:
         """Which of the two sets the programs use at ``now``."""
@@ -69,8 +92,11 @@ class GateState:
         words = [bits >> shift & (1 << 64) - 1 for bits in self.runtime for shift in (0, 64, 128)]
         ports = (*self.failsafe_ports, *(0,) * 8)[:8]
         fixed = (self.revision, self.deadline, self.active, self.fallback, self.flags, *ports, *self.source_lengths)
+        more = (self.failsafe_list, 0, self.owner)
         bans = map(_pack_lengths, self.ban_lengths)
-        return abi.GATE.pack(*fixed, *words, self.sets[0].pack(), self.sets[1].pack(), *bans)
+        packed = abi.GATE.pack(*fixed, *more, *words, self.sets[0].pack(), self.sets[1].pack(), *bans, 0)
+        seal = _seal(packed) if self.is_sealed else 0
+        return packed[:-8] + seal.to_bytes(8, sys.byteorder)
 
     @classmethod
     def unpack(cls, raw: bytes) -> GateState:
@@ -78,11 +104,19 @@ class GateState:
         revision, deadline, active, fallback, flags = cast("tuple[int, int, int, int, int]", fields[:5])
         ports = tuple(port for port in fields[5:13] if port)
         sources = cast("tuple[int, int]", fields[13:15])
-        a, b, c, d, e, f = cast("tuple[int, int, int, int, int, int]", fields[15:21])
+        which, _, owner = cast("tuple[int, int, int]", fields[15:18])
+        a, b, c, d, e, f = cast("tuple[int, int, int, int, int, int]", fields[18:24])
         runtime = (a | b << 64 | c << 128, d | e << 64 | f << 128)
-        sets = (SetHead.unpack(fields[21]), SetHead.unpack(fields[22]))
-        bans = (_unpack_lengths(fields[23]), _unpack_lengths(fields[24]))
-        return cls(revision, deadline, active, fallback, flags, ports, runtime, sets, sources, bans)
+        sets = (SetHead.unpack(fields[24]), SetHead.unpack(fields[25]))
+        bans = (_unpack_lengths(fields[26]), _unpack_lengths(fields[27]))
+        # As the programs read them, whatever somebody else has written there.
+        active, fallback, which = active & 1, fallback & 1, which & 1
+        known = (revision, deadline, active, fallback, flags, ports, runtime, sets, sources, bans)
+        return cls(*known, which, owner, is_sealed=fields[28] == _seal(raw))
+
+
+def _seal(packed: bytes) -> int:
+    return _checksum(packed[:-8]) or 1
 
 
 def _pack_lengths(lengths: tuple[int, ...]) -> bytes:
@@ -97,4 +131,4 @@ def _pack_lengths(lengths: tuple[int, ...]) -> bytes:
 
 
 def _unpack_lengths(raw: bytes) -> tuple[int, ...]:
-    return tuple(length for _, length in abi.BAN_MASK.iter_unpack(raw) if length)
+    return tuple(length for _, length in abi.BAN_MASK.iter_unpack(raw) if 0 < length <= 128)

@@ -10,8 +10,8 @@ from typing import Final
 
 from ..kernel.clock import is_synchronized
 from .ban_log import BanLog, KeptBans
-from .ban_record import BanBlock, ban_network, is_automatic, read_ban, value_expires
-from .ban_walk import BanWalk
+from .ban_record import BanBlock, ban_key, ban_network, is_automatic, read_ban, value_expires
+from .ban_walk import BanRound, BanWalk
 from .bans import Bans
 from .prefixes import IPNetwork
 from .rule import Ban, PolicyError, boottime_ns
@@ -35,6 +35,8 @@ class BanBook:
     def __init__(self, bans: Bans) -> None:
         self._bans = bans
         self._log: BanLog | None = None
+        self._unwritten: dict[IPNetwork, Ban] = {}
+        """Bans of services that are in force, and which the disk has refused so far."""
         self._left_out = False
         """Whether there are bans on disk for which there was no room: no snapshot must be made without them."""
         self._in_doubt = False
@@ -48,7 +50,7 @@ class BanBook:
     def ban(self, ban: Ban, now: int) -> Ban:
         """Put a ban into force, and on disk; return the one that is in force. That is another if the ban is automatic
         and would change nothing (see :func:`stands`). Where the disk refuses an operator's ban, OSError is raised and
-        nothing is changed; an automatic one is in force all the same, until the server ends."""
+        nothing is changed; an automatic one is in force all the same, and written by the next :meth:`catch_up`."""
         before = self._bans.get(ban.network)
         if before is not None and not before.in_force(now):
             before = None
@@ -66,7 +68,10 @@ class BanBook:
                 for other in gone if before is None else (before, *gone):
                     self._bans.put(other)
                 raise
-            log.error("%s: the ban of %s ends with this server", error, ban.source)
+            log.error("%s: the ban of %s is in force, and on disk when that takes it", error, ban.source)
+            self._unwritten[ban.network] = ban
+            return ban
+        self._unwritten.pop(ban.network, None)
         if gone:
             self._say(gone[0])
         return ban
@@ -87,8 +92,22 @@ class BanBook:
             return False
         if self._log is not None:
             self._log.lifted([network])
+        self._unwritten.pop(network, None)
         self._bans.drop(network)
         return True
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the disk has refused bans that are in force."""
+        return bool(self._unwritten)
+
+    def catch_up(self) -> None:
+        """Write what the disk has refused. Raises OSError where it still does."""
+        now = boottime_ns()
+        for network, ban in list(self._unwritten.items()):
+            if self._log is not None and ban.in_force(now):
+                self._log.banned(ban)
+            del self._unwritten[network]
 
     # -- from run to run -----------------------------------------------------------------------------------------
 
@@ -177,6 +196,22 @@ class BanBook:
     def is_witness(self) -> bool:
         """Whether all bans on disk are to be in force."""
         return self._log is not None and not self._left_out
+
+    def unknown(self, ended: BanRound) -> list[Ban]:
+        """Return the bans in force that a whole round through the disk has not met, and which it is not to have yet."""
+        keys = ended.unknown(key for block in self._bans.in_force() for key in block.each_key())
+        found = (self._bans.get(ban_network(key)) for key in keys)
+        return [ban for ban in found if ban is not None and self.is_unknown(ended, ban)]
+
+    def is_unknown(self, ended: BanRound, ban: Ban) -> bool:
+        """Under the policy's lock: whether a ban is in force, and not on disk."""
+        if ban.network in self._unwritten or not ban.in_force(boottime_ns()):
+            return False
+        return self._bans.get(ban.network) is not None and ended.is_unknown(ban_key(ban.network))
+
+    def take_away(self, ban: Ban) -> None:
+        """Take a ban out of force that is not on disk."""
+        self._bans.drop(ban.network)
 
     def bring_back(self, ban: Ban) -> None:
         """Put a ban that is on disk into force again. Raises :class:`.rule.PolicyError` where there is no room."""

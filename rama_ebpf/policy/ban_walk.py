@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -23,6 +23,8 @@ _ROW: Final = 240
 """Bytes of a usual row."""
 _MOST_LOST: Final = 4096
 """Lost bans that are remembered in a round; the next has the rest."""
+_MOST_KEPT: Final = 1 << 18
+"""With more bans on disk it would take too much memory to look for those in force that are not there."""
 
 _File = tuple[Path, BinaryIO | None]
 
@@ -58,10 +60,7 @@ class BanWalk:
             self._last.close()
         ended, self._last, self._round = self._round, self._round, None
         self.known = ended.met
-        lost = ended.lost()
-        if not lost:
-            ended.close()
-        return ended, lost
+        return ended, ended.lost()
 
     def close(self) -> None:
         """Let go of the files."""
@@ -78,6 +77,8 @@ class BanRound:
         self._has = has
         self._since = since
         self._lost: dict[bytes, bytes] = {}
+        self._kept: set[int] = set()
+        """What tells the bans that were met, without those that were lifted."""
         self.met = 0
         """How many bans and lifts it has read."""
         self._open = ExitStack()
@@ -105,6 +106,7 @@ class BanRound:
         self._open.close()
         self._files = []
         self._lost.clear()
+        self._kept.clear()
 
     def go_on(self, count: int) -> bool:
         """Look at about ``count`` more; return whether that was the last."""
@@ -127,6 +129,7 @@ class BanRound:
         has, keys = self._has, block.keys
         for index in range(len(block)):
             key = keys[KEY_SIZE * index : KEY_SIZE * (index + 1)]
+            self._keep(key)
             if not has(key):
                 self._note(key, block.values[VALUE_SIZE * index : VALUE_SIZE * (index + 1)])
 
@@ -134,10 +137,27 @@ class BanRound:
         rows = reader.read_all(lines, lambda: None)
         self.met += len(rows)
         for key, value in rows:
+            if value is None:
+                self._kept.discard(hash(key))
+            else:
+                self._keep(key)
             if value is None or self._has(key):
                 self._lost.pop(key, None)
             else:
                 self._note(key, value)
+
+    def _keep(self, key: bytes) -> None:
+        if len(self._kept) <= _MOST_KEPT:
+            self._kept.add(hash(key))
+
+    def unknown(self, keys: Iterable[bytes]) -> list[bytes]:
+        """At the end, return those of ``keys`` that are not on disk; none if there are too many to tell."""
+        return [] if len(self._kept) > _MOST_KEPT else [key for key in keys if hash(key) not in self._kept]
+
+    def is_unknown(self, key: bytes) -> bool:
+        """Under the policy's lock: whether it is not on disk, by the last word of that. False where the files are
+        others by now."""
+        return self._read_on() and len(self._kept) <= _MOST_KEPT and hash(key) not in self._kept
 
     def _note(self, key: bytes, value: bytes) -> None:
         ends = value_expires(value)
@@ -158,12 +178,16 @@ class BanRound:
     def is_lost(self, ban: Ban) -> bool:
         """Under the policy's lock: whether it is, by the last word of the disk. False where the files are others by
         now: then the next round says it."""
+        return self._read_on() and self._is_lost(ban_key(ban.network), boottime_ns())
+
+    def _read_on(self) -> bool:
+        """Read what was added since; return whether the files are still those."""
         if not self._files or not all(map(_is_there, self._files)):
             return False
         for reader, log in zip(self._readers, self._logs, strict=True):
             while log is not None and (lines := log.read()):
-                self._read(reader, lines)  # what was added since
-        return self._is_lost(ban_key(ban.network), boottime_ns())
+                self._read(reader, lines)
+        return True
 
 
 def _is_there(opened: _File) -> bool:

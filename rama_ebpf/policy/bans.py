@@ -8,6 +8,7 @@ place of a service's in a full table.
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
@@ -22,6 +23,8 @@ from .rule import Ban, PolicyError, boottime_ns
 from .tables import Tables
 
 __all__ = ["BanSurvey", "Bans"]
+
+log = logging.getLogger(__name__)
 
 _NEVER: Final = 1 << 64
 _CANDIDATES: Final = 16
@@ -131,13 +134,34 @@ class Bans:
     def put(self, ban: Ban) -> list[Ban]:
         """Put a ban into force; return those that had to go for it. Raises :class:`.rule.PolicyError` when full."""
         key, value = ban_key(ban.network), ban_value(ban)
-        self._derived.expect_ban(ban.network)
+        self._expect(ban.network)
         gone: list[Ban] = []
         before = self._table.get(key)
         before_automatic = before is not None and is_automatic(before)
         most = self._table.capacity - self._table.capacity // 8
-        if ban.automatic and not before_automatic and self._table.tally().automatic >= most:
-            self._make_room(gone)
+        try:
+            if ban.automatic and not before_automatic and self._table.tally().automatic >= most:
+                self._make_room(gone)
+            # Before it is in force: what follows that cannot fail, and who counts all bans knows of it.
+            self._count(int(ban.automatic) - int(before_automatic))
+            self._put_with_room(ban, key, value, gone)
+        except (PolicyError, OSError):
+            self._put_back(gone)
+            raise
+        if ban.automatic:
+            self._next.add(ban.expires or _NEVER, key)
+        return gone
+
+    def _expect(self, network: IPNetwork) -> None:
+        try:
+            self._derived.expect_ban(network)
+        except PolicyError:  # one prefix length too many, unless all of one have ended
+            if not self._forget_ended():
+                raise
+            self._derived.rebuild(self.survey(boottime_ns(), self.revision).lengths)
+            self._derived.expect_ban(network)
+
+    def _put_with_room(self, ban: Ban, key: bytes, value: bytes, gone: list[Ban]) -> None:
         try:
             self._table.put(key, value)
         except TableFull:
@@ -147,10 +171,15 @@ class Bans:
                 self._table.put(key, value)
             except TableFull as error:
                 raise self._tables.too_many_bans(ban.network) from error
-        if ban.automatic:
-            self._next.add(ban.expires or _NEVER, key)
-        self._count(int(ban.automatic) - int(before_automatic))
-        return gone
+
+    def _put_back(self, gone: list[Ban]) -> None:
+        """Have those in force again that went for one that could not be made."""
+        for ban in gone:
+            try:
+                self._table.put(ban_key(ban.network), ban_value(ban))
+                self._count(int(ban.automatic), changes=0)
+            except (TableFull, OSError) as error:
+                log.warning("the ban of %s is put back by the audit only: %s", ban.source, error)
 
     def drop(self, network: IPNetwork) -> bool:
         """Lift a ban; return whether there was one."""
@@ -158,8 +187,8 @@ class Bans:
         value = self._table.get(key)
         if value is None:
             return False
-        self._table.drop(key)
         self._count(-int(is_automatic(value)))
+        self._table.drop(key)
         return True
 
     def put_all(self, block: BanBlock) -> int:
@@ -167,9 +196,12 @@ class Bans:
 
         Raises :class:`.rule.PolicyError` for one prefix length too many."""
         self._derived.expect_ban_lengths(block.lengths())
+        automatic = block.automatic()
+        self._count(automatic, changes=int(len(block) > 0))
         done = self._table.put_all(block)
         self._next.forget()
-        self._count(block.cut(0, done).automatic(), changes=int(done > 0))
+        if done < len(block):
+            self._count(block.cut(0, done).automatic() - automatic, changes=0)
         return done
 
     def keys(self) -> set[bytes]:
@@ -182,8 +214,8 @@ class Bans:
         if key is None:
             return False
         value = self._table.get(key)
-        self._table.drop(key)
         self._count(-1, changes=0)
+        self._table.drop(key)
         if value is not None and (ban := read_ban(key, value)).in_force(boottime_ns()):
             gone.append(ban)
         return True
@@ -196,9 +228,10 @@ class Bans:
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 
-    def survey(self, now: int) -> BanSurvey:
-        """Look through all bans; no lock is needed."""
-        revision, automatic = self.revision, 0
+    def survey(self, now: int, revision: int) -> BanSurvey:
+        """Look through all bans; no lock is needed. ``revision`` is that of the bans, read under the lock before: a
+        change that has begun since then, even if its writer was killed in the middle, has raised it."""
+        automatic = 0
         ended: list[bytes] = []
         lengths: set[tuple[int, int]] = set()
         for block in self._table.blocks():
@@ -231,7 +264,7 @@ class Bans:
 
     def _forget_ended(self) -> int:
         now = boottime_ns()
-        return self.settle(self.survey(now), now)
+        return self.settle(self.survey(now, self.revision), now)
 
     def set_source_lengths(self, lengths: tuple[int, int]) -> None:
         """Say how many bits of an IPv4 and of an IPv6 address stand for a source from now on."""

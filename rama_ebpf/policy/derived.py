@@ -90,7 +90,8 @@ class DerivedState:
             flags |= self._ports * bool(port)
         if not self._tables.bans.is_empty():
             flags |= self._bans
-        if self._tables.gate().failsafe_ports or self._tables.failsafe.networks():
+        gate = self._tables.gate()
+        if gate.failsafe_ports or self._tables.failsafe.networks(gate.failsafe_list):
             flags |= self._failsafe
         gate = self._tables.gate()
         lengths = gate.ban_lengths if ban_lengths is None else _with_ban_lengths(((), ()), ban_lengths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +15,8 @@ from .rule import PolicyError
 from .tables import Tables
 
 __all__ = ["Failsafe", "check_failsafe"]
+
+log = logging.getLogger(__name__)
 
 
 def check_failsafe(networks: Sequence[IPNetwork], ports: Sequence[int] = ()) -> list[IPNetwork]:
@@ -37,34 +39,41 @@ class Failsafe:
 
     def covers(self, source: IPAddress, port: int) -> bool:
         """Whether a connection of a source to a port gets in whatever else is said."""
-        return port in self.ports() or self._tables.failsafe.covers(source)
+        gate = self._tables.gate()
+        return port in gate.failsafe_ports or self._tables.failsafe.covers(gate.failsafe_list, source)
 
     def networks(self) -> list[IPNetwork]:
         """Return its networks."""
-        return self._tables.failsafe.networks()
+        return self._tables.failsafe.networks(self._tables.gate().failsafe_list)
 
     def ports(self) -> tuple[int, ...]:
         """Return its ports."""
         return self._tables.gate().failsafe_ports
 
     def replace(self, networks: Sequence[IPNetwork], ports: Sequence[int]) -> int:
-        """Replace networks and ports; return the new revision. The new ones are added before the old ones go. Raises
-        :class:`PolicyError` for too many, or OSError; then nothing is changed."""
-        wanted, before = check_failsafe(networks, ports), self.networks()
+        """Replace networks and ports; return the new revision. The new ones are made a list of their own, which comes
+        into force as a whole. Raises :class:`PolicyError` for too many, or OSError; then nothing is changed."""
+        wanted = check_failsafe(networks, ports)
         if wanted or ports:
             self._derived.expect_failsafe()
+        which = 1 - self._tables.gate().failsafe_list
         try:
-            self._exchange(before, wanted)
+            self._tables.failsafe.fill(which, wanted)
             gate = self._tables.gate()
-            self._tables.put_gate(replace(gate, revision=gate.revision + 1, failsafe_ports=tuple(ports)))
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._exchange(wanted, before)
-            raise
-        return gate.revision + 1
+            revision = gate.revision + 1
+            new = replace(gate, revision=revision, failsafe_list=which, failsafe_ports=tuple(ports))
+            self._tables.put_gate(new)
+        finally:
+            self.tidy()
+        return revision
 
-    def _exchange(self, before: Sequence[IPNetwork], after: Sequence[IPNetwork]) -> None:
-        for network in after:
-            self._tables.failsafe.put(network)
-        for network in set(before) - set(after):
-            self._tables.failsafe.drop(network)
+    def tidy(self) -> None:
+        """Forget the list that is not in force, of the change before or of a writer that was killed, when nobody can be
+        reading it. What the kernel refuses is logged, and done by the next change or sweep."""
+        try:
+            idle = 1 - self._tables.gate().failsafe_list
+            if self._tables.failsafe.networks(idle):
+                self._tables.sets.wait_for_readers()
+                self._tables.failsafe.fill(idle, ())
+        except OSError as error:
+            log.warning("a failsafe that is not in force is not forgotten yet: %s", error)

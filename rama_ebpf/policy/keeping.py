@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -50,6 +51,15 @@ class Keeping:
         """Where the rules at run time are on disk; None if they are not, or not all of them."""
         return None if self._kept is None or self._behind_rules else self._kept.rules_path
 
+    def places_on_disk(self) -> set[Place]:
+        """Return where the disk has rules at run time, also such as have ended. Raises OSError."""
+        kept = None if self._kept is None else self._kept.read_rules()
+        return set() if kept is None else {*kept.rules, *kept.earlier, *kept.doubtful}
+
+    def on_disk(self) -> PolicyImage | None:
+        """Return what is kept; None if nothing is, or if it is not what was in force last. Raises OSError."""
+        return None if self._kept is None or self._behind_set else self._kept.read()
+
     def image(self) -> PolicyImage:
         """Return the whole policy that lasts, but bans: rules that have ended are left out."""
         now, runtime = boottime_ns(), []
@@ -59,8 +69,8 @@ class Keeping:
                 runtime.append(RuntimeRule(stored.rule(network), stored.created))
         return replace(self._image_of(self._loaded.lasting()), runtime=tuple(runtime))
 
-    def added(self, added: RuntimeRule, revision: int) -> int | None:
-        """Write down a rule at run time; return what :meth:`take_back` needs. Raises OSError."""
+    def added(self, added: Sequence[RuntimeRule], revision: int) -> int | None:
+        """Write down rules at run time, all or none; return what :meth:`take_back` needs. Raises OSError."""
         return None if self._kept is None else self._kept.added(added, revision)
 
     def removed(self, network: IPNetwork, port: int, revision: int) -> int | None:
@@ -133,6 +143,8 @@ class Keeping:
             return
         try:
             with exclusive():
+                if not self._tables.gate().is_sealed:
+                    return  # somebody else has written it: what is on disk puts it in order
                 if self._holds is None:
                     self._holds = not is_synchronized() and bool(self._kept.read_rules().earlier)
                 if self._behind_rules and not self._holds:

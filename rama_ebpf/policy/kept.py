@@ -16,16 +16,17 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Final
 
+from ..kernel.gate_state import LAST_REVISION
 from . import document
 from .atomic import bring_to_disk, open_regular, write_atomically
 from .image import PolicyImage, RuntimeRule
-from .lifetime import HasEnded, MayHaveEnded, boot_id, is_of_this_boot, lifetime_of, lifetime_row
+from .lifetime import HasEnded, MayHaveEnded, boot_id, host_id, is_of_this_boot, lifetime_of, lifetime_row
 from .prefixes import IPNetwork
 from .row_log import RowLog
 from .rule import Action, PolicyError, Rule, RuleSet, SynLimit, boottime_ns
@@ -39,7 +40,6 @@ _FORMAT: Final = 1
 _LARGEST: Final = 1 << 30
 _LONGEST_HEADER: Final = 1 << 20
 _LONGEST_ROW: Final = 1 << 16
-_LAST_REVISION: Final = 1 << 62
 _LATEST: Final = (1 << 63) - 1
 _ENDED: Final = 1
 """An end in the past of every boot."""
@@ -86,6 +86,15 @@ class KeptPolicy:
         revision = max(image.revision, kept.revision or 0)
         return replace(image, revision=revision, runtime=tuple(kept.rules.values()))
 
+    def is_of_another_host(self) -> bool:
+        """Whether the set was written on another machine, by its machine-id(5)."""
+        try:
+            with open(open_regular(self._set, os.O_RDONLY), "rb") as file:
+                host = json.loads(file.readline(_LONGEST_HEADER)).get("host")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return False  # nothing is there, or it is damaged, and whoever reads it says so
+        return isinstance(host, str) and bool(host and host_id()) and host != host_id()
+
     def revision(self) -> int:
         """Return the revision of what was written last, 0 if nothing can be read."""
         found = 0
@@ -119,6 +128,7 @@ class KeptPolicy:
             "revision": image.revision,
             "failsafe": [str(network) for network in image.failsafe],
             "failsafe_ports": list(image.failsafe_ports),
+            "host": host_id(),
             "boot": boot_id(),
             "boottime": boottime_ns(),
             "time": time.time(),
@@ -134,13 +144,13 @@ class KeptPolicy:
         """Have what :meth:`write_set` wrote be there under its name also after a power failure."""
         bring_to_disk(self._set)
 
-    def added(self, added: RuntimeRule, revision: int) -> int:
-        """Note a rule at run time; return what :meth:`take_back` needs."""
-        return self._append(_row(added, revision))
+    def added(self, added: Sequence[RuntimeRule], revision: int) -> int:
+        """Note rules at run time, all or none; return what :meth:`take_back` needs."""
+        return self._append([_row(one, revision) for one in added])
 
     def removed(self, network: IPNetwork, port: int, revision: int) -> int:
         """Note that the rule of a prefix and port (0: any) was taken back; return what :meth:`take_back` needs."""
-        return self._append({"revision": revision, "source": str(network), "port": port, "removed": True})
+        return self._append([{"revision": revision, "source": str(network), "port": port, "removed": True}])
 
     def take_back(self, mark: int) -> None:
         """Forget what was noted since."""
@@ -156,8 +166,8 @@ class KeptPolicy:
         """Whether the rows are many more than the rules that there were: time to :meth:`write` all anew."""
         return self._rules.overgrown()
 
-    def _append(self, row: Mapping[str, object]) -> int:
-        mark = self._rules.append(row)
+    def _append(self, rows: Sequence[Mapping[str, object]]) -> int:
+        mark = self._rules.extend(rows)
         try:
             self._rules.sync()
         except OSError as error:
@@ -248,7 +258,7 @@ def _image(line: bytes, body: bytes) -> PolicyImage:
 
 
 def _revision(row: Mapping[str, object]) -> int:
-    return _whole(row["revision"], _LAST_REVISION)
+    return _whole(row["revision"], LAST_REVISION - 1)
 
 
 def _whole(value: object, most: int) -> int:

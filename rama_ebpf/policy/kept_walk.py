@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -43,6 +44,8 @@ class KeptWalk:
         self._surely_agrees = surely_agrees
         self._file: BinaryIO | None = None
         self._suspects: dict[tuple[object, object], Suspect] = {}
+        self._places = array("q")
+        self._taken_back: set[int] = set()
         self._met = 0
         self._is_over = False
         self.known = 0
@@ -56,6 +59,7 @@ class KeptWalk:
             except FileNotFoundError:
                 return []
             self._file, self._suspects, self._met = os.fdopen(fd, "rb"), {}, 0
+            self._places, self._taken_back = array("q"), set()
         for _ in range(count):
             line = self._file.readline(_LONGEST_LINE)
             if not line.endswith(b"\n"):
@@ -70,6 +74,12 @@ class KeptWalk:
             place = row["source"], row["port"]
         except (ValueError, LookupError, TypeError, RecursionError):
             return  # about no place, or damaged
+        name = hash((str(place[0]), place[1]))
+        if row.get("removed"):
+            self._taken_back.add(name)
+        else:
+            self._taken_back.discard(name)
+            self._places.append(name)
         if self._surely_agrees(row):
             self._suspects.pop(place, None)
             return
@@ -84,6 +94,14 @@ class KeptWalk:
     def _end(self) -> list[Suspect]:
         self.known, self._is_over = self._met, True
         return list(self._suspects.values())
+
+    def lacks(self, places: Iterable[Place]) -> list[Place]:
+        """At the end of a round, return those of ``places`` of which the disk has no rule, not even one that has
+        ended."""
+        if not self._is_over:
+            return []
+        kept = set(self._places) - self._taken_back
+        return [(network, port) for network, port in places if hash((str(network), port)) not in kept]
 
     def is_whole(self) -> bool:
         """Under the policy's lock: whether the round that has just ended has met all rows that there are."""

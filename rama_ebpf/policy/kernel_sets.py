@@ -8,6 +8,7 @@ import contextlib
 import mmap
 import struct
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -21,7 +22,7 @@ from .counters import number
 from .intervals import PAGE, Layout, Table, find
 from .rule import RuleSet
 
-__all__ = ["KernelSet", "KernelSets"]
+__all__ = ["KernelSet", "KernelSets", "read_bytes"]
 
 _BARRIER: Final = 2  # an element of `sets` that no program reads
 _WORD: Final = struct.Struct("=Q")
@@ -31,8 +32,8 @@ class KernelSets:
     """The maps ``sets``, ``slots`` and ``chains``."""
 
     def __init__(self, maps: GateMaps) -> None:
-        self._maps = maps
-        self._slots, self._items = abi.constants()["MAX_SLOTS"], abi.constants()["MAX_CHAIN_ITEMS"]
+        self.maps = maps
+        self.slot_count, self.item_count = abi.constants()["MAX_SLOTS"], abi.constants()["MAX_CHAIN_ITEMS"]
         self._read: tuple[int, RuleSet] | None = None  # the description of a set, by its token
 
     def fill(self, which: int, compiled: CompiledSet, ids: Sequence[int]) -> SetHead:
@@ -40,32 +41,37 @@ class KernelSets:
         fd = set_pages(len(pages) // PAGE).create("set")
         try:
             _write(fd, 0, pages)
-            bpf.map_update(self._maps["sets"], number(which), fd.to_bytes(4, sys.byteorder))
+            bpf.map_update(self.maps["sets"], number(which), fd.to_bytes(4, sys.byteorder))
         finally:
             bpf.close(fd)
+        checksum = zlib.crc32(pages)
         for family, pairs in enumerate(compiled.slots):
-            first = (2 * which + family) * self._slots
-            _write(self._maps["slots"], first * abi.SLOT.size, pairs.tobytes())
-        _write(self._maps["chains"], which * self._items * abi.CHAIN_ITEM.size, compiled.chains(ids))
+            first = (2 * which + family) * self.slot_count
+            _write(self.maps["slots"], first * abi.SLOT.size, pairs.tobytes())
+            checksum = zlib.crc32(pairs.tobytes(), checksum)
+        chains = compiled.chains(ids)
+        _write(self.maps["chains"], which * self.item_count * abi.CHAIN_ITEM.size, chains)
         return SetHead(
             tables=(_pack_table(compiled.tables[0]), _pack_table(compiled.tables[1])),
             document_at=compiled.document_at,
             document_size=compiled.document_size,
+            chain_items=len(chains) // abi.CHAIN_ITEM.size,
+            checksum=zlib.crc32(chains, checksum),
         )
 
     def empty(self, which: int) -> None:
         fd = set_pages(1).create("set")
         try:
-            bpf.map_update(self._maps["sets"], number(which), fd.to_bytes(4, sys.byteorder))
+            bpf.map_update(self.maps["sets"], number(which), fd.to_bytes(4, sys.byteorder))
         finally:
             bpf.close(fd)
 
     def put_back(self, which: int, opened: KernelSet) -> None:
         """Put a set that is still open where it was: for one that somebody else has exchanged."""
-        bpf.map_update(self._maps["sets"], number(which), opened.fileno().to_bytes(4, sys.byteorder))
+        bpf.map_update(self.maps["sets"], number(which), opened.fileno().to_bytes(4, sys.byteorder))
 
     def open(self, which: int) -> KernelSet:
-        raw = bpf.map_lookup(self._maps["sets"], number(which), 4)
+        raw = bpf.map_lookup(self.maps["sets"], number(which), 4)
         assert raw is not None  # an array has all its elements
         return KernelSet(self, which, bpf.map_by_id(int.from_bytes(raw, sys.byteorder)))
 
@@ -76,13 +82,13 @@ class KernelSets:
 
     def slot(self, which: int, family: int, index: int) -> tuple[int, int]:
         """Return a slot's first interval, and how many it has."""
-        at = (2 * which + family) * self._slots + index
+        at = (2 * which + family) * self.slot_count + index
         first, count = abi.SLOT.unpack(self._element("slots", at, abi.SLOT.size))
         return first, count
 
     def item(self, which: int, index: int) -> bytes:
         """Return a ``struct chain_item``."""
-        return self._element("chains", which * self._items + index, abi.CHAIN_ITEM.size)
+        return self._element("chains", which * self.item_count + index, abi.CHAIN_ITEM.size)
 
     def described(self, token: int, head: SetHead, fd: int) -> RuleSet:
         """Return what a set was compiled from; a set is read once."""
@@ -91,7 +97,7 @@ class KernelSets:
         return self._read[1]
 
     def _element(self, name: str, index: int, size: int) -> bytes:
-        raw = bpf.map_lookup(self._maps[name], number(index), size)
+        raw = bpf.map_lookup(self.maps[name], number(index), size)
         assert raw is not None  # an array has all its elements
         return raw
 
@@ -146,8 +152,33 @@ class KernelSet:
             ids = memory[len(memory) - 8 - 8 * count : len(memory) - 8]
         return [rule_id for (rule_id,) in _WORD.iter_unpack(ids)]
 
+    def parts(self, head: SetHead) -> list[tuple[int, int, int]]:
+        """Where all is that programs read of it: descriptors of maps, the first byte and how many, in the order of its
+        checksum."""
+        maps, sets = self._sets.maps, self._sets
+        found = [(self._fd, 0, self.pages * PAGE)]
+        for family in (0, 1):
+            at = (2 * self._which + family) * sets.slot_count
+            found.append((maps["slots"], at * abi.SLOT.size, _unpack_table(head.tables[family]).slots * abi.SLOT.size))
+        at, count = self._which * sets.item_count, min(head.chain_items, sets.item_count)
+        return [*found, (maps["chains"], at * abi.CHAIN_ITEM.size, count * abi.CHAIN_ITEM.size)]
+
+    def checksum(self, head: SetHead) -> int:
+        """Return the checksum of what there is now: a head has that of what was written."""
+        found = 0
+        for fd, at, size in self.parts(head):
+            found = zlib.crc32(read_bytes(fd, at, size), found)
+        return found
+
     def close(self) -> None:
         bpf.close(self._fd)
+
+
+def read_bytes(fd: int, at: int, size: int) -> bytes:
+    """Return bytes of an array map that has MMAPABLE; fewer at its end."""
+    info = bpf.map_info(fd)
+    with mmap.mmap(fd, info.max_entries * info.value_size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
+        return memory[at : at + size]
 
 
 def _write(fd: int, at: int, data: bytes) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 
 from ..kernel import bpf
 from ..kernel.gate_maps import GateMaps
+from ..kernel.gate_state import owner_number
 from ..kernel.instance import Instance
 from ..kernel.policy_lock import PolicyBusy, PolicyLock
 from .counters import GateCounters
@@ -34,12 +35,13 @@ class KernelStore(PolicyStore):
     def __init__(self, instance: Instance, maps: GateMaps | None = None) -> None:
         """Open the pins, or use maps that are open already (which stay the caller's).
 
-        Raises FileNotFoundError if the instance is not loaded.
+        Raises FileNotFoundError if the instance is not loaded, and LayoutMismatch for pins that are not its own.
         """
         self._instance = instance
         self._owned = maps is None
         self._lock = instance.policy_lock(_COMMAND_PATIENCE if self._owned else _SERVER_PATIENCE)
-        self.tables = KernelTables(GateMaps.open(instance.pin_dir) if maps is None else maps)
+        opened = GateMaps.open(instance.pin_dir, instance.name) if maps is None else maps
+        self.tables = KernelTables(opened, owner_number(instance.name))
         self.counters = GateCounters(self.tables)
         self._brief_lock = instance.policy_lock(_BAN_PATIENCE)
         super().__init__(self.tables, self._current, self._current_briefly)
@@ -107,7 +109,7 @@ class KernelStore(PolicyStore):
     def _reopen(self) -> None:
         """Open the pins anew. Raises :class:`PolicyError` if there are none any more."""
         try:
-            maps = GateMaps.open(self._instance.pin_dir)
+            maps = GateMaps.open(self._instance.pin_dir, self._instance.name)
         except FileNotFoundError as error:
             raise PolicyError(f"the policy of instance {self._instance.name!r} was unloaded meanwhile") from error
         self.tables.maps.close()

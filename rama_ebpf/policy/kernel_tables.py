@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 import sys
+from collections.abc import Sequence
 from ipaddress import IPv6Network
 from typing import Final
 
@@ -37,7 +38,8 @@ class KernelTables:
 
     kind = "kernel"
 
-    def __init__(self, maps: GateMaps) -> None:
+    def __init__(self, maps: GateMaps, owner: int = 0) -> None:
+        self.owner = owner
         self.most_lengths = abi.constants()["MAX_RUNTIME_LENGTHS"]
         self.use(maps)
 
@@ -49,6 +51,8 @@ class KernelTables:
         self.bans = KernelBanTable(maps)
         self.failsafe = _Failsafe(maps["failsafe"])
         self.sets = KernelSets(maps)
+        self.written: GateState | None = None
+        """The record as this process wrote it last."""
 
     def gate(self) -> GateState:
         raw = bpf.map_lookup(self.maps["gate"], number(0), abi.GATE.size)
@@ -57,6 +61,7 @@ class KernelTables:
 
     def put_gate(self, gate: GateState) -> None:
         bpf.map_update(self.maps["gate"], number(0), gate.pack())
+        self.written = gate
 
     def too_many_rules(self, what: str) -> PolicyError:
         size = self.rules.most
@@ -202,25 +207,62 @@ class _Runtime:
 
 
 class _Failsafe:
-    """The map ``failsafe``, a trie."""
+    """The map ``failsafe``, a trie of both lists: see ``enum failsafe_bit`` in policy.h."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        constant = abi.constants()
+        self._covered, self._named = constant["FAILSAFE_COVERED"], constant["FAILSAFE_NAMED"]
 
-    def put(self, network: IPNetwork) -> None:
-        bpf.map_update(self._fd, _failsafe_key(network), number(1))
+    def fill(self, which: int, networks: Sequence[IPNetwork]) -> None:
+        present = self._rows()
+        lists = [[key for key, value in present.items() if value & self._named << n] for n in (0, 1)]
+        lists[which] = [_failsafe_key(network) for network in networks]
+        wanted = self._implied(lists)
+        for key, value in wanted.items():
+            if present.get(key) != value:
+                bpf.map_update(self._fd, key, number(value))
+        for key in present.keys() - wanted.keys():
+            bpf.map_delete(self._fd, key)
 
-    def drop(self, network: IPNetwork) -> None:
-        bpf.map_delete(self._fd, _failsafe_key(network))
+    def networks(self, which: int) -> list[IPNetwork]:
+        keys = [key for key, value in self._rows().items() if value & self._named << which]
+        return [_network(packed, length - 32) for length, _, packed in map(abi.FAILSAFE_KEY.unpack, keys)]
 
-    def networks(self) -> list[IPNetwork]:
-        rows = bpf.map_lookup_batch(self._fd, abi.FAILSAFE_KEY.size, 4)
-        keys = [abi.FAILSAFE_KEY.unpack(key) for key, _ in rows]
-        return [_network(packed, length - 32) for length, _, packed in keys]
-
-    def covers(self, source: IPAddress) -> bool:
+    def covers(self, which: int, source: IPAddress) -> bool:
         key = abi.FAILSAFE_KEY.pack(32 + 128, source.version == 4, mapped(source))
-        return bpf.map_lookup(self._fd, key, 4) is not None
+        raw = bpf.map_lookup(self._fd, key, 4)
+        return raw is not None and bool(int.from_bytes(raw, sys.byteorder) & self._covered << which)
+
+    def is_sound(self) -> bool:
+        present = self._rows()
+        lists = [[key for key, value in present.items() if value & self._named << n] for n in (0, 1)]
+        return present == self._implied(lists)
+
+    def _rows(self) -> dict[bytes, int]:
+        rows = bpf.map_lookup_batch(self._fd, abi.FAILSAFE_KEY.size, 4)
+        return {key: int.from_bytes(value, sys.byteorder) for key, value in rows}
+
+    def _implied(self, lists: Sequence[Sequence[bytes]]) -> dict[bytes, int]:
+        """All rows that there have to be for two lists."""
+        found: dict[bytes, int] = {}
+        for which, keys in enumerate(lists):
+            for key in keys:
+                found[key] = found.get(key, 0) | self._named << which
+        named = [{abi.FAILSAFE_KEY.unpack(key) for key in keys} for keys in lists]
+        lengths = [{length for length, _, _ in keys} for keys in named]
+        for key in found:
+            length, family, packed = abi.FAILSAFE_KEY.unpack(key)
+            for which in (0, 1):
+                around = (one for one in lengths[which] if one <= length)
+                if any((one, family, _cut(packed, one - 32)) in named[which] for one in around):
+                    found[key] |= self._covered << which
+        return found
+
+
+def _cut(packed: bytes, length: int) -> bytes:
+    """An address with all bits behind the first ``length`` cleared."""
+    return (int.from_bytes(packed, "big") >> 128 - length << 128 - length).to_bytes(16, "big")
 
 
 def _mapped_length(network: IPNetwork) -> int:

@@ -9,6 +9,7 @@ reboot may have not, while nobody has told the kernel that the clock is right: t
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from ..kernel.clock import is_synchronized
 from .rule import boottime_ns
 
-__all__ = ["HasEnded", "MayHaveEnded", "boot_id", "is_of_this_boot", "lifetime_of", "lifetime_row"]
+__all__ = ["HasEnded", "MayHaveEnded", "boot_id", "host_id", "is_of_this_boot", "lifetime_of", "lifetime_row"]
 
 
 class HasEnded(Exception):
@@ -70,3 +71,13 @@ def lifetime_of(row: Mapping[str, object], since: int | None = None) -> int | No
 def boot_id() -> str:
     """Return the id of this boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+@functools.cache
+def host_id() -> str:
+    """Return what tells this host from others, made of its machine-id(5); the empty text if it has none."""
+    try:
+        machine = Path("/etc/machine-id").read_bytes().strip()
+    except OSError:
+        return ""
+    return hashlib.blake2b(machine, digest_size=8, person=b"rama_ebpf").hexdigest() if machine else ""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ..core.address import IPAddress
-from ..kernel.gate_state import GateState, SetHead
+from ..kernel.gate_state import LAST_REVISION, GateState, SetHead
 from .compiler import CompiledSet
-from .rule import Action, RuleSet, Settings, SynLimit, boottime_ns
+from .rule import Action, PolicyError, RuleSet, Settings, SynLimit, boottime_ns
 from .tables import OpenSet, Tables
 
 __all__ = ["LoadedSet", "packed_limit", "unpacked_limit"]
@@ -170,6 +171,26 @@ class LoadedSet:
         revision = self._put(replace(gate, active=gate.fallback))
         self.finish()
         return revision
+
+    def put_record_back(self, known: GateState | None) -> None:
+        """Put in order what somebody else has written into the record: as it was ``known`` to be, or so that no set is
+        on trial. One that cannot be read any more makes way for one that lets nobody in."""
+        gate = self._tables.gate()
+        if known is not None:
+            kept = {"runtime": gate.runtime, "flags": gate.flags, "ban_lengths": gate.ban_lengths}
+            self._tables.put_gate(replace(known, **kept, revision=gate.revision + 1))  # type: ignore[arg-type]
+            return
+        head = gate.sets[gate.active]
+        try:
+            _settings(head)
+            list(zip(self.ruleset().rules, self.ids(), strict=True))
+        except (PolicyError, ValueError, struct.error):
+            head = SetHead(default=int(Action.DROP))
+        revision = gate.revision + 1 if gate.revision < LAST_REVISION else 1
+        sound = GateState(
+            revision, 0, gate.active, gate.active, failsafe_list=gate.failsafe_list, owner=self._tables.owner
+        )
+        self._tables.put_gate(_with_head(sound, gate.active, head))
 
     def finish(self) -> None:
         """Do what follows once it is decided which set is in force: free the other one, when nobody can be reading it.

@@ -30,6 +30,7 @@ class LocalTables:
 
     kind = "local"
     most_lengths = 129
+    owner = 0
 
     def __init__(self, most: int, most_bans: int) -> None:
         self._most = most
@@ -70,19 +71,7 @@ class LocalRules:
     def add(self, rule_id: int, rule: Rule, created: int) -> bool:
         if rule_id in self._stored:
             return False
-        self._stored[rule_id] = StoredRule(
-            rule_id,
-            rule.name,
-            rule.action,
-            rule.port,
-            rule.expires,
-            rule.dry_run,
-            rule.limit,
-            rule.reason,
-            rule.origin,
-            created,
-            rule.order,
-        )
+        self._stored[rule_id] = StoredRule.of(rule_id, rule, created)
         self._named[rule.name] = rule_id
         self._counters.pop(rule.name, None)
         return True
@@ -138,20 +127,19 @@ class _Runtime:
 
 class _Failsafe:
     def __init__(self) -> None:
-        self._rows: tuple[IPNetwork, ...] = ()
+        self._lists: list[tuple[IPNetwork, ...]] = [(), ()]
 
-    def put(self, network: IPNetwork) -> None:
-        if network not in self._rows:
-            self._rows = (*self._rows, network)
+    def fill(self, which: int, networks: Sequence[IPNetwork]) -> None:
+        self._lists[which] = tuple(networks)
 
-    def drop(self, network: IPNetwork) -> None:
-        self._rows = tuple(one for one in self._rows if one != network)
+    def networks(self, which: int) -> list[IPNetwork]:
+        return list(self._lists[which])
 
-    def networks(self) -> list[IPNetwork]:
-        return list(self._rows)
+    def covers(self, which: int, source: IPAddress) -> bool:
+        return any(source in network for network in self._lists[which])
 
-    def covers(self, source: IPAddress) -> bool:
-        return any(source in network for network in self._rows)
+    def is_sound(self) -> bool:
+        return True
 
 
 class _LocalSet:

@@ -32,6 +32,10 @@ class RowLog:
 
     def append(self, row: Mapping[str, object]) -> int:
         """Add a row; return what :meth:`cut` takes it back by. If it raises, the log is as it was."""
+        return self.extend([row])
+
+    def extend(self, rows: Iterable[Mapping[str, object]]) -> int:
+        """Add rows, all or none, as :meth:`append` does one."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             fd = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -39,9 +43,10 @@ class RowLog:
                 size = os.fstat(fd).st_size
                 self._is_new |= not size
                 torn = size and os.pread(fd, 1, size - 1) != b"\n"
-                line = (b"\n" if torn else b"") + json.dumps(row).encode() + b"\n"
+                lines = b"\n" if torn else b""
+                lines += b"".join(json.dumps(row).encode() + b"\n" for row in rows)
                 try:
-                    if os.write(fd, line) != len(line):
+                    if os.write(fd, lines) != len(lines):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 except OSError as error:
                     try:

@@ -8,6 +8,7 @@ from ipaddress import IPv4Network, IPv6Network
 from ..core.address import IPAddress
 from .derived import DerivedState
 from .prefixes import IPNetwork
+from .rule import PolicyError, boottime_ns
 from .tables import Place, Tables
 
 __all__ = ["RuntimeRules"]
@@ -27,7 +28,12 @@ class RuntimeRules:
     def put(self, network: IPNetwork, port: int, rule_id: int) -> None:
         """Put a rule into force; one that stands there is replaced at once. Raises :class:`.tables.TableFull`, or
         :class:`.rule.PolicyError` for one prefix length too many."""
-        self._derived.expect_rule(network, port)
+        try:
+            self._derived.expect_rule(network, port)
+        except PolicyError:  # one prefix length too many, unless all of one have ended
+            if not self.drop_ended(boottime_ns()):
+                raise
+            self._derived.expect_rule(network, port)
         self._tables.runtime.put((network, port), rule_id)
 
     def drop(self, network: IPNetwork, port: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -20,11 +20,12 @@ from typing import Final
 from ..core.address import IPAddress, unmap
 from ..core.client import SourceLengths
 from ..kernel.clock import is_synchronized
+from ..kernel.gate_state import LAST_REVISION, GateState
 from ..kernel.policy_lock import PolicyBusy
 from .ban_book import BanBook, stands
 from .ban_log import BanLog
 from .ban_record import BanBlock, canonical
-from .ban_walk import BanWalk
+from .ban_walk import BanRound, BanWalk
 from .bans import Bans
 from .compiler import CompiledSet, compile_rules
 from .derived import DerivedState
@@ -93,12 +94,22 @@ class PolicyStore:
         Waits for the disk, so not on an event loop. Does nothing if there is nothing new.
         """
         self._keeping.catch_up(self._exclusive)
+        if self._ban_book.is_behind:
+            self._write_bans()
         if not self._unsynced:
             return
         self._unsynced = False
         self._ban_book.sync()
         if self._journal is not None:
             self._journal.sync()
+
+    def _write_bans(self) -> None:
+        try:
+            with self._exclusive():
+                self._ban_book.catch_up()
+            self._unsynced = True
+        except OSError as error:
+            log.debug("bans of services are still not on disk: %s", error)  # it was said when they were made
 
     def finish(self) -> None:
         """:meth:`sync`, before the tables go: also of what commands have left unwritten that were killed."""
@@ -271,30 +282,62 @@ class PolicyStore:
         table. Raises :class:`PolicyError` when there is no room, not even that of rules that have ended, and OSError
         where the disk refuses; nothing is changed then.
         """
-        if len(rule.sources) != 1:
-            raise PolicyError(f"rule {rule.name}: a rule at run time has one source, not {len(rule.sources)}")
         with self._exclusive():
-            present = self.rule_at(rule.sources[0], rule.port)
-            if rule.dry_run and present is not None and present.decides(boottime_ns()):
-                raise PolicyError(
-                    f"{rule.sources[0]} has a rule already, {present.name} ({present.action.name.lower()}), and a dry "
-                    f"run would take its place: nothing is changed"
-                )
-            if ttl is not None:
-                rule = replace(rule, expires=boottime_ns() + ttl)
-            created, network, port = time.time_ns(), rule.sources[0], rule.port or 0
-            before = self._runtime.get(network, port)
-            rule_id = self._room.place(rule, created)
-            try:
-                revision = self._changed(lambda revision: self._keeping.added(RuntimeRule(rule, created), revision))
-            except OSError:
-                self._runtime.put_back(network, port, before)
-                raise
-            stored = self._tables.rules.get(rule_id)
-            assert stored is not None
-            told = {"source": str(network), "port": rule.port, "reason": rule.reason or None}
+            (stored,), revision = self._add_all([rule], ttl)
+            told = {"source": str(rule.sources[0]), "port": rule.port, "reason": rule.reason or None}
             self._note("add", revision, rule=rule.name, action=rule.action.name.lower(), **told)
             return stored
+
+    def add_all(self, rules: Sequence[Rule], *, ttl: int | None = None) -> list[StoredRule]:
+        """:meth:`add` many rules as one change: one revision, and one wait for the disk. They come into force one after
+        the other; where one cannot, those before it are undone and it raises as :meth:`add` does."""
+        if not rules:
+            return []
+        with self._exclusive():
+            stored, revision = self._add_all(rules, ttl)
+            first = f"{rules[0].name} and {len(rules) - 1} more" if len(rules) > 1 else rules[0].name
+            self._note("add", revision, rule=first, rules=len(rules))
+            return stored
+
+    def _add_all(self, rules: Sequence[Rule], ttl: int | None) -> tuple[list[StoredRule], int]:
+        self._refuse_from_the_future()
+        expires, created = None if ttl is None else boottime_ns() + ttl, time.time_ns()
+        undo: list[tuple[Place, StoredRule | None]] = []
+        stored: list[StoredRule] = []
+        added: list[RuntimeRule] = []
+        try:
+            for rule in rules:
+                self._check_one(rule)
+                one = rule if expires is None else replace(rule, expires=expires)
+                place = one.sources[0], one.port or 0
+                before = self.rule_at(one.sources[0], one.port)
+                rule_id = self._room.place(one, created)
+                undo.append((place, before))
+                stored.append(StoredRule.of(rule_id, one, created))
+                added.append(RuntimeRule(one, created))
+            revision = self._changed(lambda revision: self._keeping.added(added, revision))
+        except (PolicyError, OSError):
+            for place, before in reversed(undo):
+                self._undo(place, before)
+            raise
+        return stored, revision
+
+    def _undo(self, place: Place, before: StoredRule | None) -> None:
+        """Have the rule again that was at a place. Its id may be another's by now, if there was no room."""
+        if before is None or self._tables.rules.get(before.id) == before:
+            self._runtime.put_back(*place, None if before is None else before.id)
+        else:
+            self._room.place(before.rule(place[0]), before.created)
+
+    def _check_one(self, rule: Rule) -> None:
+        if len(rule.sources) != 1:
+            raise PolicyError(f"rule {rule.name}: a rule at run time has one source, not {len(rule.sources)}")
+        present = self.rule_at(rule.sources[0], rule.port)
+        if rule.dry_run and present is not None and present.decides(boottime_ns()):
+            raise PolicyError(
+                f"{rule.sources[0]} has a rule already, {present.name} ({present.action.name.lower()}), and a dry "
+                f"run would take its place: nothing is changed"
+            )
 
     def remove(self, network: IPNetwork, port: int | None = None) -> list[StoredRule]:
         """Take the runtime rule of exactly this prefix and port out of force, and off the disk.
@@ -303,6 +346,7 @@ class PolicyStore:
         then.
         """
         with self._exclusive():
+            self._refuse_from_the_future()
             rule_id = self._runtime.get(network, port or 0)
             if rule_id is None:
                 return []
@@ -379,6 +423,7 @@ class PolicyStore:
         """Keep the set that :meth:`replace` put into force for a trial. Raises :class:`PolicyError` if none is on
         trial, also because its time is over, and :class:`StaleSet` if it is not ``expected_set``."""
         with self._exclusive():
+            self._refuse_if_unsealed()
             self._settle()
             if self.pending is not None and expected_set not in (None, self.set_token()):
                 raise StaleSet
@@ -416,7 +461,7 @@ class PolicyStore:
         A ban is of an address or of one source's prefix (see :meth:`source`). An operator's replaces any; an
         ``automatic`` one neither replaces an operator's nor shortens any, and one that
         would last about as long as that which is there is that one. Where the disk refuses an operator's ban, OSError
-        is raised and nothing is changed; an automatic one is in force all the same, until the server ends.
+        is raised and nothing is changed; an automatic one is in force all the same, and :meth:`sync` tries again.
 
         An ``automatic`` one waits for no command that does not let go of the policy: it needs nothing that others
         write but where there is no ban of its prefix length yet.
@@ -429,10 +474,11 @@ class PolicyStore:
             now = boottime_ns()
             expires = None if ttl is None else now + round(ttl * 1e9)
             ban = Ban(network, action, expires, time.time_ns(), 0, reason, automatic)
+            revisions = self._next_of_bans()
             in_force = self._ban_book.ban(ban, now)
             if in_force is ban:
-                told = {"address": ban.source, "ttl": ttl, "reason": reason or None}
-                self._note("ban", self.revision, ban_revision=self.ban_revision, action=action.name.lower(), **told)
+                told = {"address": ban.source, "ttl": ttl, "reason": reason or None, "action": action.name.lower()}
+                self._note("ban", revisions["revision"], ban_revision=revisions["ban_revision"], **told)
             return in_force
 
         try:
@@ -452,11 +498,15 @@ class PolicyStore:
         """Lift the ban of exactly this address or prefix; return whether there was one. Where the disk refuses, OSError
         is raised and it stays: else it would come back with the next start."""
         with self._exclusive():
-            network = canonical(banned)
+            network, revisions = canonical(banned), self._next_of_bans()
             if not self._ban_book.lift(network):
                 return False
-            self._note("unban", self.revision, ban_revision=self.ban_revision, address=source_text(network))
+            self._note("unban", **revisions, address=source_text(network))
             return True
+
+    def _next_of_bans(self) -> Mapping[str, int]:
+        """The revisions after a change of a ban: read before, for nothing may fail when it is done."""
+        return {"revision": self.revision, "ban_revision": self.ban_revision + 1}
 
     def set_source_lengths(self, lengths: SourceLengths) -> None:
         """Say what stands for a source from now on. Bans that are in force stay as they are."""
@@ -478,11 +528,27 @@ class PolicyStore:
         """Whether the bans on disk are those that are to be in force."""
         return self._ban_book.is_witness
 
+    def unknown_bans(self, ended: BanRound) -> list[Ban]:
+        """Return the bans in force that a whole round of :meth:`walk_bans` has not met."""
+        return self._ban_book.unknown(ended)
+
+    def is_unknown_ban(self, ended: BanRound, ban: Ban) -> bool:
+        """Under the policy's lock: whether a ban is in force, and not on disk."""
+        return self._ban_book.is_unknown(ended, ban)
+
+    def take_ban_away(self, ban: Ban) -> None:
+        """Take a ban out of force that is not on disk."""
+        with self._exclusive():
+            revisions = self._next_of_bans()
+            self._ban_book.take_away(ban)
+            self._note("ban taken away", **revisions, address=source_text(ban.network))
+
     def bring_back_ban(self, ban: Ban) -> None:
         """Put a ban that is on disk, and was lost, into force again."""
         with self._exclusive():
+            revisions = self._next_of_bans()
             self._ban_book.bring_back(ban)
-            self._note("ban put back", self.revision, ban_revision=self.ban_revision, address=source_text(ban.network))
+            self._note("ban put back", **revisions, address=source_text(ban.network))
 
     def compact_bans(self) -> None:
         """Make a snapshot of the bans on disk, if their log has grown long. Waits for the disk."""
@@ -492,22 +558,58 @@ class PolicyStore:
         """Forget what has expired; return how many rules and bans. Only frees room: an expired rule decides nothing
         anyway."""
         now = boottime_ns() if now is None else now
+        with self._exclusive():
+            revision = self.ban_revision
         # Looked for without the lock: with 100,000 rules it takes a second, and mostly there are none.
-        candidates, survey = self._runtime.ended(now), self._bans.survey(now)
+        candidates, survey = self._runtime.ended(now), self._bans.survey(now, revision)
         with self._exclusive():
             self._settle()
             expired = self._runtime.drop_ended(now, candidates)
             self._room.free()
             expired += self._bans.settle(survey, now)
+            self._failsafe.tidy()
             self._keeping.sweep()
             if self._derived.rebuild(self._bans.lengths(survey)):
                 self._disagreed("the programs did not look for some rules, bans or the failsafe")
             return expired
 
+    def load_again(self) -> None:
+        """Make the set in force anew: from disk, or of its own description where the disk has not got it (yet).
+
+        A set on trial is undone: nothing tells what it was to be. Raises OSError or :class:`PolicyError`."""
+        with self._exclusive():
+            if self._loaded.pending is not None:
+                self._note("rollback", self._undo_trial(), reason="the audit")
+                return
+            kept, settings = self._keeping.on_disk(), self.settings()
+            self.replace(
+                self.ruleset() if kept is None else kept.ruleset, settings=lambda _: settings, origin="the audit"
+            )
+
+    def put_record_back(self, known: GateState | None) -> None:
+        """Have the record as it was ``known`` to be, with a revision of its own, or else as the disk says. Raises
+        OSError or :class:`PolicyError`."""
+        with self._exclusive():
+            kept = None if known is not None else self._keeping.on_disk()
+            if known is None and kept is None:
+                raise PolicyError("nothing tells what it was: load a set, or start the server anew")
+            self._loaded.put_record_back(known)
+            self.rebuild()
+            if kept is None:
+                return
+            if self.revision < kept.revision:
+                self._tables.put_gate(replace(self._tables.gate(), revision=kept.revision))
+            self._failsafe.replace(kept.failsafe, kept.failsafe_ports)
+            self.replace(kept.ruleset, settings=lambda _: kept.ruleset.settings, origin="the audit")
+
     @property
     def rules_on_disk(self) -> Path | None:
         """Where the rules at run time are on disk, a row each; None if they are not, or not all of them."""
         return self._keeping.rules_on_disk
+
+    def places_on_disk(self) -> set[Place]:
+        """Return where the disk has rules at run time, also such as have ended. It reads all. Raises OSError."""
+        return self._keeping.places_on_disk()
 
     def put_back(self, place: Place, one: RuntimeRule | None) -> None:
         """Have at a place of the runtime layer what the disk has there: a rule, or none."""
@@ -525,7 +627,8 @@ class PolicyStore:
     def rebuild(self) -> None:
         """Derive anew, from the entries, what the programs are told of them: a writer may have been killed half way."""
         with self._exclusive():
-            self._derived.rebuild(self._bans.lengths(self._bans.survey(boottime_ns())))
+            survey = self._bans.survey(boottime_ns(), self.ban_revision)
+            self._derived.rebuild(self._bans.lengths(survey))
 
     # -- carrying it -------------------------------------------------------------------------------------------
 
@@ -549,6 +652,19 @@ class PolicyStore:
             if self._bans.put_all(block) < len(block):
                 raise self._bans.too_many(block.network(0))
         self._tables.put_gate(replace(self._tables.gate(), revision=image.revision))
+
+    def _refuse_from_the_future(self) -> None:
+        """A revision that no policy has is not what is written to disk."""
+        if self._tables.gate().revision >= LAST_REVISION:
+            self._refuse_if_unsealed()
+
+    def _refuse_if_unsealed(self) -> None:
+        """What is written down of a set is written with the settings and the failsafe that are in force."""
+        if not self._tables.gate().is_sealed:
+            raise PolicyError(
+                "another program has written into the policy's record in the kernel: the server puts it in order "
+                "within a minute, and so does its next start"
+            )
 
     def _undo_trial(self) -> int:
         revision = self._loaded.roll_back()

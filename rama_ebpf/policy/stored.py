@@ -46,6 +46,12 @@ class StoredRule:
     order: int
     """:attr:`.rule.Rule.order`"""
 
+    @classmethod
+    def of(cls, rule_id: int, rule: Rule, created: int) -> StoredRule:
+        """Return a rule as it is held under an id."""
+        facts = (rule.name, rule.action, rule.port, rule.expires, rule.dry_run, rule.limit, rule.reason, rule.origin)
+        return cls(rule_id, *facts, created, rule.order)
+
     def decides(self, now: int) -> bool:
         """Whether it is neither a dry run nor over at ``now``."""
         return not self.dry_run and (self.expires is None or now < self.expires)

@@ -65,17 +65,19 @@ class RuntimeTable(Table[Place, int], Protocol):
 
 
 class FailsafeTable(Protocol):
-    """The networks that nothing can shut out."""
+    """Two lists of networks that nothing can shut out, 0 and 1; the record says which is in force."""
 
-    def put(self, network: IPNetwork) -> None: ...
+    def fill(self, which: int, networks: Sequence[IPNetwork]) -> None:
+        """Make a list anew. Whoever reads the other one sees that unchanged at every instant."""
 
-    def drop(self, network: IPNetwork) -> None: ...
+    def networks(self, which: int) -> list[IPNetwork]:
+        """Return all of a list."""
 
-    def networks(self) -> list[IPNetwork]:
-        """Return all of them."""
+    def covers(self, which: int, source: IPAddress) -> bool:
+        """Whether a source is in one of a list's."""
 
-    def covers(self, source: IPAddress) -> bool:
-        """Whether a source is in one of them."""
+    def is_sound(self) -> bool:
+        """Whether there is nothing but the two lists."""
 
 
 class RuleTable(Protocol):
@@ -149,6 +151,10 @@ class Tables(Protocol):
     @property
     def kind(self) -> str:
         """``kernel`` or ``local``."""
+
+    @property
+    def owner(self) -> int:
+        """The instance that it belongs to, :func:`~rama_ebpf.kernel.gate_state.owner_number`; 0 for none."""
 
     @property
     def most_lengths(self) -> int:

@@ -71,8 +71,12 @@ def main() -> int:
         finally:
             scene.proxy.end()
             unload(Instance(name))
-    print(f"{trial.tried} points, {trial.restarted} states started from after a crash: {len(trial.faults)} faults")
-    return 1 if trial.faults else 0
+    faults = len(trial.faults) + len(server.faults)
+    print(
+        f"{trial.tried + server.tried} points, {server.tried} of them of the server, {trial.restarted} states started "
+        f"from after a crash: {faults} faults"
+    )
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

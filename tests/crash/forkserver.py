@@ -39,7 +39,7 @@ WRITERS: dict[str, Callable[[Instance, KernelStore], object]] = {
     "restore bans": lambda _, store: store.restore_bans(),
     "strike": lambda _, store: store.ban(ip_address("198.18.1.2"), ttl=3600, reason="strikes", automatic=True),
     "strike a banned one": lambda _, store: store.ban(ip_address("198.18.3.1"), ttl=60, automatic=True),
-    "failsafe": lambda _, store: store.set_failsafe([ip_network("198.18.1.1"), ip_network("2001:db8:1::/64")]),
+    "failsafe": lambda _, store: store.set_failsafe([ip_network("198.18.1.1"), ip_network("2001:db8:2::/48")]),
     "no failsafe": lambda _, store: store.set_failsafe([]),
     "default drop": lambda _, store: store.set_settings(Settings(Action.DROP)),
     "default allow": lambda _, store: store.set_settings(Settings(Action.ALLOW)),

@@ -140,11 +140,9 @@ OPERATIONS: Sequence[Operation] = (
     Operation("sweep", ("writer", "sweep"), _ENDED),
     Operation("sweep of a trial", ("writer", "sweep"), [_load("shut", "--confirm-timeout", "1s"), _wait]),
     Operation("restore bans", ("writer", "restore bans"), [("writer", "forget bans")], is_one_change=False),
-    # A ban of a service whose last write fails is in force, though it is told as failed: the next strike tries again.
-    Operation("strike", ("writer", "strike"), in_tests=False),
+    Operation("strike", ("writer", "strike")),
     Operation("strike of a banned one", ("writer", "strike a banned one"), in_tests=False),
-    # Killed half way, both failsafes hold until the next start.
-    Operation("failsafe", ("writer", "failsafe"), in_tests=False),
+    Operation("failsafe", ("writer", "failsafe")),
     Operation("no failsafe", ("writer", "no failsafe"), in_tests=False),
     Operation("default drop", ("writer", "default drop")),
     Operation("default allow", ("writer", "default allow"), [("writer", "default drop")], in_tests=False),

@@ -207,14 +207,14 @@ class Scene:
                         bpf.map_update(pins[name][0], _number(index), _number(fd))
             for name, data in policy.arrays.items():
                 _write_array(*pins[name], data)
-        for path in list(self.instance.state_dir.rglob("*")):
-            if path.is_file() and str(path.relative_to(self.instance.state_dir)) not in policy.files:
-                path.unlink()
-        for relative, data in policy.files.items():
-            path = self.instance.state_dir / relative
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not path.is_file() or path.read_bytes() != data:
-                path.write_bytes(data)
+            for path in list(self.instance.state_dir.rglob("*")):
+                if path.is_file() and str(path.relative_to(self.instance.state_dir)) not in policy.files:
+                    path.unlink()
+            for relative, data in policy.files.items():
+                path = self.instance.state_dir / relative
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                if not path.is_file() or path.read_bytes() != data:
+                    path.write_bytes(data)
 
     @contextlib.contextmanager
     def _pins(self) -> Iterator[dict[str, tuple[int, bpf.MapInfo]]]:

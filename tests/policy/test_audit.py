@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +14,12 @@ import pytest
 
 from rama_ebpf.control.audit import Audit
 from rama_ebpf.control.enforced import KernelJudge
-from rama_ebpf.core.address import SocketAddress
+from rama_ebpf.core.address import SocketAddress, mapped
 from rama_ebpf.kernel import abi, bpf
 from rama_ebpf.kernel.gate_maps import set_pages
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.kernel.witness import WITNESS_PROGRAM, Witness
+from rama_ebpf.policy.ban_record import ban_key
 from rama_ebpf.policy.integrity import Integrity
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.rule import Action, Rule, RuleSet, Settings, Stage, SynLimit, Verdict, parse_network
@@ -51,7 +53,7 @@ class Scene:
     """A policy of all kinds in a kernel, and its audit."""
 
     def __init__(self, probe: Probe) -> None:
-        self.store, self.maps = probe.store, probe.maps
+        self.store, self.maps, self.instance = probe.store, probe.maps, probe.instance
         self.witness = Witness(probe.programs["witness"])
         self.judge = KernelJudge(self.store, lambda: contextlib.nullcontext(self.witness))
         self.store.set_failsafe([parse_network("198.18.99.0/24")], (9,))
@@ -135,9 +137,8 @@ def _without_limits(scene: Scene) -> None:
 
 
 def _other_failsafe(scene: Scene) -> None:
-    for network in scene.store.failsafe():
-        scene.store.tables.failsafe.drop(network)
-    scene.store.tables.failsafe.put(parse_network("198.18.0.0/16"))
+    which = scene.store.tables.gate().failsafe_list
+    scene.store.tables.failsafe.fill(which, [parse_network("198.18.0.0/16")])
 
 
 def _row_of_runtime_gone(scene: Scene) -> None:
@@ -199,7 +200,100 @@ def _without_chains(scene: Scene) -> None:
         bpf.map_update(scene.maps["chains"], at.to_bytes(4, sys.byteorder), abi.CHAIN_ITEM.pack(0, 0, 1))
 
 
+def _raw_gate(scene: Scene, at: int, value: bytes) -> None:
+    """As another program would: it knows of no seal."""
+    raw = bpf.map_lookup(scene.maps["gate"], bytes(4), abi.GATE.size)
+    assert raw is not None
+    bpf.map_update(scene.maps["gate"], bytes(4), raw[:at] + value + raw[at + len(value) :])
+
+
+def _default_at(scene: Scene) -> int:
+    heads = abi.GATE.size - 8 - 160 - 2 * abi.SET_HEAD.size
+    at = heads + scene.store.tables.gate().active * abi.SET_HEAD.size
+    raw = bpf.map_lookup(scene.maps["gate"], bytes(4), abi.GATE.size)
+    assert raw is not None
+    assert raw[at : at + 4] == int(scene.store.settings().default).to_bytes(4, sys.byteorder)
+    return at
+
+
+def _settings_beside_a_change_of_ours(scene: Scene) -> None:
+    scene.store.add(block("198.18.8.0/24"))
+    _raw_gate(scene, _default_at(scene), int(Action.DROP).to_bytes(4, sys.byteorder))
+    scene.store.add(block("198.18.9.0/24"))
+    scene.store.ban(ip_address("198.18.8.8"))
+
+
+def _settings_before_a_change_by_a_command(scene: Scene) -> None:
+    scene.store.sync()
+    _raw_gate(scene, _default_at(scene), int(Action.DROP).to_bytes(4, sys.byteorder))
+    with KernelStore(scene.instance, scene.maps) as command:
+        command.add(block("198.18.8.0/24"))
+
+
+def _record_shot_to_pieces(scene: Scene) -> None:
+    scene.store.sync()
+    gate = bytes(range(256)) * 3
+    bpf.map_update(scene.maps["gate"], bytes(4), gate[: abi.GATE.size])
+
+
+def _revision_from_the_future(scene: Scene) -> None:
+    scene.store.sync()
+    _raw_gate(scene, 0, (2**63).to_bytes(8, sys.byteorder))
+
+
+def _rule_of_another_program(scene: Scene) -> None:
+    raw = scene.id_of("drop:198.18.1.0/24")
+    scene.store.tables.runtime.put((parse_network("198.18.7.7/32"), 0), int.from_bytes(raw, sys.byteorder))
+
+
+def _ban_of_another_program(scene: Scene) -> None:
+    key, value = (abi.BAN_KEY.size, abi.BAN.size)
+    present = bpf.map_next_key(scene.maps["bans"], None, key)
+    assert present is not None
+    row = bpf.map_lookup(scene.maps["bans"], present, value)
+    assert row is not None
+    bpf.map_update(scene.maps["bans"], ban_key(parse_network("198.18.7.7/32")), row)
+
+
+def _failsafe_of_another_program(scene: Scene) -> None:
+    key = abi.FAILSAFE_KEY.pack(32 + 96 + 24, 1, mapped(ip_address("198.18.1.0")))
+    bpf.map_update(scene.maps["failsafe"], key, (3).to_bytes(4, sys.byteorder))
+
+
+def _failsafe_named_by_another_program(scene: Scene) -> None:
+    key = abi.FAILSAFE_KEY.pack(32 + 96 + 24, 1, mapped(ip_address("198.18.1.0")))
+    bpf.map_update(scene.maps["failsafe"], key, (15).to_bytes(4, sys.byteorder))
+
+
+def _interval_of_another_program(scene: Scene) -> None:
+    """The set's slots lead to other intervals: sources that it does not name would be let in, or shut out."""
+    active, most = scene.store.tables.gate().active, abi.constants()["MAX_SLOTS"]
+    info = bpf.map_info(scene.maps["slots"])
+    with mmap.mmap(scene.maps["slots"], info.max_entries * info.value_size) as memory:
+        at = 2 * active * most * abi.SLOT.size
+        first, count = abi.SLOT.unpack_from(memory, at)
+        abi.SLOT.pack_into(memory, at, first + 1, count)
+
+
+def _page_of_another_program(scene: Scene) -> None:
+    with (
+        contextlib.closing(scene.store.tables.sets.open(scene.store.tables.gate().active)) as opened,
+        mmap.mmap(opened.fileno(), opened.pages * abi.constants()["PAGE_BYTES"]) as memory,
+    ):
+        memory[0:4] = bytes(b ^ 0xFF for b in memory[0:4])
+
+
 PLANTED = [
+    _settings_beside_a_change_of_ours,
+    _settings_before_a_change_by_a_command,
+    _record_shot_to_pieces,
+    _revision_from_the_future,
+    _rule_of_another_program,
+    _ban_of_another_program,
+    _failsafe_of_another_program,
+    _failsafe_named_by_another_program,
+    _interval_of_another_program,
+    _page_of_another_program,
     _without_length,
     _without_ports,
     _without_bans,

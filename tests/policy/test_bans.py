@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 
@@ -242,7 +244,7 @@ def test_bans_have_a_revision_of_their_own(store: PolicyStore) -> None:
 def test_a_sweep_forgets_what_has_ended_and_not_what_was_banned_anew(store: PolicyStore) -> None:
     store.ban(ip_address("198.18.1.1"), ttl=1e-9)
     struck(store, "2001:db8:7::1", ttl=1e-9)
-    survey = store._bans.survey(boottime_ns())
+    survey = store._bans.survey(boottime_ns(), store.ban_revision)
     store.ban(ip_address("198.18.1.1"))
     assert store._bans.settle(survey, boottime_ns()) == 1
     assert sources(store) == {"198.18.1.1"}
@@ -405,6 +407,44 @@ def test_a_walk_looks_at_no_more_than_it_is_asked_for(tmp_path: Path, monkeypatc
         assert looked - before < 20 + 16
     assert (looked, walk.known, ended[1]) == (500, 700, [])
     assert turns >= 700 // 36
+    walk.close()
+
+
+def test_a_walk_finds_bans_that_are_in_force_and_not_on_disk_by_the_disk_s_last_word(
+    store: PolicyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(10):
+        store.ban(ip_address(f"198.18.1.{n}"))
+    BanLog(tmp_path / "bans").compact(nullcontext, store._bans.in_force)
+    store.ban(ip_address("198.18.2.1"))
+    store.unban(ip_address("198.18.1.3"))
+    with monkeypatch.context() as patch:
+        patch.setattr(BanLog, "banned", _disk_full)
+        struck(store, "2001:db8:7::1")  # in force, and written when the disk takes it
+    walk = store.walk_bans()
+    assert walk is not None
+    assert store.unknown_bans(walk_on(walk, 1)[0]) == []
+    foreign = [Ban(ip_network(f"198.18.{n}.1"), Action.DROP, None, 0, 0, "") for n in (3, 4)]
+    for ban in foreign:
+        store._bans.put(ban)
+    store._bans.put(replace(foreign[0], network=ip_network("198.18.1.3/32")))
+    ended, _ = walk_on(walk, 1000)
+    found = store.unknown_bans(ended)
+    assert {ban.source for ban in found} == {"198.18.3.1", "198.18.4.1", "198.18.1.3"}
+    BanLog(tmp_path / "bans").banned(foreign[0])  # meanwhile
+    assert {ban.source for ban in found if store.is_unknown_ban(ended, ban)} == {"198.18.4.1", "198.18.1.3"}
+    for ban in found[:]:
+        if store.is_unknown_ban(ended, ban):
+            store.take_ban_away(ban)
+    assert store.unknown_bans(walk_on(walk, 1000)[0]) == []
+    assert {ban.source for ban in store.bans()} >= {"198.18.3.1", "198.18.2.1", "2001:db8:7::/64"}
+    walk.close()
+    store.sync()
+    assert "2001:db8:7::/64" in {ban.source for ban in BanLog(tmp_path / "bans").replay()}
+
+
+def _disk_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_damaged_block_of_a_snapshot_costs_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

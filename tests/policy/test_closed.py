@@ -69,7 +69,6 @@ def test_the_programs_know_of_every_entry_wherever_a_writer_dies(
     kernel_store: KernelStore, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     written, deleted = bpf.map_update, bpf.map_delete
-    written, deleted = bpf.map_update, bpf.map_delete
     changes = (
         lambda: kernel_store.add(block("198.18.1.1")),
         lambda: kernel_store.add(block("2001:db8::/48", port=443)),
@@ -104,6 +103,59 @@ def test_the_programs_know_of_every_entry_wherever_a_writer_dies(
         kernel_store.add(block("198.18.1.7"))
         assert told(kernel_store)
         change()
+
+
+@pytest.mark.parametrize("died", [True, False], ids=["killed", "refused"])
+def test_a_failsafe_changes_as_a_whole_and_the_next_sweep_forgets_the_other(
+    kernel_store: KernelStore, monkeypatch: pytest.MonkeyPatch, died: bool
+) -> None:
+    before = [ip_network("198.18.0.0/16"), ip_network("198.18.1.0/24"), ip_network("2001:db8::/32")]
+    after = [ip_network("198.18.1.128/25"), ip_network("198.18.2.0/24"), ip_network("0.0.0.0/1")]
+    sources = [*map(ip_address, ("198.18.1.1", "198.18.1.200", "198.18.2.2", "198.18.9.9", "9.9.9.9", "2001:db8::1"))]
+    updated, deleted = bpf.map_update, bpf.map_delete
+    kernel_store.set_settings(Settings(Action.DROP))
+
+    def let_in() -> list[bool]:
+        return [kernel_store.verdict(source, 1080).allowed for source in sources]
+
+    kernel_store.set_failsafe(before, (22,))
+    old, new = let_in(), [any(source in network for network in after) for source in sources]
+    for calls in range(40):
+        kernel_store.set_failsafe(before, (22,))
+        left, done = calls, False
+
+        def count() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed if died else OSError(errno.ENOMEM, "no memory")
+
+        def update(fd: int, key: bytes, value: bytes, flags: int = bpf.BPF_ANY) -> None:
+            count()
+            updated(fd, key, value, flags)
+            assert let_in() in (old, new)
+
+        def delete(fd: int, key: bytes) -> bool:
+            count()
+            return deleted(fd, key)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bpf, "map_update", update)
+            patch.setattr(bpf, "map_delete", delete)
+            with contextlib.suppress(Killed, OSError):
+                kernel_store.set_failsafe(after)
+                done = True
+        found = let_in()
+        assert found in ([new] if done else [old, new] if died else [old])
+        assert set(kernel_store.failsafe()) == set(before if found == old else after)
+        kernel_store.sweep()
+        assert let_in() == found
+        assert kernel_store.tables.failsafe.is_sound()
+        assert kernel_store.tables.failsafe.networks(1 - kernel_store.tables.gate().failsafe_list) == []
+        if done:
+            break
+    assert done
+    assert calls >= 4
 
 
 def test_a_change_writes_the_gate_record_once(kernel_store: KernelStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,14 +214,28 @@ def test_a_lift_that_the_disk_refuses_changes_nothing(store: PolicyStore, tmp_pa
 
 def test_expired_rules_hold_no_room_and_an_own_rule_is_replaced_in_a_full_table(store: PolicyStore) -> None:
     past = boottime_ns() - 1
-    for n in range(4095):
-        store.add(block(f"198.18.{n >> 8}.{n & 255}", expires=past))
-    for n in range(4095):
+    store.add_all([block(f"198.18.{n >> 8}.{n & 255}", expires=past) for n in range(4095)])
+    store.add_all([block(f"198.19.{n >> 8}.{n & 255}") for n in range(4000)])
+    for n in range(4000, 4095):
         store.add(block(f"198.19.{n >> 8}.{n & 255}"))
     store.add(Rule("mine", (ip_network("198.19.0.1"),), Action.ALLOW))
     assert store.verdict(ip_address("198.19.0.1"), 1080).rule == "mine"
     with pytest.raises(PolicyError, match="rules already"):
         store.add(block("198.18.0.1"))
+
+
+def test_prefix_lengths_of_what_has_ended_hold_no_room(kernel_store: KernelStore) -> None:
+    past = boottime_ns() - 1
+    for length in range(64):
+        kernel_store.add(block(f"2001:db8::/{32 + length}", expires=past))
+    kernel_store.add(block("2001:db8::/128"))
+    assert kernel_store.verdict(ip_address("2001:db8::"), 1080).rule == "block:2001:db8::/128"
+    for length in (96, 80, 64):
+        kernel_store.ban(ip_network(f"2001:db8:1::/{length}"), ttl=1e-9, automatic=True)
+    kernel_store.ban(ip_address("2001:db8:2::1"))
+    kernel_store.ban(ip_network("2001:db8:3::/56"), ttl=60, automatic=True)
+    for banned in ("2001:db8:2::1", "2001:db8:3::1"):
+        assert kernel_store.verdict(ip_address(banned), 1080).rule == "ban"
 
 
 def test_a_set_is_replaced_in_its_own_size(store: PolicyStore) -> None:

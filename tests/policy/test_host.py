@@ -6,12 +6,16 @@ import contextlib
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rama_ebpf.kernel import bpffs
+from rama_ebpf.kernel import abi, bpf, bpffs
+from rama_ebpf.kernel.gate_maps import GateMaps
+from rama_ebpf.kernel.gate_state import GateState
 from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.policy.rule import Action
 
 from ..conftest import StartProxy
 from ..lab import Host, Lab
@@ -60,6 +64,29 @@ def _another_version(proxy: ProxyProcess) -> None:
     place.pin_dir.rename(place.pin_root / "layout-1")
 
 
+def _pins_of_another_instance(proxy: ProxyProcess) -> None:
+    """As if they had been moved here: they let everybody in."""
+    _kill(proxy)
+    place = Instance(proxy.instance)
+    with GateMaps.open(place.pin_dir) as maps:
+        sizes = maps.sizes
+    bpffs.remove_tree(place.pin_dir)
+    place.pin_dir.mkdir()
+    GateMaps.create(place.pin_dir, sizes, "another").close()
+
+
+def _record_of_another_program(proxy: ProxyProcess) -> None:
+    """Somebody has written into the record that everybody is to be let in."""
+    _kill(proxy)
+    with GateMaps.open(Instance(proxy.instance).pin_dir) as maps:
+        raw = bpf.map_lookup(maps["gate"], bytes(4), abi.GATE.size)
+        assert raw is not None
+        gate = GateState.unpack(raw)
+        heads = tuple(replace(head, default=int(Action.ALLOW)) for head in gate.sets)
+        changed = replace(gate, sets=heads, flags=0, revision=1 << 63)  # type: ignore[arg-type]
+        bpf.map_update(maps["gate"], bytes(4), changed.pack()[:-8] + raw[-8:])
+
+
 ENDS: dict[str, Callable[[ProxyProcess], None]] = {
     "clean stop": _stop,
     "kill": _kill,
@@ -67,6 +94,8 @@ ENDS: dict[str, Callable[[ProxyProcess], None]] = {
     "all pins lost": _lose_all_pins,
     "pins of another layout": _swap_pins,
     "pins of another version": _another_version,
+    "pins of another instance": _pins_of_another_instance,
+    "a record that another program wrote": _record_of_another_program,
 }
 
 

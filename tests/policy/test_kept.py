@@ -260,6 +260,9 @@ def test_a_damaged_set_lets_nothing_start_and_is_named(tmp_path: Path, instance:
 
 YEAR = 365 * 86400.0
 SOURCE = ip_address("198.18.5.1")
+IN_1970 = 60.0 - time.time()
+"""So much ahead is a clock that has just begun, as those do that have no battery."""
+IN_2100 = 130 * YEAR + IN_1970
 
 
 class Clock:
@@ -307,13 +310,14 @@ def left(store: LocalStore) -> float | None:
     return (ends[0] - boottime_ns()) / 1e9 if ends and ends[0] is not None else None
 
 
-def test_a_clock_that_is_a_year_ahead_after_a_reboot_erases_nothing(
-    clock: Clock, reboot: Callable[[], LocalStore]
+@pytest.mark.parametrize("ahead", [YEAR, IN_2100], ids=["a year", "in 2100"])
+def test_a_clock_that_is_years_ahead_after_a_reboot_erases_nothing(
+    clock: Clock, reboot: Callable[[], LocalStore], ahead: float
 ) -> None:
     before = reboot()
     before.add(block("198.18.5.0/24"), ttl=HOUR)
     before.add(block("198.18.6.0/24"))
-    clock.ahead = YEAR
+    clock.ahead = ahead
     store = reboot()
     assert store.verdict(SOURCE, 1080).action is Action.ALLOW
     assert store.verdict(ip_address("198.18.6.1"), 1080).action is Action.DROP
@@ -342,9 +346,12 @@ def test_what_has_ended_by_a_clock_that_is_right_is_forgotten(clock: Clock, rebo
     assert reboot().records() == []
 
 
-def test_a_clock_that_begins_in_1970_prolongs_nothing(clock: Clock, reboot: Callable[[], LocalStore]) -> None:
+@pytest.mark.parametrize("ahead", [-20 * YEAR, IN_1970], ids=["20 years behind", "in 1970"])
+def test_a_clock_that_begins_in_1970_prolongs_nothing(
+    clock: Clock, reboot: Callable[[], LocalStore], ahead: float
+) -> None:
     reboot().add(block("198.18.5.0/24"), ttl=HOUR)
-    clock.ahead = -20 * YEAR
+    clock.ahead = ahead
     store = reboot()
     assert 0 < (left(store) or 0) <= 3600
     clock.ahead = 3000  # it was off for so long
@@ -371,8 +378,13 @@ def test_a_rule_that_was_made_anew_or_taken_back_meanwhile_stays_so(
 
 
 @pytest.mark.parametrize("snapshot", [False, True])
+@pytest.mark.parametrize("wrong", [(YEAR, -20 * YEAR), (IN_2100, IN_1970)], ids=["years", "2100, 1970"])
 def test_bans_are_judged_again_when_the_clock_is_set(
-    clock: Clock, reboot: Callable[[], LocalStore], monkeypatch: pytest.MonkeyPatch, snapshot: bool
+    clock: Clock,
+    reboot: Callable[[], LocalStore],
+    monkeypatch: pytest.MonkeyPatch,
+    snapshot: bool,
+    wrong: tuple[float, float],
 ) -> None:
     monkeypatch.setattr(ban_log, "_SMALL", 0 if snapshot else 1 << 30)
     before = reboot()
@@ -387,7 +399,7 @@ def test_bans_are_judged_again_when_the_clock_is_set(
             source: None if end is None else (end - now) / 1e9 for source, end in ends.items() if (end or now + 1) > now
         }
 
-    clock.ahead = YEAR
+    clock.ahead = wrong[0]
     store = reboot()
     assert set(banned(store)) == {"198.18.6.1"}
     store.ban(ip_address("198.18.7.1"))
@@ -396,7 +408,7 @@ def test_bans_are_judged_again_when_the_clock_is_set(
     clock.ahead = 3000
     assert store.judge_again() == 1
     assert 0 < (banned(store)[str(SOURCE)] or 0) <= 600
-    clock.ahead = -20 * YEAR
+    clock.ahead = wrong[1]
     store = reboot()
     assert 0 < (banned(store)[str(SOURCE)] or 0) <= 3600
     clock.ahead, clock.synchronized = 3000, True
@@ -445,6 +457,37 @@ def test_of_pins_and_disk_the_younger_wins(place: Instance, caplog: pytest.LogCa
             assert [ban.source for ban in again.bans()] == ["198.18.66.1"]
             assert again.revision == younger.revision
     bpffs.remove_tree(place.pin_root / "new-test")
+
+
+def test_a_policy_of_another_host_holds_and_is_said_to_be_of_another(
+    place: Instance, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with KernelStore(place) as store, monkeypatch.context() as patch:
+        patch.setattr(kept, "host_id", lambda: "0123456789abcdef")
+        before = store.image()
+        KeptPolicy(place.state_dir).write(before)
+    with new_maps(place) as maps:
+        HostPolicy(place).fill(maps, None, "")
+        again = KernelStore(place, maps)
+        assert again.ruleset() == before.ruleset
+        assert "was written on another host (machine-id): what it says holds here, too" in caplog.text
+        caplog.clear()
+        again.keep()
+        again.sync()
+        assert not KeptPolicy(place.state_dir).is_of_another_host()
+    bpffs.remove_tree(place.pin_root / "new-test")
+
+
+@pytest.mark.parametrize("revision", [1 << 62, (1 << 62) + 1, 1 << 63, 1 << 64, -1])
+def test_a_revision_from_the_future_is_taken_for_damage(place: Instance, revision: int) -> None:
+    with KernelStore(place) as store:
+        image = store.image()
+    disk = KeptPolicy(place.state_dir)
+    disk.write(replace(image, revision=revision))
+    with GateMaps.open(place.pin_dir) as pins:
+        with pytest.raises(PolicyDamaged):
+            disk.read()
+        assert not HostPolicy(place).supersedes(pins)  # the pinned one stays in force
 
 
 def test_lost_pins_are_filled_from_disk_and_revisions_go_on(place: Instance, caplog: pytest.LogCaptureFixture) -> None:

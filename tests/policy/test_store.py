@@ -233,18 +233,41 @@ def test_a_runtime_rule_replaces_the_one_of_exactly_its_prefix_and_port(store: P
 
 def test_expired_rules_are_swept_and_make_room(store: PolicyStore) -> None:
     past = boottime_ns() - 1
-    for n in range(300):
-        store.add(block(f"198.18.{n >> 8}.{n & 255}", expires=past))
+    store.add_all([block(f"198.18.{n >> 8}.{n & 255}", expires=past) for n in range(300)])
     store.add(block("198.18.0.0/16"))
     assert store.sweep() == 300
     assert decided(store, "198.18.0.1") == "drop by block:198.18.0.0/16"
     store.remove(ip_network("198.18.0.0/16"))
     store.sweep()
-    for n in range(4095):  # all there is room for
-        store.add(block(f"198.19.{n >> 8}.{n & 255}"))
+    store.add_all([block(f"198.19.{n >> 8}.{n & 255}") for n in range(4095)])  # all there is room for
     with pytest.raises(PolicyError, match="rules already"):
         store.add(block("198.18.0.1"))
     assert len(store.records()) == 4095
+
+
+def test_many_rules_are_added_as_one_change_or_none_of_them(store: PolicyStore, tmp_path: Path) -> None:
+    store.remember_in(tmp_path)
+    store.add(Rule("before", (ip_network("198.18.1.0/24"),), Action.ALLOW))
+    revision = store.revision
+    added = store.add_all([block("198.18.1.0/24"), block("198.18.2.0/24", port=443)], ttl=3600 * 10**9)
+    assert [rule.name for rule in added] == ["block:198.18.1.0/24", "block:198.18.2.0/24"]
+    assert store.revision == revision + 1
+    assert [record.rule for record in store.records()] == added
+    assert store.add_all([]) == []
+    rows = (tmp_path / "rules").read_bytes()
+    refused = [
+        Rule("r", (ip_network("198.18.1.0/24"),), Action.REJECT),
+        block("198.18.3.0/24"),
+        block("198.18.2.0/24", port=443),
+    ]
+    refused[-1] = replace(refused[-1], dry_run=True)
+    with pytest.raises(PolicyError, match="has a rule already"):
+        store.add_all(refused)
+    with pytest.raises(PolicyError, match="rules already"):
+        store.add_all([block(f"198.19.{n >> 8}.{n & 255}") for n in range(4095)])
+    assert [record.rule.name for record in store.records()] == [rule.name for rule in added]
+    assert (store.revision, (tmp_path / "rules").read_bytes()) == (revision + 1, rows)
+    assert decided(store, "198.18.1.1") == "drop by block:198.18.1.0/24"
 
 
 def test_many_prefix_lengths_at_run_time_are_all_looked_for(store: PolicyStore) -> None:

@@ -70,6 +70,13 @@ class BanCheck:
                 lambda ban=ban: of_round.is_lost(ban),  # type: ignore[misc]
                 lambda ban=ban: self._store.bring_back_ban(ban),  # type: ignore[misc]
             )
+        for ban in self._store.unknown_bans(of_round)[:_MOST_LOST]:
+            yield Difference(
+                "ban",
+                f"the ban of {ban.source} is in the kernel, and not on disk: another program made it",
+                lambda ban=ban: self._store.is_unknown_ban(of_round, ban),  # type: ignore[misc]
+                lambda ban=ban: self._store.take_ban_away(ban),  # type: ignore[misc]
+            )
 
     def _is_missed_ban(self, key: bytes) -> bool:
         value = bpf.map_lookup(self._store.tables.maps["bans"], key, abi.BAN.size)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 from ...kernel import abi
 from ..image import RuntimeRule
@@ -17,6 +19,9 @@ from .difference import Difference, slice_of
 from .rows import MAPPED_IPV4, RuleRows
 
 __all__ = ["KeptCheck"]
+
+_MOST_OF_NOBODY: Final = 256
+"""Rules that nobody made are taken away one by one in a call; the next round has the rest."""
 
 
 class KeptCheck:
@@ -54,7 +59,32 @@ class KeptCheck:
                 lambda suspect=suspect: self._is_apart(kept, suspect),  # type: ignore[misc]
                 lambda suspect=suspect: self._store.put_back(suspect.place, suspect.rule),  # type: ignore[misc]
             )
+        yield from self._nobodys(kept)
         kept.end()
+
+    def _nobodys(self, kept: KeptWalk) -> Iterator[Difference]:
+        """Rules in the kernel that are not on disk: another program has written them."""
+        suspects = kept.lacks(place for place, _ in self._store.tables.runtime.items())
+        known = self._store.places_on_disk() if suspects else set()
+        for place in suspects[:_MOST_OF_NOBODY]:
+            if place not in known:
+                network, port = place
+                where = f"{network} port {port}" if port else str(network)
+                yield Difference(
+                    "rule",
+                    f"the rule at run time for {where} is in the kernel, and not on disk: another program made it",
+                    lambda place=place: self._is_nobodys(kept, place),  # type: ignore[misc]
+                    lambda place=place: self._store.put_back(place, None),  # type: ignore[misc]
+                )
+
+    def _is_nobodys(self, kept: KeptWalk, place: Place) -> bool:
+        if self._store.rules_on_disk is None or not kept.is_whole():
+            return False
+        value = self._rows.place(runtime_key(place))
+        rule = None if value is None else self._store.stored_rule(int.from_bytes(value, sys.byteorder))
+        if rule is not None and rule.expires is not None and rule.expires <= boottime_ns():
+            return False  # the next sweep forgets it
+        return value is not None
 
     def _is_apart(self, kept: KeptWalk, suspect: Suspect) -> bool:
         if self._store.rules_on_disk is None or not kept.is_whole():

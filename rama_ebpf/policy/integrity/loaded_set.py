@@ -17,6 +17,7 @@ from ..prefixes import IPNetwork
 from ..rule import PolicyError, Rule, boottime_ns
 from .difference import ANY_PORT, BEFORE_RULES, Difference, slice_of
 from .rows import RuleRows
+from .set_content import SetContent
 
 __all__ = ["SetCheck"]
 
@@ -30,6 +31,7 @@ class SetCheck:
         self._rows = rows
         self._set: tuple[int, Sequence[Rule], Sequence[int]] = (0, (), ())
         self._next_rule = 0
+        self._content = SetContent(store)
 
     @property
     def rules(self) -> Sequence[Rule]:
@@ -42,6 +44,11 @@ class SetCheck:
             yield Difference("set", f"the set in force cannot be read: {why}", lambda: bool(self._unreadable()), _leave)
             return
         token, rules, ids = self._set
+        if self._content.differs_so_far():
+            yield Difference(
+                "set", "another program has written into the set in force", self._content.differs, self.load_again
+            )
+            return
         count = min(len(rules), slice_of(len(rules), least, rounds))
         now = boottime_ns()
         asked: list[tuple[Rule, IPNetwork]] = []
@@ -114,8 +121,8 @@ class SetCheck:
         ]
 
     def load_again(self) -> None:
-        """Make the set anew of its description."""
-        self._store.replace(self._store.ruleset(), origin="the audit")
+        """Make the set anew: from disk, or of its description."""
+        self._store.load_again()
 
 
 def _leave() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...kernel import abi
 from ...kernel.gate_state import GateState
@@ -29,7 +29,7 @@ class _Remembered:
 
 
 def _whole(gate: GateState) -> tuple[object, ...]:
-    return gate.active, gate.fallback, gate.deadline, gate.sets, gate.failsafe_ports
+    return gate.active, gate.fallback, gate.deadline, gate.sets, gate.failsafe_ports, gate.failsafe_list
 
 
 class RecordCheck:
@@ -48,6 +48,14 @@ class RecordCheck:
     def look(self) -> Iterator[Difference]:
         """Compare with what the same revision was. Whoever changes the policy raises the revision."""
         tables = self._store.tables
+        if not tables.gate().is_sealed:
+            yield Difference(
+                "settings",
+                f"the record of revision {tables.gate().revision} (settings, set in force, failsafe's ports, what is "
+                "looked for) was written by another program",
+                lambda: not tables.gate().is_sealed,
+                lambda: self._store.put_record_back(self._known()),
+            )
         if self._remembered is None or self._remembered.gate.revision != tables.gate().revision:
             self._remember()
             return
@@ -57,7 +65,7 @@ class RecordCheck:
                 "settings",
                 f"the record of revision {known.gate.revision} (settings, set in force, failsafe's ports) was changed",
                 lambda: self._same_revision(known) and known.differs(tables.gate()),
-                lambda: self._put_back(known),
+                lambda: self._store.put_record_back(known.gate),
             )
         elif (token := self._token()) != known.token:
             yield Difference(
@@ -66,20 +74,20 @@ class RecordCheck:
                 lambda: self._same_revision(known) and self._token() != known.token,
                 lambda: self._put_set_back(known),
             )
-        if frozenset(tables.failsafe.networks()) != known.failsafe:
+        if self._has_other_failsafe(known):
             yield Difference(
                 "failsafe",
                 f"the failsafe of revision {known.gate.revision} was changed",
-                lambda: self._same_revision(known) and frozenset(tables.failsafe.networks()) != known.failsafe,
+                lambda: self._same_revision(known) and self._has_other_failsafe(known),
                 lambda: self._store.set_failsafe(list(known.failsafe), known.gate.failsafe_ports),
             )
         yield from self._flags()
 
     def _flags(self) -> Iterator[Difference]:
-        tables = self._store.tables
+        store, tables = self._store, self._store.tables
         for flag, what, is_empty in (
             ("GATE_BANS", "bans", tables.bans.is_empty),
-            ("GATE_FAILSAFE", "failsafe", lambda: not tables.failsafe.networks() and not tables.gate().failsafe_ports),
+            ("GATE_FAILSAFE", "failsafe", lambda: not store.failsafe() and not tables.gate().failsafe_ports),
         ):
 
             def missing(flag: str = flag, is_empty: Callable[[], bool] = is_empty) -> bool:
@@ -88,13 +96,25 @@ class RecordCheck:
             if missing():
                 yield Difference("flag", f"the programs do not look for the {what}", missing, self._store.rebuild)
 
+    def _has_other_failsafe(self, known: _Remembered) -> bool:
+        return frozenset(self._store.failsafe()) != known.failsafe or not self._store.tables.failsafe.is_sound()
+
+    def _known(self) -> GateState | None:
+        """What is known of the revision in force: what was seen of it, or what this process wrote."""
+        seen = None if self._remembered is None else self._remembered.gate
+        revision = self._store.tables.gate().revision
+        known = (one for one in (self._store.tables.written, seen) if one is not None)
+        return next((one for one in known if one.is_sealed and one.revision == revision), None)
+
     def _remember(self) -> None:
         tables = self._store.tables
         with self._store.held():
             gate = tables.gate()
+            if not gate.is_sealed:
+                return
             opened = tables.sets.open(gate.active)
             self.close()
-            self._remembered = _Remembered(gate, frozenset(tables.failsafe.networks()), opened.token, opened)
+            self._remembered = _Remembered(gate, frozenset(self._store.failsafe()), opened.token, opened)
 
     def _same_revision(self, known: _Remembered) -> bool:
         return self._store.tables.gate().revision == known.gate.revision
@@ -106,23 +126,6 @@ class RecordCheck:
             return opened.token
         finally:
             opened.close()
-
-    def _put_back(self, known: _Remembered) -> None:
-        """Put the record back, with a revision of its own: what is derived stays as it is."""
-        tables, was = self._store.tables, known.gate
-        with self._store.held():
-            gate = tables.gate()
-            tables.put_gate(
-                replace(
-                    gate,
-                    revision=gate.revision + 1,
-                    active=was.active,
-                    fallback=was.fallback,
-                    deadline=was.deadline,
-                    sets=was.sets,
-                    failsafe_ports=was.failsafe_ports,
-                )
-            )
 
     def _put_set_back(self, known: _Remembered) -> None:
         with self._store.held():
