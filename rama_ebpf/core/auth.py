@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from .address import IPAddress
 
-__all__ = ["Authenticator", "Credentials", "User"]
+__all__ = ["Authenticator", "Credentials", "User", "known_at_once"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +41,19 @@ class User:
 
 Authenticator = Callable[[Credentials], Awaitable[User]]
 """Returns the user, or raises :class:`~rama_ebpf.core.errors.AuthFailed`."""
+
+
+def known_at_once(authenticate: Authenticator) -> Callable[[Credentials], User | None] | None:
+    """Return the ``known`` of an authenticator that has one of its own: a function that returns the user of credentials
+    which a call would accept without waiting, and None for all others, of which it says nothing.
+
+    What stands around an authenticator must not be passed by: a function has none, nor has a class that inherits one
+    and has a ``__call__`` of its own.
+    """
+    found: Callable[[Credentials], User | None] | None = getattr(authenticate, "known", None)
+    for kind in type(authenticate).__mro__:
+        if "known" in vars(kind):
+            return found
+        if "__call__" in vars(kind):
+            return None
+    return None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rama_ebpf.core import Authority, Service, Stream, client_address, stack
+from rama_ebpf.core import AuthFailed, Authority, Credentials, Service, Stream, User, client_address, stack
 from rama_ebpf.core.request_log import RequestRecord
+from rama_ebpf.layers import PasswordFile, StaticUsers
 from rama_ebpf.layers.access_log import AccessLogLayer
+from rama_ebpf.layers.hashes import hash_password
 from rama_ebpf.services.http import (
     BackendPool,
     ForwardedLayer,
@@ -29,6 +33,7 @@ from rama_ebpf.services.http import (
 from rama_ebpf.services.http.exchange.quick import decides
 from rama_ebpf.services.http.exchange.running import running
 from rama_ebpf.services.http.h1.server import H1ServerConnection
+from rama_ebpf.services.http.layers import ProxyAuthLayer
 
 from .conftest import DATE, OK, Connect, Origin, Run, Server, abort, descriptors, eventually, read_until_reset
 
@@ -598,3 +603,71 @@ async def chunked_body(reader: asyncio.StreamReader) -> bytes:
     while (line := await reader.readuntil(b"\r\n")) != b"\r\n":
         content += line
     return content
+
+
+TOM = b"Proxy-Authorization: Basic " + base64.b64encode(b"tom:right")
+WRONG = b"Proxy-Authorization: Basic " + base64.b64encode(b"tom:wrong")
+
+
+async def test_a_user_who_was_proven_needs_no_coroutine_and_no_other_gets_past_it(
+    run: Run, connector: Connect, counted: Counted, tmp_path: Path
+) -> None:
+    users = tmp_path / "users"
+    users.write_text(f"tom:{hash_password('right', (14, 1))}\n")
+    records: list[RequestRecord] = []
+    proxy = HttpProxy(connector, layers=[ProxyAuthLayer(PasswordFile(users))])
+    server = run(stack(AccessLogLayer(request_sink=records.append), proxy))
+    origin = scripted(run)
+    client = Client(*await server.open())
+    for _ in range(4):
+        assert (await client.ask(get(origin, TOM))).endswith(b"ok")
+    assert counted.coroutines == 1
+    assert b"Proxy-Authorization" not in origin.requests[-1]
+    for refused in (
+        get(origin, WRONG),
+        get(origin),
+        get(origin, TOM, TOM),
+        get(origin, b"Proxy-Authorization: Basic !"),
+    ):
+        assert (await client.ask(refused)).startswith(b"HTTP/1.1 407 ")
+    assert counted.coroutines == 5
+    assert (await client.ask(get(origin, TOM))).endswith(b"ok")
+    assert counted.coroutines == 5
+    users.write_text(f"tom:{hash_password('another', (14, 1))}\n")
+    assert (await client.ask(get(origin, TOM))).startswith(b"HTTP/1.1 407 ")
+    await eventually(lambda: len(records) == 10)
+    assert [(record.user, record.status) for record in records] == [
+        *[("tom", 200)] * 4,
+        *[("", 407)] * 4,
+        ("tom", 200),
+        ("", 407),
+    ]
+    client.writer.close()
+
+
+async def test_what_stands_around_an_authenticator_is_never_passed_by(
+    run: Run, connector: Connect, counted: Counted
+) -> None:
+    users = StaticUsers({"tom": "right"})
+
+    class NotOnMondays(StaticUsers):
+        async def __call__(self, credentials: Credentials, /) -> User:
+            raise AuthFailed("not on Mondays")
+
+    @functools.wraps(users)
+    async def never(credentials: Credentials, /) -> User:
+        raise AuthFailed("never")
+
+    proxy = ForwardProxy(connector)
+    origin = scripted(run)
+    client = Client(*await run(HttpServer(stack(ProxyAuthLayer(users), proxy))).open())
+    for _ in range(3):
+        assert (await client.ask(get(origin, TOM))).endswith(b"ok")
+    assert counted.coroutines == 1
+    client.writer.close()
+    for authenticate in (NotOnMondays({"tom": "right"}), never):
+        client = Client(*await run(HttpServer(stack(ProxyAuthLayer(authenticate), proxy))).open())
+        for _ in range(3):
+            assert (await client.ask(get(origin, TOM))).startswith(b"HTTP/1.1 407 ")
+        client.writer.close()
+    assert len(origin.requests) == 3

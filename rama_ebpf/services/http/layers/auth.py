@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
-from ....core.auth import Authenticator, Credentials
+from ....core.auth import Authenticator, Credentials, known_at_once
 from ....core.blame import judge
 from ....core.client import client_address
 from ....core.errors import AuthFailed
 from ....core.offender import strike
 from ....core.request_log import Refusal
 from ....core.service import Service, check_fit
+from ..exchange.quick import Exchange, decides, quick_of
 from ..message.headers import Headers
 from ..message.model import Body, Request, Response
 
@@ -24,6 +27,7 @@ class _Basic:
             raise ValueError(f"the realm must be plain text, not {realm!r}")
         check_fit(self, Credentials, authenticate)
         self._authenticate = authenticate
+        self._known = known_at_once(authenticate)
         self._status = 407 if proxy else 401
         self._field = "Proxy-Authorization" if proxy else "Authorization"
         self._challenge = (
@@ -49,6 +53,37 @@ class _Basic:
         headers = Headers([("Content-Type", "text/plain; charset=utf-8"), self._challenge])
         return Response(self._status, headers, Body.of(b"authentication required\n"))
 
+    def quick(
+        self,
+        inner: Service[Request, Response],
+        serve: Callable[[Request], Awaitable[Response]],
+        passed_on: Callable[[Request], None] = lambda _request: None,
+    ) -> None:
+        """Let ``serve`` decide at once where ``inner`` does, for users who are known without waiting; ``passed_on`` is
+        called with the request that goes on."""
+        decide, known = quick_of(inner), self._known
+        if decide is None or known is None:
+            return
+
+        def quick_exchange(request: Request) -> Exchange | None:
+            fields = request.headers.get_all(self._field)
+            try:
+                user = known(_credentials(request, fields)) if fields else None
+            except AuthFailed:
+                return None  # the coroutine meets it as well, and answers
+            if user is None:
+                return None
+            told = replace(request, extensions=request.extensions.fork())  # for nothing may have happened
+            told.extensions.add(user)
+            passed_on(told)
+            exchange = decide(told)
+            if exchange is None:
+                return None
+            request.extensions.adopt(told.extensions)
+            return exchange._replace(recover=lambda _request, error: exchange.recover(told, error))
+
+        decides(serve, quick_exchange)
+
 
 class ProxyAuthLayer:
     """Lets requests through whose Proxy-Authorization ``authenticate`` accepts; the others get 407, and the
@@ -67,6 +102,7 @@ class ProxyAuthLayer:
         async def serve(request: Request) -> Response:
             return await self._basic.refusal(request) or await inner(request)
 
+        self._basic.quick(inner, serve)
         return serve
 
 
@@ -85,12 +121,16 @@ class BasicAuthLayer:
             refusal = await self._basic.refusal(request)
             if refusal is not None:
                 return refusal
-            if not self._forward:
-                request.headers = request.headers.copy()
-                request.headers.remove("Authorization")
+            self._strip(request)
             return await inner(request)
 
+        self._basic.quick(inner, serve, self._strip)
         return serve
+
+    def _strip(self, request: Request) -> None:
+        if not self._forward:
+            request.headers = request.headers.copy()
+            request.headers.remove("Authorization")
 
 
 def _credentials(request: Request, fields: list[str]) -> Credentials:
