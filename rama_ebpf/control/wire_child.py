@@ -29,6 +29,7 @@ from ..core.reactor import Reactor
 from ..kernel.btf import BtfUnavailable
 from ..kernel.compile import CompileError
 from ..kernel.confine import NO_NETWORK, confine
+from ..kernel.netdev import SIOCETHTOOL
 from ..kernel.privileges import CAP_BPF, CAP_NET_ADMIN, UserIds, keep_capabilities, raise_descriptor_limit
 from ..kernel.wire import WireMaps, WireUnavailable
 from ..relay.report import CloseReason
@@ -45,6 +46,7 @@ _MESSAGES: Final = 64
 """That are read of one worker before the others have their turn."""
 _CREDENTIALS: Final = struct.Struct("=III")  # struct ucred
 _QUEUE_BYTES: Final = 1 << 20
+_OWN_DESCRIPTORS: Final = 256
 _WORDS_BYTES: Final = 1 << 16
 _BPF_COMMANDS: Final = (10, 28)  # BPF_PROG_TEST_RUN, BPF_LINK_CREATE
 
@@ -85,6 +87,8 @@ class _Worker:
                 client, target = sockets
                 sockets.clear()
                 self._take(request, (client, target))
+            elif request.ask is Ask.TAKE:  # the kernel had no descriptors for us
+                self._say(Reply(Answer.REFUSED, request.number, text="all places are taken"))
             elif request.ask is Ask.GIVE_UP:
                 self._holder.splicer.give_up(self, request.number)
             elif request.ask is Ask.CUT:
@@ -148,7 +152,11 @@ class _Holder:
         self._channel = channel
         self._listeners = _places(wanted)
         headers = wanted["kernel_headers"]
-        self.maps = WireMaps.load(wanted["count"], kernel_headers=None if headers is None else Path(headers))
+        # Two sockets each.
+        most = (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OWN_DESCRIPTORS) // 2
+        self.maps = WireMaps.load(
+            min(wanted["count"], max(most, 1)), kernel_headers=None if headers is None else Path(headers)
+        )
         self.pairs = self.maps.readable_pairs()  # opened now: it takes more than what is kept
         self.splicer = Splicer(self.maps, self.reactor, quota=wanted["quota"], listeners=lambda: self._listeners)
         door.setblocking(False)
@@ -259,7 +267,7 @@ def main() -> None:
         _refuse(channel, str(error).splitlines()[0])
         return
     keep_capabilities({CAP_BPF, CAP_NET_ADMIN}, UserIds(uid, gid) if uid else None)
-    confinement = confine(closed=NO_NETWORK, bpf_commands=_BPF_COMMANDS)
+    confinement = confine(closed=NO_NETWORK, bpf_commands=_BPF_COMMANDS, ioctls=(SIOCETHTOOL,))
     if confinement.missing:
         log.warning("no whole sandbox: %s", "; ".join(confinement.missing))
     holder.run()

@@ -51,13 +51,15 @@ def confine(
     closed: Network = NOTHING,
     listener: bool = False,
     bpf_commands: Iterable[int] = (),
+    ioctls: Iterable[int] = (),
 ) -> Confinement:
     """Leave this process for good only what serving takes, as far as the host can do that.
 
     Files may be opened where this Python, libc and OpenSSL have theirs, and beneath ``read``; changed beneath
     ``write``. ``closed`` is for who needs no network, or no listening sockets: with all of it closed there are no
     sockets but Unix ones, besides those that are open. ``listener`` asks for one. ``bpf_commands`` of bpf(2) may be
-    used besides those on maps. Needs no_new_privs, and that no other thread has been started.
+    used besides those on maps, and ``ioctls`` besides those of sockets and terminals. Needs no_new_privs, and that no
+    other thread has been started.
     """
     missing: list[str] = []
     version, filtered, told = 0, False, None
@@ -73,7 +75,9 @@ def confine(
         except (landlock.LandlockUnavailable, OSError) as error:
             missing.append(str(error))
     try:
-        told = keep_system_calls(network=closed != NO_NETWORK, listener=listener, bpf_commands=bpf_commands)
+        told = keep_system_calls(
+            network=closed != NO_NETWORK, listener=listener, bpf_commands=bpf_commands, ioctls=ioctls
+        )
         filtered = True
     except SeccompUnavailable as error:
         missing.append(str(error))

@@ -18,13 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Device", "changes", "driver", "has_vlans", "link", "receives_from_xdp", "strips_vlan_tags"]
+__all__ = [
+    "SIOCETHTOOL",
+    "Device",
+    "changes",
+    "driver",
+    "has_vlans",
+    "link",
+    "merges_segments",
+    "receives_from_xdp",
+    "strips_vlan_tags",
+]
 
-_SIOCETHTOOL: Final = 0x8946
+SIOCETHTOOL: Final = 0x8946
 _GET_DRIVER, _GET_FLAGS = 0x03, 0x25
 _DRIVER: Final = struct.Struct("=I32s160x")
 _VALUE: Final = struct.Struct("=II")
-_RXVLAN: Final = 1 << 8
+_RXVLAN, _LRO = 1 << 8, 1 << 15
 _VLAN_HEADINGS: Final = 2
 
 _NETLINK_GENERIC, _CONTROL, _REQUEST, _ERROR = 16, 16, 1, 2
@@ -63,11 +73,24 @@ def has_vlans(listed: Path = Path("/proc/net/vlan/config")) -> bool:
     return listed.exists() and len(listed.read_text(encoding="utf-8").splitlines()) > _VLAN_HEADINGS
 
 
+def merges_segments(interface: str, sock: socket.socket) -> bool:
+    """Whether an interface merges segments on receipt for good (``lro`` of ethtool): nobody can send them on as they
+    came. ``sock`` is any internet socket."""
+    try:
+        _, flags = _VALUE.unpack(_ask_driver(sock, interface, _GET_FLAGS, _VALUE.size))
+    except OSError:
+        return False
+    return bool(flags & _LRO)
+
+
 def _ethtool(interface: str, command: int, size: int) -> bytes:
-    value = ctypes.create_string_buffer(struct.pack("=I", command), size)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        request = struct.pack("16sQ16x", interface.encode(), ctypes.addressof(value))
-        fcntl.ioctl(sock, _SIOCETHTOOL, request)
+        return _ask_driver(sock, interface, command, size)
+
+
+def _ask_driver(sock: socket.socket, interface: str, command: int, size: int) -> bytes:
+    value = ctypes.create_string_buffer(struct.pack("=I", command), size)
+    fcntl.ioctl(sock, SIOCETHTOOL, struct.pack("16sQ16x", interface.encode(), ctypes.addressof(value)))
     return value.raw
 
 

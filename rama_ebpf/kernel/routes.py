@@ -9,9 +9,11 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Final
 
+from .netdev import merges_segments
 from .wire import LOOPBACK, WireKey
 
 __all__ = ["Routes"]
@@ -23,6 +25,7 @@ _ATTRIBUTE: Final = struct.Struct("=HH")
 _REQUEST, _DUMP, _ERROR, _DONE = 1, 0x300, 2, 3
 _GET_LINK, _GET_ROUTE = 18, 26
 _TO, _FROM, _BY = 1, 2, 4  # RTA_DST, RTA_SRC, RTA_OIF
+_NAME: Final = 3  # IFLA_IFNAME
 _ETHERNET: Final = 1  # ARPHRD_ETHER
 _CHANGES: Final = 0x1 | 0x40 | 0x400  # RTMGRP_LINK, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE
 
@@ -34,6 +37,7 @@ class Routes:
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         self._sock = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
         self._sock.settimeout(1)
+        self._any = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.changes = socket.socket(socket.AF_NETLINK, kind | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
         """Readable when an interface or a route has come, gone or changed; see :meth:`forget_changes`."""
         self.changes.bind((0, _CHANGES))
@@ -50,11 +54,12 @@ class Routes:
                     raise
 
     def devices(self) -> set[int]:
-        """Return the indexes of the loopback device and of the interfaces with Ethernet frames."""
+        """Return the indexes of the loopback device and of the interfaces with Ethernet frames, each as it was sent."""
         found = set()
         for body in self._ask(_GET_LINK, _DUMP, _LINK.pack(0, 0, 0, 0, 0)):
             _, kind, index, _, _ = _LINK.unpack_from(body)
-            if kind == _ETHERNET or index == LOOPBACK:
+            name = _attribute(body, _LINK.size, _NAME).rstrip(b"\0").decode(errors="replace")
+            if index == LOOPBACK or (kind == _ETHERNET and not merges_segments(name, self._any)):
                 found.add(index)
         return found
 
@@ -70,13 +75,8 @@ class Routes:
             if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES):
                 return None
             raise
-        at = _ROUTE.size
-        while at + _ATTRIBUTE.size <= len(answer):
-            size, kind = _ATTRIBUTE.unpack_from(answer, at)
-            if kind == _BY:
-                return int(struct.unpack_from("=i", answer, at + _ATTRIBUTE.size)[0])
-            at += max(_ATTRIBUTE.size, size + 3 & ~3)
-        return None
+        index = int.from_bytes(_attribute(answer, _ROUTE.size, _BY), sys.byteorder)
+        return index or None
 
     def _ask(self, kind: int, flags: int, body: bytes) -> Iterator[bytes]:
         self._sock.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | flags, 0, 0) + body)
@@ -96,5 +96,16 @@ class Routes:
 
     def close(self) -> None:
         """Close the sockets."""
+        self._any.close()
         self._sock.close()
         self.changes.close()
+
+
+def _attribute(message: bytes, at: int, wanted: int) -> bytes:
+    """Return the value of an attribute behind a message's header, empty if it is not there."""
+    while at + _ATTRIBUTE.size <= len(message):
+        size, kind = _ATTRIBUTE.unpack_from(message, at)
+        if kind == wanted:
+            return message[at + _ATTRIBUTE.size : at + size]
+        at += max(_ATTRIBUTE.size, size + 3 & ~3)
+    return b""

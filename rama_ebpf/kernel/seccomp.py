@@ -15,6 +15,7 @@ import errno
 import os
 import socket
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from ..core.errors import RamaError
@@ -67,8 +68,15 @@ def call_name(number: int) -> str:
         return str(number)
 
 
-def keep_system_calls(*, network: bool = True, listener: bool = False, bpf_commands: Iterable[int] = ()) -> int | None:
-    """Set the filter for all threads of this process; ``bpf_commands`` are allowed besides those on maps.
+def keep_system_calls(
+    *,
+    network: bool = True,
+    listener: bool = False,
+    bpf_commands: Iterable[int] = (),
+    ioctls: Iterable[int] = (),
+) -> int | None:
+    """Set the filter for all threads of this process; ``bpf_commands`` are allowed besides those on maps, ``ioctls``
+    besides those of sockets and terminals.
 
     Raises :class:`SeccompUnavailable`.
 
@@ -81,14 +89,14 @@ def keep_system_calls(*, network: bool = True, listener: bool = False, bpf_comma
     leaves a process.
     """
     seccomp = load_library()
-    commands = frozenset((*_BPF_ON_MAPS, *bpf_commands))
+    more = _Allowed(frozenset((*_BPF_ON_MAPS, *bpf_commands)), frozenset((*_REQUESTS, *ioctls)))
     if listener:
         # Another filter over us may have one already, and old kernels know none.
         with contextlib.suppress(OSError, ValueError, RuntimeError):
-            _rules(seccomp, seccomp.NOTIFY, network, commands).load()
+            _rules(seccomp, seccomp.NOTIFY, network, more).load()
             return _listener()
     try:
-        _rules(seccomp, seccomp.ERRNO(errno.EPERM), network, commands).load()
+        _rules(seccomp, seccomp.ERRNO(errno.EPERM), network, more).load()
     except (OSError, ValueError, RuntimeError) as error:
         raise SeccompUnavailable(f"the kernel takes no seccomp filter: {error}") from error
     return None
@@ -103,7 +111,15 @@ def _listener() -> int | None:
     return None
 
 
-def _rules(seccomp: Any, refuse: int, network: bool, bpf_commands: Collection[int]) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Allowed:
+    """Arguments of calls that are judged by them."""
+
+    bpf_commands: Collection[int]
+    ioctls: Collection[int]
+
+
+def _rules(seccomp: Any, refuse: int, network: bool, allowed: _Allowed) -> Any:
     rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.ENOSYS))
     rules.set_attr(seccomp.Attr.CTL_TSYNC, 1)
     rules.set_attr(seccomp.Attr.CTL_LOG, 1)
@@ -112,7 +128,7 @@ def _rules(seccomp: Any, refuse: int, network: bool, bpf_commands: Collection[in
         _add(rules, seccomp.ALLOW, name)
     for name in REFUSED:
         _add(rules, refuse, name)
-    _judge_arguments(rules, seccomp, refuse, bpf_commands)
+    _judge_arguments(rules, seccomp, refuse, allowed)
     _judge_sockets(rules, seccomp, refuse, FAMILIES if network else (socket.AF_UNIX,))
     return rules
 
@@ -124,7 +140,7 @@ def _add(rules: Any, action: int, name: str, *arguments: Any) -> None:
         return  # a call that this libseccomp, or this architecture, does not know: it stays what is not there
 
 
-def _judge_arguments(rules: Any, seccomp: Any, refuse: int, bpf_commands: Collection[int]) -> None:
+def _judge_arguments(rules: Any, seccomp: Any, refuse: int, allowed: _Allowed) -> None:
     """The calls that are allowed with some arguments only. The rules of one call exclude each other."""
 
     def one_of(name: str, index: int, values: Iterable[int]) -> None:
@@ -141,10 +157,10 @@ def _judge_arguments(rules: Any, seccomp: Any, refuse: int, bpf_commands: Collec
     for name in ("kill", "tgkill"):
         only(name, 0, os.getpid())
     only("prlimit64", 0, 0)
-    one_of("ioctl", 1, _REQUESTS)
+    one_of("ioctl", 1, sorted(allowed.ioctls))
     one_of("prctl", 0, _PRCTLS)
     for command in range(_LAST_BPF_COMMAND + 1):
-        action = seccomp.ALLOW if command in bpf_commands else refuse
+        action = seccomp.ALLOW if command in allowed.bpf_commands else refuse
         _add(rules, action, "bpf", seccomp.Arg(0, seccomp.EQ, command))
     _add(rules, refuse, "bpf", seccomp.Arg(0, seccomp.GT, _LAST_BPF_COMMAND))
 

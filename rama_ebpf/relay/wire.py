@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 _BEGIN_SECONDS: Final = 0.25
 """How long the other process may take until a pair is watched; later it begins nothing."""
 _ANSWER_SECONDS: Final = 0.5
+_REST_SECONDS: Final = 1.0
+"""For how long it is not asked when it has not answered."""
 _QUIET_SECONDS: Final = 5.0
 """How long the ends may take to acknowledge what the proxy has said."""
 _MOST_OWED: Final = 16 * 1024
@@ -151,6 +153,7 @@ class Wire:
         """What was heard of tunnels that are not taken over yet."""
         self._tunnels: dict[int, WireTunnel] = {}
         self._loop = asyncio.get_running_loop()
+        self._rests_until = 0.0
 
     @staticmethod
     def current() -> Wire:
@@ -221,6 +224,8 @@ class Wire:
         to_client, to_target = reply + upstream.buffered, client.buffered
         if self._channel is None or self._pairs is None:
             return await self._refuse(client, reply, self.refusal)
+        if self._loop.time() < self._rests_until:
+            return await self._refuse(client, reply, _NO_ANSWER)
         if client.is_unix or upstream.is_unix:
             return await self._refuse(client, reply, "an end is not a plain socket")
         if max(len(to_client), len(to_target)) > _MOST_OWED:
@@ -235,6 +240,7 @@ class Wire:
                 answer = await begun.get()
         except (OSError, TimeoutError):
             del self._begun[number]
+            self._rests_until = self._loop.time() + _REST_SECONDS  # not every client is to wait for it
             self._ask(Ask.CUT, number)  # it may be watched already
             return await self._refuse(client, reply, _NO_ANSWER)
         except BaseException:

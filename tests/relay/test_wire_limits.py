@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 
@@ -50,7 +51,7 @@ async def tunnel(
         await loop.sock_sendall(client, b"first")
         assert await loop.sock_recv(target, 100) == b"first"
         async with asyncio.timeout(20):
-            while not len(tunnels):  # noqa: ASYNC110  nobody tells
+            while not (len(tunnels) or task.done()):  # noqa: ASYNC110  nobody tells
                 await asyncio.sleep(0.01)
             act(client, target)
             report = await task
@@ -79,6 +80,31 @@ async def test_time_outs_reset_both_ends(
 ) -> None:
     report = await tunnel(listener, limits, lambda client, target: None)
     assert (report.relay, report.reason, report.to_upstream) == ("wire", reason, 5)
+
+
+async def test_process_that_hangs_is_done_without_and_found_again(held: WireRelay, listener: socket.socket) -> None:
+    assert held.pid is not None
+    os.kill(held.pid, signal.SIGSTOP)
+    try:
+        (client, accepted), (near, target) = tcp_pair(listener=listener), tcp_pair()
+        relay, loop = relay_by(RelayKind.WIRE, TunnelLimits(), b"reply"), asyncio.get_running_loop()
+        with client, target:
+            for sock in (client, target):
+                sock.setblocking(False)
+            task = asyncio.create_task(_run(relay(SocketStream(accepted), SocketStream(near))))
+            assert await loop.sock_recv(client, 100) == b"reply"
+            await loop.sock_sendall(client, b"first")
+            assert await loop.sock_recv(target, 100) == b"first"
+        report = await task
+        assert (report.relay, report.why) == ("copy", "no wire: the process that holds it does not answer")
+    finally:
+        os.kill(held.pid, signal.SIGCONT)
+    wire = Wire.current()
+    async with asyncio.timeout(20):
+        while asyncio.get_running_loop().time() < wire._rests_until:  # noqa: ASYNC110  nobody tells
+            await asyncio.sleep(0.05)
+    report = await tunnel(listener, TunnelLimits(), lambda client, target: tunnels.cut(lambda flow: True) and None)
+    assert report.relay == "wire"
 
 
 async def test_cut_from_outside_resets_both_ends(held: WireRelay, listener: socket.socket) -> None:
