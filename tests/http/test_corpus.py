@@ -10,7 +10,7 @@ from rama_ebpf.core import Stream
 from rama_ebpf.services.http import HttpLimits, HttpProxy, HttpTimeouts, MalformedMessage
 from rama_ebpf.services.http.h1.reader import NEED_DATA, PAUSED, Closed, End, Role, StrictConnection
 
-from .conftest import Connect, Run, read_until_reset
+from .conftest import OK, Connect, Run, read_until_reset
 from .corpus import BODIES, BROKEN, REQUESTS, RESPONSES
 
 
@@ -40,6 +40,24 @@ def test_request_is_refused_before_anything_is_known_of_it(name: str) -> None:
     data, status = REQUESTS[name]
     for pieces in segmented(data.replace(b"ORIGIN", b"a.test:8080")):
         assert refusal(pieces) == (status, [])
+
+
+def read_whole(connection: StrictConnection, data: bytes) -> None:
+    """Read as callbacks do, which have another way for heads that are here whole."""
+    if connection.receive_head(data) is NEED_DATA:
+        connection.receive(b"")
+        connection.next_event()
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_callbacks_refuse_a_request_as_others_do(name: str) -> None:
+    data, status = REQUESTS[name]
+    connection = StrictConnection(Role.SERVER, HttpLimits())
+    with pytest.raises(MalformedMessage) as refused:
+        read_whole(connection, data.replace(b"ORIGIN", b"a.test:8080"))
+    assert refused.value.status == status
+    with pytest.raises(MalformedMessage):
+        connection.next_event()  # nothing more is read
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -100,6 +118,36 @@ async def test_no_refused_body_makes_a_complete_request(run: Run, connector: Con
         assert head.startswith(b"POST / HTTP/1.1\r\n"), name
         assert b"0\r\n" not in body, name
         assert len(body) < 5 or b"Transfer-Encoding: chunked" in head, name
+
+
+async def test_no_byte_of_it_reaches_a_kept_origin_by_callbacks(run: Run, connector: Connect) -> None:
+    received = bytearray()
+    connections = 0
+
+    async def kept(stream: Stream) -> None:
+        nonlocal connections
+        connections += 1
+        while data := await stream.read():
+            received.extend(data)
+            await stream.write(OK)
+
+    origin = run(kept).authority.encode()
+    proxy = run(HttpProxy(connector))
+    plain = b"GET http://" + origin + b"/warm HTTP/1.1\r\nHost: " + origin + b"\r\n\r\n"
+    for name, (data, status) in REQUESTS.items():
+        reader, writer = await proxy.open()
+        for _ in range(2):  # the second one is served in callbacks, and so is what follows
+            writer.write(plain)
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200 ")
+        before = len(received)
+        writer.write(data.replace(b"ORIGIN", origin))
+        writer.write_eof()
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 %d " % status), name
+        assert answer.count(b"HTTP/1.1 ") == 1, name
+        assert len(received) == before, name
+        writer.close()
+    assert connections == 1
 
 
 def answering(data: bytes) -> Callable[[Stream], Awaitable[None]]:
