@@ -60,10 +60,14 @@ class ProxyProcess:
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self.log: list[str] = []
+        self.under: tuple[str, ...] = ()
+        """A command that starts the server, if one is to."""
+        self.passed: tuple[int, ...] = ()
+        """Descriptors that it is given."""
 
     def start(self, timeout: float = 60.0) -> ProxyProcess:
         """Start the server and wait until it is ready."""
-        self._launch()
+        self._launch(*self.under, pass_fds=self.passed)
         wait_for(lambda: self.logged("ready after") or self._ended(), timeout=timeout, what="the proxy's readiness")
         return self
 

@@ -16,7 +16,7 @@ from ..core.errors import RamaError
 from ..kernel import bpffs, cgroup, headers, landlock, syn_cookies
 from ..kernel.instance import Instance
 from ..kernel.privileges import WORKERS, UserIds
-from ..kernel.seccomp import SeccompUnavailable, load_library
+from ..kernel.seccomp import SeccompUnavailable, available, load_library
 from ..kernel.suspended import is_stopped
 from .lifecycle import probe
 from .output import ENVIRONMENT, OK, print_json
@@ -119,11 +119,14 @@ def _seccomp() -> Finding:
         load_library()
     except SeccompUnavailable as error:
         return Finding("seccomp", None, f"workers and feeds' children may make any system call: {error}")
-    if not Path("/proc/sys/kernel/seccomp/actions_avail").is_file():
+    if not available():
         return Finding(
             "seccomp", None, "workers and feeds' children may make any system call: the kernel has no filters"
         )
-    return Finding("seccomp", True, "workers and feeds' children make the system calls on a list, and no others")
+    counted = "what is refused is counted" if available(listener=True) else "what is refused is not counted (Linux 5.0)"
+    return Finding(
+        "seccomp", True, f"workers and feeds' children make the system calls on a list, and no others; {counted}"
+    )
 
 
 def _landlock() -> Finding:

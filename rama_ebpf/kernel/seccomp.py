@@ -11,6 +11,7 @@ records, where ``/proc/sys/kernel/seccomp/actions_logged`` has ``errno`` and aud
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import socket
@@ -21,13 +22,14 @@ from typing import Any, Final
 from ..core.errors import RamaError
 from .system_calls import ALLOWED, REFUSED
 
-__all__ = ["FAMILIES", "SeccompUnavailable", "call_name", "keep_system_calls", "load_library"]
+__all__ = ["FAMILIES", "SeccompUnavailable", "available", "call_name", "keep_system_calls", "load_library"]
 
 FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 """Of sockets that there may be."""
 _LISTENER: Final = "anon_inode:seccomp notify"
 _TYPES: Final = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
 _LAST_FAMILY: Final = 64
+_GET_ACTION_AVAIL: Final = 2
 _SOCKET_TYPE_MASK: Final = 0xF
 _CLONE_THREAD: Final = 0x10000
 _CLONE_NEW: Final = 0x7E020080  # all of CLONE_NEW…: namespaces
@@ -66,6 +68,17 @@ def call_name(number: int) -> str:
         return str(seccomp.resolve_syscall(seccomp.Arch.NATIVE, number), "ascii")
     except (SeccompUnavailable, ValueError):
         return str(number)
+
+
+def available(*, listener: bool = False) -> bool:
+    """Whether the kernel takes filters, or filters with a listener, as far as it says so itself (seccomp(2))."""
+    try:
+        seccomp = load_library()
+        number = seccomp.resolve_syscall(seccomp.Arch.NATIVE, "seccomp")
+    except (SeccompUnavailable, ValueError):
+        return False
+    action = ctypes.c_uint32(seccomp.NOTIFY if listener else seccomp.ERRNO(0))
+    return bool(ctypes.CDLL(None).syscall(ctypes.c_long(number), _GET_ACTION_AVAIL, 0, ctypes.byref(action)) == 0)
 
 
 def keep_system_calls(

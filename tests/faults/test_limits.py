@@ -75,20 +75,10 @@ def memory() -> Iterator[Group]:
     group.remove()
 
 
-class StartedUnder(ProxyProcess):
-    """A server that another command starts."""
-
-    under: tuple[str, ...] = ()
-    passed: tuple[int, ...] = ()
-
-    def _launch(self, *under: str, pass_fds: object = ()) -> None:
-        super()._launch(*self.under, *under, pass_fds=self.passed)
-
-
 def started(host: Host, instance: str, file: Path, under: tuple[str, ...], passed: tuple[int, ...] = ()) -> EchoServer:
     text = CONFIG.format(workers=2, server="", policy="")
     file.write_text(text.replace('drain = "1s"', 'drain = "30s"'))  # a busy host takes its time to end a worker
-    proxy = StartedUnder(host, instance, "--config", str(file))
+    proxy = ProxyProcess(host, instance, "--config", str(file))
     proxy.under, proxy.passed = under, passed
     proxy.start()
     return EchoServer(host, Instance(instance), file, proxy)
@@ -145,7 +135,7 @@ def test_when_memory_runs_out_a_worker_goes_and_is_replaced_and_nobody_gets_in(
     tmp_path.chmod(0o755)
     listen = f"{TARGET[0]}:{TARGET[1]}"
     arguments = ("glutton:application", "--listen", listen, "--workers", "2")
-    proxy = StartedUnder(host, instance, *arguments, cwd=tmp_path)
+    proxy = ProxyProcess(host, instance, *arguments, cwd=tmp_path)
     proxy.under = memory.under
     proxy.start()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,44 @@ def test_without_the_sandbox_these_ways_are_open_and_the_log_says_so(
     assert found == dict.fromkeys(names, 0)
     assert proxy.logged("NO SANDBOX")
     assert "WITHOUT A SANDBOX" in proxy.command("status").stdout
+
+
+LACKING = {
+    "landlock": (
+        "Landlock is unknown to it",
+        "system calls filtered, FILES NOT RESTRICTED",
+        "Landlock",
+        "open what their",
+    ),
+    "seccomp": ("no seccomp filter", "SYSTEM CALLS NOT FILTERED, files restricted", "seccomp", "make any system call"),
+}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("what", LACKING)
+def test_on_a_kernel_that_lacks_a_part_of_the_sandbox_that_is_said_and_required_it_is_refused(
+    what: str, lab: Lab, instance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``run`` goes on with what there is, and says what is missing; so do ``status`` and ``doctor``."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    logged, shown, subject, found = LACKING[what]
+    under = (sys.executable, "-m", "tests.process.old_kernel", what)
+    host = lab.host("proxy")
+    arguments = ("--listen", f"{host.ipv4}:{PORT}", "--workers", "1")
+    required = ProxyProcess(host, instance, *arguments, "--require-sandbox")
+    required.under = under
+    with pytest.raises(AssertionError, match=logged):
+        required.start()
+    assert required.wait() == 3
+    proxy = ProxyProcess(host, instance, *arguments)
+    proxy.under = under
+    proxy.start()
+    try:
+        assert proxy.logged(f"no whole sandbox: .*{logged}")
+        assert shown in proxy.command("status").stdout
+        doctor = host.run(*under, ProxyProcess.COMMAND, "doctor", "--json", "--instance", instance, timeout=60)
+        (finding,) = [row for row in json.loads(doctor.stdout)["findings"] if row["subject"] == subject]
+        assert finding["ok"] is None
+        assert found in finding["found"]
+    finally:
+        proxy.end()

@@ -1,19 +1,25 @@
-"""A worker that was taken over tries the ways out: files, sockets, system calls, signals, pins, other workers."""
+"""A worker, or another process that parses strangers' bytes, was taken over and tries the ways out: files, sockets,
+system calls, signals, pins, other workers. The resolver is part of each worker."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rama_ebpf.kernel import landlock
+from rama_ebpf.kernel import cgroup, landlock
+from rama_ebpf.kernel.denials import DenialCounts
+from rama_ebpf.kernel.feed_cgroup import confined_to_grants
+from rama_ebpf.kernel.gate_maps import GateMaps
 from rama_ebpf.kernel.instance import Instance
 
 from ..conftest import StartProxy
-from ..lab import Lab, temporary_directory
+from ..lab import PATIENCE, Host, Lab, temporary_directory
 
 PORT = 1080
 
@@ -142,20 +148,23 @@ def attempts(facts):
     yield "kill everybody", lambda: os.kill(-1, 0)
     yield "a descriptor of the server", lambda: call(438, -1, 0, 0)
 
+def answers(facts):
+    found = {}
+    for name, attempt in attempts(facts):
+        try:
+            found[name] = f"DONE: {attempt()}"
+        except OSError as error:
+            found[name] = errno.errorcode.get(error.errno, "OSError")
+        except ValueError:
+            found[name] = "EPERM"  # of setrlimit(2), as Python says it
+    return found
+
 async def service(stream):
     await stream.write(b"%d\n" % os.getpid())
     data = bytearray()
     while not data.endswith(b"\n"):
         data += await stream.read()
-    answers = {}
-    for name, attempt in attempts(json.loads(data)):
-        try:
-            answers[name] = f"DONE: {attempt()}"
-        except OSError as error:
-            answers[name] = errno.errorcode.get(error.errno, "OSError")
-        except ValueError:
-            answers[name] = "EPERM"  # of setrlimit(2), as Python says it
-    await stream.write(json.dumps(answers).encode())
+    await stream.write(json.dumps(answers(json.loads(data))).encode())
     await stream.write_eof()
     await stream.close()
 """
@@ -168,12 +177,61 @@ def place() -> Iterator[Path]:
         yield made
 
 
+# The other processes that strangers' bytes go through: confined by their own code, which then tries the same.
+CHILD = r"""
+import json, os, socket, sys
+
+channel, role = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
+sys.path.insert(0, sys.argv[3])
+import ways
+facts = json.loads(channel.recv(1 << 20))
+if role == "metrics":
+    from rama_ebpf.control.metrics_child import enter_sandbox
+    from rama_ebpf.kernel.privileges import UserIds, drop_privileges
+    drop_privileges(UserIds.of_workers())
+    listener = enter_sandbox().listener
+    channel.sendall(json.dumps({"listener": listener}).encode())
+    channel.recv(1 << 16)
+    os.close(listener)
+else:
+    from rama_ebpf.policy.fetch_child import confine_reader
+    confine_reader(channel, 1 << 20, network=True)
+channel.sendall(json.dumps(ways.answers(facts)).encode())
+"""
+
+
+def tried_as(role: str, host: Host, place: Path, facts: dict[str, object], workers: Path) -> dict[str, str]:
+    """What comes of each attempt in such a process, which must be counted, too."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    counts = DenialCounts()
+    with ours, contextlib.ExitStack() as held:
+        held.callback(counts.close)
+        with theirs:
+            command = (sys.executable, "-c", CHILD, str(theirs.fileno()), role, str(place))
+            child = host.popen(*command, pass_fds=(theirs.fileno(),))
+        if role == "feed":
+            maps = held.enter_context(GateMaps.open(Instance(str(facts["instance"])).pin_dir))
+            grants = held.enter_context(confined_to_grants(maps, workers, child.pid, counts))
+            held.callback(child.wait)
+        else:
+            cgroup.move(child.pid, workers)
+        ours.settimeout(60 * PATIENCE)
+        ours.sendall(json.dumps(facts).encode())
+        said = json.loads(ours.recv(1 << 20))
+        assert said.keys() == {"listener"}
+        grants.follow(said["listener"]) if role == "feed" else counts.follow(role, child.pid, said["listener"])
+        ours.sendall(b'{"refusal": ""}')
+        found: dict[str, str] = json.loads(ours.recv(1 << 20))
+        assert counts.counts()[role, "ptrace"] == 2
+    return found
+
+
 REFUSALS = {"EPERM", "EACCES", "ENOSYS", "EAFNOSUPPORT", "EPROTONOSUPPORT"}
 
 
 @pytest.mark.root
 @pytest.mark.ebpf
-def test_a_worker_that_was_taken_over_finds_no_way_out(lab: Lab, start_proxy: StartProxy, place: Path) -> None:
+def test_no_process_that_was_taken_over_finds_a_way_out(lab: Lab, start_proxy: StartProxy, place: Path) -> None:
     (place / "ways.py").write_text(APPLICATION, encoding="utf-8")
     for name in ("users", "ca.key"):
         (place / name).write_text("secret\n")
@@ -227,11 +285,14 @@ def test_a_worker_that_was_taken_over_finds_no_way_out(lab: Lab, start_proxy: St
         sock.sendall(json.dumps(facts).encode() + b"\n")
         while chunk := sock.recv(65536):
             said += chunk
+        facts["instance"] = proxy.instance
+        workers = Path(proxy.json("status")["cgroup"]) / "workers"
+        found = {role: tried_as(role, server, place, facts, workers) for role in ("metrics", "feed")}
     assert said, proxy.log
-    found: dict[str, str] = json.loads(said)
-    assert len(found) > 100
-    open_ways = {name: what for name, what in found.items() if what not in REFUSALS}
-    assert not open_ways
+    found["worker"] = json.loads(said)
+    for role, answers in found.items():
+        assert len(answers) > 100, role
+        assert not {name: what for name, what in answers.items() if what not in REFUSALS}, role
     assert sorted(proxy.workers()) == sorted((int(pid), other))
 
 
