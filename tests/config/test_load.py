@@ -10,8 +10,10 @@ import pytest
 
 from rama_ebpf.config import Config, ConfigError, load_config
 from rama_ebpf.config.load import config_of
+from rama_ebpf.config.services import HttpSettings, MixedSettings
 from rama_ebpf.config.show import effective, to_toml
 from rama_ebpf.layers.auth import hash_password
+from rama_ebpf.services.http import HttpLimits
 
 Write = Callable[[str], Path]
 
@@ -242,3 +244,27 @@ def test_defaults_alone_make_a_configuration(write: Write) -> None:
     config = load_config(write(minimal()))
     assert isinstance(config, Config)
     assert config.logging.access
+
+
+def test_limits_waits_and_upgrades_of_http_reach_its_services(write: Write) -> None:
+    text = (
+        "limits = { head = 5000, target = 300, fields = 7 }, timeouts = { watch = 3, linger = 1, expect_continue = 2 }"
+    )
+    for service in ("http", "mixed"):
+        path = write(minimal(service=f'{{ {service} = {{ {text}, upgrades = ["websocket", "tls/1.2"] }} }}'))
+        settings = load_config(path).stacks["s"].service
+        assert isinstance(settings, HttpSettings | MixedSettings)
+        limits, timeouts = settings.limits.limits(settings.engine), settings.timeouts.timeouts()
+        assert (limits.head, limits.target, limits.fields, limits.trailers) == (5000, 300, 7, HttpLimits().trailers)
+        assert (timeouts.watch, timeouts.linger, timeouts.expect_continue) == (3.0, 1.0, 2.0)
+        assert settings.upgrades == ("websocket", "tls/1.2")
+
+
+@pytest.mark.parametrize("service", ["http", "mixed", "reverse"])
+@pytest.mark.parametrize(
+    ("name", "why"), [("h2c", "out of our sight"), ("WebSocket", "lower case"), ("a b", "lower case")]
+)
+def test_an_upgrade_that_cannot_be_is_refused(write: Write, service: str, name: str, why: str) -> None:
+    routes = 'routes = [{ backends = ["127.0.0.1:1"] }], ' if service == "reverse" else ""
+    (line,) = mistakes(write(minimal(service=f'{{ {service} = {{ {routes}upgrades = ["{name}"] }} }}')))
+    assert why in line
