@@ -26,7 +26,7 @@ from .ban_book import BanBook, stands
 from .ban_log import BanLog
 from .ban_record import BanBlock, canonical
 from .ban_walk import BanRound, BanWalk
-from .bans import Bans
+from .bans import Bans, BanSurvey
 from .compiler import CompiledSet, compile_rules
 from .derived import DerivedState
 from .failsafe import Failsafe
@@ -48,6 +48,9 @@ log = logging.getLogger(__name__)
 
 _OF_SINGLE_RULES: Final = {"add", "remove"}
 """What the journal says of them is not synced: there may be thousands in a second."""
+_QUICK_SURVEY: Final = 0.03
+"""Seconds that a look through all bans may take at each sweep, which comes every 30 seconds."""
+_SURVEY_SHARE: Final = 1000
 
 
 class PolicyStore:
@@ -69,6 +72,7 @@ class PolicyStore:
         self._judgement = Judgement(tables, self._loaded, self._runtime, self._bans, self._failsafe)
         self._journal: Journal | None = None
         self._ban_book = BanBook(self._bans)
+        self._survey_due = float("-inf")
         self._unsynced = False
         self._disagreed: Callable[[str], None] = log.error
 
@@ -561,17 +565,29 @@ class PolicyStore:
         with self._exclusive():
             revision = self.ban_revision
         # Looked for without the lock: with 100,000 rules it takes a second, and mostly there are none.
-        candidates, survey = self._runtime.ended(now), self._bans.survey(now, revision)
+        candidates, survey = self._runtime.ended(now), self._surveyed(now, revision)
         with self._exclusive():
             self._settle()
             expired = self._runtime.drop_ended(now, candidates)
             self._room.free()
-            expired += self._bans.settle(survey, now)
+            expired += 0 if survey is None else self._bans.settle(survey, now)
             self._failsafe.tidy()
             self._keeping.sweep()
-            if self._derived.rebuild(self._bans.lengths(survey)):
+            if self._derived.rebuild(None if survey is None else self._bans.lengths(survey)):
                 self._disagreed("the programs did not look for some rules, bans or the failsafe")
             return expired
+
+    def _surveyed(self, now: int, revision: int) -> BanSurvey | None:
+        """Look through all bans; with very many not at each sweep, but for a thousandth of a CPU. A full table forgets
+        those that have ended by itself."""
+        if time.monotonic() < self._survey_due:
+            return None
+        before = time.thread_time()
+        survey = self._bans.survey(now, revision)
+        took = time.thread_time() - before
+        if took > _QUICK_SURVEY:
+            self._survey_due = time.monotonic() + took * _SURVEY_SHARE
+        return survey
 
     def load_again(self) -> None:
         """Make the set in force anew: from disk, or of its own description where the disk has not got it (yet).

@@ -23,13 +23,14 @@ from rama_ebpf.core.client import SourceLengths
 from rama_ebpf.kernel import bpf
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.policy import ban_snapshot, ban_walk
+from rama_ebpf.policy import store as policy_store
 from rama_ebpf.policy.ban_log import BanLog
 from rama_ebpf.policy.ban_record import BanBlock, ban_key, ban_value
 from rama_ebpf.policy.ban_snapshot import write_snapshot
 from rama_ebpf.policy.ban_walk import BanRound, BanWalk
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.local import LocalStore
-from rama_ebpf.policy.rule import Action, Ban, PolicyError, Stage, boottime_ns, parse_ttl
+from rama_ebpf.policy.rule import Action, Ban, PolicyError, Rule, Stage, boottime_ns, parse_ttl
 from rama_ebpf.policy.store import PolicyStore
 
 from .conftest import bans_in
@@ -239,6 +240,24 @@ def test_bans_have_a_revision_of_their_own(store: PolicyStore) -> None:
     store.ban(ip_address("198.18.1.2"))
     store.unban(ip_address("198.18.1.2"))
     assert (store.revision, store.ban_revision) == (before[0], before[1] + 3)
+
+
+def test_a_million_bans_are_not_looked_through_at_each_sweep(
+    store: PolicyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_store, "_QUICK_SURVEY", -1.0)  # as if they were so many
+    monkeypatch.setattr(policy_store, "_SURVEY_SHARE", 1e12)
+    looked: list[int] = []
+    survey = store._bans.survey
+    monkeypatch.setattr(store._bans, "survey", lambda now, revision: looked.append(now) or survey(now, revision))
+    struck(store, "198.18.0.1", ttl=0.001)
+    store.add(Rule("drop:198.18.9.9/32", (ip_network("198.18.9.9"),), Action.DROP, expires=boottime_ns() + 10**6))
+    now = boottime_ns() + HOUR
+    assert store.sweep(now=now) == 2
+    struck(store, "198.18.0.2", ttl=0.001)
+    store.add(Rule("drop:198.18.9.9/32", (ip_network("198.18.9.9"),), Action.DROP, expires=boottime_ns() + 10**6))
+    assert store.sweep(now=now) == 1  # rules as ever
+    assert len(looked) == 1
 
 
 def test_a_sweep_forgets_what_has_ended_and_not_what_was_banned_anew(store: PolicyStore) -> None:
