@@ -459,7 +459,7 @@ def test_a_walk_finds_bans_that_are_in_force_and_not_on_disk_by_the_disk_s_last_
     assert {ban.source for ban in store.bans()} >= {"198.18.3.1", "198.18.2.1", "2001:db8:7::/64"}
     walk.close()
     store.sync()
-    assert "2001:db8:7::/64" in {ban.source for ban in BanLog(tmp_path / "bans").replay()}
+    assert "2001:db8:7::/64" in {ban.source for ban in bans_in(BanLog(tmp_path / "bans"))}
 
 
 def _disk_full(*_: object) -> None:
