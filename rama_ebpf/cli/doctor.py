@@ -25,6 +25,7 @@ __all__ = ["Finding", "examine", "register"]
 
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
 _OLDEST = (5, 13)
+_WIRE = (6, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,15 @@ def _privileges() -> Finding:
 
 
 def _kernel() -> Finding:
-    release = platform.release()
-    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
-    return Finding("kernel", numbers >= _OLDEST, release, f"needs Linux {_OLDEST[0]}.{_OLDEST[1]} or later")
+    return Finding("kernel", _running() >= _OLDEST, platform.release(), f"needs Linux {_text(_OLDEST)} or later")
+
+
+def _running() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2] if part.isdigit())
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _cgroup() -> Finding:
@@ -150,6 +157,15 @@ def _sockmap() -> Finding:
     return Finding("sockmap relay", None, "not tried since boot: `run` does when a tunnel first wants it (--self-test)")
 
 
+def _wire() -> Finding:
+    state = Instance().read_state().get("wire")
+    if _running() < _WIRE:
+        return Finding("wire relay", None, f"refused: it takes Linux {_text(_WIRE)} (links for traffic control)")
+    if isinstance(state, dict) and state.get("state") == "refused":
+        return Finding("wire relay", None, f"refused: {state.get('why')}")
+    return Finding("wire relay", None, 'the kernel is new enough: `relay = "wire"` of a listener asks for it')
+
+
 def _try_sockmap() -> None:
     """Run the relay's self-test; what it says is found by :func:`_sockmap`, a refusal is raised."""
     from ..control.kernel_relay import try_kernel
@@ -181,6 +197,7 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
     _seccomp,
     _landlock,
     _sockmap,
+    _wire,
 )
 
 

@@ -7,15 +7,19 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
 from rama_ebpf.control.wire import WireRelay
 from rama_ebpf.core.socket_stream import SocketStream
+from rama_ebpf.kernel.privileges import CAP_BPF, CAP_NET_ADMIN, UserIds
+from rama_ebpf.process import Nursery
 from rama_ebpf.relay import CloseReason, RelayKind, TunnelLimits, TunnelReport, tunnels
 from rama_ebpf.relay.wire import Wire
 from rama_ebpf.relay.wire_messages import Answer, Ask, Reply, Request, receive, send
 
+from ..lab import PATIENCE
 from .flows import relay_by, tcp_pair
 from .wire_relay import wire_relay
 
@@ -110,6 +114,57 @@ async def test_process_that_hangs_is_done_without_and_found_again(held: WireRela
 async def test_cut_from_outside_resets_both_ends(held: WireRelay, listener: socket.socket) -> None:
     report = await tunnel(listener, TunnelLimits(), lambda client, target: tunnels.cut(lambda flow: True) and None)
     assert (report.relay, report.reason) == ("wire", CloseReason.CUT)
+
+
+def status_of(pid: int | None) -> dict[str, str]:
+    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return dict(line.split(":", 1) for line in text.splitlines())
+
+
+async def test_process_that_holds_it_keeps_two_capabilities(held: WireRelay) -> None:
+    status = status_of(held.pid)
+    both = 1 << CAP_BPF | 1 << CAP_NET_ADMIN
+    assert [int(status[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")] == [
+        both,
+        both,
+        0,
+        0,
+        0,
+    ]
+    assert (status["NoNewPrivs"].strip(), status["Seccomp"].strip()) == ("1", "2")
+    assert "0" not in status["Uid"].split()
+
+
+async def test_host_that_lacks_something_is_refused_by_name(listener: socket.socket, tmp_path: Path) -> None:
+    """A compiler without headers stands for whatever a kernel may lack."""
+    refused = asyncio.Event()
+    async with Nursery() as nursery:
+        relay = WireRelay(
+            nursery,
+            lambda: [],
+            workers=1,
+            user=UserIds.of_workers(),
+            kernel_headers=tmp_path / "none",
+            on_change=lambda: relay.status.state == "refused" and refused.set(),
+        )
+        wire = Wire.current()
+        wire.use(relay.descriptors(wanted=True)["wire"])
+        try:
+            async with asyncio.timeout(60 * PATIENCE):
+                await refused.wait()
+            assert "BCC failed" in relay.status.why
+            (client, accepted), (near, target) = tcp_pair(listener=listener), tcp_pair()
+            with client, target:
+                task = asyncio.create_task(
+                    _run(relay_by(RelayKind.WIRE, None, b"reply")(SocketStream(accepted), SocketStream(near)))
+                )
+                client.setblocking(False)
+                assert await asyncio.get_running_loop().sock_recv(client, 100) == b"reply"
+            report = await task
+            assert (report.relay, report.why) == ("copy", "no wire: it is not ready (rama-ebpf status says why)")
+        finally:
+            wire.close()
+            relay.close()
 
 
 async def test_worker_that_breaks_the_protocol_loses_its_tunnels_and_nobody_else_does(
