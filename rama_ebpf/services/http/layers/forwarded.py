@@ -7,6 +7,7 @@ sends in them is removed: else a client could choose the address that policy and
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -39,6 +40,7 @@ _X_FIELDS: Final = (
     "x-url-scheme",
     "front-end-https",
 )
+_ALL_FIELDS: Final = frozenset(name.encode() for name in (*_X_FIELDS, "forwarded"))
 _PAIR: Final = re.compile(
     r"""[ \t]*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=([!#$%&'*+.^_`|~0-9A-Za-z-]+|"(?:[^"\\]|\\.)*")[ \t]*([;,]|$)"""
 )
@@ -134,33 +136,43 @@ class ForwardedLayer:
         """Read and write the fields; return whether a trusted peer has named the client."""
         peer = client_address(request)
         believed = peer is not None and self._trusts(peer.ip)
+        if not believed:  # as most are: nothing that they say is kept
+            request.headers = request.headers._replaced(_ALL_FIELDS, self._of_peer(request, peer))
+            return False
         headers = request.headers = request.headers.copy()
-        if not believed or self._field is not ForwardedField.X_FORWARDED:
+        if self._field is not ForwardedField.X_FORWARDED:
             headers.remove(*_X_FIELDS)
-        if not believed or self._field is not ForwardedField.FORWARDED:
+        if self._field is not ForwardedField.FORWARDED:
             headers.remove("forwarded")
         if self._field is None or peer is None:
             return False
-        named = False
-        if believed:
-            if self._field is ForwardedField.X_FORWARDED:
-                told, whole = _told(headers), True
-            else:
-                told, whole = _told_rfc7239(headers)
-            if not whole and self._policy is not None:
-                raise HttpError(400, "the Forwarded field is malformed", proxy_error="http_request_error")
-            named = self._believe(request, told)
+        if self._field is ForwardedField.X_FORWARDED:
+            told, whole = _told(headers), True
+        else:
+            told, whole = _told_rfc7239(headers)
+        if not whole and self._policy is not None:
+            raise HttpError(400, "the Forwarded field is malformed", proxy_error="http_request_error")
+        named = self._believe(request, told)
         if self._field is ForwardedField.X_FORWARDED:
             headers.set("X-Forwarded-For", ", ".join([*headers.get_all("x-forwarded-for"), str(peer.ip)]))
             for name, value in (("X-Forwarded-Proto", request.arrived_by), ("X-Forwarded-Host", request.authority)):
                 if name not in headers:
                     headers.set(name, value)
         else:
-            element = f"for={_node(peer.ip)};proto={request.arrived_by}"
-            if request.authority:
-                element += f';host="{request.authority}"'
-            headers.set("Forwarded", ", ".join([*headers.get_all("forwarded"), element]))
+            headers.set("Forwarded", ", ".join([*headers.get_all("forwarded"), _element(peer.ip, request)]))
         return named
+
+    def _of_peer(self, request: Request, peer: SocketAddress | None) -> list[tuple[str, str]]:
+        """What is told of a client that is its own connection's peer."""
+        if self._field is None or peer is None:
+            return []
+        if self._field is ForwardedField.FORWARDED:
+            return [("Forwarded", _element(peer.ip, request))]
+        return [
+            ("X-Forwarded-For", _text(peer.ip)),
+            ("X-Forwarded-Proto", request.arrived_by),
+            ("X-Forwarded-Host", request.authority),
+        ]
 
     def _believe(self, request: Request, told: list[IPAddress | None]) -> bool:
         client: IPAddress | None = None
@@ -215,6 +227,17 @@ def _address(text: str) -> IPAddress | None:
         return unmap(ip_address(text if match is None else match[1] or match[2]))
     except ValueError:
         return None
+
+
+@functools.lru_cache(4096)
+def _text(ip: IPAddress) -> str:
+    return str(ip)
+
+
+def _element(ip: IPAddress, request: Request) -> str:
+    """One element of Forwarded (RFC 7239 section 4)."""
+    element = f"for={_node(ip)};proto={request.arrived_by}"
+    return f'{element};host="{request.authority}"' if request.authority else element
 
 
 def _node(ip: IPAddress) -> str:

@@ -19,6 +19,11 @@ def _encode(text: str | bytes) -> bytes:
     return text if isinstance(text, bytes) else text.encode("latin-1")
 
 
+@functools.lru_cache(1024)
+def _checked_once(name: str, value: str) -> Field:
+    return Headers._checked(name, value)
+
+
 @functools.lru_cache(64)
 def _via_field(via: bytes) -> Field:
     return field_of(b"via", b"Via", via)
@@ -96,6 +101,13 @@ class Headers:
         clone = Headers()
         clone._items = list(self._items)
         return clone
+
+    def _replaced(self, dropped: frozenset[bytes], added: list[tuple[str, str]]) -> Headers:
+        """Return a copy without some fields (names in lower case) and with others at its end. Raises ValueError as
+        :meth:`add` does."""
+        items = [item for item in self._items if item[0] not in dropped]
+        items += [_checked_once(name, value) for name, value in added]
+        return Headers._of_fields(items)
 
     def _passed_on(self, dropped: frozenset[bytes], via: bytes | None) -> tuple[Headers, int]:
         """Return a copy without some fields (names in lower case) and with ``via`` behind what Via says, which
