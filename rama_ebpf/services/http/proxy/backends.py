@@ -172,8 +172,11 @@ class BackendPool:
                 proxy_error="destination_unavailable" if not passing else "connection_limit_reached",
                 headers=[("Retry-After", "1")],
             )
-        least = min(self.connections.busy(backend.target) for backend in usable)
-        return random.choice([backend for backend in usable if self.connections.busy(backend.target) == least])
+        if len(usable) == 1:
+            return usable[0]
+        busy = [self.connections.busy(backend.target) for backend in usable]
+        least = min(busy)
+        return random.choice([backend for backend, number in zip(usable, busy, strict=True) if number == least])
 
     async def _send(self, backend: _Backend, request: Request) -> Response:
         authority = str(backend.target) if self._own_host or not request.authority else request.authority
