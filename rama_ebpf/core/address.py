@@ -73,7 +73,7 @@ class SocketAddress:
     def to_sockaddr(self) -> tuple[str, int] | tuple[str, int, int, int]:
         """Return the tuple that the :mod:`socket` functions take for :attr:`family`."""
         if self.ip.version == 4:
-            return (str(self.ip), self.port)
+            return (socket.inet_ntoa(self.ip.packed), self.port)
         return (str(self.ip), self.port, 0, self.scope_id)
 
     def __str__(self) -> str:

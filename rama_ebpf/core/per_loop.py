@@ -23,7 +23,10 @@ class PerLoop(Generic[T]):
         self._made: dict[int, tuple[weakref.ref[asyncio.AbstractEventLoop], T]] = {}
 
     def __call__(self) -> T:
-        loop = asyncio.get_running_loop()
+        return self.of(asyncio.get_running_loop())
+
+    def of(self, loop: asyncio.AbstractEventLoop) -> T:
+        """The one of ``loop``, which runs. Who has the loop need not ask who runs: in Python 3.11 a system call."""
         key = id(loop)
         found = self._made.get(key)
         if found is None:

@@ -24,6 +24,7 @@ import typing
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol, TypeVar, cast, overload, runtime_checkable
 
+from .at_once import at_once_of
 from .errors import StackError
 from .first_bytes import FirstBytes
 
@@ -351,11 +352,14 @@ def stack(*parts: Any, given: tuple[type, ...] = ()) -> Service[Any, Any]:
         provided = getattr(layer, "provides", None) or takes
         inner_accepts = accepts_of(composed)
         _check_fit(layer, provided if isinstance(provided, type) else None, inner, inner_accepts)
-        look = getattr(composed, "first_bytes", None)
+        look, way = getattr(composed, "first_bytes", None), at_once_of(composed)
         composed = layer(composed)
         if not callable(composed):
             raise StackError(f"{name_of(layer)} returned {composed!r}, which is not a service")
         _hand_outwards(look, layer, composed)
+        if way is not None and (outer := way.inside(layer, composed)) is not None:
+            with contextlib.suppress(AttributeError):  # an object with slots: then each connection has a task
+                composed.at_once = outer  # type: ignore[attr-defined]
         # A layer's result takes what the layer takes, or else what the wrapped service took.
         outer_accepts = takes if isinstance(takes, type) else inner_accepts
         if outer_accepts is not None and accepts_of(composed) is None:

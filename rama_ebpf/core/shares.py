@@ -96,6 +96,7 @@ class SourceShare:
         self.refused = 0
         """How many were refused."""
         self._observe = observe
+        self._kind = held.value
         self._label = label
         if counts is None:
             counts = LocalCounts() if shared is None else shared.counts()
@@ -107,16 +108,26 @@ class SourceShare:
 
         Clients without an address (of a Unix socket) are not counted.
         """
-        if ip is None or not self.limit or any(ip in network for network in self._exempt):
-            yield
-            return
-        source: Hashable = (self.held.value, self._label, source_prefix(ip))
-        if not self._counts.enter(source, self.limit):
-            raise self.refusal()
+        source = None if ip is None else self.enter(ip)
         try:
             yield
         finally:
-            self._counts.leave(source)
+            if source is not None:
+                self._counts.leave(source)
+
+    def enter(self, ip: IPAddress) -> Hashable | None:
+        """Count one for the source of ``ip``; return what :meth:`leave` wants, None if it is not counted. Raises
+        :class:`ShareExceeded`."""
+        if not self.limit or (self._exempt and any(ip in network for network in self._exempt)):
+            return None
+        source = (self._kind, self._label, source_prefix(ip))
+        if not self._counts.enter(source, self.limit):
+            raise self.refusal()
+        return source
+
+    def leave(self, source: Hashable) -> None:
+        """Count one less, of those that :meth:`enter` has counted."""
+        self._counts.leave(source)
 
     def refusal(self) -> ShareExceeded:
         """Count a refusal, and return the error to raise."""

@@ -229,12 +229,14 @@ class SocketStream(Stream):
         self._unread += data
         self.bytes_received += len(data)
 
-    def take_watch(self, poller: Poller, *, ended: bool) -> None:
+    def take_watch(self, poller: Poller, *, ended: bool, drained: bool = False) -> None:
         """Take over the watch of the socket from whoever had it added to ``poller``; ``ended`` if that one has been
-        told that the peer has ended or reset the connection, for it is told once."""
+        told that the peer has ended or reset the connection, for it is told once; ``drained`` if it has read all that
+        there was."""
         poller.replace(self._fd, self._told)
         self._poller = poller
         self._ended = ended
+        self._maybe_readable = ended or not drained
 
     async def _receive(self, max_bytes: int) -> bytes:
         data = await self._when_readable(self._sock.recv, max_bytes)
@@ -294,14 +296,14 @@ class SocketStream(Stream):
             if sent:
                 pending[0] = pending[0][sent:]
 
-    def tell(self, watcher: Watcher | None, *, writes: bool = False) -> None:
+    def tell(self, watcher: Watcher | None, *, writes: bool = False, poller: Poller | None = None) -> None:
         """Let ``watcher`` be told of events (:mod:`.poller`), until another is; it reads by :meth:`read_now`. No task
-        may read meanwhile. With ``writes`` it is told of room as well. Raises OSError if the kernel watches no more
-        sockets."""
+        may read meanwhile. With ``writes`` it is told of room as well. ``poller`` is that of the running loop, where
+        the caller knows it. Raises OSError if the kernel watches no more sockets."""
         if watcher is not None:
             self._check_open()
             if self._poller is None:
-                self._watch(writes=writes)
+                self._watch(poller, writes=writes)
             elif writes:
                 self._poller.want_writes(self._fd)
         self._teller = watcher
@@ -309,7 +311,7 @@ class SocketStream(Stream):
     @property
     def maybe_readable(self) -> bool:
         """Whether :meth:`read_now` may have something now of which nobody is told any more."""
-        return self._maybe_readable or bool(self._unread)
+        return bool(self._unread) or (self._maybe_readable and self._poller is not None)
 
     def read_now(self, max_bytes: int) -> bytes | None:
         """Return what there is, up to ``max_bytes`` bytes, b"" at EOF, or None if there is nothing now. Raises
@@ -439,12 +441,12 @@ class SocketStream(Stream):
             self._poller.remove(self._fd)
         return self._give_up()
 
-    def poll(self) -> None:
+    def poll(self, poller: Poller | None = None) -> None:
         """Let the poller watch the socket, for :meth:`detach_polled`. Raises OSError if the kernel watches no more
         sockets, and RuntimeError while a task is waiting on the stream."""
         self._check_idle()
         if self._poller is None:
-            self._watch()
+            self._watch(poller)
 
     def detach_polled(self, watcher: Watcher) -> tuple[_socket, bytes, bool]:
         """As :meth:`detach`, but the poller goes on watching the socket (:meth:`poll`), and tells ``watcher``.
@@ -464,7 +466,7 @@ class SocketStream(Stream):
 
     def _give_up(self) -> tuple[_socket, bytes]:
         self._closed = True
-        self._poller = None
+        self._poller = self._teller = None
         unread = bytes(self._unread)
         self._unread.clear()
         return self._sock, unread
@@ -506,8 +508,9 @@ class SocketStream(Stream):
         if self._teller is not None:
             self._teller(events)
 
-    def _watch(self, *, writes: bool = False) -> None:
-        poller = Poller.current()
+    def _watch(self, poller: Poller | None = None, *, writes: bool = False) -> None:
+        if poller is None:
+            poller = Poller.current()
         poller.add(self._fd, self._told, writes=writes)
         self._poller = poller
         self._maybe_readable = False  # if it is, that is what is told first

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..core.address import Authority, SocketAddress
+from ..core.at_once import Entered, Visit, entered_by
 from ..core.auth import User
 from ..core.client import client_address
 from ..core.extensions import Extensions
@@ -109,22 +110,43 @@ class AccessLogLayer:
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         async def serve(stream: Stream, /) -> Output:
-            started = self._clock()
+            connection = entered_by(stream, self) or _Connection(self, stream)
             error: BaseException | None = None
-            requests = RequestLog(self._request_sink)
-            stream.extensions.add(requests)
             try:
                 return await inner(stream)
             except BaseException as raised:
                 error = raised
                 raise
             finally:
-                if not requests.lines or (error is not None and error is not requests.told):
-                    notes = self._crowded.notes(error) if isinstance(error, ShareExceeded) else ()
-                    if notes is not None:
-                        self._sink(_record(stream, error, self._clock() - started, notes))
+                connection.leave(error)
 
         return serve
+
+    def enter(self, visit: Visit) -> Entered:
+        """In callbacks (:mod:`rama_ebpf.core.at_once`)."""
+        visit.stream.local  # noqa: B018 - asked for now: at the end there is no socket any more
+        return _Connection(self, visit.stream)
+
+
+class _Connection:
+    """One connection, until its line is written."""
+
+    __slots__ = ("_layer", "_requests", "_started", "_stream")
+
+    def __init__(self, layer: AccessLogLayer, stream: Stream) -> None:
+        self._layer = layer
+        self._stream = stream
+        self._started = layer._clock()
+        self._requests = RequestLog(layer._request_sink)
+        stream.extensions.add(self._requests)
+
+    def leave(self, error: BaseException | None, /) -> None:
+        """Write it, unless its requests have had theirs."""
+        layer, requests = self._layer, self._requests
+        if not requests.lines or (error is not None and error is not requests.told):
+            notes = layer._crowded.notes(error) if isinstance(error, ShareExceeded) else ()
+            if notes is not None:
+                layer._sink(_record(self._stream, error, layer._clock() - self._started, notes))
 
 
 class _Crowded:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ..core.at_once import NOTHING, Entered, Visit, entered_by
 from ..core.client import Carrier
+from ..core.extensions import Extensions
 from ..core.first_bytes import FirstBytes
 from ..core.service import Input, Output, Service
 
@@ -66,8 +68,17 @@ class AddExtensionLayer:
 
     def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
         async def serve(input: Carrier, /) -> Output:
-            for value in self._values:
-                input.extensions.add(value)
+            if entered_by(input, self) is None:
+                self._add(input.extensions)
             return await inner(input)
 
         return serve
+
+    def enter(self, visit: Visit) -> Entered:
+        """In callbacks (:mod:`rama_ebpf.core.at_once`)."""
+        self._add(visit.stream.extensions)
+        return NOTHING
+
+    def _add(self, extensions: Extensions) -> None:
+        for value in self._values:
+            extensions.add(value)

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Final
 
 from ..core.address import SocketAddress
+from ..core.at_once import Entered, Visit, entered_by
 from ..core.client import ListenerName
 from ..core.first_bytes import FirstBytes, Refused
 from ..core.lifecycle import Lifecycle, Stage
@@ -56,10 +57,7 @@ class MetricsLayer:
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
 
         async def serve(stream: Stream, /) -> Output:
-            told = stream.extensions.get(ListenerName)
-            listener = self._listener(None if told is None else told.name)
-            stream.extensions.add(listener.requests)
-            connection = _Connection(listener, stream)
+            connection = entered_by(stream, self) or self._connection(stream)
             error: BaseException | None = None
             try:
                 return await inner(stream)
@@ -67,9 +65,19 @@ class MetricsLayer:
                 error = raised
                 raise
             finally:
-                connection.ended(error)
+                connection.leave(error)
 
         return serve
+
+    def enter(self, visit: Visit) -> Entered:
+        """In callbacks (:mod:`rama_ebpf.core.at_once`)."""
+        return self._connection(visit.stream)
+
+    def _connection(self, stream: Stream) -> Entered:
+        told = stream.extensions.get(ListenerName)
+        listener = self._listener(None if told is None else told.name)
+        stream.extensions.add(listener.requests)
+        return _Connection(listener, stream)
 
 
 class _Listener:
@@ -173,7 +181,8 @@ class _Connection:
         self._listener.sent.inc(sent - self._sent)
         self._received, self._sent = received, sent
 
-    def ended(self, error: BaseException | None) -> None:
+    def leave(self, error: BaseException | None, /) -> None:
+        """It has ended."""
         listener, definitions = self._listener, self._listener.definitions
         listener.remove(self)
         listener.connections.dec()

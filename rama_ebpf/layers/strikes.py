@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.address import IPAddress, SocketAddress
+from ..core.at_once import NOTHING, Entered, Visit, entered_by
 from ..core.blame import BLAME, judge
 from ..core.client import Carrier, HasExtensions, SourceLengths, TrustedPeer, client_address
 from ..core.errors import RamaError
@@ -143,7 +144,8 @@ class StrikeLayer:
 
     def __call__(self, inner: Service[Carrier, Output], /) -> Service[Carrier, Output]:
         async def serve(input: Carrier, /) -> Output:
-            input.extensions.add(Offender(lambda reason, client: self._strike(input, reason, client)))
+            if entered_by(input, self) is None:
+                self._watch(input)
             try:
                 return await inner(input)
             except Exception as error:
@@ -155,6 +157,14 @@ class StrikeLayer:
                 raise
 
         return serve
+
+    def enter(self, visit: Visit) -> Entered:
+        """In callbacks (:mod:`rama_ebpf.core.at_once`), where nothing goes wrong: errors are the coroutine's."""
+        self._watch(visit.stream)
+        return NOTHING
+
+    def _watch(self, input: HasExtensions) -> None:
+        input.extensions.add(Offender(lambda reason, client: self._strike(input, reason, client)))
 
     def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
         """Strike those who are refused by their first bytes, too. With ``on`` it takes the error itself to tell."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Final, Protocol
 
+from ..core.at_once import Entered, Visit, entered_by
 from ..core.errors import HandshakeTimeout, IdleTimeout, TotalTimeout
 from ..core.first_bytes import FirstBytes
 from ..core.lifecycle import Lifecycle, Stage
@@ -51,23 +52,65 @@ class TimeoutLayer:
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         async def serve(stream: Stream, /) -> Output:
-            watch = _Watch(self, stream)
+            watch = entered_by(stream, self) or _Watch(self, stream)
+            assert isinstance(watch, _Watch)
+            timeout = asyncio.timeout(None)
             try:
-                async with watch.timeout:
-                    watch.start()
+                async with timeout:
+                    watch.begin(timeout)
                     return await inner(stream)
             except TimeoutError as error:
-                if watch.timeout.expired() and watch.error is not None:
+                if timeout.expired() and watch.error is not None:
                     raise watch.error from error
                 raise
             finally:
-                watch.stop()
+                watch.leave(None)
 
         return serve
 
+    def enter(self, visit: Visit) -> Entered:
+        """In callbacks (:mod:`rama_ebpf.core.at_once`); whoever is late is the coroutine's."""
+        watch = _Watch(self, visit.stream)
+        watch.begin(_Alarm(visit))
+        return watch
+
+
+class _Clock(Protocol):
+    """What ends a connection at a time of the loop: an :class:`asyncio.Timeout`, or an :class:`_Alarm`."""
+
+    def when(self) -> float | None: ...
+
+    def reschedule(self, when: float | None) -> None: ...
+
+    def expired(self) -> bool: ...
+
+
+class _Alarm:
+    """Has a task take over at a time of the loop, which finds that the time has come."""
+
+    __slots__ = ("_timer", "_visit")
+
+    def __init__(self, visit: Visit) -> None:
+        self._visit = visit
+        self._timer: asyncio.TimerHandle | None = None
+
+    def when(self) -> float | None:
+        """When it is due."""
+        return None if self._timer is None else self._timer.when()
+
+    def reschedule(self, when: float | None) -> None:
+        """Be due then, or never."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if when is None else self._visit.poller.loop.call_at(when, self._visit.take_over)
+
+    def expired(self) -> bool:
+        """Never: it does not end anything itself."""
+        return False
+
 
 class _Watch:
-    """One connection's deadlines: a single asyncio timeout that is moved as the connection goes through its stages."""
+    """One connection's deadlines: a single clock that is moved as the connection goes through its stages."""
 
     def __init__(self, layer: TimeoutLayer, stream: Stream) -> None:
         self._layer = layer
@@ -81,9 +124,15 @@ class _Watch:
         self._stopped = False
         self._left: float | None = None
         self.error: Exception | None = None
-        self.timeout = asyncio.timeout(None)
+        self._timeout: _Clock | None = None
 
-    def start(self) -> None:
+    def begin(self, timeout: _Clock) -> None:
+        """Let ``timeout`` end the connection: from the start, or from where another one has stood."""
+        before, self._timeout = self._timeout, timeout
+        if before is not None:
+            timeout.reschedule(before.when())
+            before.reschedule(None)
+            return
         layer, lifecycle = self._layer, self._lifecycle
         lifecycle.watch(self._reached)
         lifecycle.watch_owed(self._owe)
@@ -92,8 +141,11 @@ class _Watch:
         else:
             self._established()
 
-    def stop(self) -> None:
+    def leave(self, _error: BaseException | None, /) -> None:
+        """It has ended."""
         self._stopped = True
+        if isinstance(self._timeout, _Alarm):
+            self._timeout.reschedule(None)
         if self._idle_timer is not None:
             self._idle_timer.cancel()
 
@@ -105,14 +157,16 @@ class _Watch:
         self.error = error
         if isinstance(error, HandshakeTimeout) and self._layer.handshake is not None:
             self._lifecycle.due = when - min(_SAY_SECONDS, self._layer.handshake * _SAY_PART)
-        self.timeout.reschedule(None if when == float("inf") else when)
+        assert self._timeout is not None
+        self._timeout.reschedule(None if when == float("inf") else when)
 
     def _owe(self, owed: bool) -> None:
         """Stop the clock of the handshake while the client waits for us."""
-        if self._stopped or self.timeout.expired() or not isinstance(self.error, HandshakeTimeout):
+        assert self._timeout is not None
+        if self._stopped or self._timeout.expired() or not isinstance(self.error, HandshakeTimeout):
             return
         now = self._loop.time()
-        when = self.timeout.when()
+        when = self._timeout.when()
         if owed and when is not None:
             self._left = max(when - now, 0.0)
             self._expire_at(now + _FOREVER, self.error)
@@ -121,7 +175,8 @@ class _Watch:
             self._left = None
 
     def _reached(self, stage: Stage) -> None:
-        if self._stopped or self.timeout.expired():
+        assert self._timeout is not None
+        if self._stopped or self._timeout.expired():
             return
         if self._idle_timer is not None:
             self._idle_timer.cancel()
@@ -150,7 +205,8 @@ class _Watch:
 
     def _hand_over(self) -> None:
         """From here on the relay counts, because it alone knows what moves inside the kernel."""
-        self.timeout.reschedule(None)
+        assert self._timeout is not None
+        self._timeout.reschedule(None)
         layer, extensions = self._layer, self._stream.extensions
         left = None if layer.total is None else max(self._started + layer.total - self._loop.time(), 0.001)
         limits = TunnelLimits(idle=layer.idle, total=left)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Final
 
+from ..core.extensions import Extensions
 from ..core.lifecycle import Lifecycle, Stage
+from ..core.poller import Poller
 from ..core.socket_stream import SocketStream
 from ..core.stream import Stream
 from .choice import choose
@@ -25,15 +29,21 @@ __all__ = [
     "Move",
     "RelayKind",
     "RelayOptions",
+    "Tunnel",
     "TunnelHandler",
     "TunnelLimits",
     "TunnelRegistry",
     "TunnelReport",
+    "begin_relay",
     "relay",
+    "relays_at_once",
     "tunnels",
 ]
 
 log = logging.getLogger(__name__)
+
+_USUAL_OPTIONS: Final = RelayOptions()
+_USUAL_LIMITS: Final = TunnelLimits()
 
 
 async def relay(
@@ -52,8 +62,8 @@ async def relay(
     extensions is given the streams first.
     """
     Lifecycle.of(client.extensions).reached(Stage.TUNNEL)
-    bounds = limits or client.extensions.get(TunnelLimits) or TunnelLimits()
-    options = client.extensions.get(RelayOptions) or RelayOptions()
+    bounds = limits or client.extensions.get(TunnelLimits) or _USUAL_LIMITS
+    options = client.extensions.get(RelayOptions) or _USUAL_OPTIONS
     handler = client.extensions.get(TunnelHandler)
     if handler is None and options.kind is RelayKind.WIRE:
         return await _by_wire(client, upstream, bounds, options, reply)
@@ -106,18 +116,57 @@ async def _move(
     return await copy(client, upstream, limits, why=why)
 
 
+def relays_at_once(extensions: Extensions) -> bool:
+    """Whether a tunnel of a client with these extensions can be had of :func:`begin_relay`, and does not take
+    :func:`relay`: nothing is put between its ends, and its sockets stay where they are."""
+    options = extensions.get(RelayOptions)
+    return (options is None or options.kind is not RelayKind.WIRE) and extensions.get(TunnelHandler) is None
+
+
+def begin_relay(
+    client: SocketStream, upstream: SocketStream, ended: Callable[[], None], poller: Poller | None = None
+) -> Tunnel:
+    """As :func:`relay`, in callbacks (:mod:`rama_ebpf.core.at_once`), where :func:`relays_at_once`: return the tunnel,
+    which moves bytes from now on, and call ``ended`` when it has ended, which may be before this returns. ``poller`` is
+    that of the running loop, where the caller knows it.
+
+    Raises OSError if the kernel watches no more sockets; then both streams are as they were.
+    """
+    extensions = client.extensions
+    lifecycle = extensions.get(Lifecycle)
+    if lifecycle is not None:
+        lifecycle.reached(Stage.TUNNEL)
+
+    def over(tunnel: Tunnel) -> None:
+        _account(client, tunnel)
+        ended()
+
+    choice = choose(client, upstream, extensions.get(RelayOptions) or _USUAL_OPTIONS)
+    engine = Engine.current(poller)
+    tunnel = engine.open(client, upstream, choice, extensions.get(TunnelLimits) or _USUAL_LIMITS, over)
+    if tunnel.reason is None:
+        tunnels.add(tunnel)
+    return tunnel
+
+
+def _account(client: Stream, tunnel: Tunnel | WireTunnel) -> TunnelReport:
+    """Leave the report of a tunnel that has ended where layers find it, and count it."""
+    report = tunnel.report()
+    client.bytes_received += max(0, report.to_upstream - (tunnel.ahead if isinstance(tunnel, Tunnel) else 0))
+    client.bytes_sent += report.to_client
+    client.extensions.add(report)
+    tunnels.remove(tunnel, report)
+    log.debug("%s -> %s: %s", tunnel.source, tunnel.target, report)
+    return report
+
+
 async def _completion(client: Stream, upstream: Stream, tunnel: Tunnel | WireTunnel) -> TunnelReport:
     tunnels.add(tunnel)
     try:
         await tunnel.end()
     finally:
         tunnel.cut()  # does nothing unless the caller was cancelled
-        report = tunnel.report()
-        client.bytes_received += report.to_upstream
-        client.bytes_sent += report.to_client
+        report = _account(client, tunnel)
         upstream.bytes_received += report.to_client
         upstream.bytes_sent += report.to_upstream
-        client.extensions.add(report)
-        tunnels.remove(tunnel, report)
-        log.debug("%s -> %s: %s", tunnel.source, tunnel.target, report)
     return report

@@ -45,9 +45,9 @@ class Engine:
         self._wheel: WheelTimer[Tunnel] = WheelTimer(self.poller, _WHEEL_RESOLUTION)
 
     @staticmethod
-    def current() -> Engine:
-        """Return the engine of the running event loop; the first call makes it."""
-        return _current()
+    def current(poller: Poller | None = None) -> Engine:
+        """Return the engine of the running event loop, whose poller the caller may know; the first call makes it."""
+        return _current() if poller is None else _current.of(poller.loop)
 
     def refused(self) -> dict[str, int]:
         """How often something could not be had and tunnels went another way, by what it was."""
@@ -84,8 +84,8 @@ class Engine:
         Raises OSError if the kernel refuses to watch another socket; then both streams are as they were. Raises
         RuntimeError while a task waits on a stream.
         """
-        client.poll()
-        upstream.poll()
+        client.poll(self.poller)
+        upstream.poll(self.poller)
         client.tune()
         upstream.tune()
         if not self.tunnels:
@@ -93,6 +93,7 @@ class Engine:
         tunnel = Tunnel(self, client, upstream, limits, choice, forget=self._remove, ended=ended)
         _, from_client, client_waits = client.detach_polled(tunnel.up.told)
         _, from_upstream, upstream_waits = upstream.detach_polled(tunnel.down.told)
+        tunnel.ahead = len(from_client)
         self.tunnels.add(tunnel)
         when = tunnel.check_time(tunnel.started)
         if when is not None:

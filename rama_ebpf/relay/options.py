@@ -12,6 +12,8 @@ __all__ = ["RelayKind", "RelayOptions", "TunnelLimits"]
 class RelayKind(enum.Enum):
     """Which way a tunnel's bytes move, see docs/relay.md."""
 
+    __hash__ = object.__hash__  # members are single objects; Enum's own hash is a call of Python for each look-up
+
     AUTO = "auto"
     SOCKMAP = "sockmap"
     SPLICE = "splice"

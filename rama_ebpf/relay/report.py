@@ -11,6 +11,8 @@ __all__ = ["CloseReason", "DirectionOutcome", "TunnelReport"]
 class CloseReason(enum.Enum):
     """Why a tunnel ended."""
 
+    __hash__ = object.__hash__  # members are single objects; Enum's own hash is a call of Python for each look-up
+
     EOF = "eof"
     """Both sides ended their stream in order; every byte was delivered."""
     CLIENT_RESET = "client_reset"

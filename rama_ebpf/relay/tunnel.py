@@ -44,6 +44,7 @@ class Tunnel:
         "_release",
         "_seen",
         "_waiter",
+        "ahead",
         "client",
         "down",
         "error",
@@ -89,6 +90,8 @@ class Tunnel:
         self.started = host.poller.loop.time()
         self.reason: CloseReason | None = None
         self.error: OSError | None = None
+        self.ahead = 0
+        """Bytes that the client's stream had read, and counted, before."""
         self.slot: int | None = None
         self._active_at = self.started
         self._seen = 0

@@ -251,7 +251,7 @@ class _Silent:
         self._forget()
         arrivals = self._arrivals
         stream = SocketStream(self._sock, peer=_address(self._raw), reset=arrivals._resets, tuned=arrivals._tuned)
-        stream.take_watch(arrivals._poller, ended=bool(events & SPECIAL))
+        stream.take_watch(arrivals._poller, ended=bool(events & SPECIAL), drained=0 < len(data) < _FIRST)
         stream.already_received(data)
         arrivals._begin(stream)
 

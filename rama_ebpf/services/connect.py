@@ -31,6 +31,7 @@ __all__ = [
     "ResolveError",
     "Resolver",
     "SystemResolver",
+    "connects_at_once",
     "reach_proxy",
     "upstream_failure",
 ]
@@ -142,11 +143,33 @@ class Connector:
                 await stream.connected()
                 return stream
         except OSError as error:  # TimeoutError among them
-            if isinstance(error, TimeoutError) and timeout is not None and timeout.expired():
-                number, why = errno.ETIMEDOUT, f"no answer within {self.timeout} s"
-            else:
-                number, why = error.errno or errno.EIO, _reason(error)
-            raise ConnectError(number, f"cannot connect to {target}: {why}") from error
+            raise self.failure(target, error, late=timeout is not None and timeout.expired()) from error
+
+    def begin(self, target: Authority) -> SocketStream | None:
+        """Begin to connect to a target that is an address; None for a name, which takes a call. For callbacks
+        (:mod:`rama_ebpf.core.at_once`): the stream may not be connected yet, see
+        :meth:`~rama_ebpf.core.socket_stream.SocketStream.is_connected_now`, and ``timeout`` is the caller's to keep.
+
+        Raises :class:`PolicyDenied` or :class:`ConnectError`.
+        """
+        ip = target.ip
+        if ip is None:
+            return None
+        self.egress.check(ip, target.port)
+        try:
+            return self._begin(SocketAddress.zoned(ip, target.port))
+        except OSError as error:
+            raise self.failure(target, error) from error
+
+    def failure(self, target: Authority, error: OSError, *, late: bool = False) -> ConnectError:
+        """Return what a call raises where an attempt has ended in ``error``, or where it was too ``late``."""
+        if late and isinstance(error, TimeoutError):
+            number, why = errno.ETIMEDOUT, f"no answer within {self.timeout} s"
+        else:
+            number, why = error.errno or errno.EIO, _reason(error)
+        failure = ConnectError(number, f"cannot connect to {target}: {why}")
+        failure.__cause__ = error
+        return failure
 
     async def _race(self, addresses: Sequence[SocketAddress], port: int, arrivals: _Arrivals | None) -> SocketStream:
         """Return the first stream that connects; the others are aborted. Raises the OSError of the last failure."""
@@ -211,6 +234,11 @@ class Connector:
             sock.close()
             raise
         return SocketStream.connecting(sock, address, tuned=self.options.nodelay)
+
+
+def connects_at_once(connector: object) -> Connector | None:
+    """Return a connector whose :meth:`Connector.begin` does what a call does; None for one with anything around it."""
+    return connector if type(connector) is Connector else None
 
 
 def _reason(error: OSError) -> str:

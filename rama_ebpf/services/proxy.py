@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..core.address import Authority
+from ..core.at_once import AtOnce, Session, Visit
 from ..core.auth import Authenticator
 from ..core.service import Service, stack
 from ..core.shares import SourceShare
@@ -67,5 +68,12 @@ def mixed_proxy(
             stream.extensions.add(tunnel_limits)
         return await router(stream)
 
+    def begin(visit: Visit) -> Session | None:
+        if tunnel_limits is not None:
+            visit.stream.extensions.add(tunnel_limits)
+        assert router.at_once is not None
+        return visit.into(router.at_once)
+
+    mixed.at_once = AtOnce(mixed, begin)  # type: ignore[attr-defined]
     mixed.first_bytes = router.first_bytes  # type: ignore[attr-defined]  # functions take attributes; mypy knows none
     return mixed

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import math
 import socket
+from collections.abc import Hashable
 from typing import Final
 
+from ..core.at_once import NOTHING, Entered, Visit, entered_by
 from ..core.auth import Credentials
 from ..core.client import client_address
 from ..core.errors import RamaError
@@ -145,16 +147,39 @@ class SourceShareLayer:
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         async def serve(stream: Stream, /) -> Output:
-            client = client_address(stream)
-            place = self.share.hold(None if client is None else client.ip)
-            try:
-                place.__enter__()
-            except ShareExceeded as error:
-                await self._turn_away(stream, error.retry_after)
-                raise
+            place = entered_by(stream, self)
+            if place is None:
+                try:
+                    place = self._place(stream)
+                except ShareExceeded as error:
+                    await self._turn_away(stream, error.retry_after)
+                    raise
             try:
                 return await inner(stream)
             finally:
-                place.__exit__(None, None, None)
+                place.leave(None)
 
         return serve
+
+    def enter(self, visit: Visit) -> Entered:
+        """In callbacks (:mod:`rama_ebpf.core.at_once`); whoever is above the share is the coroutine's."""
+        return self._place(visit.stream)
+
+    def _place(self, stream: Stream) -> Entered:
+        client = client_address(stream)
+        source = None if client is None else self.share.enter(client.ip)
+        return NOTHING if source is None else _Place(self.share, source)
+
+
+class _Place:
+    """One of a source's places."""
+
+    __slots__ = ("_share", "_source")
+
+    def __init__(self, share: SourceShare, source: Hashable) -> None:
+        self._share = share
+        self._source = source
+
+    def leave(self, _error: BaseException | None, /) -> None:
+        """Give it back."""
+        self._share.leave(self._source)

@@ -7,8 +7,10 @@ cannot tell, so that the outcome depends on the bytes alone and not on how they 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any, Final
 
+from ..core.at_once import AtOnce, Session, Visit, at_once_of
 from ..core.blame import speaks_another_protocol
 from ..core.client import client_address
 from ..core.errors import HandshakeTimeout, PeerClosed, ProtocolError
@@ -25,6 +27,14 @@ __all__ = ["PeekMatcher", "PeekRouter", "is_http", "is_socks", "is_tls"]
 _LEFT: Final = Refused("peer_closed", "closed without a word", reset=True)
 _STRAY: Final = Refused("wrong_protocol", "the first bytes are of no protocol that is served here", reset=True)
 _NOISE: Final = Refused("protocol", "the first bytes are of no protocol that is served here", reset=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """An extension: what ``router`` has chosen in callbacks, by bytes that may have been used since."""
+
+    router: PeekRouter
+    service: Service[Stream, Any]
 
 
 class PeekRouter:
@@ -77,6 +87,7 @@ class PeekRouter:
             and all(matcher(bytes((byte,))) is False for matcher, _ in routes)
         )
         self.first_bytes = FirstBytes(self._refuse_beforehand) if fallback is None else None
+        self.at_once = AtOnce(self, self._begin) if type(self).__call__ is PeekRouter.__call__ else None
 
     def _refuse_beforehand(self, data: bytes) -> Refused | None:
         if not data:
@@ -88,6 +99,17 @@ class PeekRouter:
                 return None
         return _STRAY if speaks_another_protocol(data) else _NOISE
 
+    def _begin(self, visit: Visit) -> Session | None:
+        stream = visit.stream
+        service = self._ask(stream.buffered) if stream.buffered else None
+        if service is not None:
+            stream.extensions.add(_Chosen(self, service))
+            way = at_once_of(service)
+            if way is not None:
+                return visit.into(way)
+        visit.take_over()
+        return None
+
     async def __call__(self, stream: Stream, /) -> Any:
         try:
             service = await self._choose(stream)
@@ -98,6 +120,9 @@ class PeekRouter:
         return await service(stream)
 
     async def _choose(self, stream: Stream) -> Service[Stream, Any]:
+        for chosen in stream.extensions.all(_Chosen):
+            if chosen.router is self:
+                return chosen.service
         if stream.buffered and (verdict := self._ask(stream.buffered)) is not None:
             return verdict
         client = client_address(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..core.address import SocketAddress
+from ..core.at_once import Visit, at_once_of
 from ..core.client import ClientAddress, ListenerName, LocalAddress
 from ..core.errors import RamaError
 from ..core.first_bytes import Refused
@@ -20,6 +22,7 @@ from ..core.poller import Poller
 from ..core.service import Service, check_complete, check_fit
 from ..core.socket_stream import SocketStream, is_tuned, reset_on_close, resets_on_close, tune
 from ..core.stream import Stream
+from ..core.wheel import WheelTimer
 from .arrivals import Arrivals
 from .refusal import refuse_now
 
@@ -31,6 +34,7 @@ BACKLOG: Final = 4096
 """How many connections a listening socket holds that nobody has accepted yet (as far as net.core.somaxconn lets)."""
 _ACCEPTS_PER_WAKE: Final = 256
 """More than are begun a turn: what waits is to do so where sources have turns, not in the kernel's one queue."""
+_CLOCK_SECONDS: Final = 0.1
 _BACK_OFF_SECONDS: Final = 0.1
 _COMPLAIN_SECONDS: Final = 60.0
 _LINES_PER_MINUTE: Final = 100
@@ -79,7 +83,8 @@ class TcpServer:
     Of many connections that wait each source has its turn. Where the service judges first bytes
     (:mod:`~rama_ebpf.core.first_bytes`), what it refuses never becomes a stream, and is logged once a minute.
 
-    The server closes the stream when its service returns, and aborts it (RST) when the service raises. An error ends
+    Where the service serves in callbacks (:mod:`~rama_ebpf.core.at_once`), a connection has a task only once it needs
+    one. The server closes the stream when its service returns, and aborts it (RST) when it raises. An error ends
     that connection only. ``on_accept`` is called once per accepted connection (for counters). When the process is
     out of descriptors the server stops accepting for 100 ms instead of spinning, and if there is still none it refuses
     those who wait, each in its protocol (``refused``), through a descriptor that is held for this. ``resource_errors``
@@ -111,7 +116,12 @@ class TcpServer:
         self._on_pause = on_pause
         self.name = name
         self._name = None if name is None else ListenerName(name)
+        self._way = at_once_of(service)
         self._connections: dict[asyncio.Task[None], SocketStream] = {}
+        self._visits: set[Visit] = set()
+        self._emptied: asyncio.Future[None] | None = None
+        self._poller: Poller | None = None
+        self._clock: WheelTimer[Visit] | None = None
         self._accepting = False
         self._drain = Drain()
         self._unix = listener.family == socket.AF_UNIX
@@ -125,12 +135,13 @@ class TcpServer:
     @property
     def live(self) -> int:
         """How many connections are being served, or wait for their turn."""
-        return len(self._connections) + (0 if self._arrivals is None else self._arrivals.waiting)
+        return len(self._connections) + len(self._visits) + (0 if self._arrivals is None else self._arrivals.waiting)
 
     def start(self) -> None:
         """Start to accept, on the running event loop."""
         self._loop = asyncio.get_running_loop()
-        Poller.current()  # made now, and so there when descriptors run out
+        self._poller = Poller.current()  # made now, and so there when descriptors run out
+        self._clock = WheelTimer(self._poller, _CLOCK_SECONDS)
         self._hold_spare()
         self._arrivals = Arrivals(
             self._begin,
@@ -171,9 +182,44 @@ class TcpServer:
         self._begin(SocketStream(sock))
 
     def _begin(self, stream: SocketStream) -> None:
-        task = asyncio.get_running_loop().create_task(self._serve(stream))
+        known = self._introduce(stream)
+        if self._way is None or self._clock is None or stream.peer is None:
+            self._start(stream, known)
+            return
+        visit = Visit(self, stream)
+        self._visits.add(visit)
+        visit.begin(self._way)
+
+    def _start(self, stream: SocketStream, known: bool) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(stream, known))
         self._connections[task] = stream
         task.add_done_callback(self._ended)
+
+    # -- connections that are served in callbacks (core/at_once.py) ------------------------------------------------
+
+    @property
+    def poller(self) -> Poller:
+        """That of the loop on which it serves."""
+        assert self._poller is not None
+        return self._poller
+
+    @property
+    def clock(self) -> WheelTimer[Visit]:
+        """The time-outs of its visits."""
+        assert self._clock is not None
+        return self._clock
+
+    def take_over(self, visit: Visit) -> None:
+        """See :class:`~rama_ebpf.core.at_once.VisitHost`."""
+        self._visits.discard(visit)
+        self._start(visit.stream, True)
+
+    def ended(self, visit: Visit) -> None:
+        """See :class:`~rama_ebpf.core.at_once.VisitHost`."""
+        self._visits.discard(visit)
+        self._note_gone()
+
+    # -- the end ---------------------------------------------------------------------------------------------------
 
     async def drain(self, timeout: float) -> int:
         """Stop accepting, ask live connections to end (:class:`Drain`), wait for them up to ``timeout`` seconds, then
@@ -181,18 +227,31 @@ class TcpServer:
         self.stop_accepting()
         self._drain.start()
         before = self._cut
-        if self._connections and timeout > 0:
-            await asyncio.wait(set(self._connections), timeout=timeout)
+        if timeout > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._until_empty(), timeout)
         self.cut("drain deadline")
-        if self._connections:
-            await asyncio.wait(set(self._connections))
+        await self._until_empty()
+        self._arrivals = self._poller = self._clock = None  # the poller goes with its loop, not with us
         return self._cut - before
+
+    async def _until_empty(self) -> None:
+        while self._connections or self._visits:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await self._emptied
+
+    def _note_gone(self) -> None:
+        if self._emptied is not None and not (self._connections or self._visits or self._emptied.done()):
+            self._emptied.set_result(None)
 
     def cut(self, why: str) -> None:
         """Abort all live connections (TCP: RST). ``why`` is what their log lines will say."""
         for task in self._connections:
             self._cut += not task.cancelling()
             task.cancel(why)
+        for visit in list(self._visits):
+            self._cut += 1
+            visit.cut(why)
 
     def _accept_ready(self, waited: bool = False) -> None:
         assert self._arrivals is not None
@@ -304,16 +363,24 @@ class TcpServer:
     def _ended(self, task: asyncio.Task[None]) -> None:
         # Only a task that was cancelled before its first step leaves its stream open: none of its code ran.
         self._connections.pop(task).abort()
+        self._note_gone()
 
-    async def _serve(self, stream: SocketStream) -> None:
+    def _introduce(self, stream: SocketStream) -> bool:
+        """Add what is known of a connection; return false if that is not enough to serve it."""
+        extensions = stream.extensions
         if stream.peer is not None:
-            stream.extensions.add(ClientAddress(stream.peer))
+            extensions.add(ClientAddress(stream.peer))
         elif not stream.is_unix:
+            return False
+        extensions.add(self._drain)
+        if self._name is not None:
+            extensions.add(self._name)
+        return True
+
+    async def _serve(self, stream: SocketStream, known: bool) -> None:
+        if not known:
             stream.abort()  # reset before we could ask who it was: policy could not judge it
             return
-        stream.extensions.add(self._drain)
-        if self._name is not None:
-            stream.extensions.add(self._name)
         if stream.local is not None:
             stream.extensions.add(LocalAddress(stream.local))
         try:

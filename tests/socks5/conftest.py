@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from rama_ebpf.core import Extensions, IPAddress, RamaError, Service, Stream
+from rama_ebpf.core import Extensions, IPAddress, RamaError, Service, Stream, stack
+from rama_ebpf.core.at_once import Entered, Visit, entered_by
 from rama_ebpf.policy.egress import EgressPolicy
+from rama_ebpf.relay import TunnelReport
 from rama_ebpf.services.connect import Connector, ResolveError
 from rama_ebpf.services.socks5 import Socks5Server
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
@@ -64,6 +66,10 @@ class Proxy:
         reader, writer = await asyncio.open_connection(host, port, local_addr=local_addr)
         self.writers.append(writer)
         return reader, writer
+
+    def note_end(self) -> None:
+        self.served += 1
+        self.ended.set()
 
     async def idle(self) -> None:
         """Wait until every accepted connection has been served to its end."""
@@ -118,8 +124,57 @@ def loopback(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+class Observing:
+    """A layer that notes in ``proxy`` what goes on, in callbacks as in a coroutine."""
+
+    accepts = Stream
+    proxy: Proxy
+
+    def __call__(self, inner: Service[Stream, object]) -> Service[Stream, object]:
+        async def observed(stream: Stream) -> object:
+            if entered_by(stream, self) is None:
+                self.proxy.extensions.append(stream.extensions)
+            try:
+                result = await inner(stream)
+                self.proxy.results.append(result)
+                return result
+            except (RamaError, OSError) as error:
+                self.proxy.errors.append(error)
+                raise
+            finally:
+                self.proxy.note_end()
+
+        return observed
+
+    def enter(self, visit: Visit) -> Entered:
+        self.proxy.extensions.append(visit.stream.extensions)
+        return _Observed(self.proxy, visit.stream.extensions)
+
+
+@dataclass
+class _Observed:
+    proxy: Proxy
+    extensions: Extensions
+
+    def leave(self, error: BaseException | None, /) -> None:
+        """It has ended without a coroutine: in order, or cut."""
+        if error is None:
+            self.proxy.results.append(self.extensions.get(TunnelReport))
+        self.proxy.note_end()
+
+
+_BOTH_WAYS = {"test_at_once", "test_connect", "test_handshake", "test_strikes"}
+"""The modules whose tests run in callbacks (core/at_once.py) and in coroutines alone; the others as the server does."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "way" in metafunc.fixturenames:
+        module = metafunc.module.__name__.rpartition(".")[2]
+        metafunc.parametrize("way", ["callbacks", "coroutine"] if module in _BOTH_WAYS else ["callbacks"])
+
+
 @pytest.fixture
-async def run_proxy(loopback: str) -> AsyncIterator[Callable[..., Awaitable[Proxy]]]:
+async def run_proxy(loopback: str, way: str) -> AsyncIterator[Callable[..., Awaitable[Proxy]]]:
     """Start a proxy: ``await run_proxy(auth=...)`` or ``await run_proxy(service=...)``."""
     async with contextlib.AsyncExitStack() as cleanup:
 
@@ -132,20 +187,10 @@ async def run_proxy(loopback: str) -> AsyncIterator[Callable[..., Awaitable[Prox
             hosts = Hosts({"target.test": [loopback], "private.test": ["10.0.0.1"]})
             service = make(Connector(hosts, EgressPolicy.of(allow), timeout=timeout))
             listener = bind_tcp(loopback, 0)
-
-            async def observed(stream: Stream) -> None:
-                proxy.extensions.append(stream.extensions)
-                try:
-                    proxy.results.append(await service(stream))
-                except (RamaError, OSError) as error:
-                    proxy.errors.append(error)
-                    raise
-                finally:
-                    proxy.served += 1
-                    proxy.ended.set()
-
+            observing = Observing()
+            observed = observing(service) if way == "coroutine" else stack(observing, service)
             server = TcpServer(listener, observed)
-            proxy = Proxy(loopback, listener.getsockname()[1], server, hosts)
+            proxy = observing.proxy = Proxy(loopback, listener.getsockname()[1], server, hosts)
             server.start()
 
             async def stop() -> None:

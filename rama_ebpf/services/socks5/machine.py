@@ -60,6 +60,7 @@ _PASSWORD_VERSION: Final = 1
 _SOCKS4_GRANTED: Final = 0x5A
 _SOCKS4_REJECTED: Final = 0x5B
 _SOCKS4_FIELD_MAX: Final = 255
+_COMMANDS: Final = {command.value: command for command in Command}
 _KNOWN_COMMANDS: Final = frozenset({*Command, 0xF0, 0xF1})  # the last two: Tor's RESOLVE and RESOLVE_PTR
 
 
@@ -283,7 +284,7 @@ class ServerMachine:
         if code not in self._commands:
             kind = "socks_command" if code in _KNOWN_COMMANDS else None
             raise self._malformed(f"command {code:#04x} is not served here", Reply.COMMAND_NOT_SUPPORTED, kind)
-        return Command(code)
+        return _COMMANDS[code]
 
     def _request4(self, data: bytes) -> tuple[Event | None, int]:
         if Method.NONE not in self._methods:

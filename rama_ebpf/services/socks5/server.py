@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from ...core.address import Authority
+from ...core.at_once import AtOnce, Visit
 from ...core.auth import Authenticator, Credentials, User
 from ...core.blame import speaks_another_protocol
 from ...core.client import client_address
@@ -31,8 +32,9 @@ from ...core.service import Service, check_fit
 from ...core.stream import MAX_UNREAD, Stream
 from ...core.target import Target
 from ...relay import TunnelLimits, TunnelReport, relay
-from ..connect import ConnectError, upstream_failure
+from ..connect import ConnectError, connects_at_once, upstream_failure
 from .associate import AssociationReport, UdpAssociator
+from .at_once import Progress, SocksSession
 from .bind import Binder, Listening
 from .machine import MAX_MESSAGE, Event, Request, ServerMachine
 from .replies import reply_for
@@ -117,7 +119,7 @@ class Socks5Server:
         self._limits = limits
         self._socks4 = socks4
         self._eager = reply is ReplyTiming.EAGER
-        self._timeout = handshake_timeout
+        self.handshake_timeout = handshake_timeout
         self._connections: Counts = LocalCounts() if shared is None else shared.counts()
         if auth is None:
             self._methods: tuple[Method, ...] = (Method.NONE,)
@@ -126,6 +128,9 @@ class Socks5Server:
         served = {Command.CONNECT: connector, Command.BIND: binder, Command.UDP_ASSOCIATE: udp}
         self._commands = frozenset(command for command, by in served.items() if by is not None)
         self.first_bytes = FirstBytes(self._refuse_beforehand)
+        self._at_once_connector = connects_at_once(connector)
+        plain = type(self).__call__ is Socks5Server.__call__ and self._at_once_connector is not None
+        self.at_once = AtOnce(self, self._begin) if plain and auth is None and not self._eager else None
 
     def _refuse_beforehand(self, data: bytes) -> Refused | None:
         if not data:
@@ -134,13 +139,34 @@ class Socks5Server:
             return None
         return _STRAY if data[0] == 4 or speaks_another_protocol(data) else _NOISE
 
+    def _begin(self, visit: Visit) -> SocksSession:
+        assert self._at_once_connector is not None
+        return SocksSession(self, self._at_once_connector, visit, self._machine())
+
+    def _machine(self) -> ServerMachine:
+        return ServerMachine(self._methods, commands=self._commands, socks4=self._socks4)
+
+    def established(self, extensions: Extensions, request: Request) -> None:
+        """The handshake is over: add to the client's extensions what it was about."""
+        extensions.add(request)
+        extensions.add(request.target)
+        lifecycle = extensions.get(Lifecycle)
+        if lifecycle is not None:
+            lifecycle.reached(Stage.ESTABLISHED)
+
     async def __call__(self, stream: Stream, /) -> TunnelReport | AssociationReport:
-        machine = ServerMachine(self._methods, commands=self._commands, socks4=self._socks4)
+        progress = stream.extensions.get(Progress)
+        machine = self._machine() if progress is None else progress.machine
         try:
-            request = await self._handshake(stream, machine)
-            stream.extensions.add(request)
-            stream.extensions.add(request.target)
-            Lifecycle.of(stream.extensions).reached(Stage.ESTABLISHED)
+            if progress is not None and progress.failure is not None:
+                raise progress.failure
+            if progress is not None and progress.upstream is not None:
+                return await relay(stream, progress.upstream)
+            if progress is not None and progress.request is not None:
+                request = progress.request
+            else:
+                request = await self._handshake(stream, machine)
+                self.established(stream.extensions, request)
             if self._limits is None:
                 return await self._carry_out(request, stream, machine)
             with self._admit(request.command, stream.extensions, self._limits):
@@ -163,7 +189,7 @@ class Socks5Server:
 
     async def _handshake(self, stream: Stream, machine: ServerMachine) -> Request:
         try:
-            async with asyncio.timeout(self._timeout) as clock:
+            async with asyncio.timeout(self.handshake_timeout) as clock:
                 while True:
                     event = await _next_event(stream, machine)
                     if isinstance(event, Credentials):
@@ -173,7 +199,7 @@ class Socks5Server:
                         return event
                     await stream.write(machine.data_to_send())
         except TimeoutError as error:
-            raise HandshakeTimeout(f"SOCKS handshake not finished within {self._timeout} s") from error
+            raise HandshakeTimeout(f"SOCKS handshake not finished within {self.handshake_timeout} s") from error
 
     async def _authenticate(self, credentials: Credentials, stream: Stream, machine: ServerMachine) -> None:
         assert self._auth is not None
