@@ -21,26 +21,34 @@ from .fingerprint import Ja3, Ja4
 __all__ = ["TlsPeekLayer", "add_client_hello", "peek_client_hello"]
 
 
-async def peek_client_hello(stream: Stream, *, timeout: float = 10.0, limit: int = DEFAULT_LIMIT) -> ClientHello:
+async def peek_client_hello(stream: Stream, *, timeout: float | None = 10.0, limit: int = DEFAULT_LIMIT) -> ClientHello:
     """Read ahead until ``stream`` shows a complete ClientHello, and consume nothing.
 
-    ``timeout`` is in seconds, ``limit`` in bytes (at most :data:`~rama_ebpf.core.stream.MAX_UNREAD`). Raises
-    :class:`NotTls`, :class:`AlertError`, :class:`HandshakeTimeout`, or :class:`PeerClosed` at an early EOF.
+    ``timeout`` is in seconds, None where the caller keeps the time; ``limit`` in bytes (at most
+    :data:`~rama_ebpf.core.stream.MAX_UNREAD`). Raises :class:`NotTls`, :class:`AlertError`, :class:`HandshakeTimeout`,
+    or :class:`PeerClosed` at an early EOF.
     """
     parser = ClientHelloParser(limit)
-    news = stream.buffered
+    hello = parser.feed(stream.buffered)
+    if hello is not None:
+        return hello  # as nearly always: it comes in one segment, and was read to tell the protocol
+    if timeout is None:
+        return await _read_hello(stream, parser, limit)
     try:
         async with asyncio.timeout(timeout):
-            while True:
-                hello = parser.feed(news)
-                if hello is not None:
-                    return hello
-                count = await stream.fill(limit)
-                if not count:
-                    raise PeerClosed(f"client closed after {len(stream.buffered)} bytes of its ClientHello")
-                news = stream.buffered[-count:]
+            return await _read_hello(stream, parser, limit)
     except TimeoutError as error:
         raise HandshakeTimeout(f"no complete ClientHello within {timeout} s") from error
+
+
+async def _read_hello(stream: Stream, parser: ClientHelloParser, limit: int) -> ClientHello:
+    while True:
+        count = await stream.fill(limit)
+        if not count:
+            raise PeerClosed(f"client closed after {len(stream.buffered)} bytes of its ClientHello")
+        hello = parser.feed(stream.buffered[-count:])
+        if hello is not None:
+            return hello
 
 
 def add_client_hello(stream: Stream, hello: ClientHello) -> None:

@@ -79,10 +79,10 @@ class TlsStream(Stream):
         context: ssl.SSLContext,
         *,
         server_name: str | None = None,
-        timeout: float = 10.0,
+        timeout: float | None = 10.0,
         ragged_eof: bool = False,
     ) -> TlsStream:
-        """Do the server's handshake on ``transport`` within ``timeout`` seconds.
+        """Do the server's handshake on ``transport`` within ``timeout`` seconds; with None the caller keeps the time.
 
         ``server_name`` is what the client's hello named, for the record only: ``context`` was chosen by it.
         Raises :class:`HandshakeFailed` after the alert has been sent, :class:`HandshakeTimeout`, or
@@ -150,15 +150,16 @@ class TlsStream(Stream):
 
     # -- handshake ---------------------------------------------------------------------------------------------
 
-    async def _handshake(self, timeout: float) -> None:
+    async def _handshake(self, timeout: float | None) -> None:
         try:
-            async with asyncio.timeout(timeout):
-                while not self._handshake_step():
-                    await self._flush()
-                    if not await self._fetch():
-                        raise PeerClosed("peer closed during the TLS handshake")
-                await self._flush()
+            if timeout is None:
+                await self._shake_hands()
+            else:
+                async with asyncio.timeout(timeout):
+                    await self._shake_hands()
         except TimeoutError as error:
+            if timeout is None:
+                raise
             raise HandshakeTimeout(f"TLS handshake not finished within {timeout} s") from error
         except ssl.SSLCertVerificationError as error:
             await self._transport.close_after(self._outgoing.read())
@@ -170,6 +171,19 @@ class TlsStream(Stream):
             await self._transport.close_after(self._outgoing.read())
             raise HandshakeFailed(f"TLS handshake failed: {_reason(error)}", error.reason or "") from error
         self.extensions.add(self.parameters)
+
+    async def _shake_hands(self) -> None:
+        if self._tls.server_side:
+            await self._fetch_hello()
+        while not self._handshake_step():
+            await self._flush()
+            await self._fetch_hello()
+        await self._flush()
+
+    async def _fetch_hello(self) -> None:
+        """Read what the peer says next in its handshake. A server's first word is an answer, so it reads first."""
+        if not await self._fetch():
+            raise PeerClosed("peer closed during the TLS handshake")
 
     def _handshake_step(self) -> bool:
         """Go on as far as possible; return False if more from the peer is wanted first."""
@@ -303,10 +317,25 @@ class TlsStream(Stream):
             raise TlsError(f"cannot send close_notify: {_reason(error)}") from error
 
     async def _flush(self) -> None:
+        if not self._outgoing.pending:
+            return
+        rest: memoryview | bytes = b""
+        if not self._flushing.locked():
+            # Nobody waits before us, and the transport nearly always takes it whole.
+            data = self._outgoing.read()
+            try:
+                sent = self._transport.write_now(data)
+            except BaseException:
+                self._broken = True
+                raise
+            if sent == len(data):
+                return
+            rest = memoryview(data)[sent:]
         async with self._flushing:
-            while self._outgoing.pending:
+            while rest or self._outgoing.pending:
                 try:
-                    await self._transport.write(self._outgoing.read())
+                    await self._transport.write(rest or self._outgoing.read())
+                    rest = b""
                 except BaseException:
                     self._broken = True  # part of a record may be gone: nothing sent after it would be understood
                     raise

@@ -101,7 +101,7 @@ class TlsTerminateLayer:
         try:
             async with self._limit.hold(stream):
                 async with asyncio.timeout(self._timeout):
-                    hello = await peek_client_hello(stream, timeout=self._timeout)
+                    hello = await peek_client_hello(stream, timeout=None)
                     add_client_hello(stream, hello)
                     if self._policy is not None:
                         await self._policy.check(stream)
@@ -110,7 +110,7 @@ class TlsTerminateLayer:
                         stream,
                         context,
                         server_name=hello.server_name,
-                        timeout=self._timeout,
+                        timeout=None,
                         ragged_eof=self._ragged_eof,
                     )
         except TimeoutError as error:
