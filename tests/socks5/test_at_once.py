@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from rama_ebpf.core.at_once import Entered, Visit, at_once_of
-from rama_ebpf.core.errors import PeerClosed
+from rama_ebpf.core.errors import HandshakeTimeout, PeerClosed
 from rama_ebpf.core.poller import Poller
 from rama_ebpf.core.service import stack
 from rama_ebpf.core.stream import Stream
 from rama_ebpf.layers.access_log import AccessLogLayer, AccessRecord
 from rama_ebpf.layers.mapping import AddExtensionLayer
+from rama_ebpf.layers.timeout import TimeoutLayer
 from rama_ebpf.relay import CloseReason, TunnelReport, tunnels
 from rama_ebpf.services.connect import Connector, SystemResolver
 from rama_ebpf.services.router import PeekRouter, is_socks
@@ -324,6 +325,32 @@ def test_what_stands_around_a_service_is_never_passed_by() -> None:
     assert at_once_of(stack(Careful(1), service)) is None
     assert at_once_of(stack(plain, service)) is None
     assert at_once_of(stack(AddExtensionLayer(1), plain, service)) is None
+
+
+@pytest.mark.parametrize("sent", [b"", GREETING])
+async def test_client_that_is_silent_is_cut_by_the_time_out_of_its_stack(run_proxy: RunProxy, sent: bytes) -> None:
+    proxy = await run_proxy(make=lambda connector: stack(TimeoutLayer(0.4), Socks5Server(connector)))
+    reader, writer = await proxy.open()
+    writer.write(sent)
+    with contextlib.suppress(ConnectionResetError):
+        await reader.read()
+    await nothing_left(proxy)
+    [error] = proxy.errors
+    assert isinstance(error, HandshakeTimeout)
+
+
+async def test_tunnel_has_the_time_outs_of_its_stack(run_proxy: RunProxy, run_target: RunTarget) -> None:
+    target = await run_target(echo)
+    proxy = await run_proxy(make=lambda connector: stack(TimeoutLayer(5, idle=0.3), Socks5Server(connector)))
+    reader, writer = await proxy.open()
+    writer.write(GREETING + request(target) + b"x")
+    await reader.readexactly(reply_size(proxy) + 1)
+    with pytest.raises(ConnectionResetError):
+        await reader.readexactly(1)
+    await nothing_left(proxy)
+    [report] = proxy.results
+    assert isinstance(report, TunnelReport)
+    assert report.reason is CloseReason.IDLE_TIMEOUT
 
 
 class _Fails:
