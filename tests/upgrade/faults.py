@@ -22,13 +22,18 @@ class Fault:
     cuts: bool = False
 
 
-def _around(name: str, step: str, file: str, line: str, *, after: bool, cuts: bool = False) -> list[Fault]:
-    """Death, and an error, before or after a line of the source, which stands in it once."""
+def _around(
+    name: str, step: str, file: str, line: str, *, after: bool, cuts: bool = False, told: str = ""
+) -> list[Fault]:
+    """Death, and an error, before or after a line of the source, which stands in it once. ``told`` is the step by which
+    the new server itself names an error, where that is another."""
     indent = line[: len(line) - len(line.lstrip())]
     found = []
     for how, statement in (("killed", _KILL), ("error", _FAIL)):
         lines = [f"{indent}{statement}\n", line] if not after else [line, f"\n{indent}{statement}"]
-        found.append(Fault(f"{name}: {how}", step, (file, line, "".join(lines)), cuts))
+        found.append(
+            Fault(f"{name}: {how}", step if how == "killed" else told or step, (file, line, "".join(lines)), cuts)
+        )
     return found
 
 
@@ -53,7 +58,14 @@ FAULTS: list[Fault] = [
         ),
         cuts=True,
     ),
-    *_around("before it speaks", "start", _DAEMON, "    estate = predecessor.estate(options.instance)", after=False),
+    *_around(
+        "before it speaks",
+        "start",
+        _DAEMON,
+        "    estate = predecessor.estate(options.instance)",
+        after=False,
+        told="configuration",
+    ),
     *_around("what was handed over", "programs", _DAEMON, '            predecessor.at("programs")', after=True),
     *_around("the gate", "programs", _HOST, "        gate.attachments.adopt(estate.attachments, xdp)", after=True),
     *_around("the policy", "policy", _DAEMON, '            predecessor.at("policy")', after=True),

@@ -193,7 +193,8 @@ def upgraded_server(host: Host, name: str, directory: Path, configure: dict[str,
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(releases.path)
     file = directory / "rama.toml"
-    proxy = ProxyProcess(host, name, "--config", str(file))
+    # Elsewhere: `python -m`, as workers are started, looks at first where it is.
+    proxy = ProxyProcess(host, name, "--config", str(file), cwd=directory)
     server = UpgradedServer(host, Instance(name), file, releases, proxy)
     server.configure(**configure)
     try:

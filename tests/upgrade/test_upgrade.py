@@ -106,6 +106,39 @@ def test_upgrade_during_an_upgrade_is_refused_and_harms_none(host: Host, start_s
     assert server.served()
 
 
+def test_server_killed_while_it_is_followed_takes_the_new_one_along(host: Host, start_server: StartServer) -> None:
+    server = start_server(host)
+    command = [ProxyProcess.COMMAND, "upgrade", "--instance", server.instance.name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as upgrade:
+        assert upgrade.stdout is not None
+        new = int(upgrade.stdout.readline().split()[1])
+        server.proxy.signal(signal.SIGKILL)
+        assert upgrade.wait(60) == 3
+    wait_for(lambda: has_ended(new), timeout=30, what="the end of the new server")
+    assert server.instance.serving_pid() is None
+    with pytest.raises(ConnectionRefusedError):
+        host.connect("127.0.0.1", PORT, source=ALLOWED[0])
+
+
+def test_server_killed_after_it_was_followed_takes_nothing_along(host: Host, start_server: StartServer) -> None:
+    server = start_server(host)
+    command = [ProxyProcess.COMMAND, "upgrade", "--instance", server.instance.name]
+    with (
+        Denied(host, [DENIED], [TARGET]) as denied,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as upgrade,
+    ):
+        assert upgrade.stdout is not None
+        new = int(upgrade.stdout.readline().split()[1])
+        assert f"process {new} serves" in upgrade.stdout.readline()
+        with Served(host, ALLOWED, TARGET) as served:  # by the new one: those of the killed one are lost with it
+            server.proxy.signal(signal.SIGKILL)
+            wait_for(lambda: served.served > 5, what="clients that are served after it")
+    assert server.pid == new
+    assert served.failures == []
+    assert denied.got_in == []
+    assert server.upgrade()["before"] == new, "what the killed one has left is in the way"
+
+
 def test_oldest_of_too_many_servers_is_cut_as_was_said(host: Host, start_server: StartServer) -> None:
     server = start_server(host, server="max_generations = 2")
     with server.tunnels(1)[0] as oldest:
