@@ -17,7 +17,7 @@ from ..lab import Lab, wait_for
 from .faults import FAULTS, Fault
 from .releases import ALLOWED, DENIED, ONCE_ALLOWED, ONCE_DENIED, PORT, UpgradedServer, upgraded_server
 
-pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+pytestmark = [pytest.mark.root, pytest.mark.ebpf, pytest.mark.timeout(300)]
 
 TARGET = ("127.0.0.1", PORT)
 IN_THE_SUITE = (

@@ -16,7 +16,7 @@ from ..proxy import ProxyProcess, rama_ebpf
 from .conftest import StartServer
 from .releases import ALLOWED, DENIED, ONCE_ALLOWED, ONCE_DENIED, PORT, UpgradedServer, has_ended, is_live, xdp_link
 
-pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+pytestmark = [pytest.mark.root, pytest.mark.ebpf, pytest.mark.timeout(300)]
 
 TARGET = ("127.0.0.1", PORT)
 
