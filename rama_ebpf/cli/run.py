@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..control.daemon import serve
-from ..control.listeners import ListenAt
 from ..control.options import DaemonOptions
 from ..control.predecessor import Predecessor
+from ..control.sockets import ListenAt
 from ..core.address import Endpoint
 from ..core.shares import SourceLimits
 from ..kernel import abi

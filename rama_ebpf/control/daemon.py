@@ -46,7 +46,7 @@ from .guard import Guard
 from .incumbent import Duties, Parts, ServedIncumbent, metrics_directory
 from .kernel_relay import KernelRelay
 from .kill import ConnectionKiller, Denials
-from .listeners import Listeners, SocketSet
+from .listeners import Listeners
 from .options import FIXED, DaemonOptions
 from .policy_host import PolicyHost, open_policy_host, refuse_without_gate, take_over_policy
 from .policy_thread import PolicyThread
@@ -54,6 +54,7 @@ from .predecessor import Predecessor, Seniors
 from .revision import Deployment, Policy, ServedRevision
 from .signals import EarlyStop, end_after, stopping_early, suspend
 from .socket import ControlServer
+from .sockets import SocketSet
 from .succession import Estate
 from .successor import Upgrades
 from .verdicts import Verdicts
@@ -373,21 +374,23 @@ class _Daemon(WorkerObserver):
             self._host.store.sync()  # this is a thread of its own; the answer says that it is kept
 
     def _make_audit(self) -> Audit | None:
-        store, gate = self._host.store, self._host.gate
-        if gate is None or not isinstance(store, KernelStore):
+        store, gate, judge = self._host.store, self._host.gate, self._kernel_judge()
+        if gate is None or judge is None or not isinstance(store, KernelStore):
             return None  # there is one copy of the policy
-        witness = gate.witness
-        judge = KernelJudge(store, lambda: contextlib.nullcontext(witness))
-        integrity = Integrity(store, witness)
+        integrity = Integrity(store, gate.witness)
         self._cleanup.callback(integrity.close)
         return Audit(store, judge, integrity, self._write_state)
 
     def _judge(self) -> Judge:
+        return self._kernel_judge() or StoreJudge(self._host.store, self._listeners.addresses, serving=True)
+
+    def _kernel_judge(self) -> KernelJudge | None:
+        """Who asks the programs, where there are some."""
         store, gate = self._host.store, self._host.gate
-        if gate is not None and isinstance(store, KernelStore):
-            witness = gate.witness
-            return KernelJudge(store, lambda: contextlib.nullcontext(witness), self._listeners.described)
-        return StoreJudge(store, self._listeners.addresses, serving=True)
+        if gate is None or not isinstance(store, KernelStore):
+            return None
+        witness = gate.witness
+        return KernelJudge(store, lambda: contextlib.nullcontext(witness), self._listeners.described)
 
     async def _enforce(self) -> None:
         """Where the operator wants it, end live connections that the policy has come to deny."""

@@ -23,7 +23,8 @@ from ..kernel import netdev, sock_diag
 from ..kernel.attachments import Mending
 from ..kernel.sock_diag import ListeningSocket
 from ..loader import Cover, Gate
-from .listeners import Listeners, OpenListener, Watched
+from .listeners import Listeners, Watched
+from .sockets import OpenListener
 
 __all__ = ["Guard"]
 

@@ -13,40 +13,21 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from ..core.address import Endpoint, SocketAddress
+from ..core.address import SocketAddress
 from ..kernel import sock_diag
 from ..kernel.seal import seal, unseal
 from ..loader import Cover, Gate
-from ..process import Listener, WorkerObserver, WorkerProcess
-from ..services.tcp import BACKLOG, bind_tcp
+from ..process import WorkerObserver, WorkerProcess
 from ..services.unix import bind_unix
+from .sockets import Key, ListenAt, OpenListener, SocketSet, bind, close_all, key_of, listen, other_owner, overlap
 
-__all__ = ["ListenAt", "Listeners", "OpenListener", "SocketSet", "Watched"]
+__all__ = ["Listeners", "Watched"]
 
 log = logging.getLogger("rama_ebpf")
-
-
-@dataclass(frozen=True, slots=True)
-class ListenAt:
-    """Where to listen, under a name. ``mode`` is that of a Unix socket's file. A TCP listener without ``needs_gate`` is
-    served also where the gate does not guard it."""
-
-    name: str
-    endpoint: Endpoint
-    mode: int = 0o660
-    needs_gate: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class OpenListener:
-    """Sockets of one revision that listen at one address, None for Unix sockets."""
-
-    sockets: tuple[socket.socket, ...]
-    address: SocketAddress | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,36 +40,6 @@ class Watched:
 
 
 _NOT_PROBED: Final = Cover(why="it has not been probed")
-_Key = tuple[Endpoint, str]
-
-
-def _key(at: ListenAt) -> _Key:
-    # A reload may give an address another name. Only where the kernel picks the port is the name what tells two
-    # listeners apart.
-    picked = at.endpoint.address is not None and at.endpoint.address.port == 0
-    return at.endpoint, at.name if picked else ""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SocketSet:
-    """The sockets of one revision, by what they listen at."""
-
-    wanted: tuple[ListenAt, ...]
-    opened: Mapping[_Key, OpenListener]
-
-    @property
-    def listeners(self) -> tuple[Listener, ...]:
-        """As a plan has them."""
-        return tuple(Listener(at.name, self.opened[_key(at)].sockets) for at in self.wanted)
-
-    def address(self, at: ListenAt) -> SocketAddress | None:
-        """Where it listens; None for a Unix socket."""
-        return self.opened[_key(at)].address
-
-    @property
-    def addresses(self) -> dict[SocketAddress, tuple[socket.socket, ...]]:
-        """The TCP addresses with their sockets."""
-        return {entry.address: entry.sockets for entry in self.opened.values() if entry.address is not None}
 
 
 class Listeners(WorkerObserver):
@@ -112,7 +63,7 @@ class Listeners(WorkerObserver):
 
     def handed(self) -> tuple[tuple[ListenAt, tuple[socket.socket, ...]], ...]:
         """The listeners of the revision in force, with their sockets, for another server."""
-        found = {_key(at): (at, self._in_force.opened[_key(at)].sockets) for at in self._in_force.wanted}
+        found = {key_of(at): (at, self._in_force.opened[key_of(at)].sockets) for at in self._in_force.wanted}
         return tuple(found.values())
 
     @property
@@ -126,7 +77,7 @@ class Listeners(WorkerObserver):
         opened = {}
         for at, sockets in handed:
             address = None if at.endpoint.address is None else SocketAddress.from_sockaddr(sockets[0].getsockname())
-            opened[_key(at)] = OpenListener(sockets, address)
+            opened[key_of(at)] = OpenListener(sockets, address)
         self._adopted = self._in_force = SocketSet(tuple(at for at, _ in handed), opened)
         self._sets.append(self._in_force)
         self.is_ours = self.owns = False
@@ -165,27 +116,27 @@ class Listeners(WorkerObserver):
         then nothing of it stays open.
         """
         wanted = tuple(wanted)
-        opened: dict[_Key, OpenListener] = {}
+        opened: dict[Key, OpenListener] = {}
         new = SocketSet(wanted, opened)
         self._sets.append(new)
         try:
             for at in wanted:
-                if _key(at) not in opened:
-                    opened[_key(at)] = self._opened(at, sockets)
+                if key_of(at) not in opened:
+                    opened[key_of(at)] = self._opened(at, sockets)
         except BaseException:
             self.give_up(new)
             raise
         return new
 
     def _opened(self, at: ListenAt, count: int) -> OpenListener:
-        before = self._in_force.opened.get(_key(at))
+        before = self._in_force.opened.get(key_of(at))
         if at.endpoint.address is None:
             return before or OpenListener((bind_unix(at.endpoint.path, mode=at.mode),), None)
         if before is not None and (self._gate is None or not self.is_ours):
             return before  # handshakes that have begun on a socket end on it
         wanted = at.endpoint.address if before is None or before.address is None else before.address
-        held = any(_overlap(wanted, address) for one in self._sets for address in one.addresses)
-        sockets = _bind(wanted, count, shared=held)
+        held = any(overlap(wanted, address) for one in self._sets for address in one.addresses)
+        sockets = bind(wanted, count, shared=held)
         address = SocketAddress.from_sockaddr(sockets[0].getsockname())
         try:
             if self._gate is not None and address not in self._gate.listeners:
@@ -193,10 +144,10 @@ class Listeners(WorkerObserver):
             for sock in sockets:
                 if self._gate is not None:
                     seal(sock)
-                _listen(sock, address)
+                listen(sock, address)
             self._refuse_shared(address, sockets)
         except BaseException:
-            _close(sockets)
+            close_all(sockets)
             self._drop_entry(address)
             raise
         return OpenListener(sockets, address)
@@ -207,7 +158,7 @@ class Listeners(WorkerObserver):
         ours = {sock_diag.cookie_of(sock) for sock in sockets}
         for one in self._sets:
             ours.update(cookie for watched in _watched(one) for cookie in watched.cookies)
-        owner = _owner(address, ours)
+        owner = other_owner(address, ours)
         if owner:
             raise OSError(errno.EADDRINUSE, f"cannot listen on {address.ip} port {address.port}: {owner}")
 
@@ -232,7 +183,7 @@ class Listeners(WorkerObserver):
         if self._gate is None or not self.is_ours:
             return
         for at in self._in_force.wanted:
-            listener = self._in_force.opened[_key(at)]
+            listener = self._in_force.opened[key_of(at)]
             if listener.address is None:
                 continue
             cover = self._covers.get(listener, _NOT_PROBED)
@@ -263,7 +214,7 @@ class Listeners(WorkerObserver):
 
     def cover(self, at: ListenAt) -> Cover | None:
         """How a listener of the revision in force is guarded; None for a Unix socket."""
-        listener = self._in_force.opened[_key(at)]
+        listener = self._in_force.opened[key_of(at)]
         if listener.address is None:
             return None
         return self._no_gate if self._gate is None else self._covers.get(listener, _NOT_PROBED)
@@ -308,7 +259,7 @@ class Listeners(WorkerObserver):
         for key, entry in unwanted.opened.items():
             if kept.issuperset(entry.sockets):
                 continue
-            _close(entry.sockets)
+            close_all(entry.sockets)
             self._covers.pop(entry, None)
             if entry.address is not None:
                 self._drop_entry(entry.address)
@@ -323,7 +274,7 @@ class Listeners(WorkerObserver):
             self._gate.listeners.remove(address)
 
     @property
-    def _others(self) -> frozenset[_Key]:
+    def _others(self) -> frozenset[Key]:
         """What another server may go on with."""
         return frozenset((self._adopted or self._in_force).opened)
 
@@ -331,7 +282,7 @@ class Listeners(WorkerObserver):
         """Close our own sockets; those that workers have are judged on."""
         for one in self._sets:
             for entry in one.opened.values():
-                _close(entry.sockets)
+                close_all(entry.sockets)
 
     def close(self) -> None:
         """Close all, when no worker listens any more."""
@@ -371,7 +322,7 @@ class Listeners(WorkerObserver):
         if self._gate is None or not self.is_ours:
             return
         for at in self._in_force.wanted:
-            entry = self._in_force.opened[_key(at)]
+            entry = self._in_force.opened[key_of(at)]
             if entry.address is None:
                 continue
             serving = [index for index in range(len(entry.sockets)) if (at.name, index) not in self._away]
@@ -425,58 +376,3 @@ def _watched(sockets: SocketSet) -> list[Watched]:
         for listener in sockets.opened.values()
         if listener.address is not None and all(sock.fileno() >= 0 for sock in listener.sockets)
     ]
-
-
-def _bind(address: SocketAddress, count: int, *, shared: bool) -> tuple[socket.socket, ...]:
-    """Bind sockets to one address. If it is not ``shared`` with others of ours, nobody else may listen there: then
-    SO_REUSEPORT, which would let two servers share it unseen, is set after that is known."""
-    host = str(address.ip)
-    try:
-        sockets = [bind_tcp(host, address.port, reuse_port=shared, backlog=None)]
-    except OSError as error:
-        owner = _owner(address) if error.errno == errno.EADDRINUSE else ""
-        if not owner:
-            raise
-        raise OSError(error.errno, f"{error.strerror} ({owner})") from error
-    try:
-        sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        while len(sockets) < count:
-            sockets.append(bind_tcp(host, sockets[0].getsockname()[1], reuse_port=True, backlog=None))
-    except BaseException:
-        _close(sockets)
-        raise
-    return tuple(sockets)
-
-
-def _listen(sock: socket.socket, address: SocketAddress) -> None:
-    try:
-        sock.listen(BACKLOG)
-    except OSError as error:
-        text = f"cannot listen on {address.ip} port {address.port}: {error.strerror}"
-        raise OSError(error.errno or errno.EIO, text) from error
-
-
-def _overlap(one: SocketAddress, other: SocketAddress) -> bool:
-    """Whether two addresses have connections in common: equal, or one of them a wildcard."""
-    if one.port != other.port or one.ip.version != other.ip.version:
-        return False
-    return one.ip == other.ip or one.ip.is_unspecified or other.ip.is_unspecified
-
-
-def _owner(address: SocketAddress, ours: Container[int] = ()) -> str:
-    """Say who else listens on connections of an address; ``ours`` are the cookies of sockets that may. Empty if nobody
-    does, or it cannot be told."""
-    try:
-        listening = sock_diag.listening()
-    except OSError as error:
-        log.debug("who else listens at %s cannot be told: %s", address, error)
-        return ""
-    for other in listening:
-        if other.cookie not in ours and other.meets(address.ip, address.port):
-            return f"{sock_diag.owner_of(other.inode)} listens at {SocketAddress(other.address, other.port)}"
-    return ""
-
-
-def _close(sockets: Iterable[socket.socket]) -> None:
-    for sock in sockets:
-        sock.close()

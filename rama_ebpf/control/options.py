@@ -17,7 +17,7 @@ from ..policy.egress import EgressPolicy
 from ..policy.rule import Action, IPNetwork, Rule, SynLimit
 from ..process.plan import Json
 from ..process.sandbox import Sandbox
-from .listeners import ListenAt
+from .sockets import ListenAt
 
 __all__ = ["FIXED", "DaemonOptions"]
 

@@ -17,11 +17,12 @@ from ..policy.rule import PolicyError, RuleSet, Settings
 from ..policy.store import PolicyStore
 from ..process import Plan
 from .egress import Egress
-from .listeners import Listeners, SocketSet
+from .listeners import Listeners
 from .options import DaemonOptions
 from .policy_host import PolicyHost
 from .policy_thread import PolicyThread
 from .predecessor import Predecessor
+from .sockets import SocketSet
 
 __all__ = ["Deployment", "Policy", "ServedRevision"]
 

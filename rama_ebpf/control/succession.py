@@ -19,7 +19,7 @@ from typing import Any, Final
 from ..core.address import Endpoint
 from ..core.errors import PeerClosed, RamaError
 from ..kernel.attachments import Handed
-from .listeners import ListenAt
+from .sockets import ListenAt
 
 __all__ = ["WIRE", "Estate", "HandedListener", "Senior", "UpgradeFailed", "Wire", "receive_estate", "send_estate"]
 

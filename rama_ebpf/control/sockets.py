@@ -1,0 +1,140 @@
+"""The sockets that listen for a server: where they are wanted, what there is of each revision, and how an address gets
+them, and nobody else's."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+
+from ..core.address import Endpoint, SocketAddress
+from ..kernel import sock_diag
+from ..process import Listener
+from ..services.tcp import BACKLOG, bind_tcp
+
+__all__ = [
+    "Key",
+    "ListenAt",
+    "OpenListener",
+    "SocketSet",
+    "bind",
+    "close_all",
+    "key_of",
+    "listen",
+    "other_owner",
+    "overlap",
+]
+
+log = logging.getLogger("rama_ebpf")
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAt:
+    """Where to listen, under a name. ``mode`` is that of a Unix socket's file. A TCP listener without ``needs_gate`` is
+    served also where the gate does not guard it."""
+
+    name: str
+    endpoint: Endpoint
+    mode: int = 0o660
+    needs_gate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class OpenListener:
+    """Sockets of one revision that listen at one address, None for Unix sockets."""
+
+    sockets: tuple[socket.socket, ...]
+    address: SocketAddress | None
+
+
+Key = tuple[Endpoint, str]
+"""By what the listeners of two revisions are known to be one."""
+
+
+def key_of(at: ListenAt) -> Key:
+    """Return what a listener is known by."""
+    # A reload may give an address another name. Only where the kernel picks the port is the name what tells two
+    # listeners apart.
+    picked = at.endpoint.address is not None and at.endpoint.address.port == 0
+    return at.endpoint, at.name if picked else ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SocketSet:
+    """The sockets of one revision, by what they listen at."""
+
+    wanted: tuple[ListenAt, ...]
+    opened: Mapping[Key, OpenListener]
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """As a plan has them."""
+        return tuple(Listener(at.name, self.opened[key_of(at)].sockets) for at in self.wanted)
+
+    def address(self, at: ListenAt) -> SocketAddress | None:
+        """Where it listens; None for a Unix socket."""
+        return self.opened[key_of(at)].address
+
+    @property
+    def addresses(self) -> dict[SocketAddress, tuple[socket.socket, ...]]:
+        """The TCP addresses with their sockets."""
+        return {entry.address: entry.sockets for entry in self.opened.values() if entry.address is not None}
+
+
+def bind(address: SocketAddress, count: int, *, shared: bool) -> tuple[socket.socket, ...]:
+    """Bind sockets to one address. If it is not ``shared`` with others of ours, nobody else may listen there: then
+    SO_REUSEPORT, which would let two servers share it unseen, is set after that is known."""
+    host = str(address.ip)
+    try:
+        sockets = [bind_tcp(host, address.port, reuse_port=shared, backlog=None)]
+    except OSError as error:
+        owner = other_owner(address) if error.errno == errno.EADDRINUSE else ""
+        if not owner:
+            raise
+        raise OSError(error.errno, f"{error.strerror} ({owner})") from error
+    try:
+        sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        while len(sockets) < count:
+            sockets.append(bind_tcp(host, sockets[0].getsockname()[1], reuse_port=True, backlog=None))
+    except BaseException:
+        close_all(sockets)
+        raise
+    return tuple(sockets)
+
+
+def listen(sock: socket.socket, address: SocketAddress) -> None:
+    """Have a socket listen. Raises OSError naming the address."""
+    try:
+        sock.listen(BACKLOG)
+    except OSError as error:
+        text = f"cannot listen on {address.ip} port {address.port}: {error.strerror}"
+        raise OSError(error.errno or errno.EIO, text) from error
+
+
+def overlap(one: SocketAddress, other: SocketAddress) -> bool:
+    """Whether two addresses have connections in common: equal, or one of them a wildcard."""
+    if one.port != other.port or one.ip.version != other.ip.version:
+        return False
+    return one.ip == other.ip or one.ip.is_unspecified or other.ip.is_unspecified
+
+
+def other_owner(address: SocketAddress, ours: Container[int] = ()) -> str:
+    """Say who else listens on connections of an address; ``ours`` are the cookies of sockets that may. Empty if nobody
+    does, or it cannot be told."""
+    try:
+        listening = sock_diag.listening()
+    except OSError as error:
+        log.debug("who else listens at %s cannot be told: %s", address, error)
+        return ""
+    for other in listening:
+        if other.cookie not in ours and other.meets(address.ip, address.port):
+            return f"{sock_diag.owner_of(other.inode)} listens at {SocketAddress(other.address, other.port)}"
+    return ""
+
+
+def close_all(sockets: Iterable[socket.socket]) -> None:
+    """Close sockets."""
+    for sock in sockets:
+        sock.close()
