@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ..core.address import SocketAddress
@@ -23,7 +23,6 @@ from ..core.event_loop import run_loop
 from ..kernel.denials import DenialCounts
 from ..kernel.feed_cgroup import GrantedChild, confined_to_grants
 from ..kernel.instance import ServerLock
-from ..kernel.xdp import XdpAttachment
 from ..metrics.directory import MetricsDirectory
 from ..policy.feed_store import FeedStore
 from ..policy.integrity import Integrity
@@ -32,7 +31,6 @@ from ..policy.refresh import Refresher
 from ..policy.rule import PolicyError
 from ..process import Nursery, Plan, Supervisor, WorkerObserver, WorkerProcess
 from ..process.plan import nothing_held
-from ..process.sandbox import Sandbox
 from ..process.service_manager import notify
 from ..services.tcp import bind_tcp
 from . import upkeep
@@ -55,6 +53,7 @@ from .revision import Deployment, Policy, ServedRevision
 from .signals import EarlyStop, end_after, stopping_early, suspend
 from .socket import ControlServer
 from .sockets import SocketSet
+from .state import Seen, ServerState
 from .succession import Estate
 from .successor import Upgrades
 from .verdicts import Verdicts
@@ -158,7 +157,6 @@ class _Daemon(WorkerObserver):
         self._started = started
         self._early = early
         self._stop_early = stop
-        self._ends_by: float | None = None
         self._lock = lock
         self._inherited = inherited
         self._facts: Mapping[str, Any] = {} if inherited is None else inherited.estate.facts
@@ -170,9 +168,6 @@ class _Daemon(WorkerObserver):
             self._listeners.adopt((one.at, one.sockets) for one in inherited.estate.listeners)
         self._guard = Guard(host.gate, self._listeners, self._worker_pids, self._write_state)
         cleanup.callback(self._guard.close)
-        self._is_ready = False
-        self._is_stopping = False
-        self._stale = ""
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(metrics_directory(None if inherited is None else inherited.estate))
@@ -275,6 +270,22 @@ class _Daemon(WorkerObserver):
         metrics = self._metrics_server()
         self._duties = Duties(nursery, lambda: self._work(metrics))
         self._make_incumbent(metrics, nursery)
+        self._state = ServerState(
+            Seen(
+                options=lambda: self._options,
+                host=self._host,
+                supervisor=self._supervisor,
+                incumbent=self._incumbent,
+                seniors=self._seniors,
+                listeners=self._listeners,
+                guard=self._guard,
+                audit=self._audit,
+                denials=self._denials,
+                cookies=self._cookies,
+                relay=self._relay,
+                wire=self._wire,
+            )
+        )
         upgrades = Upgrades(self._incumbent, nursery)
         control = self._control_server = ControlServer(
             self._options.instance.control_socket,
@@ -422,30 +433,7 @@ class _Daemon(WorkerObserver):
     async def _probed(self, _params: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
         """Answer ``probe``: how the listeners are guarded now."""
         await self._guard.probe()
-        yield self._guarded()
-
-    def _guarded(self) -> dict[str, object]:
-        gate = self._host.gate
-        return {
-            "listeners": self._listeners.described(),
-            "xdp": [] if gate is None else [_described(attached) for attached in gate.xdp],
-            "ready": not self._unready(),
-            "starting": not self._is_ready,
-            "stopping": self._is_stopping,
-            "problems": self._guard.problems,
-            "denials": [
-                {"role": role, "call": call, "count": count}
-                for (role, call), count in sorted(self._denials.counts().items())
-            ],
-        }
-
-    def _unready(self) -> dict[str, str]:
-        """Why the server is not ready, by what; empty if it is."""
-        if not self._is_ready:
-            return {"start": "it has not ended"}
-        if self._is_stopping:  # a balancer is to send new clients elsewhere, also while we linger
-            return {"stop": "the server stops"}
-        return self._guard.problems | ({} if self._audit is None else self._audit.problems)
+        yield self._state.guarded()
 
     # -- workers -------------------------------------------------------------------------------------------------
 
@@ -555,7 +543,8 @@ class _Daemon(WorkerObserver):
         self._write_state()
 
     def _ready(self) -> None:
-        self._host.served = self._is_ready = True
+        self._host.served = True
+        self._state.serves()
         self._wire.follow_listeners()
         if self._inherited is not None:
             self._take_over(self._inherited)
@@ -594,8 +583,7 @@ class _Daemon(WorkerObserver):
         """Whatever holds us up, the server is gone soon after its drain."""
         limit = self._options.linger + self._options.drain + _STOP_SECONDS
         end_after(limit)
-        self._is_stopping = True
-        self._ends_by = time.time() + limit
+        self._state.stops(limit)
         self._nursery.start("the end of earlier servers", self._end_seniors())
         notify("STOPPING=1")
         self._write_state()
@@ -603,54 +591,10 @@ class _Daemon(WorkerObserver):
     # -- what is seen from outside -------------------------------------------------------------------------------
 
     def _write_state(self) -> None:
-        """A disk that refuses costs nobody but who reads it: it is told once, and the next change tries again. While
-        another server serves it is that one's."""
-        if not self._incumbent.serves:
-            return
-        try:
-            self._options.instance.write_state(self._state())
-        except OSError as error:
-            if str(error) != self._stale:
-                log.error("what status shows cannot be written: %s", error)
-            self._stale = str(error)
-        else:
-            self._stale = ""
+        self._state.write()
 
-    def _state(self) -> dict[str, object]:
-        host, counts = self._host, self._supervisor.counts
-        since = None if counts.since is None else time.time() - counts.since
-        return {
-            "pid": os.getpid(),
-            "policy": host.store.kind,
-            "maps": host.store.counters.identity if isinstance(host.store, KernelStore) else None,
-            "witness": None if host.gate is None else host.gate.witness.identity,
-            "why_local": host.why_local or None,
-            "cgroup": str(host.gate.cgroup) if host.gate is not None else None,
-            "former_cgroups": []
-            if host.gate is None
-            else [str(former) for former in host.gate.attachments.former_cgroups],
-            "egress": "services" if host.gate is None or not host.gate.guards_workers else "services and kernel",
-            "audit": None if self._audit is None else self._audit.described(),
-            "syn_cookies": self._cookies.state,
-            "sockmap": asdict(self._relay.status),
-            "wire": asdict(self._wire.status),
-            "workers": {"expected": counts.expected, "serving": counts.serving, "since": since},
-            "sandbox": self._sandbox(),
-            "drain": self._options.drain,
-            "ends_by": self._ends_by,
-            "draining": [{"pid": senior.pid, "since": senior.since} for senior in self._seniors.live],
-            **self._guarded(),
-        }
-
-    def _sandbox(self) -> dict[str, object]:
-        """What workers are confined to, by the weakest of those that serve."""
-        user, serving = self._options.user, [worker.confinement for worker in self._supervisor.serving]
-        return {
-            "user": None if user is None else user.name,
-            "wanted": self._options.sandbox is not Sandbox.OFF,
-            "seccomp": bool(serving) and all(confinement.seccomp for confinement in serving),
-            "landlock": min((confinement.landlock for confinement in serving), default=0),
-        }
+    def _unready(self) -> dict[str, str]:
+        return self._state.unready()
 
     def _metrics_listener(self, address: SocketAddress) -> socket.socket:
         """Where metrics are served, and were by the server before, on its socket."""
@@ -708,13 +652,3 @@ def _be_spared_by_oom() -> None:
             file.write(str(score))
     except OSError as error:
         log.debug("the OOM score stays: %s", error)
-
-
-def _described(attached: XdpAttachment) -> dict[str, object]:
-    return {
-        "interface": attached.interface,
-        "mode": attached.mode,
-        "why": attached.why or None,
-        "why_silent": attached.why_silent or None,
-        "link": attached.link_id,
-    }
