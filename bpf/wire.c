@@ -208,14 +208,17 @@ static __always_inline int translate_option(u8 *b, u32 *at, u32 count, u32 ack, 
 static __always_inline int translate_options(struct __sk_buff *skb, u32 offset, u32 count, struct wire_flow *flow,
 					     struct wire_pair *pair, u64 *sum)
 {
-	u32 zero = 0, at = 0;
+	u32 zero = 0, at = 0, words = count >> 2;
 	u32 leg = flow->leg & 1;
 	u8 *b = (void *)options.lookup(&zero);
 	int i;
 
-	count &= 63;
-	if (!b || count > 40 || count < 4)
+	if (!b)
 		return -1;
+	/* 1 to 10 words, as the compiler knows and verifiers before 6.3 do not: so they are told, in a way that is not lost
+	 * where the number is kept on the stack. */
+	asm volatile("" : "+r"(words));
+	count = (((words - 1) & 15) + 1) << 2;
 	if (bpf_skb_load_bytes(skb, offset, b, count) || bpf_skb_load_bytes(skb, offset, b + 160, count))
 		return -1;
 	for (i = 0; i < STEPS; i++)

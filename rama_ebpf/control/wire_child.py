@@ -30,7 +30,15 @@ from ..kernel.btf import BtfUnavailable
 from ..kernel.compile import CompileError
 from ..kernel.confine import NO_NETWORK, confine
 from ..kernel.netdev import SIOCETHTOOL
-from ..kernel.privileges import CAP_BPF, CAP_NET_ADMIN, UserIds, keep_capabilities, raise_descriptor_limit
+from ..kernel.privileges import (
+    CAP_BPF,
+    CAP_NET_ADMIN,
+    UserIds,
+    die_with_parent,
+    keep_capabilities,
+    outlive_parent,
+    raise_descriptor_limit,
+)
 from ..kernel.wire import WireMaps, WireUnavailable
 from ..relay.report import CloseReason
 from ..relay.splicer import Splicer, Told
@@ -256,6 +264,7 @@ def main() -> None:
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s wire %(name)s: %(message)s", stream=sys.stderr)
     for sock in (door, channel):
         sock.set_inheritable(False)
+    die_with_parent()  # until it listens to the server: the compiler may take its time
     data = channel.recv(_WORDS_BYTES)
     if not data:
         return
@@ -267,6 +276,7 @@ def main() -> None:
         _refuse(channel, str(error).splitlines()[0])
         return
     keep_capabilities({CAP_BPF, CAP_NET_ADMIN}, UserIds(uid, gid) if uid else None)
+    outlive_parent()
     confinement = confine(closed=NO_NETWORK, bpf_commands=_BPF_COMMANDS, ioctls=(SIOCETHTOOL,))
     if confinement.missing:
         log.warning("no whole sandbox: %s", "; ".join(confinement.missing))

