@@ -143,10 +143,10 @@ class UpgradedServer:
             return False
 
     def tunnels(self, count: int) -> list[socket.socket]:
-        """Open connections that are to live long."""
+        """Open connections that are to live long, from several sources: one may not have all of them."""
         found = []
-        for _ in range(count):
-            sock = self.host.connect("127.0.0.1", PORT, source=ALLOWED[1])
+        for number in range(count):
+            sock = self.host.connect("127.0.0.1", PORT, source=f"127.0.2.{1 + number % 20}")
             sock.sendall(b"first")
             assert sock.recv(5, socket.MSG_WAITALL) == b"first"
             found.append(sock)
