@@ -75,7 +75,8 @@ class Trial:
         self._baseline = self.scene.save()
 
     def run(self, operation: Operation, *, every: int = 1) -> None:
-        """Try all points of an operation, or a part of them (see :func:`points`)."""
+        """Try all points of an operation, or a part of them (see :func:`points`): then a crash and a start follow one
+        death alone, and not each state that is new."""
         scene, runner = self.scene, self.runner
         assert self._baseline is not None
         scene.put_back(self._baseline)
@@ -85,6 +86,7 @@ class Trial:
         clean = runner.run(operation.words, watched=True)
         assert clean.code == 0, (operation.name, clean)
         after, listed_after = scene.connect_all(), scene.listed()
+        started = self.restarted
         for fault in points(clean.calls, every=every):
             scene.put_back(start)
             outcome = runner.run(operation.words, fault=fault)
@@ -101,10 +103,15 @@ class Trial:
             if digest not in self._known:
                 self._known.add(digest)
                 begun = time.monotonic()
-                wrong += self._afterwards(found.met, after, restart=self.restarts and (every == 1 or not fault.error))
+                wrong += self._afterwards(found.met, after, restart=self._starts(fault, every, started))
                 self.seconds["afterwards"] += time.monotonic() - begun
             self.faults += [f"{operation.name}, {fault} {fault.at} {call}: {text}" for text in wrong]
         _close(start)
+
+    def _starts(self, fault: Fault, every: int, before: int) -> bool:
+        """Whether the state that a point has left is crashed and started from; ``before`` is how many were when the
+        operation began."""
+        return self.restarts and (every == 1 or (not fault.error and self.restarted == before))
 
     def _look(self) -> _Found:
         """Ask the kernel and commands. The server may just be putting in order what a killed writer left."""

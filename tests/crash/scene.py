@@ -28,7 +28,7 @@ from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.rule import Action
 
-from ..lab import PATIENCE, Host
+from ..lab import PATIENCE, Host, wait_for
 from ..proxy import ProxyProcess
 
 __all__ = ["PORT", "SOURCES", "Policy", "Scene", "Verdicts"]
@@ -104,6 +104,7 @@ class Scene:
         """Kill the server, and wait until nothing of it holds the instance."""
         self.proxy.signal(signal.SIGKILL)
         self.proxy.end()
+        wait_for(lambda: self.instance.serving_pid() is None, timeout=30, what="the end of the server's children")
 
     def restart(self) -> None:
         """Crash, and start anew."""
