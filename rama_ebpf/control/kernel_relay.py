@@ -24,6 +24,7 @@ from ..kernel.abi import source_dir
 from ..kernel.btf import BtfUnavailable
 from ..kernel.compile import CompileError
 from ..kernel.splice import SpliceMaps
+from ..policy.atomic import open_regular
 from ..process import Nursery, WorkerObserver, WorkerProcess
 from ..process.channel import Channel
 from ..process.plan import Json
@@ -36,6 +37,7 @@ log = logging.getLogger("rama_ebpf")
 
 _SETTLE_SECONDS: Final = 2.0
 """Before the compiler takes a CPU for a second, and 120 MiB: not in the moment in which the first clients come."""
+_MOST_BYTES: Final = 64 * 1024
 _TUNNELS_PER_WORKER: Final = 8192
 _MOST_TUNNELS: Final = 65_536
 _GENERATIONS: Final = 2
@@ -167,10 +169,11 @@ async def try_kernel(maps: SpliceMaps, record: Path, *, kernel_headers: Path | N
 def passed_before(record: Path) -> SelfTest | None:
     """Return how this program has passed on this kernel since it was booted, None if it has not been tried."""
     try:
-        row = json.loads(record.read_text(encoding="utf-8"))
+        with open(open_regular(record, os.O_RDONLY), "rb") as file:
+            row = json.loads(file.read(_MOST_BYTES))
         return SelfTest("", float(row["seconds"])) if row["subject"] == _subject() else None
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        return None  # never tried, or torn: then it is tried again
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None  # never tried, torn, or none of ours: then it is tried again
 
 
 def _subject() -> dict[str, str]:

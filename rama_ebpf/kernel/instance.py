@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from .suspended import stopped_hint
 __all__ = ["Instance", "InstanceBusy", "PolicyBusy", "ServerLock", "state_root"]
 
 _PATIENCE: Final = 30.0
+_MOST_BYTES: Final = 4 << 20
 
 
 def _run_root() -> Path:
@@ -56,9 +58,13 @@ class InstanceBusy(RuntimeError):
 
 
 def _whole(path: Path) -> bytes:
-    """Read a file. A read that fails raises OSError, whatever its errno: file objects have another word for EAGAIN."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """Read a file. A read that fails raises OSError, whatever its errno: file objects have another word for EAGAIN.
+    What is no regular file, or longer than any of ours, raises ValueError: nobody waits for it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+            raise ValueError(f"{path} is none of ours")
         return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
     finally:
         os.close(fd)
@@ -132,8 +138,8 @@ class Instance:
         """Return what the server wrote about itself last, or an empty dict."""
         try:
             state = json.loads(_whole(self.run_dir / "state.json"))
-        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
-            return {}  # never served, or torn by a crash while it was written
+        except (FileNotFoundError, ValueError, RecursionError):
+            return {}  # never served, torn by a crash while it was written, or none of ours
         return state if isinstance(state, dict) else {}
 
     def write_state(self, state: dict[str, object]) -> None:

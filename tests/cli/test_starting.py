@@ -110,3 +110,28 @@ def test_while_a_server_drains_others_are_told_so_and_for_how_long(lab: Lab, sta
         assert "which is stopping" in gate["found"]
         assert re.search(r"waits up to \d+ s for its connections to end", run(instance, "status").stdout)
     assert proxy.wait() == 0
+
+
+@pytest.mark.parametrize("what", ["a FIFO", "a directory", "a device", "deep", "huge", "no UTF-8", "torn", "a list"])
+def test_whatever_lies_where_a_server_says_what_it_does_no_command_waits_for_it(starting: Instance, what: str) -> None:
+    file = starting.run_dir / "state.json"
+    file.unlink()
+    if what == "a FIFO":
+        os.mkfifo(file)
+    elif what == "a directory":
+        file.mkdir()
+    elif what == "a device":
+        file.symlink_to("/dev/zero")
+    elif what == "huge":
+        with file.open("wb") as opened:
+            opened.truncate(3 << 30)
+    else:
+        file.write_bytes(
+            {"deep": b"[" * 200_000, "no UTF-8": b"\xff\xfe{", "torn": b'{"pid": 1', "a list": b"[1]"}[what]
+        )
+    try:
+        assert starting.read_state() == {}
+        assert status(starting)["starting"]
+    finally:
+        if what == "a directory":
+            file.rmdir()

@@ -15,7 +15,7 @@ from ..hammer import Denied
 from ..lab import Host, wait_for
 from .conftest import ALLOWED, CONFIG, DENIED, TARGET
 
-pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+pytestmark = [pytest.mark.root, pytest.mark.ebpf, pytest.mark.timeout(300)]
 
 YEAR = 365 * 86400
 INJECTED = """
@@ -62,7 +62,7 @@ def test_a_clock_that_jumps_by_a_year_lets_nobody_in_and_keeps_nobody_out_for_lo
     with Denied(host, DENIED, [TARGET]) as denied:
         proxy.command("ban", banned, "--ttl", "1h")
         proxy.command("block", blocked, "--ttl", "1h")
-        for jump in (YEAR, -YEAR, 0):
+        for jump in (YEAR, -YEAR):
             offset.write_text(str(jump))
             for again in (False, True):
                 if again:
@@ -74,9 +74,10 @@ def test_a_clock_that_jumps_by_a_year_lets_nobody_in_and_keeps_nobody_out_for_lo
                 lasts = [row["expires_in"] for row in (*said["bans"], *said["rules"]) if row["expires_in"] is not None]
                 assert len(lasts) == 2
                 assert all(0 < seconds <= 3600 for seconds in lasts), (jump, lasts)
-                proxy.signal(signal.SIGHUP)
-                wait_for(lambda: proxy.logged(": reloaded$"), timeout=60, what="the reload")
-                proxy.log.clear()
+            proxy.signal(signal.SIGHUP)
+            wait_for(lambda: proxy.logged(": reloaded$"), timeout=60, what="the reload")
+        offset.write_text("0")
+        assert [met(source) for source in (ALLOWED[0], banned, blocked)] == ["in", "silence", "silence"]
         proxy.command("unblock", banned)
         assert met(banned) == "in"
     assert denied.got_in == []

@@ -18,7 +18,7 @@ from ..lab import Host, wait_for
 from ..proxy import rama_ebpf
 from .conftest import ALLOWED, DENIED, TARGET
 
-pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+pytestmark = [pytest.mark.root, pytest.mark.ebpf, pytest.mark.timeout(300)]
 
 SILENT = "198.18.1.4"
 CONFIG = """

@@ -20,7 +20,7 @@ from ..proxy import ProxyProcess, has_ended
 from .conftest import ALLOWED, CONFIG, DENIED, TARGET, EchoServer
 from .refusing import ForksRefused
 
-pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+pytestmark = [pytest.mark.root, pytest.mark.ebpf, pytest.mark.timeout(300)]
 
 V1 = Path("/sys/fs/cgroup")
 

@@ -13,7 +13,7 @@ from ..conftest import StartProxy
 from ..lab import Host, Lab, wait_for
 from ..proxy import ProxyProcess, has_ended
 
-pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+pytestmark = [pytest.mark.root, pytest.mark.ebpf, pytest.mark.timeout(300)]
 
 APPLICATION = """
 import ctypes, errno, os, socket

@@ -27,7 +27,7 @@ from ..hammer import Denied, echoed
 from ..lab import Host, Lab, wait_for
 from ..proxy import ProxyProcess, rama_ebpf
 
-pytestmark = [pytest.mark.root, pytest.mark.ebpf]
+pytestmark = [pytest.mark.root, pytest.mark.ebpf, pytest.mark.timeout(300)]
 
 SOURCE = "198.18.1.1"
 
