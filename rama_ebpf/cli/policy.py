@@ -254,7 +254,7 @@ def show_verdict(args: argparse.Namespace, result: Json) -> int:
         print_json(result)
     else:
         for row in rows:
-            rule = f" by {row['rule']}" if row["rule"] else ""
+            rule = f" by {row['rule']}" if row["rule"] and row["stage"] != "ban" else ""
             if row["stage"] == "ban" and result.get("banned") not in (None, result["source"]):
                 rule += f" of {result['banned']}"
             to = f"port {result['port']}" if len(rows) == 1 else row["listener"]
