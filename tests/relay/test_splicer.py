@@ -71,6 +71,12 @@ class Holder:
         return next(row for row in self.said[number] if row[0] is told)
 
 
+@pytest.fixture(autouse=True)
+def _any_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine makes one of two hand-shakes last many times longer than the other."""
+    monkeypatch.setattr("rama_ebpf.relay.wire_rules._RTT_FLOOR", 60.0)
+
+
 @pytest.fixture
 def holder(maps: WireMaps) -> Iterator[Holder]:
     made = Holder(maps)

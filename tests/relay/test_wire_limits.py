@@ -43,7 +43,21 @@ async def held(listener: socket.socket) -> AsyncIterator[WireRelay]:
 async def tunnel(
     listener: socket.socket, limits: TunnelLimits, act: Callable[[socket.socket, socket.socket], None]
 ) -> TunnelReport:
-    """A tunnel that was taken over, with which ``act`` is called; return how it ended."""
+    """A tunnel that was taken over, with which ``act`` is called; return how it ended.
+
+    A busy machine makes one of two hand-shakes last many times longer than the other: then it is refused, and another
+    is tried.
+    """
+    for _ in range(20):
+        report = await _tunnel(listener, limits, act)
+        if report.relay == "wire":
+            break
+    return report
+
+
+async def _tunnel(
+    listener: socket.socket, limits: TunnelLimits, act: Callable[[socket.socket, socket.socket], None]
+) -> TunnelReport:
     (client, accepted), (near, target) = tcp_pair(listener=listener), tcp_pair()
     loop = asyncio.get_running_loop()
     with client, target:
