@@ -95,11 +95,14 @@ class KeptWalk:
         self.known, self._is_over = self._met, True
         return list(self._suspects.values())
 
+    @property
+    def is_over(self) -> bool:
+        """Whether a round has just ended."""
+        return self._is_over
+
     def lacks(self, places: Iterable[Place]) -> list[Place]:
         """At the end of a round, return those of ``places`` of which the disk has no rule, not even one that has
         ended."""
-        if not self._is_over:
-            return []
         kept = set(self._places) - self._taken_back
         return [(network, port) for network, port in places if hash((str(network), port)) not in kept]
 

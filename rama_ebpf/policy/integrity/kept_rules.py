@@ -64,6 +64,8 @@ class KeptCheck:
 
     def _nobodys(self, kept: KeptWalk) -> Iterator[Difference]:
         """Rules in the kernel that are not on disk: another program has written them."""
+        if not kept.is_over:
+            return  # what is on disk is not known yet, and all rules of the kernel are not read for nothing
         suspects = kept.lacks(place for place, _ in self._store.tables.runtime.items())
         known = self._store.places_on_disk() if suspects else set()
         for place in suspects[:_MOST_OF_NOBODY]:
