@@ -599,7 +599,7 @@ class Attachments:
                 continue
             for name in (_LAST + hook.name, hook.name):
                 if name in place.links:
-                    os.dup2(link, place.links[name], inheritable=False)  # in one step: workers may be given it just now
+                    _replace(link, place.links[name], own_file=name.startswith(_LAST))
             if hook.name in place.links:
                 os.close(link)
             else:
@@ -621,7 +621,7 @@ class Attachments:
             return
         for steering in (self._steering, self._steering_last):
             if steering is not None:
-                os.dup2(link, steering, inheritable=False)  # in one step: workers may be given it just now
+                _replace(link, steering, own_file=steering == self._steering_last)
         if self._steering is None:
             self._steering = link
         else:
@@ -663,8 +663,32 @@ class Attachments:
 
 
 def _closed_last(link: int) -> int:
-    """Return another descriptor of a link, with a high number. The kernel closes the descriptors of a killed process by
-    their numbers, up or down: a link that has one before all sockets and one after them stays until these are closed.
+    """Return another descriptor of a link, with a high number, and of a file of its own.
+
+    The kernel closes the descriptors of a killed process by their numbers, and then lets go of what nobody has open any
+    more, the last first (task_work_run in kernel/task_work.c) or the first first: a link that has a file before all
+    sockets and one after them stays until these are closed.
     """
     limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _MANY_DESCRIPTORS)
-    return fcntl.fcntl(link, fcntl.F_DUPFD_CLOEXEC, max(3, limit - 2 * len(HOOKS)))
+    file = _another_file(link)
+    try:
+        return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, max(3, limit - 2 * len(HOOKS)))
+    finally:
+        os.close(file)
+
+
+def _another_file(link: int) -> int:
+    """Return a descriptor of the same link, but not of the same file: duplicates of one are let go of together."""
+    return bpf.link_by_id(bpf.link_info(link).id)
+
+
+def _replace(link: int, number: int, *, own_file: bool) -> None:
+    """Have a descriptor be one of this link from now on, in one step: workers may be given it just now."""
+    if not own_file:
+        os.dup2(link, number, inheritable=False)
+        return
+    file = _another_file(link)
+    try:
+        os.dup2(file, number, inheritable=False)
+    finally:
+        os.close(file)
