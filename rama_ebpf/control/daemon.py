@@ -9,12 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
-import socket
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from ..core.address import SocketAddress
@@ -54,8 +51,8 @@ from .signals import EarlyStop, end_after, stopping_early, suspend
 from .socket import ControlServer
 from .sockets import SocketSet
 from .state import Seen, ServerState
-from .succession import Estate
 from .successor import Upgrades
+from .takeover import Inherited, TakeOver, lock_and_estate
 from .verdicts import Verdicts
 from .wire import WireRelay
 from .worker_requests import WorkerRequests
@@ -71,10 +68,6 @@ _ENFORCE_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 1.9
 _SYNC_SECONDS: Final = 0.5
 _SENIORS_SECONDS: Final = 1.0
-_ALONE_SECONDS: Final = 5.0
-_WORKERS_SECONDS: Final = 8.0
-_PROBATION_SECONDS: Final = 5.0
-"""For how long a server has to serve before the one before it lets go."""
 _OOM_SCORE: Final = -800
 _WORKER_TARGET: Final = "rama_ebpf.control.worker:application"
 
@@ -99,39 +92,16 @@ def serve(
     signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))  # one that comes during the start waits
     with (
         stopping_early() as stop,
-        _before(options, predecessor) as (lock, estate),
+        lock_and_estate(options.instance, predecessor) as (lock, estate),
         open_policy_host(options) if estate is None else take_over_policy(options, estate) as host,
         PolicyThread() as thread,
         contextlib.ExitStack() as cleanup,
     ):
         stop.wait_from_now_on()
-        inherited = None if predecessor is None or estate is None else _Inherited(predecessor, estate)
+        inherited = None if predecessor is None or estate is None else Inherited(predecessor, estate)
         make = reload or (lambda: options)
         daemon = _Daemon(options, make, host, thread, cleanup, started, early, stop, lock, inherited)
         run_loop(daemon.run())
-
-
-@contextlib.contextmanager
-def _before(options: DaemonOptions, predecessor: Predecessor | None) -> Iterator[tuple[ServerLock, Estate | None]]:
-    """The instance's lock, and what is handed over by who had it before."""
-    if predecessor is None:
-        with ServerLock(options.instance, create=True) as lock:
-            yield lock, None
-        return
-    estate = predecessor.estate(options.instance)
-    with contextlib.closing(estate):
-        estate.take("lock")
-        with contextlib.closing(ServerLock.adopt(options.instance, estate.lock)) as lock:
-            predecessor.at("programs")
-            yield lock, estate
-
-
-@dataclass(frozen=True, slots=True)
-class _Inherited:
-    """What is taken over, and from whom."""
-
-    predecessor: Predecessor
-    estate: Estate
 
 
 class _Daemon(WorkerObserver):
@@ -148,7 +118,7 @@ class _Daemon(WorkerObserver):
         early: list[int],
         stop: EarlyStop,
         lock: ServerLock,
-        inherited: _Inherited | None,
+        inherited: Inherited | None,
     ) -> None:
         self._options = options
         self._reload = reload
@@ -159,7 +129,8 @@ class _Daemon(WorkerObserver):
         self._stop_early = stop
         self._lock = lock
         self._inherited = inherited
-        self._facts: Mapping[str, Any] = {} if inherited is None else inherited.estate.facts
+        self._facts: Mapping[str, Any] = {} if inherited is None else inherited.facts
+        self._takeover: TakeOver | None = None
         self._cookies = CookieWatch(options.syn_cookies)
         self._listeners = Listeners(host.gate, host.why_local)
         cleanup.callback(self._listeners.close)
@@ -182,8 +153,6 @@ class _Daemon(WorkerObserver):
         self._deployment = Deployment(
             host, self._listeners, self._egress, self._feeds, thread, self._guard.probe, self._in_force, self._alone
         )
-        self._closed = asyncio.Event()
-        """Set when no earlier server listens any more."""
 
     def admit(self, pid: int) -> contextlib.AbstractContextManager[GrantedChild]:
         """Confine a child that reads a feed (:class:`~rama_ebpf.policy.feed_room.FeedRoom`)."""
@@ -450,8 +419,6 @@ class _Daemon(WorkerObserver):
     def ended(self, worker: WorkerProcess) -> None:
         self._write_state()
 
-    # -- start, reload, stop -------------------------------------------------------------------------------------
-
     # -- from one server to the next -----------------------------------------------------------------------------
 
     def _make_incumbent(self, metrics: MetricsServer | None, nursery: Nursery) -> None:
@@ -473,55 +440,9 @@ class _Daemon(WorkerObserver):
         )
         self._incumbent = ServedIncumbent(parts, str(self._facts.get("series", "")), nursery)
         self._incumbent.serves = self._inherited is None
+        if self._inherited is not None:
+            self._takeover = TakeOver(self._inherited, parts, self._incumbent, nursery)
         self._nursery = nursery
-
-    def _take_over(self, inherited: _Inherited) -> None:
-        """We serve now, and speak for the instance. It is ours when the server before has let go of it."""
-        predecessor, estate = inherited.predecessor, inherited.estate
-        self._lock.name_us()
-        self._incumbent.serves = True
-        estate.take("control")
-        estate.take("seniors")
-        self._nursery.start("taking over the control socket", self._control_server.start(estate.control))
-        self._guard.losses.update(self._facts.get("losses", {}))
-        self._seniors.add(estate.seniors)
-        self._seniors.add(
-            [predecessor.follow(str(self._facts.get("own_series", "")))], self._inherit, on_abort=_end_aborted
-        )
-        self._duties.start()
-        self._host.store.keep()
-        predecessor.wire.tell(serving=True, metrics=self._metrics is not None)
-        self._nursery.start("the first seconds", self._prove(predecessor))
-
-    def _inherit(self) -> None:
-        """No earlier server listens any more, and none can go on: what was handed over is ours."""
-        if not self._closed.is_set():
-            self._closed.set()
-            self._incumbent.own(True)
-            self._listeners.forget_adopted()
-            self._incumbent.may_hand_over = True
-
-    async def _prove(self, predecessor: Predecessor) -> None:
-        """Serve for some seconds; then the server before may go. If not all of our workers do, for half of that time
-        (one may be killed by somebody, and is replaced), it takes over again."""
-        await asyncio.wait((self._supervisor.stopping,), timeout=_PROBATION_SECONDS)
-        limit = time.monotonic() + _WORKERS_SECONDS
-        while not (proven := self._workers_prove()) and time.monotonic() < limit:
-            await asyncio.wait((self._supervisor.stopping,), timeout=0.05)
-            if self._supervisor.stopping.done():
-                break
-        counts = self._supervisor.counts
-        if not proven and not self._supervisor.stopping.done():
-            why = f"{counts.serving} of {counts.expected} workers serve, and {self._supervisor.restarts} were replaced"
-            log.critical("upgrade: %s: process %d takes over again", why, predecessor.pid)
-            predecessor.wire.tell(failed="probation", why=why)
-            return
-        predecessor.wire.tell(stable=True)
-
-    def _workers_prove(self) -> bool:
-        """Whether all workers serve, and have for half of the time in which we are to prove that we do."""
-        serving, since = self._supervisor.serving, time.monotonic() - _PROBATION_SECONDS / 2
-        return len(serving) >= self._options.workers and all(worker.started <= since for worker in serving)
 
     async def _end_seniors(self) -> None:
         """They stop with us."""
@@ -531,11 +452,10 @@ class _Daemon(WorkerObserver):
             self._seniors.cut(senior)
 
     async def _alone(self) -> None:
-        """Wait until no earlier server listens on what we would take from under the gate."""
-        if self._inherited is not None and self._host.served:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_ALONE_SECONDS):
-                    await self._closed.wait()
+        if self._takeover is not None:
+            await self._takeover.alone()
+
+    # -- start, reload, stop -------------------------------------------------------------------------------------
 
     def _in_force(self, options: DaemonOptions) -> None:
         self._options = options
@@ -546,8 +466,8 @@ class _Daemon(WorkerObserver):
         self._host.served = True
         self._state.serves()
         self._wire.follow_listeners()
-        if self._inherited is not None:
-            self._take_over(self._inherited)
+        if self._takeover is not None:
+            self._takeover.serve()
         else:
             self._incumbent.may_hand_over = True
             notify("READY=1")
@@ -596,15 +516,6 @@ class _Daemon(WorkerObserver):
     def _unready(self) -> dict[str, str]:
         return self._state.unready()
 
-    def _metrics_listener(self, address: SocketAddress) -> socket.socket:
-        """Where metrics are served, and were by the server before, on its socket."""
-        handed = None if self._inherited is None else self._inherited.estate.metrics
-        if handed is not None and SocketAddress.from_sockaddr(handed.getsockname()) == address:
-            assert self._inherited is not None
-            self._inherited.estate.take("metrics")
-            return handed
-        return bind_tcp(str(address.ip), address.port)
-
     def _metrics_server(self) -> MetricsServer | None:
         if self._metrics is None or self._options.metrics is None or self._options.metrics.address is None:
             return None
@@ -619,7 +530,7 @@ class _Daemon(WorkerObserver):
             verdict_collector,
         )
 
-        address = self._options.metrics.address
+        address, inherited = self._options.metrics.address, self._inherited
         collectors = [supervisor_collector(self._supervisor), guard_collector(self._guard.losses, self._unready)]
         collectors.append(denials_collector(self._denials))
         store = self._host.store
@@ -629,7 +540,7 @@ class _Daemon(WorkerObserver):
         if (audit := self._audit) is not None:
             collectors.append(disagreements_collector(lambda: audit.disagreements))
         return MetricsServer(
-            self._metrics_listener(address),
+            bind_tcp(str(address.ip), address.port) if inherited is None else inherited.metrics_listener(address),
             self._metrics,
             collectors,
             self._unready,
@@ -637,11 +548,6 @@ class _Daemon(WorkerObserver):
             adopt=self.spawned,
             denials=self._denials,
         )
-
-
-def _end_aborted() -> None:
-    log.critical("upgrade: the server before takes over again: this one ends")
-    os._exit(1)
 
 
 def _be_spared_by_oom() -> None:

@@ -31,7 +31,7 @@ from .policy_host import PolicyHost
 from .policy_thread import PolicyThread
 from .predecessor import Seniors
 from .socket import ControlServer
-from .succession import Estate, HandedListener, Wire
+from .succession import Estate, HandedListener, ServerChannel
 
 __all__ = ["Duties", "Parts", "ServedIncumbent", "metrics_directory"]
 
@@ -126,7 +126,7 @@ class ServedIncumbent:
         self._series = series
         self._nursery = nursery
         self._before: _PolicyBefore | None = None
-        self._heir: Wire | None = None
+        self._heir: ServerChannel | None = None
         self.serves = True
         self.retired = False
         """Whether another server serves in our place, for good."""
@@ -260,15 +260,15 @@ class ServedIncumbent:
         if parts.metrics is not None:
             parts.metrics.leave = not owns
 
-    def yield_to(self, pid: int, wire: Wire) -> None:
+    def yield_to(self, pid: int, channel: ServerChannel) -> None:
         parts = self._parts
-        self._heir = wire
+        self._heir = channel
         parts.supervisor.yielding = True
         notify(f"MAINPID={pid}")
         if self._oldest() is not None:
             parts.seniors.cut(parts.seniors.live[0])
 
-    def retire(self, wire: Wire, pid: int) -> None:
+    def retire(self, channel: ServerChannel, pid: int) -> None:
         parts = self._parts
         self.retired = True
         if parts.supervisor.hung_up:  # it came after the other had read the configuration
@@ -279,19 +279,19 @@ class ServedIncumbent:
         when = "when its connections have" if limit is None else f"in {limit:g} s at the latest"
         log.info("another server has taken over: this one, process %d, ends %s", os.getpid(), when)
         parts.supervisor.hand_over(drain)
-        self._nursery.start("the care for the server after us", self._obey(wire))
+        self._nursery.start("the care for the server after us", self._obey(channel))
 
-    async def _obey(self, wire: Wire) -> None:
+    async def _obey(self, channel: ServerChannel) -> None:
         """Do what the one that serves says of our drain. If it goes, there is nobody to say so any more."""
         loop, readable = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(wire.sock.fileno(), readable.set)
+        loop.add_reader(channel.sock.fileno(), readable.set)
         try:
             while True:
                 await readable.wait()
                 readable.clear()
                 with contextlib.suppress(BlockingIOError):
                     while True:
-                        message, _ = wire.receive(wait=False)
+                        message, _ = channel.receive(wait=False)
                         if "stop" in message:
                             self._parts.supervisor.stop()
                         if "cut" in message:
@@ -299,7 +299,7 @@ class ServedIncumbent:
         except (PeerClosed, OSError, ValueError):
             self._parts.supervisor.stop()
         finally:
-            loop.remove_reader(wire.sock.fileno())
+            loop.remove_reader(channel.sock.fileno())
 
     def left(self) -> None:
         """No worker of ours listens any more."""

@@ -16,7 +16,7 @@ from ..core.errors import PeerClosed
 from ..kernel import abi
 from ..kernel.instance import Instance
 from ..process import Nursery
-from .succession import WIRE, Estate, Senior, UpgradeFailed, Wire, receive_estate
+from .succession import PROTOCOL, Estate, Senior, ServerChannel, UpgradeFailed, receive_estate
 
 __all__ = ["ENVIRONMENT", "Predecessor", "Seniors"]
 
@@ -30,8 +30,8 @@ _ANSWER_SECONDS: Final = 30.0
 class Predecessor:
     """A server that waits to hand over to this process. ``step`` is what we are about to do, for it to say."""
 
-    def __init__(self, wire: Wire, pid: int) -> None:
-        self.wire = wire
+    def __init__(self, channel: ServerChannel, pid: int) -> None:
+        self.channel = channel
         self.pid = pid
         self.step = "configuration"
         self.closed = False
@@ -45,7 +45,7 @@ class Predecessor:
             return None
         sock = socket.socket(fileno=int(text))
         sock.set_inheritable(False)
-        return cls(Wire(sock), os.getppid())
+        return cls(ServerChannel(sock), os.getppid())
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
@@ -53,36 +53,36 @@ class Predecessor:
         try:
             yield
         except BaseException as error:
-            self.wire.tell(failed=self.step, why=str(error) or type(error).__name__)
+            self.channel.tell(failed=self.step, why=str(error) or type(error).__name__)
             raise
 
     def at(self, step: str) -> None:
         """Say what we are about to do."""
         self.step = step
-        self.wire.tell(step=step)
+        self.channel.tell(step=step)
 
     def estate(self, instance: Instance) -> Estate:
         """Ask for what it hands over. Raises :class:`~.succession.UpgradeFailed` if that makes no sense, PeerClosed or
         OSError."""
         layout = abi.constants()["LAYOUT_VERSION"]
-        self.wire.send(hello=WIRE, version=__version__, layout=layout, instance=instance.name)
+        self.channel.send(hello=PROTOCOL, version=__version__, layout=layout, instance=instance.name)
         self.step = "hand-over"
         try:
-            estate = receive_estate(self.wire, _ANSWER_SECONDS)
+            estate = receive_estate(self.channel, _ANSWER_SECONDS)
         except (LookupError, TypeError, ValueError) as error:
             raise UpgradeFailed(self.step, f"what was handed over makes no sense: {error!r}") from error
         return estate
 
     def pause(self) -> None:
         """Have it stop to accept, and wait until it has. Raises PeerClosed, TimeoutError or OSError."""
-        self.wire.send(switch=True)
-        message, _ = self.wire.receive(_ANSWER_SECONDS)
+        self.channel.send(switch=True)
+        message, _ = self.channel.receive(_ANSWER_SECONDS)
         if "paused" not in message:
             raise UpgradeFailed(self.step, "the server before goes on")
 
     def follow(self, series: str) -> Senior:
         """Return it as one of the earlier servers that drain."""
-        return Senior(self.pid, series, time.time(), self.wire)
+        return Senior(self.pid, series, time.time(), self.channel)
 
 
 class Seniors:
@@ -115,7 +115,7 @@ class Seniors:
 
     async def _watch(self, senior: Senior, on_closed: Callable[[], None], on_abort: Callable[[], None]) -> None:
         loop, readable = asyncio.get_running_loop(), asyncio.Event()
-        sock = senior.wire.sock
+        sock = senior.channel.sock
         loop.add_reader(sock.fileno(), readable.set)
         try:
             while True:
@@ -123,7 +123,7 @@ class Seniors:
                 readable.clear()
                 with contextlib.suppress(BlockingIOError):
                     while True:
-                        message, fds = senior.wire.receive(wait=False)
+                        message, fds = senior.channel.receive(wait=False)
                         for fd in fds:
                             os.close(fd)
                         if "closed" in message:
@@ -135,7 +135,7 @@ class Seniors:
             on_closed()
         finally:
             loop.remove_reader(sock.fileno())
-            senior.wire.close()
+            senior.channel.close()
             self._live.remove(senior)
             if not self._live:
                 self._ended.set()
@@ -144,11 +144,11 @@ class Seniors:
     def stop(self) -> None:
         """Have all end when their drain's time is over, which begins now."""
         for senior in self._live:
-            senior.wire.tell(stop=True)
+            senior.channel.tell(stop=True)
 
     def cut(self, senior: Senior) -> None:
         """Have one end now."""
-        senior.wire.tell(cut=True)
+        senior.channel.tell(cut=True)
 
     async def ended(self) -> None:
         """Wait until all have ended."""

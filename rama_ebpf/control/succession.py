@@ -21,9 +21,18 @@ from ..core.errors import PeerClosed, RamaError
 from ..kernel.attachments import Handed
 from .sockets import ListenAt
 
-__all__ = ["WIRE", "Estate", "HandedListener", "Senior", "UpgradeFailed", "Wire", "receive_estate", "send_estate"]
+__all__ = [
+    "PROTOCOL",
+    "Estate",
+    "HandedListener",
+    "Senior",
+    "ServerChannel",
+    "UpgradeFailed",
+    "receive_estate",
+    "send_estate",
+]
 
-WIRE: Final = 1
+PROTOCOL: Final = 1
 """The number of this protocol: two servers that speak others do not hand over."""
 _PACKET_BYTES: Final = 64 * 1024
 _MAX_FDS: Final = 253  # SCM_MAX_FD
@@ -42,14 +51,14 @@ class UpgradeFailed(RamaError):
         self.step = step
 
 
-class Wire:
+class ServerChannel:
     """One end of the socket pair. Its packets are small, so sending waits for nobody who is alive."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
 
     @classmethod
-    def pair(cls) -> tuple[Wire, Wire]:
+    def pair(cls) -> tuple[ServerChannel, ServerChannel]:
         """Two ends."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return cls(ours), cls(theirs)
@@ -117,7 +126,7 @@ class Senior:
     pid: int
     series: str
     since: float
-    wire: Wire
+    channel: ServerChannel
 
 
 @dataclass(slots=True)
@@ -163,29 +172,29 @@ class Estate:
                 single.close()
         if "seniors" not in self._taken:
             for senior in self.seniors:
-                senior.wire.close()
+                senior.channel.close()
         self._taken.update((*rest, "listeners", "control", "metrics", "seniors"))
 
 
-def send_estate(wire: Wire, estate: Estate) -> None:
+def send_estate(channel: ServerChannel, estate: Estate) -> None:
     """Send everything; links first, whose numbers are to be lower than those of sockets (see
     :mod:`~rama_ebpf.kernel.attachments`). Blocks. Raises OSError."""
-    wire.send(estate.attachments.descriptors, attachments=estate.attachments.facts)
-    wire.send((estate.lock, estate.control.fileno()), lock=True)
-    wire.send(tuple(estate.maps.values()), maps=list(estate.maps))
+    channel.send(estate.attachments.descriptors, attachments=estate.attachments.facts)
+    channel.send((estate.lock, estate.control.fileno()), lock=True)
+    channel.send(tuple(estate.maps.values()), maps=list(estate.maps))
     for listener in estate.listeners:
         at = listener.at
         row = {"name": at.name, "endpoint": str(at.endpoint), "mode": at.mode, "needs_gate": at.needs_gate}
-        wire.send([sock.fileno() for sock in listener.sockets], listener=row)
+        channel.send([sock.fileno() for sock in listener.sockets], listener=row)
     if estate.metrics is not None:
-        wire.send((estate.metrics.fileno(),), metrics=True)
+        channel.send((estate.metrics.fileno(),), metrics=True)
     for senior in estate.seniors:
         row = {"pid": senior.pid, "series": senior.series, "since": senior.since}
-        wire.send((senior.wire.sock.fileno(),), senior=row)
-    wire.send(end=dict(estate.facts))
+        channel.send((senior.channel.sock.fileno(),), senior=row)
+    channel.send(end=dict(estate.facts))
 
 
-def receive_estate(wire: Wire, timeout: float) -> Estate:
+def receive_estate(channel: ServerChannel, timeout: float) -> Estate:
     """Receive what :func:`send_estate` sends. Raises PeerClosed, OSError, LookupError, TypeError or ValueError; nothing
     stays open then."""
     found: dict[str, tuple[Any, list[int]]] = {}
@@ -194,7 +203,7 @@ def receive_estate(wire: Wire, timeout: float) -> Estate:
     unowned: list[int] = []
     try:
         for _ in range(_MOST_PACKETS):
-            message, fds = wire.receive(timeout)
+            message, fds = channel.receive(timeout)
             unowned += fds
             what, value = next(iter(message.items()))
             if what == "end":
@@ -217,7 +226,7 @@ def receive_estate(wire: Wire, timeout: float) -> Estate:
                 listeners.append(HandedListener(at, tuple(socket.socket(fileno=fd) for fd in fds)))
             elif what == "senior":
                 seniors.append(
-                    Senior(value["pid"], value["series"], value["since"], Wire(socket.socket(fileno=fds[0])))
+                    Senior(value["pid"], value["series"], value["since"], ServerChannel(socket.socket(fileno=fds[0])))
                 )
             else:
                 found[what] = value, fds
@@ -228,7 +237,7 @@ def receive_estate(wire: Wire, timeout: float) -> Estate:
             for sock in one.sockets:
                 sock.detach()
         for senior in seniors:
-            senior.wire.sock.detach()
+            senior.channel.sock.detach()
         for fd in unowned:
             os.close(fd)
         raise

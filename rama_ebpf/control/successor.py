@@ -22,7 +22,7 @@ from ..policy.rule import PolicyError
 from ..process import Nursery
 from ..process.worker_process import outcome
 from .predecessor import ENVIRONMENT
-from .succession import WIRE, Estate, UpgradeFailed, Wire, send_estate
+from .succession import PROTOCOL, Estate, ServerChannel, UpgradeFailed, send_estate
 
 __all__ = ["Incumbent", "Upgrades"]
 
@@ -67,10 +67,10 @@ class Incumbent(Protocol):
     async def resume(self) -> None:
         """Undo :meth:`stand_by` and :meth:`pause`, and whatever the other server has changed."""
 
-    def yield_to(self, pid: int, wire: Wire) -> None:
-        """The other server serves. ``wire`` leads to it."""
+    def yield_to(self, pid: int, channel: ServerChannel) -> None:
+        """The other server serves. ``channel`` leads to it."""
 
-    def retire(self, wire: Wire, pid: int) -> None:
+    def retire(self, channel: ServerChannel, pid: int) -> None:
         """It will go on to: drain and end."""
 
 
@@ -142,7 +142,7 @@ class Upgrades:
         incumbent = self._incumbent
         if notice := incumbent.notice():
             self._say(notice)
-        ours, theirs = Wire.pair()
+        ours, theirs = ServerChannel.pair()
         with contextlib.ExitStack() as undo:
             undo.callback(ours.close)
             with theirs.sock:
@@ -198,7 +198,7 @@ class Upgrades:
     @staticmethod
     def _check(hello: Mapping[str, Any]) -> None:
         """Whether it can go on with what we have. Nothing is touched yet."""
-        if hello.get("hello") != WIRE:
+        if hello.get("hello") != PROTOCOL:
             raise UpgradeFailed(
                 "version",
                 f"version {hello.get('version', 'unknown')} takes over in another way: only a restart leads to it",
@@ -223,9 +223,11 @@ class _Stopping(RamaError):
 class _Other:
     """The process that is to follow."""
 
-    def __init__(self, process: subprocess.Popen[bytes], wire: Wire, stopping: asyncio.Future[None]) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], channel: ServerChannel, stopping: asyncio.Future[None]
+    ) -> None:
         self._process = process
-        self._wire = wire
+        self._channel = channel
         self._stopping = stopping
 
     async def message(self, timeout: float, upgrades: Upgrades) -> Mapping[str, Any]:
@@ -233,7 +235,7 @@ class _Other:
         ended, or been silent for so many seconds; :class:`_Stopping` if this server stops."""
         loop = asyncio.get_running_loop()
         readable: asyncio.Future[None] = loop.create_future()
-        fd = self._wire.sock.fileno()
+        fd = self._channel.sock.fileno()
         loop.add_reader(fd, lambda: None if readable.done() else readable.set_result(None))
         try:
             await asyncio.wait((readable, self._stopping), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -244,7 +246,7 @@ class _Other:
         if not readable.done():
             raise UpgradeFailed(upgrades.step(), f"process {self._process.pid} was silent for {timeout:.0f} s")
         try:
-            message, fds = self._wire.receive(wait=False)
+            message, fds = self._channel.receive(wait=False)
         except PeerClosed:
             code = await self.end()
             text = f"process {self._process.pid} ended with {outcome(code)} (its log says why)"

@@ -42,7 +42,7 @@ _REVISION, _DAEMON, _HOST = "control/revision.py", "control/daemon.py", "control
 FAULTS: list[Fault] = [
     Fault("broken release", "start", (_DAEMON, "import uvloop\n", "import uvloop\n\nimport no_such_module\n")),
     Fault("another layout", "layout", ("_bpf/policy.h", "LAYOUT_VERSION = ", "LAYOUT_VERSION = 9")),
-    Fault("another protocol", "version", ("control/succession.py", "WIRE: Final = 1", "WIRE: Final = 2")),
+    Fault("another protocol", "version", ("control/succession.py", "PROTOCOL: Final = 1", "PROTOCOL: Final = 2")),
     Fault(
         "workers that do not start",
         "workers",
