@@ -115,14 +115,14 @@ class SourceShare:
             if source is not None:
                 self._counts.leave(source)
 
-    def enter(self, ip: IPAddress) -> Hashable | None:
+    def enter(self, ip: IPAddress, *, ask_again: bool = False) -> Hashable | None:
         """Count one for the source of ``ip``; return what :meth:`leave` wants, None if it is not counted. Raises
-        :class:`ShareExceeded`."""
+        :class:`ShareExceeded`; that is no refusal yet if the caller will ``ask_again``."""
         if not self.limit or (self._exempt and any(ip in network for network in self._exempt)):
             return None
         source = (self._kind, self._label, source_prefix(ip))
         if not self._counts.enter(source, self.limit):
-            raise self.refusal()
+            raise ShareExceeded(self.held, self.limit) if ask_again else self.refusal()
         return source
 
     def leave(self, source: Hashable) -> None:

@@ -163,11 +163,11 @@ class SourceShareLayer:
 
     def enter(self, visit: Visit) -> Entered:
         """In callbacks (:mod:`rama_ebpf.core.at_once`); whoever is above the share is the coroutine's."""
-        return self._place(visit.stream)
+        return self._place(visit.stream, ask_again=True)
 
-    def _place(self, stream: Stream) -> Entered:
+    def _place(self, stream: Stream, *, ask_again: bool = False) -> Entered:
         client = client_address(stream)
-        source = None if client is None else self.share.enter(client.ip)
+        source = None if client is None else self.share.enter(client.ip, ask_again=ask_again)
         return NOTHING if source is None else _Place(self.share, source)
 
 

@@ -38,9 +38,10 @@ def _around(
 
 
 _REVISION, _DAEMON, _HOST = "control/revision.py", "control/daemon.py", "control/policy_host.py"
+_TAKEOVER = "control/takeover.py"
 
 FAULTS: list[Fault] = [
-    Fault("broken release", "start", (_DAEMON, "import uvloop\n", "import uvloop\n\nimport no_such_module\n")),
+    Fault("broken release", "start", (_DAEMON, "import signal\n", "import signal\n\nimport no_such_module\n")),
     Fault("another layout", "layout", ("_bpf/policy.h", "LAYOUT_VERSION = ", "LAYOUT_VERSION = 9")),
     Fault("another protocol", "version", ("control/succession.py", "PROTOCOL: Final = 1", "PROTOCOL: Final = 2")),
     Fault(
@@ -61,12 +62,12 @@ FAULTS: list[Fault] = [
     *_around(
         "before it speaks",
         "start",
-        _DAEMON,
-        "    estate = predecessor.estate(options.instance)",
+        _TAKEOVER,
+        "    estate = predecessor.estate(instance)",
         after=False,
         told="configuration",
     ),
-    *_around("what was handed over", "programs", _DAEMON, '            predecessor.at("programs")', after=True),
+    *_around("what was handed over", "programs", _TAKEOVER, '            predecessor.at("programs")', after=True),
     *_around("the gate", "programs", _HOST, "        gate.attachments.adopt(estate.attachments, xdp)", after=True),
     *_around("the policy", "policy", _DAEMON, '            predecessor.at("policy")', after=True),
     *_around("the listeners", "listeners", _DAEMON, '            predecessor.at("listeners")', after=True),
@@ -91,13 +92,13 @@ FAULTS: list[Fault] = [
         "                on_loop(lambda: to.listeners.switch(self._sockets))",
         after=True,
     ),
-    *_around("the last moment", "switch", _DAEMON, "        self._lock.name_us()", after=True, cuts=True),
+    *_around("the last moment", "switch", _TAKEOVER, "        parts.lock.name_us()", after=True, cuts=True),
     Fault(
         "after it serves",
         "probation",
         (
-            _DAEMON,
-            "        await asyncio.wait((self._supervisor.stopping,), timeout=_PROBATION_SECONDS)",
+            _TAKEOVER,
+            "        await asyncio.wait((supervisor.stopping,), timeout=_PROBATION_SECONDS)",
             f"        await asyncio.sleep(0.3)\n        {_KILL}",
         ),
         cuts=True,

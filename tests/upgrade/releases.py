@@ -63,7 +63,7 @@ action = "drop"
 sources = ["127.0.0.9/32", "{other}/32"]
 """
 
-_QUICK = ("control/daemon.py", "_PROBATION_SECONDS: Final = 5.0", "_PROBATION_SECONDS: Final = 0.5")
+_QUICK = ("control/takeover.py", "_PROBATION_SECONDS: Final = 5.0", "_PROBATION_SECONDS: Final = 0.5")
 
 Edit = tuple[str, str, str]
 """A file of the package, a text that stands in it once, and what is to be there instead."""

@@ -157,8 +157,9 @@ def test_stop_ends_servers_that_drain_and_leaves_nothing(
     host: Host, start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"@rama-ebpf-test-{os.getpid()}"
-    told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    told = host.call(lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))  # abstract names are a namespace's
     told.bind("\0" + name[1:])
+    told.settimeout(10)
     monkeypatch.setenv("NOTIFY_SOCKET", name)
     server = start_server(host)
     with server.tunnels(1)[0] as tunnel:
