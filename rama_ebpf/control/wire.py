@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -121,10 +122,7 @@ class WireRelay:
                 ours.close()  # it resets all tunnels, and ends
                 if self.status.state == "ready":
                     self._become(RelayStatus("starting"))
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_END_SECONDS)
-                process.kill()
-                process.wait()
+                await _ended(process)
 
     async def _listen(self, ours: socket.socket, heard: asyncio.Event) -> None:
         patience = _START_SECONDS
@@ -175,3 +173,27 @@ class WireRelay:
         if status != self.status:
             self.status = status
             self._on_change()
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    """Let it end, which takes it a moment with many tunnels, or else kill it."""
+    try:
+        with contextlib.suppress(TimeoutError, OSError), _exit_event(process) as exited:
+            async with asyncio.timeout(_END_SECONDS):
+                await exited.wait()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def _exit_event(process: subprocess.Popen[bytes]) -> Iterator[asyncio.Event]:
+    """Set when a process has ended. Raises OSError."""
+    loop, exited = asyncio.get_running_loop(), asyncio.Event()
+    fd = os.pidfd_open(process.pid)
+    loop.add_reader(fd, exited.set)
+    try:
+        yield exited
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
