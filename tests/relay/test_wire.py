@@ -129,15 +129,19 @@ class Scene:
 
     def taken(self, listener: socket.socket, port: int = PORT) -> tuple[socket.socket, socket.socket]:
         """A tunnel that the relay has taken over."""
-        ends: list[tuple[socket.socket, socket.socket]] = []
 
-        def dialled() -> bool:
-            ends.append(self.dial(listener, port))
-            exchange(*ends[-1])
-            return (self.row(ends[-1][0]) or {"relay": ""})["relay"] == "wire"
+        def dialled() -> tuple[socket.socket, socket.socket] | None:
+            ends = self.dial(listener, port)
+            exchange(*ends)
+            if (self.row(ends[0]) or {"relay": ""})["relay"] == "wire":
+                return ends
+            for sock in ends:
+                sock.close()
+            return None
 
-        wait_for(dialled, timeout=30, what="a tunnel that is taken over")  # new workers have to hear of it first
-        return ends[-1]
+        ends = wait_for(dialled, timeout=30, what="a tunnel that is taken over")  # new workers hear of it first
+        assert ends is not None
+        return ends
 
     def row(self, client: socket.socket) -> dict[str, Any] | None:
         name = client.getsockname()
@@ -188,13 +192,26 @@ def has_ended(pid: int) -> bool:
     return state == "Z"  # its new parent may take its time
 
 
-def idle_descriptors(pid: int) -> int:
+def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def at_rest(scene: Scene) -> int:
+    """How many descriptors the holder has when it has begun, and has heard of all workers."""
+    wait_for(lambda: scene.proxy.logged("the wire relay is ready"), timeout=60, what="the relay")
+    seen: list[int] = []
+
+    def settled() -> bool:
+        seen.append(descriptors(scene.holder()))
+        return len(seen) > 20 and len(set(seen[-20:])) == 1
+
+    wait_for(settled, timeout=30, what="an end of the beginning")
+    return seen[-1]
 
 
 @pytest.mark.parametrize("v6", [False, True], ids=["IPv4", "IPv6"])
 def test_bulk_goes_through_both_ways_and_each_end_half_closes(scene: Scene, v6: bool) -> None:
-    before = idle_descriptors(scene.holder())
+    before = at_rest(scene)
     with scene.listening(v6=v6) as listener:
         client, upstream = scene.taken(listener)
         blob, other = os.urandom(5_000_000), os.urandom(3_000_000)
@@ -212,7 +229,7 @@ def test_bulk_goes_through_both_ways_and_each_end_half_closes(scene: Scene, v6: 
         line = f"reason=eof received={len(blob) + 11 + (25 if v6 else 13)} .*relay=wire"
         wait_for(lambda: scene.proxy.logged(line), what="the line in the access log")
         scene.ends.close()
-    wait_for(lambda: idle_descriptors(scene.holder()) <= before, what="the end of the linger")
+    wait_for(lambda: descriptors(scene.holder()) <= before, what="the end of the linger")
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
