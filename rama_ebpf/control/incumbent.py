@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ..core.errors import PeerClosed, RamaError
+from ..core.client import SourceLengths
+from ..core.errors import RamaError
 from ..kernel.instance import ServerLock
 from ..metrics.directory import MetricsDirectory
 from ..policy.rule import IPNetwork, PolicyError, RuleSet, Settings
@@ -95,7 +96,7 @@ class _PolicyBefore:
     """The part of the policy that a configuration may say, as it was before another server changed it."""
 
     token: int
-    lengths: object
+    lengths: SourceLengths
     failsafe: list[IPNetwork]
     ruleset: RuleSet
     settings: Settings
@@ -109,7 +110,7 @@ class _PolicyBefore:
 
     def put_back(self, store: PolicyStore) -> None:
         """Raises PolicyError or OSError."""
-        store.set_source_lengths(self.lengths)  # type: ignore[arg-type]  # it is what the store said
+        store.set_source_lengths(self.lengths)
         if store.failsafe() != self.failsafe:
             store.set_failsafe(self.failsafe)
         if store.set_token() != self.token and store.ruleset() != self.ruleset:
@@ -283,23 +284,13 @@ class ServedIncumbent:
 
     async def _obey(self, channel: ServerChannel) -> None:
         """Do what the one that serves says of our drain. If it goes, there is nobody to say so any more."""
-        loop, readable = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(channel.sock.fileno(), readable.set)
-        try:
-            while True:
-                await readable.wait()
-                readable.clear()
-                with contextlib.suppress(BlockingIOError):
-                    while True:
-                        message, _ = channel.receive(wait=False)
-                        if "stop" in message:
-                            self._parts.supervisor.stop()
-                        if "cut" in message:
-                            self._parts.supervisor.cut()
-        except (PeerClosed, OSError, ValueError):
-            self._parts.supervisor.stop()
-        finally:
-            loop.remove_reader(channel.sock.fileno())
+        async with contextlib.aclosing(channel.messages()) as messages:
+            async for message in messages:
+                if "stop" in message:
+                    self._parts.supervisor.stop()
+                if "cut" in message:
+                    self._parts.supervisor.cut()
+        self._parts.supervisor.stop()
 
     def left(self) -> None:
         """No worker of ours listens any more."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Final
 
 from .. import __version__
-from ..core.errors import PeerClosed
 from ..kernel import abi
 from ..kernel.instance import Instance
 from ..process import Nursery
@@ -114,27 +113,16 @@ class Seniors:
             self._nursery.start(f"the care for process {senior.pid}", self._watch(senior, on_closed, on_abort))
 
     async def _watch(self, senior: Senior, on_closed: Callable[[], None], on_abort: Callable[[], None]) -> None:
-        loop, readable = asyncio.get_running_loop(), asyncio.Event()
-        sock = senior.channel.sock
-        loop.add_reader(sock.fileno(), readable.set)
         try:
-            while True:
-                await readable.wait()
-                readable.clear()
-                with contextlib.suppress(BlockingIOError):
-                    while True:
-                        message, fds = senior.channel.receive(wait=False)
-                        for fd in fds:
-                            os.close(fd)
-                        if "closed" in message:
-                            on_closed()
-                        if "abort" in message:
-                            on_abort()
-        except (PeerClosed, OSError, ValueError):
+            async with contextlib.aclosing(senior.channel.messages()) as messages:
+                async for message in messages:
+                    if "closed" in message:
+                        on_closed()
+                    if "abort" in message:
+                        on_abort()
             log.info("the earlier server, process %d, has ended", senior.pid)
             on_closed()
         finally:
-            loop.remove_reader(sock.fileno())
             senior.channel.close()
             self._live.remove(senior)
             if not self._live:

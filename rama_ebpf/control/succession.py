@@ -7,12 +7,13 @@ Both ends of a socket pair (``SOCK_SEQPACKET``) send packets of JSON, with descr
 from __future__ import annotations
 
 import array
+import asyncio
 import contextlib
 import json
 import os
 import socket
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -104,6 +105,25 @@ class ServerChannel:
                 os.close(fd)
             raise
         return message, fds
+
+    async def messages(self) -> AsyncGenerator[Message, None]:
+        """Yield what the other end says, until it has gone or makes no sense; descriptors are closed."""
+        loop, readable, fd = asyncio.get_running_loop(), asyncio.Event(), self.sock.fileno()
+        loop.add_reader(fd, readable.set)
+        try:
+            while True:
+                await readable.wait()
+                readable.clear()
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        message, fds = self.receive(wait=False)
+                        for passed in fds:
+                            os.close(passed)
+                        yield message
+        except (PeerClosed, OSError, ValueError):
+            return
+        finally:
+            loop.remove_reader(fd)
 
     def close(self) -> None:
         """Close this end."""

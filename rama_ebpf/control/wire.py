@@ -10,11 +10,10 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -24,6 +23,7 @@ from msgspec import Meta
 from ..core.address import SocketAddress
 from ..kernel.privileges import UserIds
 from ..process import Nursery
+from ..process.exit_watch import exit_watch
 from .kernel_relay import RelayStatus
 
 __all__ = ["WireRelay"]
@@ -177,23 +177,11 @@ class WireRelay:
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:
     """Let it end, which takes it a moment with many tunnels, or else kill it."""
+    exited = asyncio.Event()
     try:
-        with contextlib.suppress(TimeoutError, OSError), _exit_event(process) as exited:
+        with contextlib.suppress(TimeoutError, OSError), exit_watch(process.pid, exited.set):
             async with asyncio.timeout(_END_SECONDS):
                 await exited.wait()
     finally:
         process.kill()
         process.wait()
-
-
-@contextlib.contextmanager
-def _exit_event(process: subprocess.Popen[bytes]) -> Iterator[asyncio.Event]:
-    """Set when a process has ended. Raises OSError."""
-    loop, exited = asyncio.get_running_loop(), asyncio.Event()
-    fd = os.pidfd_open(process.pid)
-    loop.add_reader(fd, exited.set)
-    try:
-        yield exited
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)

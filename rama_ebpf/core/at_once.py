@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from .client import HasExtensions
 from .poller import Poller
+from .shortcut import shortcut_of
 from .socket_stream import SocketStream
 from .wheel import WheelTimer
 
@@ -90,7 +91,7 @@ class AtOnce:
     def inside(self, layer: object, composed: object) -> AtOnce | None:
         """Return the same for ``composed``, which ``layer`` has made around the service, None if the layer cannot be
         entered in callbacks."""
-        enter = _enter_of(layer)
+        enter: Enter | None = shortcut_of(layer, "enter")
         return None if enter is None else replace(self, service=composed, layers=((layer, enter), *self.layers))
 
 
@@ -98,17 +99,6 @@ def at_once_of(service: object) -> AtOnce | None:
     """Return how a service serves in callbacks, None if it does not."""
     found = getattr(service, "at_once", None)
     return found if isinstance(found, AtOnce) and found.service is service else None
-
-
-def _enter_of(layer: object) -> Enter | None:
-    """A class that inherits ``enter`` and has a ``__call__`` of its own does more than ``enter`` says."""
-    for kind in type(layer).__mro__:
-        if "enter" in vars(kind):
-            found: Enter = layer.enter  # type: ignore[attr-defined]
-            return found
-        if "__call__" in vars(kind):
-            return None
-    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from .address import IPAddress
+from .shortcut import shortcut_of
 
 __all__ = ["Authenticator", "Credentials", "User", "known_at_once"]
 
@@ -45,15 +46,8 @@ Authenticator = Callable[[Credentials], Awaitable[User]]
 
 def known_at_once(authenticate: Authenticator) -> Callable[[Credentials], User | None] | None:
     """Return the ``known`` of an authenticator that has one of its own: a function that returns the user of credentials
-    which a call would accept without waiting, and None for all others, of which it says nothing.
-
-    What stands around an authenticator must not be passed by: a function has none, nor has a class that inherits one
-    and has a ``__call__`` of its own.
+    which a call would accept without waiting, and None for all others, of which it says nothing; None for one of which
+    nothing can be known so (:mod:`.shortcut`).
     """
-    found: Callable[[Credentials], User | None] | None = getattr(authenticate, "known", None)
-    for kind in type(authenticate).__mro__:
-        if "known" in vars(kind):
-            return found
-        if "__call__" in vars(kind):
-            return None
-    return None
+    known: Callable[[Credentials], User | None] | None = shortcut_of(authenticate, "known")
+    return known

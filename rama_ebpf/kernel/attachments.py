@@ -332,14 +332,7 @@ class Attachments:
             self._release(but_egress)
 
     def _release(self, but_egress: bool) -> None:
-        for steering in (self._steering, self._steering_last):
-            if steering is not None:
-                os.close(steering)
-        self._steering = self._steering_last = None
-        for interface in self._interfaces.values():
-            if interface.live:
-                os.close(interface.attached.link)
-        self._interfaces.clear()
+        self._close_beyond_cgroups()
         kept = {hook.name for hook in HOOKS if but_egress and hook.target in (Target.EGRESS, Target.WORKERS)}
         for place in self._places:
             for name in place.links.keys() - kept:
@@ -347,8 +340,8 @@ class Attachments:
         if not but_egress:
             self._places.clear()
 
-    def detach(self) -> None:
-        """Detach all hooks and leave the cgroup, which is removed if it was made for this gate. May be done twice."""
+    def _close_beyond_cgroups(self) -> None:
+        """Close the links to the network namespace and to interfaces."""
         for steering in (self._steering, self._steering_last):
             if steering is not None:
                 os.close(steering)
@@ -357,6 +350,10 @@ class Attachments:
             if interface.live:
                 os.close(interface.attached.link)
         self._interfaces.clear()
+
+    def detach(self) -> None:
+        """Detach all hooks and leave the cgroup, which is removed if it was made for this gate. May be done twice."""
+        self._close_beyond_cgroups()
         while self._places:
             place = self._places.pop()
             place.unlink()

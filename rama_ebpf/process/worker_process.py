@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Final
 
 import msgspec
@@ -22,6 +22,7 @@ from ..core.errors import RamaError
 from ..kernel.confine import Confinement
 from ..kernel.denials import DenialCounts
 from .channel import Channel
+from .exit_watch import exit_watch
 from .nursery import Nursery
 from .plan import Json, Plan
 from .shared import SharedTable
@@ -231,7 +232,7 @@ class WorkerFactory:
         channel.on("drained", lambda body: self._drained(worker, body), _Drained)
         channel.on("alive", lambda body: self._alive(worker), _Nothing)
         try:
-            with _exit_watch(worker):
+            with exit_watch(worker.pid, lambda: worker.ended.set_result(worker.process.wait())):
                 try:
                     _make_likely_victim(worker.pid)
                     for observer in self.observers:
@@ -313,21 +314,3 @@ def _make_likely_victim(pid: int) -> None:
             file.write(_OOM_SCORE)
     except OSError as error:
         log.debug("worker with pid %d keeps its OOM score: %s", pid, error)
-
-
-@contextlib.contextmanager
-def _exit_watch(worker: WorkerProcess) -> Iterator[None]:
-    """Have ``worker.ended`` set when its process ends."""
-    loop = asyncio.get_running_loop()
-    fd = os.pidfd_open(worker.pid)
-
-    def reap() -> None:
-        loop.remove_reader(fd)
-        worker.ended.set_result(worker.process.wait())
-
-    loop.add_reader(fd, reap)
-    try:
-        yield
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)

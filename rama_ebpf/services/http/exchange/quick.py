@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple, Protocol
 
+from ....core.shortcut import shortcut_of
 from ....core.stream import Stream
 from ..message.errors import HttpError
 from ..message.model import Request, Response
 
-__all__ = ["Exchange", "ReadyConnection", "decides", "quick_of"]
+__all__ = ["Exchange", "ReadyConnection", "decide_aside", "decides", "quick_of"]
 
 
 class ReadyConnection(Protocol):
@@ -58,13 +59,19 @@ def quick_of(service: object) -> Callable[[Request], Exchange | None] | None:
     """Return the ``quick_exchange`` of a service, None if it has none of its own.
 
     What stands around a service must not be passed by: a function that was made to look like it (functools.wraps),
-    and a class that inherits from its class and has a ``__call__`` of its own."""
+    and what :mod:`rama_ebpf.core.shortcut` says of classes."""
     found: Callable[[Request], Exchange | None] | None = getattr(service, "quick_exchange", None)
     if found is None or getattr(found, "decides_for", None) is service:
         return found
-    for kind in type(service).__mro__:
-        if "quick_exchange" in vars(kind):
-            return found
-        if "__call__" in vars(kind):
-            return None
-    return None
+    own: Callable[[Request], Exchange | None] | None = shortcut_of(service, "quick_exchange")
+    return own
+
+
+def decide_aside(decide: Callable[[Request], Exchange | None], request: Request, told: Request) -> Exchange | None:
+    """Return what ``decide`` says of ``told``, a copy of ``request`` with a fork of its extensions: only if that is
+    something has anything happened, and what was added to the one is the other's."""
+    exchange = decide(told)
+    if exchange is None:
+        return None
+    request.extensions.adopt(told.extensions)
+    return exchange._replace(recover=lambda _request, error: exchange.recover(told, error))

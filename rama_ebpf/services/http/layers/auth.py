@@ -14,7 +14,7 @@ from ....core.errors import AuthFailed
 from ....core.offender import strike
 from ....core.request_log import Refusal
 from ....core.service import Service, check_fit
-from ..exchange.quick import Exchange, decides, quick_of
+from ..exchange.quick import Exchange, decide_aside, decides, quick_of
 from ..message.headers import Headers
 from ..message.model import Body, Request, Response
 
@@ -76,11 +76,7 @@ class _Basic:
             told = replace(request, extensions=request.extensions.fork())  # for nothing may have happened
             told.extensions.add(user)
             passed_on(told)
-            exchange = decide(told)
-            if exchange is None:
-                return None
-            request.extensions.adopt(told.extensions)
-            return exchange._replace(recover=lambda _request, error: exchange.recover(told, error))
+            return decide_aside(decide, request, told)
 
         decides(serve, quick_exchange)
 

@@ -19,7 +19,7 @@ from ....core.client import ClientAddress, TrustedPeer, client_address, local_ad
 from ....core.service import Output, Service
 from ....core.source_policy import SourcePolicy
 from ....core.stream import Stream
-from ..exchange.quick import Exchange, decides, quick_of
+from ..exchange.quick import Exchange, decide_aside, decides, quick_of
 from ..message.errors import ClientDenied, HttpError
 from ..message.headers import Headers
 from ..message.model import Request, Response
@@ -113,11 +113,7 @@ class ForwardedLayer:
                 told = replace(request, extensions=request.extensions.fork())  # for nothing may have happened
                 if self._apply(told) and self._policy is not None:
                     return None  # policy has to be waited for
-                exchange = decide(told)
-                if exchange is None:
-                    return None
-                request.extensions.adopt(told.extensions)
-                return exchange._replace(recover=lambda _request, error: exchange.recover(told, error))
+                return decide_aside(decide, request, told)
 
             decides(serve, quick_exchange)
         return serve
