@@ -15,11 +15,10 @@ import asyncio
 import contextlib
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
 
@@ -28,9 +27,10 @@ import dns.rdatatype
 import dns.rrset
 import uvloop
 
+from .served import served
+
 __all__ = ["NameServer", "look_up"]
 
-_COMMAND = Path(sys.executable).with_name("rama-ebpf")
 _DEAD, _GOOD = "127.0.0.53", "127.0.0.54"
 _PORT, _ECHO = 7201, 7202
 _SILENT_RATE, _GOOD_RATE = 50, 20
@@ -88,27 +88,8 @@ async def look_up(source: str, name: str) -> tuple[int, float]:
         writer.close()
 
 
-@contextlib.contextmanager
-def _serving(directory: Path, *servers: str) -> Iterator[None]:
-    config = directory / "rama.toml"
-    config.write_text(_CONFIG.format(port=_PORT, servers=", ".join(f'"{server}"' for server in servers)))
-    instance, log = f"bench-{os.getpid()}", directory / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen([_COMMAND, "run", "--instance", instance, "--config", config], stderr=out)
-        try:
-            while "ready after" not in log.read_text():
-                if process.poll() is not None:
-                    raise RuntimeError(log.read_text())
-                time.sleep(0.1)
-            yield
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2)
-            process.terminate()  # a second signal cuts what is left
-            process.wait()
-            command = [_COMMAND, "unload", "--purge", "--instance", instance]
-            subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
+def _config(*servers: str) -> str:
+    return _CONFIG.format(port=_PORT, servers=", ".join(f'"{server}"' for server in servers))
 
 
 @contextlib.asynccontextmanager
@@ -181,10 +162,10 @@ async def _run(seconds: float) -> None:
             # A socket that never answers: nobody there would be told at once by ICMP.
             loop = asyncio.get_running_loop()
             dead, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, local_addr=(_DEAD, 53))
-            with _serving(directory, _DEAD, _GOOD):
+            with served(directory, _config(_DEAD, _GOOD)):
                 await _dead_first()
             dead.close()
-            with _serving(directory, _GOOD):
+            with served(directory, _config(_GOOD)):
                 await _silent_aaaa(server)
                 await _others(seconds, flood=False)
                 await _others(seconds + 1, flood=True)

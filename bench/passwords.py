@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +23,10 @@ import uvloop
 
 from rama_ebpf.layers.auth import hash_password
 
+from .served import COMMAND, served
+
 __all__ = ["Attack", "User", "beside"]
 
-_COMMAND = Path(sys.executable).with_name("rama-ebpf")
 ATTACKERS, SOURCES, USERS = 900, 40, 5
 _PORT, _ECHO = 7101, 7102
 _PACE = 0.1
@@ -152,35 +152,15 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-@contextlib.contextmanager
-def _serving(directory: Path, layers: str) -> Iterator[str]:
-    (directory / "users").write_text("".join(f"user{n}:{hash_password('right')}\n" for n in range(USERS)))
-    (directory / "users").chmod(0o600)
-    config = directory / "rama.toml"
-    config.write_text(_CONFIG.format(port=_PORT, layers=layers))
-    instance = f"bench-{os.getpid()}"
-    log = directory / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen([_COMMAND, "run", "--instance", instance, "--config", config], stderr=out)
-        try:
-            while "ready after" not in log.read_text():
-                if process.poll() is not None:
-                    raise RuntimeError(log.read_text())
-                time.sleep(0.1)
-            yield instance
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-            process.terminate()  # a second signal cuts what is left
-            process.wait()
-            subprocess.run(
-                [_COMMAND, "unload", "--purge", "--instance", instance], check=False, stdout=subprocess.DEVNULL
-            )
+def _serving(directory: Path, layers: str) -> contextlib.AbstractContextManager[str]:
+    users = directory / "users"
+    users.write_text("".join(f"user{n}:{hash_password('right')}\n" for n in range(USERS)))
+    users.chmod(0o600)
+    return served(directory, _CONFIG.format(port=_PORT, layers=layers))
 
 
 def _banned(instance: str) -> set[str]:
-    command = [_COMMAND, "bans", "--instance", instance, "--json"]
+    command = [COMMAND, "bans", "--instance", instance, "--json"]
     told = subprocess.run(command, check=False, capture_output=True, text=True)
     return {source for n in range(USERS) if (source := f"127.0.2.{1 + n}") in told.stdout} if told.stdout else set()
 

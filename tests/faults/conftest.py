@@ -47,6 +47,15 @@ ALLOWED = ("198.18.1.1", "198.18.1.2", "198.18.1.3", "198.18.1.4")
 DENIED = ("198.18.66.6", "198.18.66.7")
 
 
+def met(host: Host, source: str) -> str:
+    """How a connection of a source to the target is met: ``in`` or ``silence``. Raises what else connect(2) says."""
+    try:
+        host.connect(*TARGET, source=source, timeout=0.3).close()
+    except TimeoutError:
+        return "silence"
+    return "in"
+
+
 _times: dict[str, list[float]] = {}
 
 

@@ -256,17 +256,24 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
         await writer.drain()
 
 
-@pytest.fixture
-def full_backlog(loopback: str) -> Iterator[int]:
-    """The port of a listener that never accepts and whose queue is full: a SYN to it is dropped, not refused."""
-    family = socket.AF_INET6 if ":" in loopback else socket.AF_INET
+@contextlib.contextmanager
+def listener_with_full_queue(address: str) -> Iterator[socket.socket]:
+    """A listener that has accepted nobody and whose queue is full: a SYN to it is dropped, not refused."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as listener, contextlib.ExitStack() as cleanup:
-        listener.bind((loopback, 0))
+        listener.bind((address, 0))
         listener.listen(0)
         for _ in range(3):
             waiting = cleanup.enter_context(socket.socket(family))
             waiting.setblocking(False)
             waiting.connect_ex(listener.getsockname())
+        yield listener
+
+
+@pytest.fixture
+def full_backlog(loopback: str) -> Iterator[int]:
+    """The port of one that never accepts."""
+    with listener_with_full_queue(loopback) as listener:
         yield int(listener.getsockname()[1])
 
 

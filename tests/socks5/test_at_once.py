@@ -29,7 +29,7 @@ from rama_ebpf.services.socks5 import Socks5Server
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
 
 from ..relay.flows import open_descriptors
-from .conftest import Proxy, StreamHandler, Target, echo
+from .conftest import Proxy, StreamHandler, Target, echo, listener_with_full_queue
 
 RunProxy = Callable[..., Awaitable[Proxy]]
 RunTarget = Callable[[StreamHandler], Awaitable[Target]]
@@ -135,16 +135,9 @@ async def test_target_that_never_answers_costs_its_time_out_and_the_client_is_to
 
 
 async def test_target_that_answers_late_gets_what_was_sent_ahead(run_proxy: RunProxy, loopback: str) -> None:
-    family = socket.AF_INET6 if ":" in loopback else socket.AF_INET
     proxy = await run_proxy()
     loop = asyncio.get_running_loop()
-    with socket.socket(family) as listener, contextlib.ExitStack() as cleanup:
-        listener.bind((loopback, 0))
-        listener.listen(0)
-        for _ in range(3):
-            waiting = cleanup.enter_context(socket.socket(family))
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
+    with listener_with_full_queue(loopback) as listener, contextlib.ExitStack() as cleanup:
         reader, writer = await proxy.open()
         writer.write(GREETING + request(listener.getsockname()[:2]))
         assert await reader.readexactly(2) == b"\x05\x00"

@@ -187,6 +187,16 @@ async def test_a_tunnel_of_clients_that_trust_us_is_plaintext_to_us(
     assert running.errors == []
 
 
+async def agreed_with(running: Running, context: ssl.SSLContext) -> str | None:
+    """The protocol that a client and the proxy agree on, when the target's greeting has come."""
+    reader, writer = await asyncio.open_connection(HOST, running.port, ssl=context, server_hostname="a.test")
+    assert await reader.readline() == b"a.test\n"
+    agreed: str | None = writer.get_extra_info("ssl_object").selected_alpn_protocol()
+    writer.close()
+    await writer.wait_closed()
+    return agreed
+
+
 @pytest.mark.parametrize(("offered", "agreed"), [(["h2", "http/1.1"], "h2"), (["http/1.1"], "http/1.1"), ([], None)])
 async def test_the_client_gets_the_protocol_that_the_server_speaks(
     serve: Serve,
@@ -201,11 +211,7 @@ async def test_the_client_gets_the_protocol_that_the_server_speaks(
     running = serve(passthrough(connector, port, intercept()))
     if offered:
         trusting_us.set_alpn_protocols([*offered, "something/else"])
-    reader, writer = await asyncio.open_connection(HOST, running.port, ssl=trusting_us, server_hostname="a.test")
-    assert await reader.readline() == b"a.test\n"
-    assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == agreed
-    writer.close()
-    await writer.wait_closed()
+    assert await agreed_with(running, trusting_us) == agreed
 
 
 async def test_files_of_an_interception_are_read_when_it_is_made_and_not_later(
@@ -226,11 +232,7 @@ async def test_files_of_an_interception_are_read_when_it_is_made_and_not_later(
     authorities.unlink()  # as for a worker that has given up its privileges
     for offered, agreed in ((["h2", "http/1.1"], "h2"), (["http/1.1"], "http/1.1"), (["h2"], "h2"), (["other"], None)):
         trusting_us.set_alpn_protocols(offered)
-        reader, writer = await asyncio.open_connection(HOST, running.port, ssl=trusting_us, server_hostname="a.test")
-        assert await reader.readline() == b"a.test\n"
-        assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == agreed
-        writer.close()
-        await writer.wait_closed()
+        assert await agreed_with(running, trusting_us) == agreed
 
 
 async def test_a_server_that_does_not_verify_is_never_vouched_for(
