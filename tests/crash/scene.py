@@ -170,6 +170,10 @@ class Scene:
 
     # -- the policy as a whole -----------------------------------------------------------------------------------
 
+    def unfinished_files(self) -> list[Path]:
+        """Those that a writer has not renamed yet, or has left behind."""
+        return list(self.instance.state_dir.glob(".*"))
+
     def save(self) -> Policy:
         """Read all of the policy."""
         hashes: dict[str, dict[bytes, bytes]] = {}

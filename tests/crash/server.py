@@ -172,7 +172,7 @@ class ServerTrial:
         self._configure(RULES_A)
         scene.crash()
         self._up()  # so that what is saved is what the configuration says, whatever was tried before
-        policy, wanted = scene.save(), scene.connect_all()
+        policy, wanted = self._saved(), scene.connect_all()
         scene.crash()
         proxy = self._up()
         calls = list(proxy.watch.calls)
@@ -219,12 +219,22 @@ class ServerTrial:
         if told != met:
             self.faults.append(f"{what}: test says {dict(told)}, the kernel does {dict(met)}")
 
+    def _saved(self) -> Policy:
+        """The policy, with no file of it half written: that one would be put back at each point."""
+        wait_for(lambda: not self.scene.unfinished_files(), what="the end of what is being written")
+        return self.scene.save()
+
     def _no_strange_files(self, what: str) -> None:
         place = self.scene.instance
-        found = [path for path in place.pin_root.iterdir() if path != place.pin_dir] if place.pin_root.is_dir() else []
-        found += [path for path in place.state_dir.iterdir() if path.name.startswith(".")]
-        if found:
-            self.faults.append(f"{what}: left over while a server runs: {', '.join(map(str, found))}")
+
+        def strange() -> list[Path]:
+            pins = [path for path in place.pin_root.glob("*") if path != place.pin_dir]
+            return pins + self.scene.unfinished_files()
+
+        try:
+            wait_for(lambda: not strange(), what="the end of what is being written")
+        except AssertionError:
+            self.faults.append(f"{what}: left over while a server runs: {', '.join(map(str, strange()))}")
 
     # -- reload --------------------------------------------------------------------------------------------------
 
@@ -235,7 +245,7 @@ class ServerTrial:
         if not isinstance(scene.proxy, WatchedProxy):
             scene.crash()
             self._up()
-        policy, before = scene.save(), scene.connect_all()
+        policy, before = self._saved(), scene.connect_all()
         calls = self._reloaded(None, RULES_B)
         after = scene.connect_all()
         assert after != before
@@ -306,7 +316,7 @@ class ServerTrial:
         self._configure(RULES_A, persist=persist)
         scene.crash()
         proxy = self._up()
-        policy, wanted = scene.save(), scene.connect_all()
+        policy, wanted = self._saved(), scene.connect_all()
         calls = self._stopped(proxy, None)
         self._up()
         forgotten = scene.connect_all()  # unless the policy is to be kept, it may have gone, and not in part
