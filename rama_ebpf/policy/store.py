@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -20,13 +20,13 @@ from typing import Final
 from ..core.address import IPAddress, unmap
 from ..core.client import SourceLengths
 from ..kernel.clock import is_synchronized
-from ..kernel.gate_state import LAST_REVISION, GateState
+from ..kernel.gate_state import LAST_REVISION
 from ..kernel.policy_lock import PolicyBusy
 from .ban_book import BanBook, stands
 from .ban_log import BanLog
 from .ban_record import BanBlock, canonical
-from .ban_walk import BanRound, BanWalk
 from .bans import Bans, BanSurvey
+from .changes import Changes
 from .compiler import CompiledSet, compile_rules
 from .derived import DerivedState
 from .failsafe import Failsafe
@@ -36,6 +36,7 @@ from .judgement import Judgement
 from .keeping import Keeping
 from .loaded_set import LoadedSet
 from .prefixes import IPNetwork
+from .repairs import Repairs
 from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns, source_text
 from .rule_room import RuleRoom
 from .runtime_rules import RuntimeRules
@@ -46,8 +47,6 @@ __all__ = ["PolicyStore"]
 
 log = logging.getLogger(__name__)
 
-_OF_SINGLE_RULES: Final = {"add", "remove"}
-"""What the journal says of them is not synced: there may be thousands in a second."""
 _QUICK_SURVEY: Final = 0.03
 """Seconds that a look through all bans may take at each sweep, which comes every 30 seconds."""
 _SURVEY_SHARE: Final = 1000
@@ -70,11 +69,25 @@ class PolicyStore:
         self._failsafe = Failsafe(tables, self._derived)
         self._keeping = Keeping(tables, self._loaded, self._runtime, self._failsafe)
         self._judgement = Judgement(tables, self._loaded, self._runtime, self._bans, self._failsafe)
-        self._journal: Journal | None = None
+        self._changes = Changes(tables, self._keeping, self._bans)
         self._ban_book = BanBook(self._bans)
         self._survey_due = float("-inf")
-        self._unsynced = False
         self._disagreed: Callable[[str], None] = log.error
+        self.repairs = Repairs(
+            tables,
+            exclusive,
+            self._changes,
+            self._loaded,
+            self._runtime,
+            self._room,
+            self._failsafe,
+            self._keeping,
+            self._ban_book,
+            rebuild=self.rebuild,
+            undo_trial=self._undo_trial,
+            load=self._load_for_repair,
+        )
+        """What the audit puts in order."""
 
     @property
     def kind(self) -> str:
@@ -84,12 +97,12 @@ class PolicyStore:
     def remember_in(self, directory: Path) -> None:
         """Keep the policy, the journal and the bans in this directory from now on."""
         self._keeping.keep_in(directory)
-        self._journal = Journal(directory / "journal")
+        self._changes.note_in(Journal(directory / "journal"))
         self._ban_book.keep_in(BanLog(directory / "bans"))
 
     def journal(self, count: int | None = None) -> list[dict[str, object]]:
         """Return the last entries of the journal (None: all there are), the oldest first."""
-        return [] if self._journal is None else self._journal.read(count)
+        return self._changes.noted(count)
 
     def sync(self) -> None:
         """Have everything reach the disk that did not have to at once: what the server does by itself, bans, and the
@@ -100,18 +113,17 @@ class PolicyStore:
         self._keeping.catch_up(self._exclusive)
         if self._ban_book.is_behind:
             self._write_bans()
-        if not self._unsynced:
+        if not self._changes.unsynced:
             return
-        self._unsynced = False
+        self._changes.unsynced = False
         self._ban_book.sync()
-        if self._journal is not None:
-            self._journal.sync()
+        self._changes.sync()
 
     def _write_bans(self) -> None:
         try:
             with self._exclusive():
                 self._ban_book.catch_up()
-            self._unsynced = True
+            self._changes.unsynced = True
         except OSError as error:
             log.debug("bans of services are still not on disk: %s", error)  # it was said when they were made
 
@@ -139,18 +151,12 @@ class PolicyStore:
                 else:
                     self._room.place(wanted.rule, wanted.created)
             if changes:
-                self._changed()
+                self._changes.made()
             return len(changes) + bans
 
     def judge_when_sure(self) -> int:
         """:meth:`judge_again`, if the wall clock is known to be right by now."""
         return self.judge_again() if is_synchronized() else 0
-
-    def _note(self, what: str, revision: int, **details: object) -> None:
-        self._unsynced |= what not in _OF_SINGLE_RULES
-        if self._journal is not None:
-            told = {name: value for name, value in details.items() if value is not None}
-            self._journal.append(what, {**told, "revision": revision})
 
     def held(self) -> contextlib.AbstractContextManager[object]:
         """Keep all other writers out over several calls, of this thread alone. Entering raises OSError if somebody else
@@ -164,14 +170,14 @@ class PolicyStore:
         with self._exclusive():
             self._settle()
             self._keeping.fall_behind()
-            self._note("settings", self._loaded.set_settings(settings), default=settings.default.name.lower())
+            self._changes.note("settings", self._loaded.set_settings(settings), default=settings.default.name.lower())
 
     def set_failsafe(self, networks: Sequence[IPNetwork], ports: Sequence[int] = ()) -> None:
         """Replace the networks, and the listeners' ports (at most 8), that no rule, ban or default can shut."""
         with self._exclusive():
             self._keeping.fall_behind()
             revision = self._failsafe.replace(networks, ports)
-            self._note("failsafe", revision, networks=[str(network) for network in networks], ports=list(ports))
+            self._changes.note("failsafe", revision, networks=[str(network) for network in networks], ports=list(ports))
 
     # -- asking ------------------------------------------------------------------------------------------------
 
@@ -289,7 +295,7 @@ class PolicyStore:
         with self._exclusive():
             (stored,), revision = self._add_all([rule], ttl)
             told = {"source": str(rule.sources[0]), "port": rule.port, "reason": rule.reason or None}
-            self._note("add", revision, rule=rule.name, action=rule.action.name.lower(), **told)
+            self._changes.note("add", revision, rule=rule.name, action=rule.action.name.lower(), **told)
             return stored
 
     def add_all(self, rules: Sequence[Rule], *, ttl: int | None = None) -> list[StoredRule]:
@@ -300,7 +306,7 @@ class PolicyStore:
         with self._exclusive():
             stored, revision = self._add_all(rules, ttl)
             first = f"{rules[0].name} and {len(rules) - 1} more" if len(rules) > 1 else rules[0].name
-            self._note("add", revision, rule=first, rules=len(rules))
+            self._changes.note("add", revision, rule=first, rules=len(rules))
             return stored
 
     def _add_all(self, rules: Sequence[Rule], ttl: int | None) -> tuple[list[StoredRule], int]:
@@ -319,7 +325,7 @@ class PolicyStore:
                 undo.append((place, before))
                 stored.append(StoredRule.of(rule_id, one, created))
                 added.append(RuntimeRule(one, created))
-            revision = self._changed(lambda revision: self._keeping.added(added, revision))
+            revision = self._changes.made(lambda revision: self._keeping.added(added, revision))
         except (PolicyError, OSError):
             for place, before in reversed(undo):
                 self._undo(place, before)
@@ -357,11 +363,11 @@ class PolicyStore:
             rule = self._tables.rules.get(rule_id)
             self._runtime.drop(network, port or 0)
             try:
-                revision = self._changed(lambda revision: self._keeping.removed(network, port or 0, revision))
+                revision = self._changes.made(lambda revision: self._keeping.removed(network, port or 0, revision))
             except OSError:
                 self._runtime.put_back(network, port or 0, rule_id)
                 raise
-            self._note("remove", revision, source=str(network), port=port)
+            self._changes.note("remove", revision, source=str(network), port=port)
             return [] if rule is None else [rule]
 
     def replace(
@@ -415,8 +421,11 @@ class PolicyStore:
             prefixes = sum(len(rule.sources) for rule in ruleset.rules)
             default = compiled.ruleset.settings.default.name.lower()
             told = {"rules": len(ruleset.rules), "prefixes": prefixes, "default": default}
-            self._note("load", revision, **told, confirm_within=confirm_within, origin=origin or None)
+            self._changes.note("load", revision, **told, confirm_within=confirm_within, origin=origin or None)
             return revision
+
+    def _load_for_repair(self, ruleset: RuleSet, settings: Settings) -> None:
+        self.replace(ruleset, settings=lambda _: settings, origin="the audit")
 
     def compile(self, ruleset: RuleSet) -> CompiledSet:
         """Compile a set for :meth:`replace`. Raises :class:`PolicyError` if it does not fit; nothing is changed."""
@@ -438,7 +447,7 @@ class PolicyStore:
             ruleset = self.ruleset()
             revision = self._loaded.confirm(partial(self._keeping.loaded, ruleset, at_once=True))
             self._tidy()
-            self._note("confirm", revision)
+            self._changes.note("confirm", revision)
 
     def roll_back(self, *, expected_set: int | None = None) -> None:
         """Undo the set that is on trial at once. Raises :class:`PolicyError` if none is, and :class:`StaleSet` if it is
@@ -449,7 +458,7 @@ class PolicyStore:
                 raise StaleSet
             if self.pending is None:
                 raise PolicyError("nothing to roll back: no change waits to be confirmed")
-            self._note("rollback", self._undo_trial())
+            self._changes.note("rollback", self._undo_trial())
 
     def ban(
         self,
@@ -478,11 +487,11 @@ class PolicyStore:
             now = boottime_ns()
             expires = None if ttl is None else now + round(ttl * 1e9)
             ban = Ban(network, action, expires, time.time_ns(), 0, reason, automatic)
-            revisions = self._next_of_bans()
+            revisions = self._changes.next_of_bans()
             in_force = self._ban_book.ban(ban, now)
             if in_force is ban:
                 told = {"address": ban.source, "ttl": ttl, "reason": reason or None, "action": action.name.lower()}
-                self._note("ban", revisions["revision"], ban_revision=revisions["ban_revision"], **told)
+                self._changes.note("ban", revisions["revision"], ban_revision=revisions["ban_revision"], **told)
             return in_force
 
         try:
@@ -502,15 +511,11 @@ class PolicyStore:
         """Lift the ban of exactly this address or prefix; return whether there was one. Where the disk refuses, OSError
         is raised and it stays: else it would come back with the next start."""
         with self._exclusive():
-            network, revisions = canonical(banned), self._next_of_bans()
+            network, revisions = canonical(banned), self._changes.next_of_bans()
             if not self._ban_book.lift(network):
                 return False
-            self._note("unban", **revisions, address=source_text(network))
+            self._changes.note("unban", **revisions, address=source_text(network))
             return True
-
-    def _next_of_bans(self) -> Mapping[str, int]:
-        """The revisions after a change of a ban: read before, for nothing may fail when it is done."""
-        return {"revision": self.revision, "ban_revision": self.ban_revision + 1}
 
     def set_source_lengths(self, lengths: SourceLengths) -> None:
         """Say what stands for a source from now on. Bans that are in force stay as they are."""
@@ -522,37 +527,6 @@ class PolicyStore:
         force already."""
         with self._exclusive():
             return self._ban_book.restore()
-
-    def walk_bans(self) -> BanWalk | None:
-        """Return a walk through the bans on disk, None where none are kept."""
-        return self._ban_book.walk()
-
-    @property
-    def bans_on_disk_are_all(self) -> bool:
-        """Whether the bans on disk are those that are to be in force."""
-        return self._ban_book.is_witness
-
-    def unknown_bans(self, ended: BanRound) -> list[Ban]:
-        """Return the bans in force that a whole round of :meth:`walk_bans` has not met."""
-        return self._ban_book.unknown(ended)
-
-    def is_unknown_ban(self, ended: BanRound, ban: Ban) -> bool:
-        """Under the policy's lock: whether a ban is in force, and not on disk."""
-        return self._ban_book.is_unknown(ended, ban)
-
-    def take_ban_away(self, ban: Ban) -> None:
-        """Take a ban out of force that is not on disk."""
-        with self._exclusive():
-            revisions = self._next_of_bans()
-            self._ban_book.take_away(ban)
-            self._note("ban taken away", **revisions, address=source_text(ban.network))
-
-    def bring_back_ban(self, ban: Ban) -> None:
-        """Put a ban that is on disk, and was lost, into force again."""
-        with self._exclusive():
-            revisions = self._next_of_bans()
-            self._ban_book.bring_back(ban)
-            self._note("ban put back", **revisions, address=source_text(ban.network))
 
     def compact_bans(self) -> None:
         """Make a snapshot of the bans on disk, if their log has grown long. Waits for the disk."""
@@ -588,53 +562,6 @@ class PolicyStore:
         if took > _QUICK_SURVEY:
             self._survey_due = time.monotonic() + took * _SURVEY_SHARE
         return survey
-
-    def load_again(self) -> None:
-        """Make the set in force anew: from disk, or of its own description where the disk has not got it (yet).
-
-        A set on trial is undone: nothing tells what it was to be. Raises OSError or :class:`PolicyError`."""
-        with self._exclusive():
-            if self._loaded.pending is not None:
-                self._note("rollback", self._undo_trial(), reason="the audit")
-                return
-            kept, settings = self._keeping.on_disk(), self.settings()
-            self.replace(
-                self.ruleset() if kept is None else kept.ruleset, settings=lambda _: settings, origin="the audit"
-            )
-
-    def put_record_back(self, known: GateState | None) -> None:
-        """Have the record as it was ``known`` to be, with a revision of its own, or else as the disk says. Raises
-        OSError or :class:`PolicyError`."""
-        with self._exclusive():
-            kept = None if known is not None else self._keeping.on_disk()
-            if known is None and kept is None:
-                raise PolicyError("nothing tells what it was: load a set, or start the server anew")
-            self._loaded.put_record_back(known)
-            self.rebuild()
-            if kept is None:
-                return
-            if self.revision < kept.revision:
-                self._tables.put_gate(replace(self._tables.gate(), revision=kept.revision))
-            self._failsafe.replace(kept.failsafe, kept.failsafe_ports)
-            self.replace(kept.ruleset, settings=lambda _: kept.ruleset.settings, origin="the audit")
-
-    @property
-    def rules_on_disk(self) -> Path | None:
-        """Where the rules at run time are on disk, a row each; None if they are not, or not all of them."""
-        return self._keeping.rules_on_disk
-
-    def places_on_disk(self) -> set[Place]:
-        """Return where the disk has rules at run time, also such as have ended. It reads all. Raises OSError."""
-        return self._keeping.places_on_disk()
-
-    def put_back(self, place: Place, one: RuntimeRule | None) -> None:
-        """Have at a place of the runtime layer what the disk has there: a rule, or none."""
-        with self._exclusive():
-            if one is None:
-                self._runtime.drop(*place)
-            else:
-                self._room.place(one.rule, one.created)
-            self._note("put back", self._changed(), source=str(place[0]), port=place[1] or None)
 
     def tell_of_disagreements(self, tell: Callable[[str], None]) -> None:
         """Call ``tell`` with what a sweep has found not to be what it was to be, and has put in order."""
@@ -692,7 +619,7 @@ class PolicyStore:
         """If a trial has ended unconfirmed, make what the programs do by themselves final."""
         self._loaded.finish()
         if self._loaded.trial_is_over:
-            self._note("rollback", self._undo_trial(), reason="not confirmed in time")
+            self._changes.note("rollback", self._undo_trial(), reason="not confirmed in time")
             log.info("the set on trial was not confirmed in time: the one before it is in force again")
 
     def _tidy(self) -> None:
@@ -702,15 +629,3 @@ class PolicyStore:
             self._room.free()
         except OSError as error:
             log.warning("rules that are no longer in force are not forgotten yet: %s", error)
-
-    def _changed(self, keep: Callable[[int], int | None] | None = None) -> int:
-        """Have a change written down, raise the revision and return it. Raises OSError where either cannot be done;
-        then neither is."""
-        gate = self._tables.gate()
-        mark = None if keep is None else keep(gate.revision + 1)
-        try:
-            self._tables.put_gate(replace(gate, revision=gate.revision + 1))
-        except OSError:
-            self._keeping.take_back(mark)
-            raise
-        return gate.revision + 1

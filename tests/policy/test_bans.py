@@ -384,7 +384,7 @@ def test_a_walk_finds_bans_that_are_on_disk_and_not_in_force_by_the_disk_s_last_
     BanLog(tmp_path / "bans").compact(nullcontext, store._bans.in_force)
     struck(store, "2001:db8:7::1")
     store.unban(ip_address("198.18.1.3"))
-    walk = store.walk_bans()
+    walk = store.repairs.walk_bans()
     assert walk is not None
     assert walk_on(walk, 1)[1] == []
     for gone in ("198.18.1.3", "198.18.1.4", "198.18.1.5", "198.18.1.6", "2001:db8:7::"):
@@ -393,7 +393,7 @@ def test_a_walk_finds_bans_that_are_on_disk_and_not_in_force_by_the_disk_s_last_
     assert {ban.source for ban in lost} == {"198.18.1.4", "198.18.1.5", "198.18.1.6", "2001:db8:7::/64"}
     assert all(map(ended.is_lost, lost))
 
-    store.bring_back_ban(next(ban for ban in lost if ban.source == "198.18.1.4"))
+    store.repairs.bring_back_ban(next(ban for ban in lost if ban.source == "198.18.1.4"))
     store.ban(ip_address("198.18.1.5"))  # meanwhile
     with (tmp_path / "bans").open("ab") as log:
         log.write(b'{"address": "198.18.1.6", "lifted": true}\n{"address": "torn')
@@ -440,22 +440,22 @@ def test_a_walk_finds_bans_that_are_in_force_and_not_on_disk_by_the_disk_s_last_
     with monkeypatch.context() as patch:
         patch.setattr(BanLog, "banned", _disk_full)
         struck(store, "2001:db8:7::1")  # in force, and written when the disk takes it
-    walk = store.walk_bans()
+    walk = store.repairs.walk_bans()
     assert walk is not None
-    assert store.unknown_bans(walk_on(walk, 1)[0]) == []
+    assert store.repairs.unknown_bans(walk_on(walk, 1)[0]) == []
     foreign = [Ban(ip_network(f"198.18.{n}.1"), Action.DROP, None, 0, 0, "") for n in (3, 4)]
     for ban in foreign:
         store._bans.put(ban)
     store._bans.put(replace(foreign[0], network=ip_network("198.18.1.3/32")))
     ended, _ = walk_on(walk, 1000)
-    found = store.unknown_bans(ended)
+    found = store.repairs.unknown_bans(ended)
     assert {ban.source for ban in found} == {"198.18.3.1", "198.18.4.1", "198.18.1.3"}
     BanLog(tmp_path / "bans").banned(foreign[0])  # meanwhile
-    assert {ban.source for ban in found if store.is_unknown_ban(ended, ban)} == {"198.18.4.1", "198.18.1.3"}
+    assert {ban.source for ban in found if store.repairs.is_unknown_ban(ended, ban)} == {"198.18.4.1", "198.18.1.3"}
     for ban in found[:]:
-        if store.is_unknown_ban(ended, ban):
-            store.take_ban_away(ban)
-    assert store.unknown_bans(walk_on(walk, 1000)[0]) == []
+        if store.repairs.is_unknown_ban(ended, ban):
+            store.repairs.take_ban_away(ban)
+    assert store.repairs.unknown_bans(walk_on(walk, 1000)[0]) == []
     assert {ban.source for ban in store.bans()} >= {"198.18.3.1", "198.18.2.1", "2001:db8:7::/64"}
     walk.close()
     store.sync()

@@ -38,7 +38,7 @@ class BanCheck:
 
     def look(self, least: int, rounds: int) -> Iterator[Difference]:
         """Look at a slice of each."""
-        on_disk = self._on_disk = self._on_disk or self._store.walk_bans()
+        on_disk = self._on_disk = self._on_disk or self._store.repairs.walk_bans()
         known = max(self._walk.known, 0 if on_disk is None else on_disk.known)
         rows = self._walk.next(slice_of(known, least, rounds))
         now = boottime_ns()
@@ -52,7 +52,7 @@ class BanCheck:
                     lambda key=key: self._is_missed_ban(key),  # type: ignore[misc]
                     self._store.rebuild,
                 )
-        if on_disk is not None and self._store.bans_on_disk_are_all:
+        if on_disk is not None and self._store.repairs.bans_on_disk_are_all:
             yield from self._lost(on_disk, slice_of(known, least, rounds))
 
     def _lost(self, walk: BanWalk, count: int) -> Iterator[Difference]:
@@ -68,14 +68,14 @@ class BanCheck:
                 "ban",
                 f"the ban of {ban.network} is on disk, and not in the kernel",
                 lambda ban=ban: of_round.is_lost(ban),  # type: ignore[misc]
-                lambda ban=ban: self._store.bring_back_ban(ban),  # type: ignore[misc]
+                lambda ban=ban: self._store.repairs.bring_back_ban(ban),  # type: ignore[misc]
             )
-        for ban in self._store.unknown_bans(of_round)[:_MOST_LOST]:
+        for ban in self._store.repairs.unknown_bans(of_round)[:_MOST_LOST]:
             yield Difference(
                 "ban",
                 f"the ban of {ban.source} is in the kernel, and not on disk: another program made it",
-                lambda ban=ban: self._store.is_unknown_ban(of_round, ban),  # type: ignore[misc]
-                lambda ban=ban: self._store.take_ban_away(ban),  # type: ignore[misc]
+                lambda ban=ban: self._store.repairs.is_unknown_ban(of_round, ban),  # type: ignore[misc]
+                lambda ban=ban: self._store.repairs.take_ban_away(ban),  # type: ignore[misc]
             )
 
     def _is_missed_ban(self, key: bytes) -> bool:

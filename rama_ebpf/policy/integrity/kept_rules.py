@@ -39,7 +39,7 @@ class KeptCheck:
 
     def look(self, least: int, rounds: int) -> Iterator[Difference]:
         """Look at a slice."""
-        path = self._store.rules_on_disk
+        path = self._store.repairs.rules_on_disk
         if path is None:  # the disk is behind, and no witness
             return
         if self._walk is None:
@@ -57,7 +57,7 @@ class KeptCheck:
                 "rule",
                 f"the rule at run time for {where} {has}",
                 lambda suspect=suspect: self._is_apart(kept, suspect),  # type: ignore[misc]
-                lambda suspect=suspect: self._store.put_back(suspect.place, suspect.rule),  # type: ignore[misc]
+                lambda suspect=suspect: self._store.repairs.put_back(suspect.place, suspect.rule),  # type: ignore[misc]
             )
         yield from self._nobodys(kept)
         kept.end()
@@ -67,7 +67,7 @@ class KeptCheck:
         if not kept.is_over:
             return  # what is on disk is not known yet, and all rules of the kernel are not read for nothing
         suspects = kept.lacks(place for place, _ in self._store.tables.runtime.items())
-        known = self._store.places_on_disk() if suspects else set()
+        known = self._store.repairs.places_on_disk() if suspects else set()
         for place in suspects[:_MOST_OF_NOBODY]:
             if place not in known:
                 network, port = place
@@ -76,11 +76,11 @@ class KeptCheck:
                     "rule",
                     f"the rule at run time for {where} is in the kernel, and not on disk: another program made it",
                     lambda place=place: self._is_nobodys(kept, place),  # type: ignore[misc]
-                    lambda place=place: self._store.put_back(place, None),  # type: ignore[misc]
+                    lambda place=place: self._store.repairs.put_back(place, None),  # type: ignore[misc]
                 )
 
     def _is_nobodys(self, kept: KeptWalk, place: Place) -> bool:
-        if self._store.rules_on_disk is None or not kept.is_whole():
+        if self._store.repairs.rules_on_disk is None or not kept.is_whole():
             return False
         value = self._rows.place(runtime_key(place))
         rule = None if value is None else self._store.stored_rule(int.from_bytes(value, sys.byteorder))
@@ -89,7 +89,7 @@ class KeptCheck:
         return value is not None
 
     def _is_apart(self, kept: KeptWalk, suspect: Suspect) -> bool:
-        if self._store.rules_on_disk is None or not kept.is_whole():
+        if self._store.repairs.rules_on_disk is None or not kept.is_whole():
             return False
         one = suspect.rule
         if one is not None and one.rule.expires is not None and one.rule.expires <= boottime_ns():

@@ -122,7 +122,7 @@ class SetCheck:
 
     def load_again(self) -> None:
         """Make the set anew: from disk, or of its description."""
-        self._store.load_again()
+        self._store.repairs.load_again()
 
 
 def _leave() -> None:

@@ -54,7 +54,7 @@ class RecordCheck:
                 f"the record of revision {tables.gate().revision} (settings, set in force, failsafe's ports, what is "
                 "looked for) was written by another program",
                 lambda: not tables.gate().is_sealed,
-                lambda: self._store.put_record_back(self._known()),
+                lambda: self._store.repairs.put_record_back(self._known()),
             )
         if self._remembered is None or self._remembered.gate.revision != tables.gate().revision:
             self._remember()
@@ -65,7 +65,7 @@ class RecordCheck:
                 "settings",
                 f"the record of revision {known.gate.revision} (settings, set in force, failsafe's ports) was changed",
                 lambda: self._same_revision(known) and known.differs(tables.gate()),
-                lambda: self._store.put_record_back(known.gate),
+                lambda: self._store.repairs.put_record_back(known.gate),
             )
         elif (token := self._token()) != known.token:
             yield Difference(
