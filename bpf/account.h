@@ -47,6 +47,55 @@ static __always_inline void report(const struct verdict *v, const struct packet 
 		meter->lost++;
 }
 
+/* Whether one more denial is kept of this second; what is not is counted. */
+static __always_inline int keeps_denial(u64 now)
+{
+	u32 zero = 0;
+	struct event_meter *meter = client_meter.lookup(&zero);
+	u64 next, emission = 1000000000ull / DENIALS_PER_SECOND;
+
+	if (!meter)
+		return 0;
+	next = next_arrival(meter->arrival, now, emission, emission * (DENIAL_BURST - 1));
+	if (!next) {
+		meter->lost++;
+		return 0;
+	}
+	meter->arrival = next;
+	return 1;
+}
+
+/* Keep what became of a source. */
+static __always_inline void note_client(const struct verdict *v, const struct packet *p, u32 hook)
+{
+	struct client_key key = { .source = p->source, .port = p->port };
+	struct client *known;
+	u64 now = bpf_ktime_get_boot_ns();
+
+	if (v->action != ACTION_ALLOW && !keeps_denial(now))
+		return;
+	known = clients.lookup(&key);
+	if (!known) {
+		struct client fresh = {};
+
+		clients.update(&key, &fresh);
+		known = clients.lookup(&key);
+		if (!known)
+			return;
+	}
+	if (v->action == ACTION_ALLOW) {
+		__sync_fetch_and_add(&known->let_in, 1);
+		known->let_in_last = now;
+		return;
+	}
+	__sync_fetch_and_add(&known->denied, 1);
+	known->denied_last = now;
+	known->rule = v->rule;
+	known->stage = v->stage;
+	known->action = v->action;
+	known->hook = hook;
+}
+
 /* A `reject` that gets no RST, because the rate of those is used up. */
 static __always_inline void count_silent(void)
 {
@@ -79,6 +128,8 @@ static __always_inline void count(const struct verdict *v, const struct scratch 
 		count_ban(s);
 	if (v->dry_rule)
 		count_rule(v->dry_rule, 1);
+	if (v->stage != STAGE_PARSE) /* whose source is not known */
+		note_client(v, &s->packet, hook);
 	report(v, &s->packet, hook);
 }
 

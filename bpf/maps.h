@@ -30,6 +30,8 @@ BPF_TABLE_PINNED("percpu_array", u32, u64, silent_rejects, 1, PIN_DIR "/silent_r
 /* How many events a second on each CPU: nobody watches while the emission is 0. */
 BPF_TABLE_PINNED("array", u32, struct limit, event_rate, 1, PIN_DIR "/event_rate");
 BPF_TABLE_PINNED("percpu_array", u32, struct event_meter, event_meter, 1, PIN_DIR "/event_meter");
+BPF_TABLE_PINNED("lru_hash", struct client_key, struct client, clients, 1, PIN_DIR "/clients");
+BPF_TABLE_PINNED("percpu_array", u32, struct event_meter, client_meter, 1, PIN_DIR "/client_meter");
 /* As BPF_RINGBUF_OUTPUT would declare it, which knows no pins. */
 struct events_table {
 	int key;

@@ -10,7 +10,7 @@
 #define RAMA_EBPF_POLICY_H
 
 /* Changes whenever a map's meaning does: pins with another number are not reused. */
-enum layout { LAYOUT_VERSION = 4 };
+enum layout { LAYOUT_VERSION = 5 };
 
 /* What is decided for a connection attempt. */
 enum action {
@@ -70,6 +70,7 @@ enum bound {
 	SOCKETS_PER_LISTENER = 64,
 	MAX_FAILSAFE_PORTS   = 8,
 	MAX_DATAGRAM_PEERS   = 65536, /* of all workers' sockets together */
+	MAX_CLIENTS          = 65536, /* of whom it is kept what became of them; the oldest make room */
 	MAX_CHAIN            = 64, /* rules of the set that may apply to one address before one is certain to decide */
 	MAX_RUNTIME_LENGTHS  = 64, /* different prefix lengths that the runtime layer has of one family */
 	MAX_BAN_LENGTHS      = 4,  /* different prefix lengths that bans of one family have */
@@ -315,6 +316,33 @@ struct rule_hits {
 	__u64 decided;
 	__u64 dry; /* would have decided, were it not a dry run */
 };
+
+/* What became of one source at one listener's port: for `why`, and for what a load would change. */
+struct client_key {
+	struct address source;
+	__u16 port;
+	__u16 pad;
+};
+_Static_assert(sizeof(struct client_key) == 20, "client_key");
+
+struct client {
+	__u64 let_in; /* SYNs; atomic, as is `denied` */
+	__u64 let_in_last;
+	__u64 denied;
+	__u64 denied_last;
+	__u32 rule; /* of the last denial, as are the others */
+	__u8 stage;
+	__u8 action;
+	__u8 hook;
+	__u8 pad;
+};
+_Static_assert(sizeof(struct client) == 40, "client");
+
+/*
+ * How many denials are kept in struct client, for each CPU: in a flood the record is a sample, and what it has left out is
+ * counted. Those who are let in are all kept: to accept them costs a hundred times as much.
+ */
+enum client_rate { DENIALS_PER_SECOND = 2000, DENIAL_BURST = 1000 };
 
 /* A verdict that took effect, for those who watch. */
 struct event {

@@ -20,6 +20,8 @@ __all__ = [
     "BAN_MASK",
     "BUCKET_KEY",
     "CHAIN_ITEM",
+    "CLIENT",
+    "CLIENT_KEY",
     "EVENT",
     "EVENT_METER",
     "FAILSAFE_KEY",
@@ -103,6 +105,10 @@ EVENT: Final = _HEADER.layout(
 )
 EVENT_METER: Final = _HEADER.layout("event_meter", "arrival", "lost")
 LIMIT: Final = _HEADER.layout("limit", "emission", "tolerance")
+CLIENT_KEY: Final = _HEADER.layout("client_key", "source", "port", "pad")
+CLIENT: Final = _HEADER.layout(
+    "client", "let_in", "let_in_last", "denied", "denied_last", "rule", "stage", "action", "hook", "pad"
+)
 RULE_HITS: Final = _HEADER.layout("rule_hits", "decided", "dry")
 PACKET: Final = _HEADER.layout(
     "packet", "source", "target", "port", "ipv4", "syn", "source_port", "network", "transport", "pad"

@@ -133,6 +133,8 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
         "event_rate": MapSpec(MapType.ARRAY, 4, abi.LIMIT.size, 1),
         "event_meter": MapSpec(MapType.PERCPU_ARRAY, 4, abi.EVENT_METER.size, 1),
         "events": MapSpec(MapType.RINGBUF, 0, 0, _EVENT_BYTES),
+        "clients": MapSpec(MapType.LRU_HASH, abi.CLIENT_KEY.size, abi.CLIENT.size, constant["MAX_CLIENTS"]),
+        "client_meter": MapSpec(MapType.PERCPU_ARRAY, 4, abi.EVENT_METER.size, 1),
         "interfaces": MapSpec(MapType.HASH, 4, abi.INTERFACE.size, constant["MAX_INTERFACES"]),
         "reject_meter": MapSpec(MapType.ARRAY, 4, abi.REJECT_METER.size, 1),
         "silent_rejects": MapSpec(MapType.PERCPU_ARRAY, 4, 8, 1),

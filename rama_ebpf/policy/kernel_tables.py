@@ -13,6 +13,7 @@ from ..core.address import IPAddress, mapped
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from ..kernel.gate_state import GateState
+from .clients import KernelClients
 from .compiler import MAPPED
 from .counters import number
 from .kernel_bans import KernelBanTable
@@ -51,6 +52,7 @@ class KernelTables:
         self.bans = KernelBanTable(maps)
         self.failsafe = _Failsafe(maps["failsafe"])
         self.sets = KernelSets(maps)
+        self.clients = KernelClients(maps, self.rules.get)
         self.written: GateState | None = None
         """The record as this process wrote it last."""
 
@@ -62,6 +64,11 @@ class KernelTables:
     def put_gate(self, gate: GateState) -> None:
         bpf.map_update(self.maps["gate"], number(0), gate.pack())
         self.written = gate
+
+    def due(self, bucket: int, source: IPAddress) -> int | None:
+        packed = b"" if bucket == abi.constants()["BUCKET_GLOBAL"] else mapped(source)[8 * (source.version == 4) :][:8]
+        raw = bpf.map_lookup(self.maps["buckets"], abi.BUCKET_KEY.pack(bucket, 0, packed), 8)
+        return None if raw is None else int.from_bytes(raw, sys.byteorder)
 
     def too_many_rules(self, what: str) -> PolicyError:
         size = self.rules.most

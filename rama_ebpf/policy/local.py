@@ -24,8 +24,9 @@ class LocalStore(PolicyStore):
         lock = threading.RLock()
         super().__init__(self.tables, lambda: lock)
 
-    def count(self, verdict: Verdict, source: IPAddress) -> None:
+    def count(self, verdict: Verdict, source: IPAddress, port: int) -> None:
         """Count a verdict that took effect. The kernel counts its own; here the layer that asks has to."""
+        self.tables.clients.note(verdict, unmap(source), port)
         if verdict.rule:
             self.tables.rules.count(verdict.rule, dry=False)
         if verdict.dry_rule:
@@ -45,5 +46,5 @@ class CountedPolicy:
     def verdict(self, source: IPAddress, port: int, /) -> Verdict:
         """Judge and count one connection."""
         verdict = self._store.verdict(source, port)
-        self._store.count(verdict, source)
+        self._store.count(verdict, source, port)
         return verdict

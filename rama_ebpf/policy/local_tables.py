@@ -11,6 +11,7 @@ from ..core.address import IPAddress
 from ..kernel import abi
 from ..kernel.gate_state import GateState, SetHead
 from .ban_table import LocalBanTable
+from .clients import LocalClients
 from .compiler import CompiledSet, compile_rules, read_chain
 from .intervals import find
 from .prefixes import IPNetwork
@@ -40,12 +41,16 @@ class LocalTables:
         self.bans = LocalBanTable(most_bans)
         self.failsafe = _Failsafe()
         self.sets = _Sets()
+        self.clients = LocalClients()
 
     def gate(self) -> GateState:
         return self._gate
 
     def put_gate(self, gate: GateState) -> None:
         self._gate = gate
+
+    def due(self, bucket: int, source: IPAddress) -> int | None:
+        return None  # limits are of the kernel's programs
 
     def too_many_rules(self, what: str) -> PolicyError:
         return PolicyError(f"the policy holds {self._most} rules already: remove some")

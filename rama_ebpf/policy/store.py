@@ -27,6 +27,7 @@ from .ban_log import BanLog
 from .ban_record import BanBlock, canonical
 from .bans import Bans, BanSurvey
 from .changes import Changes
+from .clients import ClientTable
 from .compiler import CompiledSet, compile_rules
 from .derived import DerivedState
 from .failsafe import Failsafe
@@ -37,7 +38,7 @@ from .keeping import Keeping
 from .loaded_set import LoadedSet
 from .prefixes import IPNetwork
 from .repairs import Repairs
-from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, Verdict, boottime_ns, source_text
+from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, SynLimit, Verdict, boottime_ns, source_text
 from .rule_room import RuleRoom
 from .runtime_rules import RuntimeRules
 from .stored import RuleRecord, StaleRevision, StaleSet, StoredRule
@@ -236,6 +237,18 @@ class PolicyStore:
     def failsafe(self) -> list[IPNetwork]:
         """Return the networks that nothing can shut out."""
         return self._failsafe.networks()
+
+    @property
+    def clients(self) -> ClientTable:
+        """Who came, and what became of them."""
+        return self._tables.clients
+
+    def seconds_until_due(self, bucket: int, source: IPAddress, limit: SynLimit) -> float:
+        """Return for how long a limit has no room for another connection of a source; 0 if it has. ``bucket`` is a
+        rule's id, or a constant of ``enum bucket``."""
+        now = boottime_ns()
+        ahead = (self._tables.due(bucket, unmap(source)) or 0) - now - limit.tolerance_ns
+        return ahead / 1e9 if 0 < ahead <= limit.emission_ns else 0.0
 
     def verdict(self, source: IPAddress, port: int, *, now: int | None = None) -> Verdict:
         """Judge a connection attempt as the kernel would; rates are reported as within their limit."""

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 from ..core.address import IPAddress
 from ..kernel.gate_state import GateState, SetHead
 from .ban_table import BanTable, TableFull
+from .clients import ClientTable
 from .compiler import CompiledSet
 from .prefixes import IPNetwork
 from .rule import PolicyError, Rule, RuleSet
@@ -174,6 +175,13 @@ class Tables(Protocol):
 
     @property
     def sets(self) -> SetTable: ...
+
+    @property
+    def clients(self) -> ClientTable: ...
+
+    def due(self, bucket: int, source: IPAddress) -> int | None:
+        """Return when the next connection of a limit is due (CLOCK_BOOTTIME, ns): of a rule's by its id, or one of
+        the constants of ``enum bucket``; None if there was none, or nothing is counted here."""
 
     def gate(self) -> GateState:
         """Return the record."""
