@@ -79,13 +79,15 @@ Enter = Callable[["Visit"], Entered]
 @dataclass(frozen=True, slots=True)
 class AtOnce:
     """How ``service`` serves a connection in callbacks: ``begin`` makes a session of a visit, and may do the first of
-    its work; ``layers`` are those around it and how each is entered, the outermost first.
+    its work; ``layers`` are those around it and how each is entered, the outermost first. ``takes``, if given, says of
+    the bytes that a client begins with whether it is worth a try.
 
     It is of that very service: one that only looks like it, as functools.wraps() makes them, is not passed by.
     """
 
     service: object
     begin: Begin
+    takes: Callable[[bytes], bool] | None = None
     layers: tuple[tuple[object, Enter], ...] = ()
 
     def inside(self, layer: object, composed: object) -> AtOnce | None:
@@ -151,6 +153,11 @@ class Visit:
         self.session: Session | None = None
         self.over = False
         """Whether callbacks have nothing more to do: it has ended, or a task has taken over."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it ends with: that of :meth:`cut`, None in order."""
+        return self._error
 
     def begin(self, way: AtOnce) -> None:
         """Enter the layers, and begin."""

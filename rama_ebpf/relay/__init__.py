@@ -124,7 +124,11 @@ def relays_at_once(extensions: Extensions) -> bool:
 
 
 def begin_relay(
-    client: SocketStream, upstream: SocketStream, ended: Callable[[], None], poller: Poller | None = None
+    client: SocketStream,
+    upstream: SocketStream,
+    ended: Callable[[], None],
+    poller: Poller | None = None,
+    limits: TunnelLimits | None = None,
 ) -> Tunnel:
     """As :func:`relay`, in callbacks (:mod:`rama_ebpf.core.at_once`), where :func:`relays_at_once`: return the tunnel,
     which moves bytes from now on, and call ``ended`` when it has ended, which may be before this returns. ``poller`` is
@@ -143,7 +147,8 @@ def begin_relay(
 
     choice = choose(client, upstream, extensions.get(RelayOptions) or _USUAL_OPTIONS)
     engine = Engine.current(poller)
-    tunnel = engine.open(client, upstream, choice, extensions.get(TunnelLimits) or _USUAL_LIMITS, over)
+    bounds = limits or extensions.get(TunnelLimits) or _USUAL_LIMITS
+    tunnel = engine.open(client, upstream, choice, bounds, over)
     if tunnel.reason is None:
         tunnels.add(tunnel)
     return tunnel

@@ -131,15 +131,27 @@ class Connector:
                 arrivals.close()
 
     async def _connect(self, target: Authority, ips: Sequence[IPAddress], arrivals: _Arrivals | None) -> Stream:
+        addresses = [SocketAddress.zoned(ip, target.port) for ip in ips]
+        if len(addresses) == 1 and (arrivals is None or arrivals.task is None):
+            try:
+                stream = self._begin(addresses[0])
+            except OSError as error:
+                raise self.failure(target, error) from error
+            return await self.finish(target, stream)
         timeout = None
         try:
-            addresses = [SocketAddress.zoned(ip, target.port) for ip in ips]
-            alone = len(addresses) == 1 and (arrivals is None or arrivals.task is None)
-            if alone and (stream := self._begin(addresses[0])).is_connected:
-                return stream
             async with asyncio.timeout(self.timeout) as timeout:
-                if not alone:
-                    return await self._race(addresses, target.port, arrivals)
+                return await self._race(addresses, target.port, arrivals)
+        except OSError as error:  # TimeoutError among them
+            raise self.failure(target, error, late=timeout is not None and timeout.expired()) from error
+
+    async def finish(self, target: Authority, stream: SocketStream) -> SocketStream:
+        """Wait until a stream of :meth:`begin` is connected, and return it. Raises :class:`ConnectError`."""
+        if stream.is_connected:
+            return stream
+        timeout = None
+        try:
+            async with asyncio.timeout(self.timeout) as timeout:
                 await stream.connected()
                 return stream
         except OSError as error:  # TimeoutError among them

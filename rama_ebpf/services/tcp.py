@@ -183,12 +183,18 @@ class TcpServer:
 
     def _begin(self, stream: SocketStream) -> None:
         known = self._introduce(stream)
-        if self._way is None or self._clock is None or stream.peer is None:
+        way = self._way
+        if (
+            way is None
+            or self._clock is None
+            or stream.peer is None
+            or not (way.takes is None or way.takes(stream.buffered))
+        ):
             self._start(stream, known)
             return
         visit = Visit(self, stream)
         self._visits.add(visit)
-        visit.begin(self._way)
+        visit.begin(way)
 
     def _start(self, stream: SocketStream, known: bool) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(stream, known))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from ...core.at_once import AtOnce, Session, Visit
 from ...core.blame import speaks_another_protocol
 from ...core.first_bytes import FirstBytes, Refused
 from ...core.graceful import Drain
 from ...core.service import Service, check_fit, innermost
 from ...core.stream import Stream
 from ..tls.stream import TlsParameters
+from .exchange.quick import dial_of
 from .exchange.served import Served
+from .h1.connect import BegunConnect, begin_connect, begins_connect
 from .h1.server import H1ServerConnection
 from .h2.server import H2_PREFACE, H2ServerConnection
 from .message.errors import AmbiguousMessage, MalformedMessage
@@ -77,6 +80,10 @@ class HttpServer:
         self._live: set[H1ServerConnection | H2ServerConnection] = set()
         self._draining = False
         self.first_bytes = FirstBytes(refuse_what_is_not_http)
+        self._dial = dial_of(service)
+        plain = type(self).__call__ is HttpServer.__call__ and self._dial is not None
+        self.at_once = AtOnce(self, self._begin, begins_connect) if plain else None
+        """CONNECT, if it is what a connection begins with (:mod:`.h1.connect`)."""
 
     async def __call__(self, stream: Stream, /) -> None:
         served = self._served(stream)
@@ -84,7 +91,10 @@ class HttpServer:
         if await self._speaks_h2(stream):
             connection = H2ServerConnection(stream, served, extended_connect=self._extended_connect)
         else:
-            connection = H1ServerConnection(stream, served)
+            begun = stream.extensions.get(BegunConnect)
+            if begun is not None and begun.stream is not stream:
+                begun = None  # that of a tunnel in which this one is
+            connection = H1ServerConnection(stream, served, begun)
         self._live.add(connection)
         drain = stream.extensions.get(Drain)
         unwatch = None if drain is None else drain.watch(connection.drain)
@@ -96,6 +106,12 @@ class HttpServer:
             if unwatch is not None:
                 unwatch()
             self._live.discard(connection)
+
+    def _begin(self, visit: Visit) -> Session | None:
+        if self._draining or self._dial is None:
+            visit.take_over()
+            return None
+        return begin_connect(self._served(visit.stream), self._dial, visit)
 
     async def _speaks_h2(self, stream: Stream) -> bool:
         tls = stream.extensions.get(TlsParameters)

@@ -2,19 +2,32 @@
 
 A service that can decide at once has a method ``quick_exchange(request)``: it returns an :class:`Exchange` over a
 connection that is ready, or None where it cannot, and then nothing has happened. Layers that decide at once have one
-that asks the service inside."""
+that asks the service inside. For CONNECT the same with ``quick_connect(request)`` and :class:`Dial`."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from ....core.address import Authority
 from ....core.shortcut import shortcut_of
 from ....core.stream import Stream
+from ....relay import TunnelLimits
+from ...connect import Connector
 from ..message.errors import HttpError
 from ..message.model import Request, Response
 
-__all__ = ["Exchange", "ReadyConnection", "decide_aside", "decides", "quick_of"]
+__all__ = [
+    "Dial",
+    "Exchange",
+    "ReadyConnection",
+    "decide_aside",
+    "decides",
+    "dial_aside",
+    "dial_of",
+    "dials",
+    "quick_of",
+]
 
 
 class ReadyConnection(Protocol):
@@ -49,6 +62,14 @@ class Exchange(NamedTuple):
     recover: Callable[[Request, HttpError], Awaitable[Response]]
 
 
+class Dial(NamedTuple):
+    """A CONNECT that may be carried out: ``connector`` has ``target`` dialled, and ``limits`` bound the tunnel."""
+
+    connector: Connector
+    target: Authority
+    limits: TunnelLimits | None
+
+
 def decides(service: Callable[..., object], quick: Callable[[Request], Exchange | None]) -> None:
     """Let ``quick`` be the ``quick_exchange`` of a service that is a function, as that of a layer is."""
     service.quick_exchange = quick  # type: ignore[attr-defined]  # functions take attributes
@@ -60,11 +81,25 @@ def quick_of(service: object) -> Callable[[Request], Exchange | None] | None:
 
     What stands around a service must not be passed by: a function that was made to look like it (functools.wraps),
     and what :mod:`rama_ebpf.core.shortcut` says of classes."""
-    found: Callable[[Request], Exchange | None] | None = getattr(service, "quick_exchange", None)
-    if found is None or getattr(found, "decides_for", None) is service:
-        return found
-    own: Callable[[Request], Exchange | None] | None = shortcut_of(service, "quick_exchange")
-    return own
+    found: Callable[[Request], Exchange | None] | None = _own(service, "quick_exchange")
+    return found
+
+
+def dials(service: Callable[..., object], quick: Callable[[Request], Dial | None]) -> None:
+    """As :func:`decides`, for ``quick_connect``."""
+    service.quick_connect = quick  # type: ignore[attr-defined]  # functions take attributes
+    quick.decides_for = service  # type: ignore[attr-defined]
+
+
+def dial_of(service: object) -> Callable[[Request], Dial | None] | None:
+    """As :func:`quick_of`, for ``quick_connect``."""
+    found: Callable[[Request], Dial | None] | None = _own(service, "quick_connect")
+    return found
+
+
+def _own(service: object, name: str) -> Any:
+    found = getattr(service, name, None)
+    return found if found is None or getattr(found, "decides_for", None) is service else shortcut_of(service, name)
 
 
 def decide_aside(decide: Callable[[Request], Exchange | None], request: Request, told: Request) -> Exchange | None:
@@ -75,3 +110,11 @@ def decide_aside(decide: Callable[[Request], Exchange | None], request: Request,
         return None
     request.extensions.adopt(told.extensions)
     return exchange._replace(recover=lambda _request, error: exchange.recover(told, error))
+
+
+def dial_aside(decide: Callable[[Request], Dial | None], request: Request, told: Request) -> Dial | None:
+    """As :func:`decide_aside`, for ``quick_connect``."""
+    dial = decide(told)
+    if dial is not None:
+        request.extensions.adopt(told.extensions)
+    return dial

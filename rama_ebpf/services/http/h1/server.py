@@ -25,6 +25,7 @@ from ..message.errors import HttpError, MalformedMessage, unanswered
 from ..message.headers import Headers
 from ..message.model import Body, Request, Response
 from .body import RequestBody
+from .connect import BegunConnect
 from .heads import RequestHead
 from .lane import Handover, QuickPath
 from .reader import NEED_DATA, Closed, Content, End, Role, reader
@@ -40,12 +41,14 @@ _DROPPED: Final = 4096
 
 
 class H1ServerConnection:
-    """Serves the requests of one connection as ``served`` says. ``date`` returns the Date field."""
+    """Serves the requests of one connection as ``served`` says, from where callbacks have ``begun``. ``date`` returns
+    the Date field."""
 
     def __init__(
         self,
         stream: Stream,
         served: Served,
+        begun: BegunConnect | None = None,
         *,
         date: Callable[[], str] = http_date,
     ) -> None:
@@ -56,7 +59,8 @@ class H1ServerConnection:
         self._log = stream.extensions.get(RequestLog)
         self._meter = stream.extensions.get(RequestMeter)
         timeouts = self._timeouts = served.timeouts
-        self.strict = reader(Role.SERVER, served.limits)
+        self._begun = begun
+        self.strict = reader(Role.SERVER, served.limits) if begun is None else begun.strict
         self.responses = ResponseSender(stream, self.strict, timeouts, date)
         quick = quick_of(served.service) if isinstance(stream, SocketStream) else None
         self._path = QuickPath(self, stream, quick) if quick is not None and isinstance(stream, SocketStream) else None
@@ -66,7 +70,7 @@ class H1ServerConnection:
         self._idle = False
         self.draining = False
         """Whether no other request is to be taken."""
-        self._established = False
+        self._established = begun is not None
         self._lifecycle = Lifecycle.of(stream.extensions)
         self.no_body = RequestBody(self, None, timeouts)
         self.continued = False
@@ -81,8 +85,10 @@ class H1ServerConnection:
     async def serve(self) -> None:
         """Serve until either side closes. Raises :class:`MalformedMessage` after it has been answered and the stream
         closed, and OSError or what a service raised too late for a response; the caller then aborts the stream."""
-        strict = self.strict
+        strict, begun = self.strict, self._begun
         try:
+            if begun is not None and not await self._serve_head(begun.head, begun.request, begun.running, begun.answer):
+                return
             while await (self._serve_one() if self._path is None else self._serve_quickly(self._path)):
                 if not strict.quiet:
                     # A client whose next request is always there must not keep the others waiting.

@@ -14,7 +14,7 @@ from ....core.errors import AuthFailed
 from ....core.offender import strike
 from ....core.request_log import Refusal
 from ....core.service import Service, check_fit
-from ..exchange.quick import Exchange, decide_aside, decides, quick_of
+from ..exchange.quick import Dial, Exchange, decide_aside, decides, dial_aside, dial_of, dials, quick_of
 from ..message.headers import Headers
 from ..message.model import Body, Request, Response
 
@@ -61,11 +61,12 @@ class _Basic:
     ) -> None:
         """Let ``serve`` decide at once where ``inner`` does, for users who are known without waiting; ``passed_on`` is
         called with the request that goes on."""
-        decide, known = quick_of(inner), self._known
-        if decide is None or known is None:
+        decide, dial, known = quick_of(inner), dial_of(inner), self._known
+        if known is None:
             return
 
-        def quick_exchange(request: Request) -> Exchange | None:
+        def let_through(request: Request) -> Request | None:
+            """Return the request that goes on, None if the coroutine is to decide."""
             fields = request.headers.get_all(self._field)
             try:
                 user = known(_credentials(request, fields)) if fields else None
@@ -76,9 +77,22 @@ class _Basic:
             told = replace(request, extensions=request.extensions.fork())  # for nothing may have happened
             told.extensions.add(user)
             passed_on(told)
-            return decide_aside(decide, request, told)
+            return told
 
-        decides(serve, quick_exchange)
+        if decide is not None:
+
+            def quick_exchange(request: Request) -> Exchange | None:
+                told = let_through(request)
+                return None if told is None else decide_aside(decide, request, told)
+
+            decides(serve, quick_exchange)
+        if dial is not None:
+
+            def quick_connect(request: Request) -> Dial | None:
+                told = let_through(request)
+                return None if told is None else dial_aside(dial, request, told)
+
+            dials(serve, quick_connect)
 
 
 class ProxyAuthLayer:

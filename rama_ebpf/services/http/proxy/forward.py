@@ -6,14 +6,15 @@ from collections.abc import Collection, Hashable
 from typing import Final
 
 from ....core.address import Authority
+from ....core.at_once import AtOnce
 from ....core.lifecycle import Lifecycle
 from ....core.request_log import RouteName, Upstream
 from ....core.service import Layer, Service, check_fit, stack
 from ....core.stream import Stream
 from ....core.target import Target
 from ....relay import TunnelLimits
-from ...connect import Connector
-from ..exchange.quick import Exchange
+from ...connect import Connector, connects_at_once
+from ..exchange.quick import Dial, Exchange
 from ..exchange.tunnel import Tunnel
 from ..message.errors import HttpError, NoResponse
 from ..message.limits import HttpLimits, HttpTimeouts, OriginOptions
@@ -100,6 +101,18 @@ class ForwardProxy:
         request.extensions.add(_FORWARD)
         return Exchange(connection, onward, self._returned, self._recover)
 
+    def quick_connect(self, request: Request, /) -> Dial | None:
+        """See :mod:`..exchange.quick`."""
+        connector = connects_at_once(self._connector)
+        if connector is None:
+            return None
+        target = request.target
+        if self._connect_ports is not None and target.port not in self._connect_ports:
+            return None
+        request.extensions.add(_CONNECT)
+        request.extensions.add(target)
+        return Dial(connector, target, self._tunnel_limits)
+
     def _returned(self, response: Response) -> Response:
         return returned(response, self._via)
 
@@ -160,6 +173,9 @@ class HttpProxy:
         )
         self.server = HttpServer(stack(*layers, self.proxy), forward=True, name=via, limits=limits, timeouts=timeouts)
         self.first_bytes = self.server.first_bytes
+        inside = self.server.at_once
+        plain = type(self).__call__ is HttpProxy.__call__
+        self.at_once = AtOnce(self, inside.begin, inside.takes) if plain and inside is not None else None
 
     async def __call__(self, stream: Stream, /) -> None:
         await self.server(stream)
