@@ -9,6 +9,7 @@ Reference: ``include/uapi/linux/bpf.h``, ``union bpf_attr``.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import errno
@@ -41,6 +42,7 @@ __all__ = [
     "map_by_id",
     "map_create",
     "map_delete",
+    "map_delete_batch",
     "map_info",
     "map_lookup",
     "map_lookup_batch",
@@ -119,7 +121,7 @@ _PROG_QUERY = 16
 _QUERY_EFFECTIVE = 1
 _MOST_PROGRAMS: Final = 256  # the kernel's own bound is 64 a cgroup (BPF_CGROUP_MAX_PROGS), with those above it more
 _LINK_GET_FD_BY_ID = 30
-_LOOKUP_BATCH, _UPDATE_BATCH = 24, 26
+_LOOKUP_BATCH, _UPDATE_BATCH, _DELETE_BATCH = 24, 26, 27
 _LINK_CREATE, _LINK_UPDATE = 28, 29
 _LINK_DETACH = 34
 
@@ -301,6 +303,15 @@ def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> int:
     except OSError as error:
         if error.errno not in (errno.E2BIG, errno.ENOSPC):
             raise
+    return _batch_count(attr)
+
+
+def map_delete_batch(fd: int, keys: bytes, count: int) -> int:
+    """Delete ``count`` keys, given one after the other; return how many were there, up to the first that was not."""
+    key_buffer = _buffer(keys)
+    attr = _batch(0, 0, _address(key_buffer), 0, count, fd)
+    with contextlib.suppress(FileNotFoundError):
+        _bpf_inout(_DELETE_BATCH, attr)
     return _batch_count(attr)
 
 

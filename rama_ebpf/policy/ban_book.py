@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from ipaddress import ip_network
 from typing import Final
 
 from ..kernel.clock import is_synchronized
@@ -13,8 +14,8 @@ from .ban_log import BanLog, KeptBans
 from .ban_record import BanBlock, ban_key, ban_network, is_automatic, read_ban, value_expires
 from .ban_walk import BanRound, BanWalk
 from .bans import Bans
-from .prefixes import IPNetwork
-from .rule import Ban, PolicyError, boottime_ns
+from .prefixes import IPNetwork, Prefixes
+from .rule import Action, Ban, PolicyError, boottime_ns
 from .tables import Exclusive
 
 __all__ = ["BanBook"]
@@ -27,6 +28,7 @@ _SAME_END: Final = 1_000_000_000
 """Ends that differ by less, in nanoseconds, are one: the clocks are not read at the same time."""
 _SAID_EVERY: Final = 600.0
 _BLOCK: Final = 4096
+_ANY: Final = Ban(ip_network("0.0.0.0/32"), Action.DROP, None, 0, 0, "")
 
 
 class BanBook:
@@ -95,6 +97,32 @@ class BanBook:
         self._unwritten.pop(network, None)
         self._bans.drop(network)
         return True
+
+    def ban_all(self, sources: Prefixes, model: Ban) -> None:
+        """Put an operator's bans into force that differ from ``model`` by their source alone, and on disk: all or none.
+        Raises OSError, or :class:`.rule.PolicyError` where there is no room."""
+        block = BanBlock.alike(sources, model)
+        former = self._bans.replace_all(block)
+        try:
+            if self._log is not None:
+                self._log.banned_alike(sources, model)
+        except OSError:
+            self._bans.put_back_all(block, former)
+            raise
+        self._forget_unwritten(sources)
+
+    def lift_all(self, sources: Prefixes) -> int:
+        """Lift many, on disk first; return how many there were. Raises OSError; nothing is changed then."""
+        keys = BanBlock.alike(sources, _ANY).each_key()
+        present = [(key, text) for key, text in zip(keys, sources.texts(), strict=True) if self._bans.has(key)]
+        if present and self._log is not None:
+            self._log.lifted_all([text for _, text in present])
+        self._forget_unwritten(sources)
+        return self._bans.drop_all([key for key, _ in present])
+
+    def _forget_unwritten(self, sources: Prefixes) -> None:
+        for network in [network for network in self._unwritten if network in sources]:
+            del self._unwritten[network]
 
     @property
     def is_behind(self) -> bool:

@@ -9,6 +9,7 @@ already do no harm: whenever a writer is killed, nothing is lost.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ from .ban_record import BanBlock
 from .ban_rows import RowReader, lift_row, row_of
 from .ban_snapshot import BanSnapshot, SnapshotDamaged, write_snapshot
 from .ban_walk import BanWalk
-from .prefixes import IPNetwork
+from .prefixes import IPNetwork, Prefixes
 from .row_log import RowLog
 from .rule import Ban, boottime_ns
 from .whole_lines import WholeLines
@@ -91,6 +92,15 @@ class BanLog:
         for network in networks:
             self._log.append(lift_row(network))
 
+    def banned_alike(self, sources: Prefixes, model: Ban) -> None:
+        """:meth:`banned` for many that differ from ``model`` by their source alone, all or none."""
+        rest = json.dumps({name: value for name, value in row_of(model).items() if name != "address"})[1:]
+        self._log.extend_lines("".join([f'{{"address": "{text}", {rest}\n' for text in _addresses(sources)]).encode())
+
+    def lifted_all(self, texts: Iterable[str]) -> None:
+        """:meth:`lifted` for many, all or none."""
+        self._log.extend_lines("".join([f'{{"address": "{text}", "lifted": true}}\n' for text in texts]).encode())
+
     def sync(self) -> None:
         """Have what was noted outlive a power failure, too. A disk that refuses is logged as an error."""
         try:
@@ -153,6 +163,12 @@ class BanLog:
         write_snapshot(self._snapshot, blocks())
         bring_to_disk(self._snapshot)  # its name, before what it replaces goes
         self._aside.unlink(missing_ok=True)
+
+
+def _addresses(sources: Prefixes) -> list[str]:
+    """Sources as text, addresses without their length."""
+    ends = (len("/32"), "/32"), (len("/128"), "/128")
+    return [text[: -ends[":" in text][0]] if text.endswith(ends[":" in text][1]) else text for text in sources.texts()]
 
 
 def _size(path: Path) -> int:

@@ -15,7 +15,7 @@ from typing import Final
 
 from ..core.address import IPAddress, mapped
 from ..kernel import abi
-from .prefixes import IPNetwork, unmap_network
+from .prefixes import IPNetwork, Prefixes, unmap_network
 from .rule import Action, Ban
 
 __all__ = [
@@ -102,6 +102,16 @@ class BanBlock:
         """From (key, value) pairs."""
         pairs = list(rows)
         return cls(b"".join(key for key, _ in pairs), b"".join(value for _, value in pairs))
+
+    @classmethod
+    def alike(cls, sources: Prefixes, model: Ban) -> BanBlock:
+        """Bans that differ from ``model`` by their source alone."""
+        lengths = [length.to_bytes(4, sys.byteorder) for length in range(129)]
+        keys = [
+            _MAPPED + raw + lengths[length + 96] if version == 4 else raw + lengths[length]
+            for version, raw, length in sources.addresses()
+        ]
+        return cls(b"".join(keys), ban_value(model) * len(keys))
 
     def __len__(self) -> int:
         return len(self.keys) // KEY_SIZE

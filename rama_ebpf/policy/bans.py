@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from typing import Final
@@ -203,6 +203,52 @@ class Bans:
         if done < len(block):
             self._count(block.cut(0, done).automatic() - automatic, changes=0)
         return done
+
+    def replace_all(self, block: BanBlock) -> list[bytes | None]:
+        """Put an operator's many into force, in place of those that are there; return these, None where there is none.
+        Raises :class:`.rule.PolicyError` where there is no room; nothing is changed then."""
+        former = self._values(block.each_key())
+        self._expect_all(block)
+        # Before they are in force, as :meth:`put` counts one.
+        self._count(-sum(value is not None and is_automatic(value) for value in former))
+        done = self._table.put_all(block)
+        self._next.forget()
+        if done < len(block) and self._forget_ended():
+            done += self._table.put_all(block.cut(done, len(block)))
+        if done < len(block):
+            self.put_back_all(block, former)
+            raise self._tables.too_many_bans(block.network(done))
+        return former
+
+    def put_back_all(self, block: BanBlock, former: Sequence[bytes | None]) -> None:
+        """Have in force again what was so before :meth:`replace_all`."""
+        self._count(sum(value is not None and is_automatic(value) for value in former))
+        for key, value in zip(block.each_key(), former, strict=True):
+            if value is None:
+                self._table.drop(key)
+            else:
+                self._table.put(key, value)
+
+    def drop_all(self, keys: Sequence[bytes]) -> int:
+        """Lift the bans of these keys; return how many."""
+        if not keys:
+            return 0
+        self._count(-sum(value is not None and is_automatic(value) for value in self._values(keys)))
+        return sum(self._table.drop(key) for key in keys)
+
+    def _values(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        if not self.has_any:
+            return [None] * len(keys)
+        return [self._table.get(key) for key in keys]
+
+    def _expect_all(self, block: BanBlock) -> None:
+        try:
+            self._derived.expect_ban_lengths(block.lengths())
+        except PolicyError:
+            if not self._forget_ended():
+                raise
+            self._derived.rebuild(self.survey(boottime_ns(), self.revision).lengths)
+            self._derived.expect_ban_lengths(block.lengths())
 
     def keys(self) -> set[bytes]:
         """Return the keys of all bans."""

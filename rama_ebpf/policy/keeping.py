@@ -14,7 +14,7 @@ from .image import PolicyImage, RuntimeRule
 from .kept import KeptPolicy
 from .loaded_set import LoadedSet
 from .prefixes import IPNetwork
-from .rule import PolicyError, RuleSet, boottime_ns
+from .rule import PolicyError, Rule, RuleSet, boottime_ns
 from .runtime_rules import RuntimeRules
 from .tables import Exclusive, Place, Tables
 
@@ -76,6 +76,14 @@ class Keeping:
     def removed(self, network: IPNetwork, port: int, revision: int) -> int | None:
         """Write down that a rule was taken back; return what :meth:`take_back` needs. Raises OSError."""
         return None if self._kept is None else self._kept.removed(network, port, revision)
+
+    def added_alike(self, texts: Sequence[str], model: Rule, created: int, revision: int) -> int | None:
+        """:meth:`added` for rules that differ by their source, as text, alone."""
+        return None if self._kept is None else self._kept.added_alike(texts, model, created, revision)
+
+    def removed_all(self, texts: Sequence[str], port: int, revision: int) -> int | None:
+        """:meth:`removed` for many."""
+        return None if self._kept is None else self._kept.removed_all(texts, port, revision)
 
     def take_back(self, mark: int | None) -> None:
         """Forget what was written about a rule since."""

@@ -152,6 +152,18 @@ class KeptPolicy:
         """Note that the rule of a prefix and port (0: any) was taken back; return what :meth:`take_back` needs."""
         return self._append([{"revision": revision, "source": str(network), "port": port, "removed": True}])
 
+    def added_alike(self, texts: Sequence[str], model: Rule, created: int, revision: int) -> int:
+        """Note rules that differ from ``model`` by their source, as text, and the name that follows from it."""
+        row = _row(RuntimeRule(model, created), revision)
+        named = f'", "name": "{model.action.name.lower()}:'
+        rest = json.dumps({name: value for name, value in row.items() if name not in ("source", "name")})[1:]
+        return self._append_lines("".join([f'{{"source": "{text}{named}{text}", {rest}\n' for text in texts]).encode())
+
+    def removed_all(self, texts: Sequence[str], port: int, revision: int) -> int:
+        """Note that many rules of one port (0: any) were taken back."""
+        rest = json.dumps({"revision": revision, "port": port, "removed": True})[1:]
+        return self._append_lines("".join([f'{{"source": "{text}", {rest}\n' for text in texts]).encode())
+
     def take_back(self, mark: int) -> None:
         """Forget what was noted since."""
         self._rules.cut(mark)
@@ -167,7 +179,10 @@ class KeptPolicy:
         return self._rules.overgrown()
 
     def _append(self, rows: Sequence[Mapping[str, object]]) -> int:
-        mark = self._rules.extend(rows)
+        return self._append_lines(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+    def _append_lines(self, lines: bytes) -> int:
+        mark = self._rules.extend_lines(lines)
         try:
             self._rules.sync()
         except OSError as error:

@@ -19,7 +19,7 @@ from .counters import number
 from .kernel_bans import KernelBanTable
 from .kernel_sets import KernelSets
 from .loaded_set import packed_limit, unpacked_limit
-from .prefixes import IPNetwork, unmap_network
+from .prefixes import IPNetwork, Prefixes, unmap_network
 from .rule import Action, PolicyError, Rule, source_text
 from .stored import StoredRule
 from .tables import Place, TableFull
@@ -31,6 +31,7 @@ _CROWDED: Final = 64
 """Where so many ids in a row are taken, or there are few, the rules are counted; else there is room."""
 _FEW: Final = 4096
 _ROWS: Final = 16_384
+_MAPPED: Final = bytes(10) + b"\xff\xff"
 _EXPIRES: Final = struct.Struct(f"=8xQ{abi.RULE.size - 16}x")  # of struct rule
 
 
@@ -102,6 +103,12 @@ def _put(fd: int, key: bytes, value: bytes) -> None:
         raise TableFull from error
 
 
+def _delete_all(fd: int, keys: list[bytes]) -> None:
+    while keys:
+        done = bpf.map_delete_batch(fd, b"".join(keys), len(keys))
+        keys = keys[done + 1 :]  # that one is not there
+
+
 def packed_rule(rule: Rule) -> bytes:
     """Return a rule as the programs read it, ``struct rule``."""
     constant = abi.constants()
@@ -135,6 +142,17 @@ class _Rules:
         bpf.map_update(self._rules, number(rule_id), packed_rule(rule))
         return True
 
+    def add_alike(self, ids: Sequence[int], names: Sequence[str], model: Rule, created: int) -> None:
+        rest, pack = (model.origin.encode(), model.reason.encode()), abi.RULE_INFO.pack
+        hits, rule = bytes(abi.RULE_HITS.size * abi.possible_cpus()), packed_rule(model)
+        for at in range(0, len(ids), _ROWS):
+            part = ids[at : at + _ROWS]
+            keys = b"".join(map(number, part))
+            infos = b"".join([pack(created, name.encode(), *rest) for name in names[at : at + _ROWS]])
+            for fd, values in ((self._info, infos), (self._hits, hits * len(part)), (self._rules, rule * len(part))):
+                if bpf.map_update_batch(fd, keys, values, len(part)) < len(part):
+                    raise TableFull
+
     def get(self, rule_id: int) -> StoredRule | None:
         info = bpf.map_lookup(self._info, number(rule_id), abi.RULE_INFO.size)
         raw = bpf.map_lookup(self._rules, number(rule_id), abi.RULE.size)
@@ -162,9 +180,19 @@ class _Rules:
         bpf.map_update(self._rules, number(rule_id), bytes(abi.RULE.size))
         bpf.map_delete(self._info, number(rule_id))
 
+    def drop_all(self, ids: Sequence[int]) -> None:
+        for at in range(0, len(ids), _ROWS):
+            part = ids[at : at + _ROWS]
+            keys = b"".join(map(number, part))
+            bpf.map_update_batch(self._rules, keys, bytes(abi.RULE.size * len(part)), len(part))
+            _delete_all(self._info, [number(rule_id) for rule_id in part])
+
     def known(self) -> set[int]:
         rows = bpf.map_lookup_batch(self._info, 4, abi.RULE_INFO.size)
         return {int.from_bytes(key, sys.byteorder) for key, _ in rows}
+
+    def have_room(self, count: int) -> bool:
+        return count < self.most
 
     def is_overfull(self, tries: int) -> bool:
         return (tries >= _CROWDED or self.ids <= _FEW) and len(self.known()) >= self.most
@@ -211,6 +239,38 @@ class _Runtime:
             length, port, packed = abi.RUNTIME_KEY.unpack(key)
             rows.append(((_network(packed, length), port), int.from_bytes(value, sys.byteorder)))
         return rows
+
+    def exchange(self, prefixes: Prefixes, port: int, ids: Sequence[int | None]) -> list[int | None]:
+        keys = runtime_keys(prefixes, port)
+        found = self._values(keys)
+        wanted = [None if one is None else number(one) for one in ids]
+        try:
+            self._put_all(keys, wanted, found)
+        except (TableFull, OSError):
+            self._put_all(keys, found, [wanted[at] or value for at, value in enumerate(found)])
+            raise
+        return [None if value is None else int.from_bytes(value, sys.byteorder) for value in found]
+
+    def get_all(self, prefixes: Prefixes, port: int) -> list[int | None]:
+        found = self._values(runtime_keys(prefixes, port))
+        return [None if value is None else int.from_bytes(value, sys.byteorder) for value in found]
+
+    def _values(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        if self.is_empty():
+            return [None] * len(keys)
+        if len(keys) <= _FEW:
+            return [bpf.map_lookup(self._fd, key, 4) for key in keys]
+        present = dict(bpf.map_lookup_batch(self._fd, abi.RUNTIME_KEY.size, 4))
+        return [present.get(key) for key in keys]
+
+    def _put_all(self, keys: Sequence[bytes], wanted: Sequence[bytes | None], present: Sequence[bytes | None]) -> None:
+        """Have what is wanted; ``present`` says where there may be something."""
+        rows = [(key, value) for key, value in zip(keys, wanted, strict=True) if value is not None]
+        values = b"".join([value for _, value in rows])
+        if bpf.map_update_batch(self._fd, b"".join([key for key, _ in rows]), values, len(rows)) < len(rows):
+            raise TableFull
+        going = [key for key, new, old in zip(keys, wanted, present, strict=True) if new is None and old is not None]
+        _delete_all(self._fd, going)
 
 
 class _Failsafe:
@@ -280,6 +340,15 @@ def runtime_key(place: Place) -> bytes:
     """Return where a rule of the runtime layer stands, ``struct runtime_key``."""
     network, port = place
     return abi.RUNTIME_KEY.pack(_mapped_length(network), port, mapped(network.network_address))
+
+
+def runtime_keys(prefixes: Prefixes, port: int) -> list[bytes]:
+    """:func:`runtime_key` of many, of one port."""
+    heads = [struct.pack("=HH", length, port) for length in range(129)]
+    return [
+        heads[length + 96] + _MAPPED + raw if version == 4 else heads[length] + raw
+        for version, raw, length in prefixes.addresses()
+    ]
 
 
 def _failsafe_key(network: IPNetwork) -> bytes:

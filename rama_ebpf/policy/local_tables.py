@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from ..core.address import IPAddress
@@ -14,7 +15,7 @@ from .ban_table import LocalBanTable
 from .clients import LocalClients
 from .compiler import CompiledSet, compile_rules, read_chain
 from .intervals import find
-from .prefixes import IPNetwork
+from .prefixes import IPNetwork, Prefixes
 from .rule import PolicyError, Rule, RuleSet
 from .stored import StoredRule
 from .tables import Place
@@ -81,6 +82,12 @@ class LocalRules:
         self._counters.pop(rule.name, None)
         return True
 
+    def add_alike(self, ids: Sequence[int], names: Sequence[str], model: Rule, created: int) -> None:
+        for rule_id, name in zip(ids, names, strict=True):
+            self._stored[rule_id] = StoredRule.of(rule_id, replace(model, name=name), created)
+            self._named[name] = rule_id
+            self._counters.pop(name, None)
+
     def get(self, rule_id: int) -> StoredRule | None:
         return self._stored.get(rule_id)
 
@@ -90,8 +97,15 @@ class LocalRules:
             del self._named[rule.name]
             self._counters.pop(rule.name, None)
 
+    def drop_all(self, ids: Sequence[int]) -> None:
+        for rule_id in ids:
+            self.drop(rule_id)
+
     def known(self) -> set[int]:
         return set(self._stored)
+
+    def have_room(self, count: int) -> bool:
+        return count <= self._most
 
     def is_overfull(self, tries: int) -> bool:
         return len(self._stored) > self._most
@@ -128,6 +142,18 @@ class _Runtime:
 
     def items(self) -> list[tuple[Place, int]]:
         return list(self._rows.items())
+
+    def get_all(self, prefixes: Prefixes, port: int) -> list[int | None]:
+        return [self._rows.get((network, port)) for network in prefixes]
+
+    def exchange(self, prefixes: Prefixes, port: int, ids: Sequence[int | None]) -> list[int | None]:
+        former = self.get_all(prefixes, port)
+        for network, wanted in zip(prefixes, ids, strict=True):
+            if wanted is None:
+                self._rows.pop((network, port), None)
+            else:
+                self._rows[network, port] = wanted
+        return former
 
 
 class _Failsafe:

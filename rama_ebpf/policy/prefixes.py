@@ -6,6 +6,8 @@ prefix length``, whose order is that of the networks, the wider before the narro
 
 from __future__ import annotations
 
+import socket
+import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,6 +69,33 @@ class Prefixes(Sequence[IPNetwork]):
     def packed(self, version: int) -> Sequence[int]:
         """The packed networks of one IP version, in order."""
         return self.v4 if version == 4 else self.v6
+
+    def chosen(self, which: Sequence[bool], most: int) -> Iterator[Prefixes]:
+        """Yield those that are marked, in their order, up to ``most`` at a time."""
+        marked = [at for at, wanted in enumerate(which) if wanted]
+        for first in range(0, len(marked), max(1, most)):
+            part, split = marked[first : first + most], len(self.v4)
+            v4 = array("Q", [self.v4[at] for at in part if at < split])
+            yield Prefixes.from_sorted(v4, [self.v6[at - split] for at in part if at >= split])
+
+    def widths(self) -> list[IPNetwork]:
+        """Return one network of each version and prefix length that there is."""
+        found = {(4, packed & 0xFF): packed for packed in self.v4} | {(6, packed & 0xFF): packed for packed in self.v6}
+        return [unpack_network(version, packed) for (version, _), packed in found.items()]
+
+    def addresses(self) -> list[tuple[int, bytes, int]]:
+        """Return (IP version, packed address, prefix length) of each, in order, quickly."""
+        words = array("I", [packed >> 8 for packed in self.v4])
+        if sys.byteorder == "little":
+            words.byteswap()
+        raw = words.tobytes()
+        found = [(4, raw[4 * at : 4 * at + 4], packed & 0xFF) for at, packed in enumerate(self.v4)]
+        return found + [(6, (packed >> 8).to_bytes(16, "big"), packed & 0xFF) for packed in self.v6]
+
+    def texts(self) -> list[str]:
+        """Return each as text, in order, quickly."""
+        ntop, v4, v6 = socket.inet_ntop, socket.AF_INET, socket.AF_INET6
+        return [f"{ntop(v4 if version == 4 else v6, raw)}/{length}" for version, raw, length in self.addresses()]
 
     def __len__(self) -> int:
         return len(self.v4) + len(self.v6)

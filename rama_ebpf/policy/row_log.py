@@ -36,6 +36,10 @@ class RowLog:
 
     def extend(self, rows: Iterable[Mapping[str, object]]) -> int:
         """Add rows, all or none, as :meth:`append` does one."""
+        return self.extend_lines(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+    def extend_lines(self, added: bytes) -> int:
+        """Add whole lines of JSON, all or none, as :meth:`append` adds one."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             fd = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -43,8 +47,7 @@ class RowLog:
                 size = os.fstat(fd).st_size
                 self._is_new |= not size
                 torn = size and os.pread(fd, 1, size - 1) != b"\n"
-                lines = b"\n" if torn else b""
-                lines += b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+                lines = b"\n" + added if torn else added
                 try:
                     if os.write(fd, lines) != len(lines):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from .rule import Rule
 from .tables import TableFull, Tables
@@ -37,12 +37,33 @@ class RuleIds:
             return rule_id
         raise TableFull
 
+    def claim_alike(
+        self, names: Sequence[str], model: Rule, created: int, *, replaced: int, free: Sequence[int] = ()
+    ) -> list[int]:
+        """:meth:`claim` for many rules that differ from ``model`` by their names alone, of which so many go for others;
+        all or none. ``free`` are ids that are known to be."""
+        rules, ids = self._tables.rules, list(free[: len(names)])
+        if len(ids) < len(names) or replaced < len(names):
+            known = rules.known()
+            ids = list(itertools.islice((one for one in range(1, rules.ids) if one not in known), len(names)))
+            if len(ids) < len(names) or not rules.have_room(len(known) - replaced + len(names)):
+                raise TableFull
+        try:
+            rules.add_alike(ids, names, model, created)
+        except (TableFull, OSError):
+            rules.drop_all(ids)
+            raise
+        return ids
+
     def free(self, used: Collection[int]) -> int:
         """Forget the rules that nothing refers to, all but ``used``; return how many."""
         unused = self._tables.rules.known() - set(used)
+        self.forget(unused)
+        return len(unused)
+
+    def forget(self, unused: Collection[int]) -> None:
+        """Forget rules that nothing refers to any more."""
         if unused:
             self._tables.sets.wait_for_readers()  # one may have found a rule's id just before it was taken away
-            for rule_id in unused:
-                self._tables.rules.drop(rule_id)
+            self._tables.rules.drop_all(list(unused))
             self._hint = min(self._hint, *unused)
-        return len(unused)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from typing import Final, TypeVar
 
 from .loaded_set import LoadedSet
+from .prefixes import Prefixes
 from .rule import Rule, RuleSet, boottime_ns
 from .rule_ids import RuleIds
 from .runtime_rules import RuntimeRules
@@ -16,6 +18,8 @@ from .tables import TableFull, Tables
 __all__ = ["RuleRoom"]
 
 T = TypeVar("T")
+
+_PORTION: Final = 4096
 
 
 class RuleRoom:
@@ -40,6 +44,27 @@ class RuleRoom:
         rule_id = self._claim(rule, created, replaces=self._runtime.get(network, port) is not None)
         self._with_room(lambda: self._runtime.put(network, port, rule_id), str(network), (rule_id,))
         return rule_id
+
+    def portions(self, prefixes: Prefixes, port: int) -> Iterator[Prefixes]:
+        """Yield those where no rule stands, then the others, a few thousand at a time."""
+        former = self._runtime.ids_at(prefixes, port)
+        yield from prefixes.chosen([was is None for was in former], len(former))
+        yield from prefixes.chosen([was is not None for was in former], _PORTION)
+
+    def forget(self, ids: Sequence[int]) -> None:
+        """Forget rules that nothing refers to any more."""
+        self._ids.forget(ids)
+
+    def place_alike(
+        self, prefixes: Prefixes, names: Sequence[str], model: Rule, created: int, free: Sequence[int] = ()
+    ) -> list[int | None]:
+        """Put many rules into force that differ from ``model`` by their source and name alone, all or none; return the
+        ids that stood there. ``free`` are ids that are known to be."""
+        port, what = model.port or 0, "a rule" if len(names) == 1 else f"{len(names)} rules"
+        replaced = sum(was is not None for was in self._runtime.ids_at(prefixes, port))
+        claim = partial(self._ids.claim_alike, names, model, created, replaced=replaced, free=free)
+        ids = self._with_room(claim, what, ())
+        return self._with_room(lambda: self._runtime.put_all(prefixes, port, ids), what, ids)
 
     def ids_for(self, ruleset: RuleSet) -> list[int]:
         """Return an id for each rule of a set that is to be put into force: the present one where it is unchanged."""

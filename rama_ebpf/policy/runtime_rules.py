@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network
 
 from ..core.address import IPAddress
 from .derived import DerivedState
-from .prefixes import IPNetwork
+from .prefixes import IPNetwork, Prefixes
 from .rule import PolicyError, boottime_ns
 from .tables import Place, Tables
 
@@ -35,6 +35,25 @@ class RuntimeRules:
                 raise
             self._derived.expect_rule(network, port)
         self._tables.runtime.put((network, port), rule_id)
+
+    def ids_at(self, prefixes: Prefixes, port: int) -> list[int | None]:
+        """Return the ids of the rules at many prefixes."""
+        return self._tables.runtime.get_all(prefixes, port)
+
+    def put_all(self, prefixes: Prefixes, port: int, ids: Sequence[int]) -> list[int | None]:
+        """:meth:`put` many, all or none; return the ids that stood there."""
+        for network in prefixes.widths():
+            try:
+                self._derived.expect_rule(network, port)
+            except PolicyError:
+                if not self.drop_ended(boottime_ns()):
+                    raise
+                self._derived.expect_rule(network, port)
+        return self._tables.runtime.exchange(prefixes, port, ids)
+
+    def exchange(self, prefixes: Prefixes, port: int, ids: Sequence[int | None]) -> list[int | None]:
+        """Take many out of force, where there is no id, or put back what stood there; return what did."""
+        return self._tables.runtime.exchange(prefixes, port, ids)
 
     def drop(self, network: IPNetwork, port: int) -> None:
         """Take it out of force. That its length may be gone is found out by the next rebuild of what is derived: until

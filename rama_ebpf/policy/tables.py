@@ -17,7 +17,7 @@ from ..kernel.gate_state import GateState, SetHead
 from .ban_table import BanTable, TableFull
 from .clients import ClientTable
 from .compiler import CompiledSet
-from .prefixes import IPNetwork
+from .prefixes import IPNetwork, Prefixes
 from .rule import PolicyError, Rule, RuleSet
 from .stored import StoredRule
 
@@ -64,6 +64,13 @@ class RuntimeTable(Table[Place, int], Protocol):
     def items(self) -> list[tuple[Place, int]]:
         """Return all entries."""
 
+    def get_all(self, prefixes: Prefixes, port: int) -> list[int | None]:
+        """Return the ids at many prefixes, in their order."""
+
+    def exchange(self, prefixes: Prefixes, port: int, ids: Sequence[int | None]) -> list[int | None]:
+        """Have these ids at many prefixes, in their order, None for no entry; return what was there. Raises
+        :class:`TableFull`; nothing is changed then."""
+
 
 class FailsafeTable(Protocol):
     """Two lists of networks that nothing can shut out, 0 and 1; the record says which is in force."""
@@ -91,14 +98,24 @@ class RuleTable(Protocol):
     def add(self, rule_id: int, rule: Rule, created: int) -> bool:
         """Store a rule, with its counters at zero, under an id; False if that is taken. Raises :class:`TableFull`."""
 
+    def add_alike(self, ids: Sequence[int], names: Sequence[str], model: Rule, created: int) -> None:
+        """Store rules that differ from ``model`` by their names alone under ids that are free. Raises
+        :class:`TableFull`; some may be stored then."""
+
     def get(self, rule_id: int) -> StoredRule | None:
         """Return a rule, None if there is none of this id."""
 
     def drop(self, rule_id: int) -> None:
         """Forget a rule."""
 
+    def drop_all(self, ids: Sequence[int]) -> None:
+        """Forget many."""
+
     def known(self) -> set[int]:
         """Return the ids that are taken."""
+
+    def have_room(self, count: int) -> bool:
+        """Whether there may be so many rules in all."""
 
     def is_overfull(self, tries: int) -> bool:
         """Whether there are more rules than there may be, now that one was added at the end of ``tries`` attempts."""
