@@ -90,6 +90,14 @@ class Authority:
 
     host: IPAddress | str
     port: int
+    _hash: int = field(default=0, init=False, repr=False, compare=False)
+
+    def __hash__(self) -> int:
+        found = self._hash
+        if not found:  # asked for each request; that of an address is slow (ipaddress)
+            found = hash((self.host, self.port))
+            object.__setattr__(self, "_hash", found)
+        return found
 
     @classmethod
     def of(cls, host: str, port: int) -> Authority:

@@ -19,14 +19,16 @@ T = TypeVar("T")
 class Extensions:
     """An append-only set of values keyed by their type, optionally on top of a parent's."""
 
-    __slots__ = ("_parent", "_values")
+    __slots__ = ("_latest", "_parent", "_values")
 
     def __init__(self, parent: Extensions | None = None) -> None:
         self._parent = parent
         self._values: list[object] | None = None
+        self._latest: dict[type, object] | None = None
 
     def add(self, value: object) -> None:
         """Append ``value``; it is found under ``type(value)`` and shadows earlier values of that type."""
+        self._latest = None
         if self._values is None:
             self._values = [value]
         else:
@@ -60,9 +62,13 @@ class Extensions:
 
     def latest(self) -> dict[type, object]:
         """Return the latest value of each type, from here and from parents: for who asks for many."""
+        if self._latest is not None:
+            return self._latest.copy()
         found: dict[type, object] = {} if self._parent is None else self._parent.latest()
         for value in self._values or ():
             found[type(value)] = value
+        if self._parent is None:  # a connection's: each of its requests asks
+            self._latest = found.copy()
         return found
 
     def fork(self) -> Extensions:

@@ -26,17 +26,14 @@ T = TypeVar("T")
 class Lane(Generic[T]):
     """Where one task is parked. Outcomes are of type ``T``."""
 
-    __slots__ = ("_outcome", "_parked", "_streams")
+    __slots__ = ("_outcome", "_parked", "_streams", "open")
 
     def __init__(self) -> None:
+        self.open = False
+        """Whether callbacks have the connection: a task is parked, and was not resumed yet."""
         self._parked: asyncio.Future[None] | None = None
         self._outcome: T | None = None
         self._streams: list[SocketStream] = []
-
-    @property
-    def open(self) -> bool:
-        """Whether callbacks have the connection: nothing was resumed yet."""
-        return self._outcome is None
 
     def lend(self, stream: SocketStream, watcher: Callable[[int], None]) -> None:
         """Let ``watcher`` be told of the events of ``stream`` (:mod:`.poller`) until :meth:`take_back`, or until the
@@ -53,6 +50,7 @@ class Lane(Generic[T]):
         """Call ``begin``, the first callback, and wait for the outcome. The streams are the task's again then, also
         when it is cancelled."""
         self._outcome = None
+        self.open = True
         try:
             begin()
             if self.open:
@@ -60,6 +58,7 @@ class Lane(Generic[T]):
                 await self._parked
             return cast("T", self._outcome)
         finally:
+            self.open = False
             self._parked = None
             for stream in self._streams:
                 stream.tell(None)
@@ -68,5 +67,6 @@ class Lane(Generic[T]):
     def resume(self, outcome: T) -> None:
         """Let the task go on with ``outcome``; callbacks must do nothing more."""
         self._outcome = outcome
+        self.open = False
         if self._parked is not None and not self._parked.done():
             self._parked.set_result(None)

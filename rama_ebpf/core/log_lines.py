@@ -7,16 +7,22 @@ made once a second.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import select
 import time
+from collections.abc import Callable
 from typing import Final, TextIO
 
 __all__ = ["LineHandler", "SecondFormatter", "log_line"]
 
+log = logging.getLogger(__name__)
+
 _BASE: Final = logging.makeLogRecord({"levelno": logging.INFO, "levelname": "INFO"}).__dict__
 
 
+_TOGETHER: Final = select.PIPE_BUF
 _TIME: Final = "\0time\0"
 _MESSAGE: Final = "\0message\0"
 
@@ -90,17 +96,63 @@ class SecondFormatter(logging.Formatter):
 
 
 class LineHandler(logging.StreamHandler[TextIO]):
-    """Writes each record as a line, in one system call."""
+    """Writes records as lines, whole ones in each system call. Those of :func:`log_line` wait for the end of the event
+    loop's turn, where there is a loop, and go together then, up to what a pipe takes as one (PIPE_BUF); no line
+    overtakes another."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._waiting: list[str] = []
+        self._size = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record."""
+        """Write a record, or let it wait."""
         try:
-            stream = self.stream
-            stream.write(self.format(record) + "\n")
-            if not getattr(stream, "line_buffering", False):
-                stream.flush()
+            line = self.format(record)
+            if type(record) is _Line:
+                size = len(line) + 1
+                if self._size + size > _TOGETHER:
+                    self._write_waiting()
+                if self._waiting or _before_long(self.flush):
+                    self._waiting.append(line)
+                    self._size += size
+                    return
+            self._waiting.append(line)
+            self._write_waiting()
         except Exception:  # noqa: BLE001  # as the standard handlers do: a log that fails ends nobody's work
             self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        self.acquire()
+        try:
+            self._write_waiting()
+        except ValueError:
+            pass  # the stream is closed: nobody will read it
+        except OSError as error:
+            log.debug("the log cannot be written: %s", error)
+        finally:
+            self.release()
+
+    def _write_waiting(self) -> None:
+        waiting = self._waiting
+        if not waiting:
+            return
+        lines = "\n".join(waiting) + "\n"
+        waiting.clear()
+        self._size = 0
+        self.stream.write(lines)
+        if not getattr(self.stream, "line_buffering", False):
+            self.stream.flush()
+
+
+def _before_long(call: Callable[[], None]) -> bool:
+    """Have something called at the end of the loop's turn; false where no loop runs."""
+    try:
+        asyncio.get_running_loop().call_soon(call)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _forked() -> None:

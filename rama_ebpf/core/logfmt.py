@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ def logfmt(pairs: Iterable[tuple[str, object]]) -> str:
     return " ".join(f"{key}={quoted(str(value))}" for key, value in pairs if value not in ("", None))
 
 
+@functools.lru_cache(256)
 def quoted(text: str) -> str:
     """Return ``text`` as a value of logfmt."""
     return text if _PLAIN.fullmatch(text) is not None else json.dumps(text)

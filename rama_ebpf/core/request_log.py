@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from .address import SocketAddress
 from .errors import RamaError
@@ -109,8 +109,7 @@ class RouteCount:
         self.slow = [0] * len(RequestMeter.SLOW)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
+class RequestRecord(NamedTuple):
     """What is known of a request at its end.
 
     ``target`` is its URL without the query, in which secrets travel; the target of CONNECT. ``status`` is 0 if no
@@ -133,35 +132,28 @@ class RequestRecord:
     rule: str = ""
     relay: str = ""
     error: str = ""
-    notes: tuple[Note, ...] = field(default=())
+    notes: tuple[Note, ...] = ()
 
     def __str__(self) -> str:
         """Return the record as logfmt."""
-        parts = [f"client={self.client or 'unix'}"]
-        if self.listener is not None:
-            parts.append(f"listener={self.listener}")
-        if self.user:
-            parts.append(f"user={quoted(self.user)}")
-        parts.append(f"method={quoted(self.method)}")
-        if self.target:
-            parts.append(f"target={quoted(self.target)}")
-        if self.status:
-            parts.append(f"status={self.status}")
+        user = f" user={quoted(self.user)}" if self.user else ""
+        listener = "" if self.listener is None else f" listener={self.listener}"
+        target = f" target={quoted(self.target)}" if self.target else ""
+        status = f" status={self.status}" if self.status else ""
+        upstream = ""
         if self.upstream is not None:
-            parts.append(f"upstream={self.upstream.address or 'unix'}")
-            if self.upstream.kept:
-                parts.append("kept=yes")
-        parts.append(f"reason={quoted(self.reason)}")
-        if self.rule:
-            parts.append(f"rule={quoted(self.rule)}")
-        parts.append(f"received={self.received} sent={self.sent}")
-        if self.first_byte is not None:
-            parts.append(f"first_byte={self.first_byte:.3f}")
-        parts.append(f"total={self.total:.3f}")
-        rest = [("relay", self.relay), *((note.key, note.value) for note in self.notes), ("error", self.error)]
+            upstream = f" upstream={self.upstream.address or 'unix'}{' kept=yes' if self.upstream.kept else ''}"
+        rule = f" rule={quoted(self.rule)}" if self.rule else ""
+        first_byte = "" if self.first_byte is None else f" first_byte={self.first_byte:.3f}"
+        line = (
+            f"client={self.client or 'unix'}{listener}{user} method={quoted(self.method)}{target}{status}{upstream}"
+            f" reason={quoted(self.reason)}{rule} received={self.received} sent={self.sent}{first_byte}"
+            f" total={self.total:.3f}"
+        )
         if self.relay or self.error or self.notes:
-            parts.append(logfmt(rest))
-        return " ".join(parts)
+            rest = [("relay", self.relay), *((note.key, note.value) for note in self.notes), ("error", self.error)]
+            line = f"{line} {logfmt(rest)}"
+        return line
 
 
 class RequestLog:

@@ -17,7 +17,16 @@ import hpack
 import hyperframe.frame
 
 from rama_ebpf.services.http.h1.heads import RequestHead, ResponseHead
-from rama_ebpf.services.http.h1.reader import NEED_DATA, PAUSED, Closed, Content, End, Role, StrictConnection
+from rama_ebpf.services.http.h1.reader import (
+    NEED_DATA,
+    PAUSED,
+    Closed,
+    Content,
+    End,
+    Role,
+    StrictConnection,
+    WholeResponse,
+)
 from rama_ebpf.services.http.h1.writer import MessageWriter
 from rama_ebpf.services.http.h2.engine import EngineConnection, StreamMalformed
 from rama_ebpf.services.http.h2.fields import Fields, read_request, read_response, read_trailers
@@ -44,23 +53,68 @@ def _pieces(data: bytes, how: int) -> int:
     return 1 if how % 4 == 0 and len(data) < 100 else len(data) // (how % 16 + 1) + 1
 
 
-def _events(connection: StrictConnection, data: bytes, *, quick: bool) -> Iterator[object]:
-    """Feed some bytes, and yield what comes of them; ``quick`` as callbacks do it, which have another way for heads and
-    bodies that are here whole."""
-    if quick and data:
-        event: object = connection.receive_head(data)
-    else:
+def _events(connection: StrictConnection, role: Role, data: bytes, *, quick: bool) -> Iterator[object]:
+    """Feed some bytes, and yield what comes of them; ``quick`` as callbacks do it, which have another way for messages
+    that are here whole."""
+    event: object
+    if not (quick and data):
         connection.receive(data)
         event = connection.next_event()
+    elif role is Role.SERVER:
+        event = connection.receive_request(data)
+        if isinstance(event, RequestHead) and event.length == 0:
+            yield event
+            yield End(None)
+            event = connection.next_event()
+    else:
+        event = connection.receive_response(data)
+        if isinstance(event, WholeResponse):
+            yield event.head
+            if event.content:
+                yield Content(event.content)
+            yield End(None)
+            event = connection.next_event()
     while event is not NEED_DATA:
         yield event
-        if quick and isinstance(event, RequestHead | ResponseHead):
-            content = connection.take_body()
-            if content is not None:
-                if content:
-                    yield Content(content)
-                yield End(None)
         event = connection.next_event()
+
+
+def _check_again(role: Role, data: bytes, method: str = "GET") -> None:
+    """What has come once and is remembered must be read the same when it comes again on the same connection."""
+    connection = StrictConnection(role, LIMITS)
+    if not data:
+        return
+    first: list[object] | None = None
+    while True:
+        if role is Role.CLIENT:
+            _ask(connection, method)
+        out: list[object] = []
+        over = False
+        try:
+            for event in _events(connection, role, data, quick=True):
+                if isinstance(event, Closed):
+                    return
+                if event is not PAUSED:
+                    out.append(event)
+                elif role is Role.SERVER:
+                    if not _next(connection, role, out):
+                        return
+                    over = True
+                elif connection.reusable:
+                    connection.next_cycle()
+                    over = True
+                    break
+                else:
+                    return
+        except MalformedMessage:
+            assert first is None
+            return
+        if first is not None:
+            assert out == first, "what was remembered is not what has come"
+            return
+        if not (over and connection.quiet):
+            return
+        first = out
 
 
 def _read(role: Role, data: bytes, chunk: int, method: str = "GET") -> list[object]:
@@ -74,7 +128,7 @@ def _read(role: Role, data: bytes, chunk: int, method: str = "GET") -> list[obje
     body = b""
     try:
         for offset in range(0, len(data) + chunk, chunk):
-            for event in _events(connection, data[offset : offset + chunk], quick=chunk >= len(data)):
+            for event in _events(connection, role, data[offset : offset + chunk], quick=chunk >= len(data)):
                 if isinstance(event, RequestHead | ResponseHead):
                     head, body = event, b""
                 elif isinstance(event, Content):
@@ -149,6 +203,7 @@ def requests(data: bytes) -> None:
     sent = data[1:]
     events = _read(Role.SERVER, sent, len(sent) or 1)
     assert _same(events, _read(Role.SERVER, sent, _pieces(sent, data[0]))), "segments must not matter"
+    _check_again(Role.SERVER, sent)
     written = b""
     expected: list[tuple[bytes, bytes]] = []
     head: RequestHead | None = None
@@ -208,6 +263,7 @@ def responses(data: bytes) -> None:
     sent = data[2:]
     events = _read(Role.CLIENT, sent, len(sent) or 1, method)
     assert _same(events, _read(Role.CLIENT, sent, _pieces(sent, data[0]), method)), "segments must not matter"
+    _check_again(Role.CLIENT, sent, method)
     head: ResponseHead | None = None
     body = b""
     for event in events:

@@ -11,16 +11,19 @@ from typing import Any, NamedTuple, Protocol
 
 from ....core.address import Authority
 from ....core.shortcut import shortcut_of
-from ....core.stream import Stream
+from ....core.socket_stream import SocketStream
 from ....relay import TunnelLimits
 from ...connect import Connector
 from ..message.errors import HttpError
+from ..message.headers import Headers, Written
 from ..message.model import Request, Response
 
 __all__ = [
     "Dial",
     "Exchange",
+    "Marks",
     "ReadyConnection",
+    "ResponseBegun",
     "decide_aside",
     "decides",
     "dial_aside",
@@ -30,12 +33,36 @@ __all__ = [
 ]
 
 
+class ResponseBegun(Protocol):
+    """A response's header section (:class:`~..h1.heads.ResponseHead`)."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def headers(self) -> Headers: ...
+
+
+class Marks(NamedTuple):
+    """What a proxy does to the fields of each response on its way back: those of ``dropped`` (names in lower case) go
+    no further, and Via gets a member by the version that the response came in."""
+
+    dropped: frozenset[bytes]
+    via: dict[str, bytes | None]
+
+
 class ReadyConnection(Protocol):
     """A connection to an upstream over which one request can be sent and answered in callbacks
     (:class:`~..h1.client.H1ClientConnection`)."""
 
     @property
-    def stream(self) -> Stream: ...
+    def plain(self) -> SocketStream: ...
 
     @property
     def whole(self) -> bool: ...
@@ -43,9 +70,16 @@ class ReadyConnection(Protocol):
     @property
     def stuck(self) -> bool: ...
 
-    def begin(self, request: Request) -> bool: ...
+    @property
+    def content(self) -> bytes | None: ...
 
-    def received(self, request: Request, data: bytes) -> Response | None: ...
+    def begin_plain(self, request: Request, host: str, lines: bytes) -> bool: ...
+
+    def lend(self, taker: Callable[[], None] | None) -> None: ...
+
+    def received(self, data: bytes) -> ResponseBegun | None: ...
+
+    def response(self, head: ResponseBegun) -> Response: ...
 
     async def receive(self, request: Request) -> Response: ...
 
@@ -53,13 +87,19 @@ class ReadyConnection(Protocol):
 
 
 class Exchange(NamedTuple):
-    """A request that goes out as ``onward`` over ``connection``, which is ready for it. ``finish`` makes what the
-    client is sent of the response; ``recover`` is asked for one, by the coroutine, where the upstream has failed."""
+    """A ``request``, GET or HEAD without a body, that goes out over ``connection``, which is ready for it, to ``host``
+    with ``onward`` as the lines of its fields. ``finish`` makes what the client is sent of the response. Where
+    there are ``marks``, which say all that it does, a response that is here whole goes back without it, and
+    ``answered`` is called. ``recover`` is asked for one, by the coroutine, where the upstream has failed."""
 
     connection: ReadyConnection
-    onward: Request
+    request: Request
+    host: str
+    onward: Written
+    marks: Marks | None
     finish: Callable[[Response], Response]
     recover: Callable[[Request, HttpError], Awaitable[Response]]
+    answered: Callable[[], None] | None = None
 
 
 class Dial(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, cast
 
 from ....core.auth import User
 from ....core.client import ClientAddress, client_address
@@ -49,11 +49,16 @@ class RunningRequest:
         log: RequestLog | None,
         meter: RequestMeter | None,
     ) -> None:
-        self._request = request
         self._stream = stream
         self._counted = counted
         self._log = log
         self._meter = meter
+        self.begin(request)
+
+    def begin(self, request: Request) -> None:
+        """It is another request from here on, behind the end of the one before: connections that serve one at a time
+        need one of these."""
+        self._request = request
         self._started = time.monotonic()
         self._first_byte: float | None = None
         self._status = 0
@@ -62,7 +67,8 @@ class RunningRequest:
     def responded(self, status: int) -> None:
         """The response begins."""
         self._status = status
-        self._first_byte = time.monotonic() - self._started
+        if self._log is not None or self._meter is not None:
+            self._first_byte = time.monotonic() - self._started
 
     def became_tunnel(self) -> None:
         """From here on it is shown as a tunnel; its record comes at the tunnel's end."""
@@ -99,13 +105,11 @@ class RunningRequest:
     def _record(self, error: BaseException | None) -> RequestRecord:
         request = self._request
         told = request.extensions.latest().get
-        refusal, report, user = told(Refusal), told(TunnelReport), told(User)
-        upstream, client = told(Upstream), told(ClientAddress)
-        assert refusal is None or isinstance(refusal, Refusal)
-        assert report is None or isinstance(report, TunnelReport)
-        assert user is None or isinstance(user, User)
-        assert upstream is None or isinstance(upstream, Upstream)
-        assert client is None or isinstance(client, ClientAddress)
+        refusal = cast("Refusal | None", told(Refusal))
+        report = cast("TunnelReport | None", told(TunnelReport))
+        user = cast("User | None", told(User))
+        upstream = cast("Upstream | None", told(Upstream))
+        client = cast("ClientAddress | None", told(ClientAddress))
         if error is not None:
             reason, text = error_reason(error), explained(error)
         elif refusal is not None:

@@ -13,6 +13,7 @@ from ....core.request_log import Upstream
 from ....core.socket_stream import SocketStream
 from ....core.stream import Stream
 from ..exchange.pace import Pace
+from ..exchange.quick import ResponseBegun
 from ..exchange.tunnel import Tunnel
 from ..exchange.upload import BodyFailed, Upload
 from ..message.errors import HttpError, MalformedMessage, NoResponse, malformed_response, unanswered
@@ -22,7 +23,7 @@ from ..message.websocket import ACCEPT, KEY, accept_for, new_key
 from .body import ResponseBody
 from .bulk import move, worth_moving
 from .heads import ResponseHead
-from .reader import NEED_DATA, Content, End, Event, Role, reader
+from .reader import NEED_DATA, Content, End, Event, Role, WholeResponse, reader
 
 __all__ = ["H1ClientConnection"]
 
@@ -50,6 +51,12 @@ class H1ClientConnection:
         lenient: bool = False,
     ) -> None:
         self.stream = stream
+        self.is_plain = isinstance(stream, SocketStream)
+        """Whether it is over a plain socket, so that callbacks can use it."""
+        self.idle_since = 0.0
+        """For the pool that keeps the connection."""
+        self._taker: Callable[[], None] | None = None
+        self._lent = False
         self.reusable = False
         self.persistent = True
         """The latest response lets the connection live on."""
@@ -68,7 +75,10 @@ class H1ClientConnection:
         self._unsent = b""
         self._failure: Exception | None = None
         self._head_read: Event | None = None
-        self._begun: tuple[Response, ResponseBody] | None = None
+        self._begun: Response | None = None
+        self._body: ResponseBody | None = None
+        self.content: bytes | None = None
+        """What the latest response has as its content, if it was here whole and had a length."""
         self._key: str | None = None
         self._over = False
 
@@ -81,8 +91,13 @@ class H1ClientConnection:
     def told_quiet(self) -> bool:
         """:attr:`quiet` as far as the poller has told. What arrived before the bytes that are being looked at now was
         told before them, so this is enough for a request that has just come."""
-        stream = self.stream
-        return self._strict.quiet and isinstance(stream, SocketStream) and (stream.told_quiet or stream.quiet())
+        return self._strict.quiet and self.is_plain and (self.plain.told_quiet or self.plain.quiet())
+
+    @property
+    def plain(self) -> SocketStream:
+        """The stream of a connection that :attr:`is_plain`."""
+        assert isinstance(self.stream, SocketStream)
+        return self.stream
 
     async def send(self, request: Request) -> Response:
         """Send ``request`` and return the response, whose body is still to be read.
@@ -126,10 +141,24 @@ class H1ClientConnection:
     def begin(self, request: Request) -> bool:
         """Send ``request``, which has no body, as far as that needs no waiting; return whether it was sent. What comes
         next is for :meth:`received` or, with waiting, :meth:`receive`."""
-        self.reusable = self.whole = self.stuck = False
-        self._over = False
-        self._upload = self._failure = self._head_read = self._begun = None
-        data = self._head(request) + self._strict.writer.end(None)
+        self._reset()
+        return self._send_now(self._head(request) + self._strict.writer.end(None))
+
+    def begin_plain(self, request: Request, host: str, lines: bytes) -> bool:
+        """:meth:`begin` for a GET or HEAD without an upgrade whose field lines were written by the caller: without the
+        connection's own (:data:`~.writer.NOT_A_REQUESTS`)."""
+        self._reset()
+        self._key = None
+        strict = self._strict
+        strict.asked(request.method)
+        extra = b"" if self._keep and not request.accepts_trailers else self._own_lines(request)
+        return self._send_now(strict.writer.plain_request(request.method, request.path, host, lines, extra))
+
+    def _reset(self) -> None:
+        self.reusable = self.whole = self.stuck = self._over = False
+        self._upload = self._failure = self._head_read = self._begun = self._body = self.content = None
+
+    def _send_now(self, data: bytes) -> bool:
         try:
             sent = self.stream.write_now(data)
         except OSError as error:
@@ -138,48 +167,67 @@ class H1ClientConnection:
         self._unsent = data[sent:]
         return not self._unsent
 
-    def received(self, request: Request, data: bytes) -> Response | None:
-        """Take ``data`` from the upstream, b"" at its end; return the response if its header section is complete.
+    def lend(self, taker: Callable[[], None] | None) -> None:
+        """Let callbacks have the connection (None: no more): ``taker`` is called when something can be read. Raises
+        OSError if the kernel watches no more sockets."""
+        if not self._lent and taker is not None:
+            self.plain.tell(self._ready)  # once; while nobody takes it, it is told in vain
+            self._lent = True
+        self._taker = taker
 
-        :attr:`whole` tells that its body is, too, and that the connection is free. None with :attr:`stuck` says that
-        the rest is for :meth:`receive`, as a response is that is not whole."""
+    def _ready(self, _events: int) -> None:
+        if self._taker is not None:
+            self._taker()
+
+    def received(self, data: bytes) -> ResponseHead | None:
+        """Take ``data`` from the upstream, b"" at its end; return the response's header section if that is complete.
+
+        :attr:`whole` tells that its body is, too, and that the connection is free; it is :attr:`content` where that is
+        known, and else :meth:`response` has it. None with :attr:`stuck` says that the rest is for :meth:`receive`, as
+        a response is that is not whole."""
         strict = self._strict
         try:
-            head = strict.receive_head(data)
-            if head is NEED_DATA:
+            found = strict.receive_response(data)
+            if isinstance(found, WholeResponse):
+                if strict.reusable:
+                    self.content = found.content
+                    self.persistent = True
+                    self._now_free()
+                else:
+                    self._partly_received(found.head, found.content)
+                return found.head
+            if found is NEED_DATA:
                 return None
-            if not isinstance(head, ResponseHead) or head.status < 200:
-                self._head_read = head
+            if not isinstance(found, ResponseHead) or found.status < 200:
+                self._head_read = found
                 self.stuck = True
                 return None
         except MalformedMessage as error:
             self._failure = error
             self.stuck = True
             return None
-        self.persistent = head.persistent
-        content = strict.take_body()
-        if content is None or not strict.reusable:
-            return self._partly_received(head, content)
-        strict.next_cycle()
+        self._partly_received(found, None)
+        return found
+
+    def _now_free(self) -> None:
+        self._strict.next_cycle()
         self.reusable = self.whole = True
         self.release()
-        return Response(
-            head.status, head.headers, Body.of(content), head.reason, head.version, length_if_known=head.declared
-        )
 
-    def _partly_received(self, head: ResponseHead, content: bytes | None) -> Response:
-        body = ResponseBody(self, head, self._timeouts, content)
-        response = Response(
-            head.status, head.headers, body, reason=head.reason, version=head.version, length_if_known=head.declared
-        )
-        self._begun = response, body
-        if content is None and body.look():
-            self.whole = self._strict.reusable and not body.trailers
-            if self.whole:
-                self._strict.next_cycle()
-                self.reusable = True
-                self.release()
-        return response
+    def response(self, head: ResponseBegun) -> Response:
+        """Return the response with this header section, which :meth:`received` has returned."""
+        if self._begun is not None:
+            return self._begun
+        assert isinstance(head, ResponseHead)
+        assert self.content is not None
+        return _response(head, Body.of(self.content))
+
+    def _partly_received(self, head: ResponseHead, content: bytes | None) -> None:
+        self.persistent = head.persistent
+        body = self._body = ResponseBody(self, head, self._timeouts, content)
+        self._begun = _response(head, body)
+        if content is None and body.look() and self._strict.reusable and not body.trailers:
+            self._now_free()
 
     async def receive(self, request: Request) -> Response:
         """Return the response to a request that :meth:`begin` has begun to send. Raises as :meth:`send`."""
@@ -188,10 +236,9 @@ class H1ClientConnection:
         try:
             if self._failure is not None:
                 raise self._failure
-            if self._begun is not None:
-                response, body = self._begun
-                await body.settle()
-                return response
+            if self._begun is not None and self._body is not None:
+                await self._body.settle()
+                return self._begun
             if self._unsent:
                 await self.stream.write(self._unsent)
             head = await self._read_head(request, None)
@@ -245,28 +292,33 @@ class H1ClientConnection:
 
     def _head(self, request: Request) -> bytes:
         headers, body = request.headers, request.body
-        extra: list[bytes] = []
-        options: list[bytes] = [] if self._keep or request.upgrade is not None else [b"close"]
-        if request.accepts_trailers:
-            options.append(b"TE")
-            extra.append(b"TE: trailers\r\n")
         self._key = None
-        if request.upgrade is not None:
-            if _TOKEN.fullmatch(request.upgrade) is None:
-                raise ValueError("a protocol that is no token")
-            options.append(b"Upgrade")
-            extra.append(b"Upgrade: %b\r\n" % request.upgrade.encode("ascii"))
-            if request.upgrade == "websocket" and request.version == "2":
-                self._key = new_key()  # the client's version of HTTP has none
-                headers = headers.copy()
-                headers.set(KEY, self._key)
-        if options:
-            extra.append(b"Connection: %b\r\n" % b", ".join(options))
+        if request.upgrade == "websocket" and request.version == "2":
+            self._key = new_key()  # the client's version of HTTP has none
+            headers = headers.copy()
+            headers.set(KEY, self._key)
+        extra = [self._own_lines(request)]
         target = request.authority if request.method == "CONNECT" else request.path
         self._strict.asked(request.method)
         return self._strict.writer.request(
             request.method, target, request.authority, headers, extra, body.length, expect=body.expects_continue
         )
+
+    def _own_lines(self, request: Request) -> bytes:
+        """The field lines of a request that are this connection's."""
+        lines = b""
+        options: list[bytes] = [] if self._keep or request.upgrade is not None else [b"close"]
+        if request.accepts_trailers:
+            options.append(b"TE")
+            lines += b"TE: trailers\r\n"
+        if request.upgrade is not None:
+            if _TOKEN.fullmatch(request.upgrade) is None:
+                raise ValueError("a protocol that is no token")
+            options.append(b"Upgrade")
+            lines += b"Upgrade: %b\r\n" % request.upgrade.encode("ascii")
+        if options:
+            lines += b"Connection: %b\r\n" % b", ".join(options)
+        return lines
 
     async def _move_content(self, body: Body, last: int) -> int:
         if not worth_moving(body, last):
@@ -338,15 +390,9 @@ class H1ClientConnection:
             upgrade = Tunnel(self.stream, over=self.release)
         else:
             body = await ResponseBody.begin(self, head, self._timeouts)
-        return Response(
-            head.status,
-            head.headers,
-            body,
-            reason=head.reason,
-            version=head.version,
-            upgrade=upgrade,
-            length_if_known=head.declared,
-        )
+        response = _response(head, body)
+        response.upgrade = upgrade
+        return response
 
     def _check_switch(self, request: Request, head: ResponseHead) -> None:
         fits = head.upgrade is not None and head.upgrade == request.upgrade
@@ -381,6 +427,18 @@ class H1ClientConnection:
     def complete(self) -> bool:
         """Nothing of the current response is missing."""
         return self._strict.complete
+
+
+def _response(head: ResponseHead, body: Body) -> Response:
+    # The header section may be remembered; what becomes of the response is not.
+    return Response(
+        head.status,
+        head.headers.copy(),
+        body,
+        reason=head.reason,
+        version=head.version,
+        length_if_known=head.declared,
+    )
 
 
 def _told(error: MalformedMessage | OSError) -> Exception:

@@ -129,7 +129,7 @@ class _Section(NamedTuple):
 
     minor: bytes
     lines: bytes
-    fields: list[Field]
+    headers: Headers
     length: int | None
     host: str | None
     expects_continue: bool
@@ -191,7 +191,7 @@ def _read_request(data: bytes, limits: HttpLimits, memory: RequestMemory | None)
         target,
         target.authority or section.host or "",
         "1.1" if minor == b"1" else "1.0",
-        Headers._of_fields(section.fields.copy()),
+        section.headers.copy(),
         section.length,
         section.expects_continue,
         section.accepts_trailers,
@@ -211,7 +211,7 @@ def _read_section(rest: bytes, minor: bytes, method: str, target: Target, limits
     return _Section(
         minor,
         rest,
-        end_to_end(fields, nominated),
+        Headers._of_fields(end_to_end(fields, nominated))._remembering(),
         length,
         host,
         b"expect" in own and _expects_continue(own[b"expect"], version),
@@ -269,7 +269,7 @@ def _read_response(data: bytes, limits: HttpLimits, method: str, lenient: bool) 
         status,
         (reason or b"").decode("latin-1"),
         version,
-        Headers._of_fields(end_to_end(fields, nominated)),
+        Headers._of_fields(end_to_end(fields, nominated))._remembering(),
         length,
         until_close,
         declared,

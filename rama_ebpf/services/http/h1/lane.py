@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ....core.lane import Lane
 from ....core.socket_stream import SocketStream
-from ..exchange.quick import Exchange
+from ..exchange.quick import Exchange, ResponseBegun
 from ..exchange.running import RunningRequest
 from ..message.errors import HttpError
-from ..message.model import Request, Response
+from ..message.model import Request
 from .heads import RequestHead
 from .reader import NEED_DATA, Event
 
@@ -25,6 +25,8 @@ __all__ = ["Handover", "QuickPath"]
 _READ: Final = 64 * 1024
 _GONE: Final = 0x008 | 0x010 | 0x2000  # EPOLLERR, EPOLLHUP, EPOLLRDHUP
 _METHODS: Final = frozenset({"GET", "HEAD"})
+_ODD: Final = frozenset({204, 304, 426})
+"""Statuses whose responses have no body, or fields of the connection."""
 
 
 class Handover(NamedTuple):
@@ -50,12 +52,12 @@ class QuickPath:
         self._strict = server.strict
         self._stream = stream
         self._quick = quick
+        self._any_scheme = server.any_scheme
         self._lane: Lane[Handover] = Lane()
         self._head: RequestHead | None = None
         self._request: Request | None = None
         self._running: RunningRequest | None = None
         self._exchange: Exchange | None = None
-        self._upstream: SocketStream | None = None
 
     async def serve(self) -> Handover:
         """Serve requests until one is the coroutine's. Raises OSError if the kernel watches no more sockets."""
@@ -64,7 +66,9 @@ class QuickPath:
     def under_way(self, failure: Exception | None = None) -> Handover:
         """Give up what is under way, if anything is: the coroutine goes on with it."""
         found = Handover(self._head, self._request, self._running, self._exchange, failure=failure)
-        self._head = self._request = self._running = self._exchange = self._upstream = None
+        if self._exchange is not None:
+            self._exchange.connection.lend(None)
+        self._head = self._request = self._running = self._exchange = None
         return found
 
     def _begin(self) -> None:
@@ -74,11 +78,13 @@ class QuickPath:
     # -- called by the poller and the loop: nothing may be raised, or the task would stay parked ------------------
 
     def _client_ready(self, events: int) -> None:
+        if not self._lane.open:
+            return  # the task will read it
         try:
             if self._exchange is None:
                 data = self._stream.read_now(_READ)
                 if data is not None:
-                    self._on_event(self._strict.receive_head(data))
+                    self._on_event(self._strict.receive_request(data))
             elif events & _GONE:
                 # It has gone, or has ended its side: the coroutine finds out which, and goes on.
                 self._lane.resume(self.under_way())
@@ -86,15 +92,12 @@ class QuickPath:
         except Exception as error:  # noqa: BLE001  # the coroutine raises it
             self._lane.resume(self.under_way(error))
 
-    def _upstream_ready(self, _events: int) -> None:
-        try:
-            self._read_upstream()
-        except Exception as error:  # noqa: BLE001  # the coroutine raises it
-            self._lane.resume(self.under_way(error))
-
     def _go_on(self) -> None:
         try:
-            self._on_event(self._strict.next_event())
+            event = self._strict.next_event()
+            if type(event) is RequestHead and event.length == 0:
+                self._strict.next_event()  # its end
+            self._on_event(event)
         except Exception as error:  # noqa: BLE001  # the coroutine raises it
             self._lane.resume(self.under_way(error))
 
@@ -103,8 +106,8 @@ class QuickPath:
     def _on_event(self, event: Event) -> None:
         """Go on from an event in what was received. Raises :class:`MalformedMessage`, OSError."""
         server, strict, stream = self._server, self._strict, self._stream
-        while self._lane.open and self._exchange is None:
-            if isinstance(event, RequestHead):
+        while True:
+            if type(event) is RequestHead:
                 self._start(event)
                 return
             if event is not NEED_DATA:  # it has closed
@@ -118,7 +121,7 @@ class QuickPath:
             data = stream.read_now(_READ) if stream.maybe_readable else None
             if data is None:
                 return
-            event = strict.receive_head(data)
+            event = strict.receive_request(data)
 
     def _start(self, head: RequestHead) -> None:
         server, lane = self._server, self._lane
@@ -127,54 +130,68 @@ class QuickPath:
             return
         request = server.request_of(head)
         try:
-            exchange = self._quick(request) if server.may_be_quick(request) else None
+            exchange = self._quick(request) if self._any_scheme or server.may_be_quick(request) else None
         except HttpError:
             exchange = None  # the coroutine meets it as well, and answers
         if exchange is None:
             lane.resume(Handover(head, request))
             return
         connection = exchange.connection
-        upstream = connection.stream
-        assert isinstance(upstream, SocketStream)
-        self._head, self._request, self._exchange, self._upstream = head, request, exchange, upstream
+        self._head, self._request, self._exchange = head, request, exchange
         self._running = server.begin(request)
-        if not connection.begin(exchange.onward):
+        if not connection.begin_plain(request, exchange.host, exchange.onward.lines):
             lane.resume(self.under_way())
             return
         server.waits_for_response()
         try:
-            lane.lend(upstream, self._upstream_ready)
+            connection.lend(self._upstream_ready)
         except OSError:
             lane.resume(self.under_way())
 
     # -- the upstream ------------------------------------------------------------------------------------------
 
-    def _read_upstream(self) -> None:
-        while (exchange := self._exchange) is not None and self._upstream is not None and self._lane.open:
-            try:
-                data = self._upstream.read_now(_READ)
-            except OSError:
-                self._lane.resume(self.under_way())
-                return
-            if data is None:
-                return
-            connection = exchange.connection
-            response = connection.received(exchange.onward, data)
-            if response is not None and connection.whole:
-                self._respond(exchange, response, self._upstream)
-                return
-            if response is not None or connection.stuck:
-                self._lane.resume(self.under_way())
-                return
+    def _upstream_ready(self) -> None:
+        exchange = self._exchange
+        if exchange is None or not self._lane.open:
+            return
+        connection = exchange.connection
+        try:
+            while (data := connection.plain.read_now(_READ)) is not None:
+                response = connection.received(data)
+                if response is not None and connection.whole:
+                    self._respond(exchange, response)
+                    return
+                if response is not None or connection.stuck:
+                    self._lane.resume(self.under_way())
+                    return
+        except OSError:
+            self._lane.resume(self.under_way())
+        except Exception as error:  # noqa: BLE001  # the coroutine raises it
+            self._lane.resume(self.under_way(error))
 
-    def _respond(self, exchange: Exchange, response: Response, upstream: SocketStream) -> None:
+    def _respond(self, exchange: Exchange, response: ResponseBegun) -> None:
         server, head, request, running = self._server, self._head, self._request, self._running
         assert head is not None
         assert running is not None
-        self._lane.take_back(upstream)
-        self._head = self._request = self._running = self._exchange = self._upstream = None
+        connection = exchange.connection
+        connection.lend(None)
+        self._head = self._request = self._running = self._exchange = None
         try:
-            out = server.responses.whole(head, server.no_body, exchange.finish(response), draining=server.draining)
+            content, marks = connection.content, exchange.marks
+            if marks is not None and content is not None and head.method != "HEAD" and response.status not in _ODD:
+                out = self._strict.writer.plain_response(
+                    response.status,
+                    response.reason,
+                    response.headers._written(marks.dropped, marks.via[response.version]),
+                    content,
+                    close=server.draining or self._strict.last,
+                    date=server.date,
+                )
+                if exchange.answered is not None:
+                    exchange.answered()
+            else:
+                told = exchange.finish(connection.response(response))
+                out = server.responses.whole(head, server.no_body, told, draining=server.draining)
             running.responded(response.status)
             sent = self._stream.write_now(out)
         except Exception as error:  # noqa: BLE001  # the coroutine raises it

@@ -29,7 +29,18 @@ from .chunked import ChunkDecoder
 from .heads import RequestHead, RequestMemory, ResponseHead, head_end, parse_request, parse_response
 from .writer import MessageWriter
 
-__all__ = ["NEED_DATA", "PAUSED", "Closed", "Content", "End", "Event", "Role", "StrictConnection", "reader"]
+__all__ = [
+    "NEED_DATA",
+    "PAUSED",
+    "Closed",
+    "Content",
+    "End",
+    "Event",
+    "Role",
+    "StrictConnection",
+    "WholeResponse",
+    "reader",
+]
 
 
 class Role(enum.Enum):
@@ -66,6 +77,13 @@ class Closed(NamedTuple):
     """The peer closed the connection between two messages."""
 
 
+class WholeResponse(NamedTuple):
+    """A final response that is over."""
+
+    head: ResponseHead
+    content: bytes
+
+
 Event = RequestHead | ResponseHead | Content | End | Closed | _Signal
 
 _COALESCE: Final = 64 * 1024
@@ -93,6 +111,9 @@ class StrictConnection:
         "_content",
         "_eof",
         "_interims",
+        "_known",
+        "_known_head",
+        "_known_method",
         "_last",
         "_lenient",
         "_limits",
@@ -118,6 +139,11 @@ class StrictConnection:
         self._last = False
         self.writer = MessageWriter()
         self._memory = RequestMemory()
+        # The header section that was read last, and what was found in it: often the next is the same, byte by byte.
+        # Of this connection only, as RequestMemory.
+        self._known = b""
+        self._known_head: RequestHead | ResponseHead | None = None
+        self._known_method = ""
         # A section of no more bytes passes all bounds of head_end().
         self._short = min(_SHORT, limits.head, limits.target)
         self._begin()
@@ -160,6 +186,43 @@ class StrictConnection:
         except MalformedMessage:
             self._phase = _BROKEN
             raise
+
+    def receive_request(self, data: bytes) -> Event:
+        """Server: as :meth:`receive_head`; a request that has no body is over with it."""
+        fresh = self._phase is _HEAD_DUE and not self._pending and not self._eof
+        if fresh and data and data == self._known:
+            head = self._known_head
+            assert type(head) is RequestHead
+            self._phase = _OVER
+            self._method = head.method
+            self._last = not head.persistent
+            return head
+        event = self.receive_head(data)
+        if self._phase is _END_DUE and self._chunks is None:
+            self._phase = _OVER
+            # An empty line before it counts once a message, and is no part of what is known.
+            if fresh and not self._pending and type(event) is RequestHead and len(data) <= self._short and data[0] > 32:
+                self._known, self._known_head = data, event
+        return event
+
+    def receive_response(self, data: bytes) -> WholeResponse | Event:
+        """Client: as :meth:`receive_head`; a final response all of which is here is returned with its content, and
+        over with it."""
+        fresh = self._phase is _HEAD_DUE and not self._pending and not self._eof
+        known = self._known
+        if fresh and known and data.startswith(known) and self._known_method == self._method:
+            head = self._known_head
+            assert type(head) is ResponseHead
+            if len(data) - len(known) == head.length:
+                self._phase = _OVER
+                return WholeResponse(head, data[len(known) :])
+        event = self.receive_head(data)
+        if type(event) is not ResponseHead or event.status < 200 or (content := self.take_body()) is None:
+            return event
+        end = len(data) - len(content)
+        if fresh and event.persistent and not self._pending and end <= self._short:
+            self._known, self._known_head, self._known_method = data[:end], event, self._method
+        return WholeResponse(event, content)
 
     def take_body(self) -> bytes | None:
         """Return the whole body of the message whose head was read, if its length is known and all of it is here;
@@ -340,7 +403,8 @@ class StrictConnection:
 
     def next_cycle(self) -> None:
         """Begin the next pair of messages on a :attr:`reusable` connection."""
-        self.writer.next_message()
+        writer = self.writer
+        writer.begun = writer.over = False
         self._begin()
 
 

@@ -49,6 +49,15 @@ class SecondReader(StrictConnection):
         self.receive(data)
         return self.next_event()
 
+    def receive_request(self, data: bytes) -> Event:
+        event = self.receive_head(data)
+        if isinstance(event, RequestHead) and event.length == 0:
+            self.next_event()  # its end
+        return event
+
+    def receive_response(self, data: bytes) -> Event:
+        return self.receive_head(data)
+
     def take_body(self) -> None:
         """None: h11 has to see each byte."""
 

@@ -54,6 +54,8 @@ class H1ServerConnection:
     ) -> None:
         self._stream = stream
         self._served = served
+        self.any_scheme = served.forward
+        """Whether the service takes targets of any scheme."""
         self._received = self._sent = 0
         loop = self._loop = asyncio.get_running_loop()  # once: it asks for the process's id each time (Python 3.11)
         self._log = stream.extensions.get(RequestLog)
@@ -62,6 +64,8 @@ class H1ServerConnection:
         self._begun = begun
         self.strict = reader(Role.SERVER, served.limits) if begun is None else begun.strict
         self.responses = ResponseSender(stream, self.strict, timeouts, date)
+        self.date = date
+        self._running: RunningRequest | None = None
         quick = quick_of(served.service) if isinstance(stream, SocketStream) else None
         self._path = QuickPath(self, stream, quick) if quick is not None and isinstance(stream, SocketStream) else None
         self._waits_for: str | None = None
@@ -118,6 +122,7 @@ class H1ServerConnection:
         """Serve the request with this head, or go on with it from where callbacks have left it."""
         body = self.no_body
         if request is None and head.length == 0:
+            self.strict.next_event()  # its end, unless callbacks have had it
             request = self.request_of(head)
         elif request is None:
             body = RequestBody(self, head, self._timeouts)
@@ -199,7 +204,7 @@ class H1ServerConnection:
             try:
                 if found.failure is not None:
                     raise found.failure
-                return exchange.finish(await exchange.connection.receive(exchange.onward))
+                return exchange.finish(await exchange.connection.receive(exchange.request))
             except HttpError as error:
                 return await exchange.recover(request, error)
 
@@ -228,7 +233,8 @@ class H1ServerConnection:
             return
         self._waits_for = wanted
         self._idle = idle
-        self._deadline.prolong(self._within(self._timeouts.idle if idle else self._timeouts.head))
+        seconds = self._timeouts.idle if idle else self._timeouts.head
+        self._deadline.prolong(seconds if self._established else self._within(seconds))
 
     def waits_for_response(self) -> None:
         """The upstream is waited for."""
@@ -237,9 +243,7 @@ class H1ServerConnection:
         self._deadline.prolong(self._timeouts.response)
 
     def request_of(self, head: RequestHead) -> Request:
-        """Return the request of a head that has no body."""
-        if self.strict.take_body() is None:
-            self.strict.next_event()  # its end
+        """Return the request of a head that has no body, whose end was read."""
         return self._request(head, self.no_body)
 
     def may_be_quick(self, request: Request) -> bool:
@@ -249,7 +253,12 @@ class H1ServerConnection:
     def begin(self, request: Request) -> RunningRequest:
         """A request is to be served from here on."""
         self.continued = False
-        return RunningRequest(request, self._stream, self._counted, self._log, self._meter)
+        running = self._running
+        if running is None:
+            running = self._running = RunningRequest(request, self._stream, self._counted, self._log, self._meter)
+        else:
+            running.begin(request)
+        return running
 
     def over(self, running: RunningRequest) -> bool:
         """A request's response was written; return whether the connection can take another."""
@@ -366,7 +375,7 @@ class H1ServerConnection:
             method=head.method,
             authority=head.authority,
             path=head.target.path,
-            headers=head.headers,
+            headers=head.headers.copy(),  # the head may be remembered; what layers do to the request is not
             body=body,
             scheme=head.target.scheme or self._served.scheme,
             connection_scheme=self._served.scheme,

@@ -14,9 +14,9 @@ from typing import Final
 
 from ..message.errors import REASONS
 from ..message.fields import members
-from ..message.headers import Headers
+from ..message.headers import Headers, Written
 
-__all__ = ["MessageWriter", "WrongLength"]
+__all__ = ["NOT_A_REQUESTS", "NOT_A_RESPONSES", "MessageWriter", "WrongLength"]
 
 _CHUNKED: Final = -1
 _TILL_CLOSE: Final = -2
@@ -26,10 +26,13 @@ _METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _REASON: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 # Fields that are the connection's own: a service's values would contradict what is sent.
-_NOT_A_RESPONSES: Final = frozenset(
+NOT_A_RESPONSES: Final = frozenset(
     {b"connection", b"content-length", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
 )
-_NOT_A_REQUESTS: Final = _NOT_A_RESPONSES | {b"host", b"te", b"expect"}
+"""Names, in lower case, of fields that a connection writes itself into responses."""
+NOT_A_REQUESTS: Final = NOT_A_RESPONSES | {b"host", b"te", b"expect"}
+"""The same for requests."""
+_PLAIN_METHODS: Final = {"GET": b"GET", "HEAD": b"HEAD"}
 _SAYS_LENGTH_ZERO: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -39,17 +42,12 @@ class WrongLength(ValueError):
 
 class MessageWriter:
     """Writes the messages of one side of a connection. ``begun`` says that a final response (a request) has begun,
-    ``over`` that it is complete, ``last`` that nothing may follow it."""
+    ``over`` that it is complete, ``last`` that nothing may follow it. Behind a complete message both are made false."""
 
     __slots__ = ("_left", "begun", "last", "over")
 
     def __init__(self) -> None:
-        self.next_message()
-        self.last = False
-
-    def next_message(self) -> None:
-        """Begin anew behind a complete message."""
-        self.begun = self.over = False
+        self.begun = self.over = self.last = False
         self._left = 0
 
     def request(
@@ -71,7 +69,7 @@ class MessageWriter:
         if host and _TARGET.fullmatch(host) is None:
             raise ValueError("a host that cannot be sent")
         lines = [b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (method.encode(), target.encode(), host.encode())]
-        lines += _lines(headers, _NOT_A_REQUESTS)
+        lines += _lines(headers, NOT_A_REQUESTS)
         lines += extra
         if length is None:
             lines.append(b"Transfer-Encoding: chunked\r\n")
@@ -86,9 +84,23 @@ class MessageWriter:
         self.begun = True
         return b"".join(lines)
 
+    def plain_request(self, method: str, target: str, host: str, lines: bytes, extra: bytes) -> bytes:
+        """Return a GET or HEAD without a body, complete. ``lines`` are those of its fields without
+        :data:`NOT_A_REQUESTS`, ``extra`` the connection's own. Raises ValueError as :meth:`request`."""
+        if not target or _TARGET.fullmatch(target + host) is None:
+            raise ValueError("a target or host that cannot be sent")
+        self.begun = self.over = True
+        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (
+            _PLAIN_METHODS[method],
+            target.encode(),
+            host.encode(),
+            lines,
+            extra,
+        )
+
     def interim(self, status: int, headers: Headers) -> bytes:
         """Return a 1xx response."""
-        lines = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status, "")), *_lines(headers, _NOT_A_RESPONSES), b"\r\n"]
+        lines = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status, "")), *_lines(headers, NOT_A_RESPONSES), b"\r\n"]
         return b"".join(lines)
 
     def response(
@@ -110,7 +122,7 @@ class MessageWriter:
         ``headers`` say so. ``date`` returns the Date field of a response that has none."""
         lines = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status, reason))]
         for key, _, value, line in headers._items:
-            if key not in _NOT_A_RESPONSES:
+            if key not in NOT_A_RESPONSES:
                 lines.append(line)
                 if key == b"date":
                     date = None
@@ -142,12 +154,29 @@ class MessageWriter:
         self.begun = True
         return b"".join(lines)
 
+    def plain_response(
+        self, status: int, reason: str, written: Written, content: bytes, *, close: bool, date: Callable[[], str]
+    ) -> bytes:
+        """Return a final response with its content, complete: one that has a length, and is none to HEAD. ``written``
+        are its fields without :data:`NOT_A_RESPONSES`; ``date`` as in :meth:`response`."""
+        self.begun = self.over = True
+        if close:
+            self.last = True
+        return b"%b%b%bContent-Length: %d\r\n%b%b" % (
+            _status_line(status, reason),
+            written.lines,
+            b"" if written.dated else b"Date: %b\r\n" % date().encode("ascii"),
+            len(content),
+            b"Connection: close\r\n\r\n" if close else b"\r\n",
+            content,
+        )
+
     def switch(self, status: int, reason: str, headers: Headers, extra: list[bytes]) -> bytes:
         """Return the response behind which another protocol is spoken."""
         self.begun = self.over = self.last = True
         lines = [
             b"HTTP/1.1 %d %b\r\n" % (status, _reason(status, reason)),
-            *_lines(headers, _NOT_A_RESPONSES),
+            *_lines(headers, NOT_A_RESPONSES),
             *extra,
             b"\r\n",
         ]
@@ -181,6 +210,11 @@ class MessageWriter:
 
 def _lines(headers: Headers, own: frozenset[bytes]) -> list[bytes]:
     return [field[3] for field in headers._items if field[0] not in own]
+
+
+@functools.lru_cache(256)
+def _status_line(status: int, reason: str) -> bytes:
+    return b"HTTP/1.1 %d %b\r\n" % (status, _reason(status, reason))
 
 
 @functools.lru_cache(256)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from .fields import Field, field_of
 
-__all__ = ["Headers"]
+__all__ = ["Headers", "Written"]
 
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
@@ -29,6 +29,26 @@ def _via_field(via: bytes) -> Field:
     return field_of(b"via", b"Via", via)
 
 
+class Written(NamedTuple):
+    """Fields as a proxy writes them for the next hop: their lines, how many proxies Via has named before, and whether
+    there is a Date among them."""
+
+    dropped: frozenset[bytes]
+    via: bytes | None
+    lines: bytes
+    hops: int
+    dated: bool
+
+
+class _Memory:
+    """What was found out of a list of fields that several :class:`Headers` share, for as long as none changes it."""
+
+    __slots__ = ("written",)
+
+    def __init__(self) -> None:
+        self.written: Written | None = None
+
+
 class Headers:
     """A list of header fields (RFC 9110 section 5).
 
@@ -37,23 +57,30 @@ class Headers:
     token and for a value with CR, LF, NUL or any other control character but HTAB, so no value can split a message.
     """
 
-    __slots__ = ("_items",)
+    __slots__ = ("_items", "_memory")
 
     def __init__(self, items: Iterable[tuple[str | bytes, str | bytes]] = ()) -> None:
-        self._items: list[Field] = []
-        for name, value in items:
-            self.add(name, value)
+        # The list is shared by copies, and never changed: each change makes a new one.
+        self._items: list[Field] = [self._checked(name, value) for name, value in items]
+        self._memory: _Memory | None = None
 
     @classmethod
     def _of_fields(cls, fields: list[Field]) -> Headers:
         """Take fields (name in lower case, name, value) that a strict parser has validated already."""
         headers = cls.__new__(cls)
         headers._items = fields
+        headers._memory = None
         return headers
+
+    def _remembering(self) -> Headers:
+        """Remember what is found out of these fields, for all copies of them."""
+        self._memory = _Memory()
+        return self
 
     def add(self, name: str | bytes, value: str | bytes) -> None:
         """Append a field; others of the same name stay."""
-        self._items.append(self._checked(name, value))
+        self._items = [*self._items, self._checked(name, value)]
+        self._memory = None
 
     def set(self, name: str | bytes, value: str | bytes) -> None:
         """Make this the only field of its name; it takes the place of the first one."""
@@ -69,11 +96,13 @@ class Headers:
         if not placed:
             kept.append(item)
         self._items = kept
+        self._memory = None
 
     def remove(self, *names: str) -> None:
         """Remove every field with one of these names; names that are absent are fine."""
         lowered = {name.lower().encode("latin-1") for name in names}
         self._items = [item for item in self._items if item[0] not in lowered]
+        self._memory = None
 
     def get(self, name: str) -> str | None:
         """Return the value of the first field of this name, or None."""
@@ -98,8 +127,9 @@ class Headers:
 
     def copy(self) -> Headers:
         """Return an independent copy."""
-        clone = Headers()
-        clone._items = list(self._items)
+        clone = Headers.__new__(Headers)
+        clone._items = self._items
+        clone._memory = self._memory
         return clone
 
     def _replaced(self, dropped: frozenset[bytes], added: list[tuple[str, str]]) -> Headers:
@@ -136,6 +166,25 @@ class Headers:
         elif via is not None:
             items.append(_via_field(via))
         return Headers._of_fields(items), hops
+
+    def _written(self, dropped: frozenset[bytes], via: bytes | None) -> Written:
+        """Return the lines of :meth:`_passed_on`."""
+        memory = self._memory
+        if memory is not None:
+            known = memory.written
+            if known is not None and known.dropped is dropped and known.via == via:
+                return known
+        passed, hops = self._passed_on(dropped, via)
+        lines: list[bytes] = []
+        dated = False
+        for name, _, _, line in passed._items:
+            lines.append(line)
+            if name == b"date":
+                dated = True
+        written = Written(dropped, via, b"".join(lines), hops, dated)
+        if memory is not None:
+            memory.written = written
+        return written
 
     @property
     def raw(self) -> list[tuple[bytes, bytes]]:

@@ -20,7 +20,7 @@ from ..h1.client import H1ClientConnection
 from ..message.errors import HttpError, NoResponse
 from ..message.limits import HttpLimits, HttpTimeouts, OriginOptions
 from ..message.model import Request, Response
-from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, returned
+from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, marks, onward, returned
 from .health import BackendHealth, HealthCheck, PassiveHealth
 from .pool import ConnectionPool, PoolLimits, repeatable
 
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 class _Backend:
     target: Authority
     health: BackendHealth
+    name: str
 
 
 class BackendPool:
@@ -78,7 +79,7 @@ class BackendPool:
     ) -> None:
         health = PassiveHealth() if passive is None else passive
         check_fit(self, Authority, connector)
-        self._backends = [_Backend(target, BackendHealth(check, health, clock)) for target in backends]
+        self._backends = [_Backend(target, BackendHealth(check, health, clock), str(target)) for target in backends]
         if not self._backends:
             raise ValueError("a pool needs at least one backend")
         self._check = check
@@ -88,6 +89,7 @@ class BackendPool:
         self._max_busy = max_busy
         self._own_host = own_host
         self._via = via
+        self._marks = marks(via)
         self._upgrades = upgrades
         self._proxy_protocol = proxy_protocol
         self._limits = HttpLimits() if limits is None else limits
@@ -136,13 +138,12 @@ class BackendPool:
         """See :mod:`..exchange.quick`."""
         if self._proxy_protocol is not None or self._retry_statuses:
             return None
-        onward = forwardable(request, self._via, self._upgrades)
+        written = onward(request, self._via)
         backend = self._pick(set())
         connection = self.connections.ready(request, backend.target)
         if connection is None:
             return None
-        if self._own_host or not onward.authority:
-            onward.authority = str(backend.target)
+        host = backend.name if self._own_host or not request.authority else request.authority
 
         def finish(response: Response) -> Response:
             backend.health.succeeded()
@@ -157,7 +158,9 @@ class BackendPool:
                 raise error
             return await self._serve(request, {backend.target})
 
-        return Exchange(connection, onward, finish, recover)
+        return Exchange(
+            connection, request, host, written, self._marks, finish, recover, answered=backend.health.succeeded
+        )
 
     def _pick(self, tried: set[Authority]) -> _Backend:
         passing = [backend for backend in self._backends if backend.health.passing]

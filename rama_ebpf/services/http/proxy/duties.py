@@ -11,12 +11,14 @@ import re
 from collections.abc import Collection
 from typing import Final
 
+from ..exchange.quick import Marks
+from ..h1.writer import NOT_A_REQUESTS, NOT_A_RESPONSES
 from ..message.errors import HttpError
-from ..message.headers import Headers
+from ..message.headers import Headers, Written
 from ..message.model import Body, Request, Response
 from ..message.websocket import check_opening
 
-__all__ = ["DEFAULT_UPGRADES", "MAX_HOPS", "answer_max_forwards", "forwardable", "returned"]
+__all__ = ["DEFAULT_UPGRADES", "MAX_HOPS", "answer_max_forwards", "forwardable", "marks", "onward", "returned"]
 
 MAX_HOPS: Final = 32
 """How many proxies a request may have passed, by its Via, before it is taken to run in a circle (508)."""
@@ -26,6 +28,8 @@ DEFAULT_UPGRADES: Final = frozenset({"websocket"})
 # Never told to anyone but us (RFC 9110 section 11.7), nor the answers to it.
 _PROXY_CREDENTIALS: Final = frozenset({b"proxy-authorization"})
 _PROXY_CHALLENGES: Final = frozenset({b"proxy-authenticate", b"proxy-authentication-info"})
+_NOT_ONWARD: Final = _PROXY_CREDENTIALS | NOT_A_REQUESTS
+_NOT_BACK: Final = _PROXY_CHALLENGES | NOT_A_RESPONSES
 _SECRET_IN_TRACE: Final = ("authorization", "cookie", "proxy-authorization")
 _NUMBER: Final = re.compile(r"[0-9]{1,9}")
 
@@ -44,8 +48,7 @@ def forwardable(request: Request, via: str | None, upgrades: Collection[str]) ->
     if upgrade == "websocket":
         check_opening(request)
     headers, hops = request.headers._passed_on(_PROXY_CREDENTIALS, _own_via(request.version, via))
-    if hops >= MAX_HOPS:
-        raise HttpError(508, "the request has passed too many proxies", proxy_error="proxy_loop_detected")
+    _check_hops(hops)
     if request.method in ("TRACE", "OPTIONS"):
         limit = _max_forwards(request)
         if limit is not None:
@@ -65,6 +68,25 @@ def forwardable(request: Request, via: str | None, upgrades: Collection[str]) ->
         request.extensions,
         request.inform,
     )
+
+
+def onward(request: Request, via: str | None) -> Written:
+    """Return the fields of a GET or HEAD without a body and without an upgrade as they go on over HTTP/1.1: what
+    :func:`forwardable` would make of them. Raises :class:`HttpError`: 508 in a loop."""
+    written = request.headers._written(_NOT_ONWARD, _own_via(request.version, via))
+    if written.hops:
+        _check_hops(written.hops)
+    return written
+
+
+def marks(via: str | None) -> Marks:
+    """Return what :func:`returned` does, for who writes the fields of responses at once."""
+    return Marks(_NOT_BACK, {version: _own_via(version, via) for version in ("1.0", "1.1", "2")})
+
+
+def _check_hops(hops: int) -> None:
+    if hops >= MAX_HOPS:
+        raise HttpError(508, "the request has passed too many proxies", proxy_error="proxy_loop_detected")
 
 
 def returned(response: Response, via: str | None) -> Response:

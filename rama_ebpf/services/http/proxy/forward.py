@@ -20,7 +20,7 @@ from ..message.errors import HttpError, NoResponse
 from ..message.limits import HttpLimits, HttpTimeouts, OriginOptions
 from ..message.model import Request, Response
 from ..server import HttpServer
-from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, returned
+from .duties import DEFAULT_UPGRADES, answer_max_forwards, forwardable, marks, onward, returned
 from .pool import ConnectionPool, Origins, PoolLimits
 
 __all__ = ["ForwardProxy", "HttpProxy"]
@@ -64,6 +64,7 @@ class ForwardProxy:
         self._connector = connector
         self._share = isinstance(connector, Connector) if share_connections is None else share_connections
         self._via = via
+        self._marks = marks(via)
         self._upgrades = upgrades
         self._connect_ports = connect_ports
         self._tunnel_limits = tunnel_limits
@@ -94,12 +95,12 @@ class ForwardProxy:
         """See :mod:`..exchange.quick`."""
         if not request.absolute or request.scheme != "http":
             return None
-        onward = forwardable(request, self._via, self._upgrades)
+        written = onward(request, self._via)
         connection = self.pool.ready(request, request.target, partition=None if self._share else _client(request))
         if connection is None:
             return None
         request.extensions.add(_FORWARD)
-        return Exchange(connection, onward, self._returned, self._recover)
+        return Exchange(connection, request, request.authority, written, self._marks, self._returned, self._recover)
 
     def quick_connect(self, request: Request, /) -> Dial | None:
         """See :mod:`..exchange.quick`."""

@@ -7,12 +7,11 @@ import functools
 import time
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ....core.address import Authority
 from ....core.request_log import Upstream
 from ....core.service import Service
-from ....core.socket_stream import SocketStream
 from ....core.stream import Stream
 from ....core.target import Target
 from ...tls.stream import TlsParameters
@@ -45,11 +44,6 @@ class PoolLimits:
 _Key = tuple[Authority, Hashable]
 
 
-class _Idle(NamedTuple):
-    connection: H1ClientConnection
-    since: float
-
-
 class _Origin:
     """What there is to one target for one partition."""
 
@@ -58,7 +52,7 @@ class _Origin:
     def __init__(self, key: _Key) -> None:
         self.key = key
         self.busy = 0
-        self.idle: list[_Idle] = []
+        self.idle: list[H1ClientConnection] = []
         self.h2: list[H2ClientConnection] = []
 
 
@@ -186,8 +180,8 @@ class ConnectionPool:
         if origin is None or origin.h2:
             return None
         idle = origin.idle
-        while idle and isinstance(idle[-1].connection.stream, SocketStream):
-            connection = idle.pop().connection
+        while idle and idle[-1].is_plain:
+            connection = idle.pop()
             self._idle_count -= 1
             if connection.told_quiet:
                 origin.busy += 1
@@ -204,7 +198,7 @@ class ConnectionPool:
             self._sweeper = None
         for origin in list(self._known.values()):
             for idle in origin.idle:
-                self._end(idle.connection)
+                self._end(idle)
             self._idle_count -= len(origin.idle)
             origin.idle.clear()
             for connection in origin.h2:
@@ -249,7 +243,7 @@ class ConnectionPool:
     def _take(self, origin: _Origin) -> H1ClientConnection | None:
         """Return a kept connection that can be used; it is busy from now on."""
         while origin.idle:
-            connection = origin.idle.pop().connection
+            connection = origin.idle.pop()
             self._idle_count -= 1
             if connection.quiet:
                 origin.busy += 1
@@ -272,7 +266,8 @@ class ConnectionPool:
             self._end(connection)
             return
         origin.busy -= 1
-        origin.idle.append(_Idle(connection, time.monotonic()))
+        connection.idle_since = time.monotonic()
+        origin.idle.append(connection)
         self._idle_count += 1
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(limits.keep, self._sweep)
@@ -285,11 +280,11 @@ class ConnectionPool:
         oldest: list[float] = []
         for origin in list(self._known.values()):
             for idle in origin.idle:
-                if idle.since <= due:
-                    self._end(idle.connection)
+                if idle.idle_since <= due:
+                    self._end(idle)
                     self._idle_count -= 1
-            origin.idle = [idle for idle in origin.idle if idle.since > due]
-            oldest += [min(idle.since for idle in origin.idle)] if origin.idle else []
+            origin.idle = [idle for idle in origin.idle if idle.idle_since > due]
+            oldest += [min(idle.idle_since for idle in origin.idle)] if origin.idle else []
             self._forget(origin)
         if oldest:
             left = min(oldest) + self._pool_limits.keep - now
