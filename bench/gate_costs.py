@@ -177,7 +177,9 @@ def reload(rounds: int, against: str) -> bool:
             for number, (name, tree) in enumerate(trees.items()):
                 file = directory / f"{number}.toml"
                 file.write_text(texts[0])
-                proxy = proxies[name] = ProxyProcess(lab.host(f"host{number}"), names[name], "--config", str(file))
+                proxy = proxies[name] = ProxyProcess(
+                    lab.host(f"host{number}"), names[name], "--config", str(file), cwd=tree
+                )
                 proxy.environment = {"PYTHONPATH": str(tree)}
                 proxy.start()
             for turn in range(1, rounds + 1):

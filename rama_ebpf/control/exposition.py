@@ -11,7 +11,6 @@ import os
 import socket
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Annotated
 
@@ -20,6 +19,7 @@ from msgspec import Meta
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..core.interpreter import module_command
 from ..kernel.denials import DenialCounts
 from ..kernel.privileges import UserIds
 from ..kernel.suspended import is_stopped
@@ -225,12 +225,7 @@ class MetricsServer:
         user = self._user or UserIds(0, 0)
         fds = channel.fileno(), self._listener.fileno()
         return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "rama_ebpf.control.metrics_child",
-                *map(str, (*fds, user.uid, user.gid, os.getpid())),
-            ],
+            module_command("rama_ebpf.control.metrics_child", *map(str, (*fds, user.uid, user.gid, os.getpid()))),
             stdin=subprocess.DEVNULL,
             pass_fds=fds,
             process_group=0,  # a terminal's Ctrl-C is for us alone

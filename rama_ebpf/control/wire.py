@@ -12,7 +12,6 @@ import json
 import logging
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Final
@@ -21,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from ..core.address import SocketAddress
+from ..core.interpreter import module_command
 from ..kernel.privileges import UserIds
 from ..process import Nursery
 from ..process.exit_watch import exit_watch
@@ -154,7 +154,7 @@ class WireRelay:
         user = self._user or UserIds(0, 0)
         fds = door.fileno(), channel.fileno()
         return subprocess.Popen(
-            [sys.executable, "-m", "rama_ebpf.control.wire_child", *map(str, (*fds, user.uid, user.gid))],
+            module_command("rama_ebpf.control.wire_child", *map(str, (*fds, user.uid, user.gid))),
             stdin=subprocess.DEVNULL,
             pass_fds=fds,
             process_group=0,  # a terminal's Ctrl-C is for us alone

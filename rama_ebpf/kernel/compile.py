@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ..core.interpreter import module_command
 from . import bpf, headers
 from .bytecode import Bytecode, Program
 
@@ -85,7 +86,7 @@ def compile_unit(unit: Unit, maps: Mapping[str, int], pins: Path) -> tuple[list[
     )
     with tempfile.TemporaryFile() as reply:
         child = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, str(reply.fileno())],
+            module_command(__spec__.name, str(reply.fileno())),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

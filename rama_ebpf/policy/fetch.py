@@ -14,7 +14,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import IO, Final
 import msgspec
 
 from ..core.errors import PolicyDenied
+from ..core.interpreter import module_command
 from .feed import FeedContent
 from .feed_record import decode
 from .feed_room import ASKS, Ask, FeedRoom, Grants, NoRoom, judge
@@ -135,7 +135,7 @@ class Fetcher:
                 raise FetchError("the server stops")
             try:
                 child = subprocess.Popen(
-                    [sys.executable, "-m", _CHILD, str(channel)],
+                    module_command(_CHILD, str(channel)),
                     stdin=subprocess.DEVNULL,
                     stdout=told,
                     stderr=why,

@@ -10,7 +10,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Collection, Sequence
 from typing import Annotated, Final
@@ -19,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from ..core.errors import RamaError
+from ..core.interpreter import module_command
 from ..kernel.confine import Confinement
 from ..kernel.denials import DenialCounts
 from .channel import Channel
@@ -187,7 +187,7 @@ class WorkerFactory:
                 fds.update(held)
                 # A fresh interpreter and not a fork of this one: see docs/process.md.
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "rama_ebpf.process.worker", str(theirs.fileno())],
+                    module_command("rama_ebpf.process.worker", str(theirs.fileno())),
                     stdin=subprocess.DEVNULL,
                     pass_fds=tuple(fds),
                     env={**os.environ, **plan.environment},

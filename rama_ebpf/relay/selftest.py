@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface
 from typing import Final
 
+from ..core.interpreter import module_command
 from ..core.socket_stream import SocketStream
 from ..kernel.veth import isolate_with_veth
 from .choice import Choice
@@ -88,8 +89,7 @@ async def self_test(fds: Mapping[str, int], release: str | None = None, timeout:
 
 async def _run_child(fds: Mapping[str, int], timeout: float) -> str:
     child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", __spec__.name, json.dumps(dict(fds)), str(timeout)),
+        *module_command(__spec__.name, json.dumps(dict(fds)), str(timeout)),
         pass_fds=list(fds.values()),
         stdin=asyncio.subprocess.PIPE,  # the child ends when we do
         stdout=asyncio.subprocess.DEVNULL,

@@ -115,6 +115,22 @@ def test_a_configuration_file_is_served_judged_and_measured(
     assert not (config.path.parent / "proxy.sock").exists()
 
 
+def test_nothing_is_imported_from_the_directory_in_which_the_server_was_started(
+    host: Host, start_proxy: StartProxy, config: ConfigFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "of others"
+    (place / "rama_ebpf").mkdir(parents=True)
+    for name in ("rama_ebpf/__init__.py", "json.py", "uvloop.py", "prometheus_client.py"):
+        (place / name).write_text(f"open({str(tmp_path / 'taken over')!r}, 'w')\n")
+    monkeypatch.chdir(place)
+    proxy = start_proxy(host, "--config", str(config.path))
+    with host.connect("127.0.0.1", 1080) as client:
+        assert isinstance(ask(client, "who"), dict)
+    proxy.signal(signal.SIGTERM)
+    assert proxy.wait() == 0
+    assert not (tmp_path / "taken over").exists()
+
+
 def test_reload_changes_addresses_rules_and_services_and_keeps_live_connections(
     host: Host, start_proxy: StartProxy, config: ConfigFile
 ) -> None:
