@@ -26,6 +26,7 @@ _GROUPS: Final = {
     "config": ("check", "config", "passwd"),
     "policy": ("block", "allow", "unblock", "list", "test"),
     "ruleset": ("policy",),
+    "why": ("why",),
     "bans": ("ban", "bans"),
     "lifecycle": ("status", "unload"),
     "flows": ("flows",),

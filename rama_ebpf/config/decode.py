@@ -102,6 +102,10 @@ class Decoder:
             near = near[:-1]
         self.mistakes.append(Mistake(self._lines.get(near, 1), _dotted(path), text))
 
+    def line(self, path: Path) -> int:
+        """Return the line of a value that is in the file."""
+        return self._lines[path]
+
     def table(self, type_: type, value: Mapping[str, Any], path: Path = ()) -> Any:
         """Decode a dataclass; None if anything in it is wrong."""
         decoded = self._decode(Table(type_), value, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..core.errors import RamaError
@@ -11,6 +12,7 @@ from .build import check_stack
 from .decode import Decoder
 from .limits import beyond_limits, does_not_compile
 from .model import Config
+from .policy import located
 from .toml import ConfigError, read_toml
 
 __all__ = ["ConfigError", "config_of", "load_config"]
@@ -28,7 +30,7 @@ def load_config(path: str | os.PathLike[str], *, compile_rules: bool = False) ->
             decoder.complain(where, text)
     if config is None or decoder.mistakes:
         raise ConfigError(file, decoder.mistakes)
-    return config
+    return replace(config, policy=located(config.policy, file, decoder, ("policy",)))
 
 
 def config_of(values: Mapping[str, Any]) -> Config:

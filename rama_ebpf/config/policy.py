@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
@@ -22,11 +22,21 @@ from ..policy.rule import (
     SynLimit,
     boottime_ns,
 )
-from .decode import ListOf, Table, setting
+from .decode import Decoder, ListOf, Table, setting
 from .kinds import BOOLEAN, DURATION, NETWORK, PORT, RATE, SIZE, TEXT, Rate, any_path, choice, integer, number
+from .positions import Path
 from .toml import ConfigError, read_toml
 
-__all__ = ["BansConfig", "FeedConfig", "PolicyConfig", "RateConfig", "RuleConfig", "load_policy", "policy_values"]
+__all__ = [
+    "BansConfig",
+    "FeedConfig",
+    "PolicyConfig",
+    "RateConfig",
+    "RuleConfig",
+    "load_policy",
+    "located",
+    "policy_values",
+]
 
 _NETWORKS = ListOf(NETWORK)
 
@@ -79,6 +89,8 @@ class RuleConfig:
     rate: Rate | None = setting(RATE, "of action limit: connections over time for each source", default=None)
     burst: int = setting(integer(1, 1_000_000), "of action limit: connections at once", default=1)
     reason: str | None = setting(TEXT, "shown in listings", default=None)
+    at: str = field(default="", compare=False)
+    """File and line, where they are known."""
 
     def __post_init__(self) -> None:
         if not self.sources and self.feed is None:
@@ -105,6 +117,7 @@ class RuleConfig:
             reason=self.reason or "",
             origin="file",
             feed=None if self.feed is None else self.feed.feed(),
+            at=self.at,
         )
 
 
@@ -220,12 +233,22 @@ def _rule_values(rule: Rule) -> dict[str, Any]:
     return values
 
 
+def located(policy: PolicyConfig, file: str, decoder: Decoder, path: Path = ()) -> PolicyConfig:
+    """Return the same, whose rules know where they stand in ``file``; ``path`` is where the policy does."""
+    name = os.path.abspath(file)
+    rules = (
+        replace(rule, at=f"{name}:{decoder.line((*path, 'rules', index))}") for index, rule in enumerate(policy.rules)
+    )
+    return replace(policy, rules=tuple(rules))
+
+
 def load_policy(path: str | os.PathLike[str]) -> PolicyConfig:
     """Read a policy file: the settings of ``[policy]``, or a whole ``rama.toml``, of which only that is looked at.
 
     Raises :class:`~.load.ConfigError` with every mistake and its line.
     """
     values, decoder = read_toml(path)
+    where: Path = ("policy",) if "policy" in values else ()
     if "policy" in values:
         config = decoder.table(PolicyConfig, values["policy"], ("policy",))
     else:
@@ -237,4 +260,4 @@ def load_policy(path: str | os.PathLike[str]) -> PolicyConfig:
     if config is None or decoder.mistakes:
         raise ConfigError(os.fspath(path), decoder.mistakes)
     assert isinstance(config, PolicyConfig)
-    return config
+    return located(config, os.fspath(path), decoder, where)

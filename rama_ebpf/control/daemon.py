@@ -46,6 +46,7 @@ from .options import FIXED, DaemonOptions
 from .policy_host import PolicyHost, open_policy_host, refuse_without_gate, take_over_policy
 from .policy_thread import PolicyThread
 from .predecessor import Predecessor, Seniors
+from .refusals import RefusalBook
 from .revision import Deployment, Policy, ServedRevision
 from .signals import EarlyStop, end_after, stopping_early, suspend
 from .socket import ControlServer
@@ -54,6 +55,7 @@ from .state import Seen, ServerState
 from .successor import Upgrades
 from .takeover import Inherited, TakeOver, lock_and_estate
 from .verdicts import Verdicts
+from .why import ServerSide, Why
 from .wire import WireRelay
 from .worker_requests import WorkerRequests
 
@@ -148,6 +150,7 @@ class _Daemon(WorkerObserver):
         self._egress = Egress(host.gate)
         self._killer = ConnectionKiller(self._listeners.addresses, self._own_cgroups)
         self._events = EventHub() if host.gate is None else GateEvents(host.gate.maps, rule_names(host.store)).hub
+        self._refusals = RefusalBook()
         self._cleanup = cleanup
         self._audit = self._make_audit()
         self._deployment = Deployment(
@@ -190,6 +193,7 @@ class _Daemon(WorkerObserver):
                 self._relay,
                 self._listeners,
                 self._egress,
+                self._refusals,
                 self,
             ]
             if self._metrics is not None:
@@ -342,16 +346,31 @@ class _Daemon(WorkerObserver):
 
     def _own_listeners(self, sockets: SocketSet) -> list[SocketAddress]:
         """Where clients must not be connected to, or they would be connected to us again."""
+        return [*sockets.addresses, *self._metrics_address()]
+
+    def _metrics_address(self) -> list[SocketAddress]:
         metrics = None if self._options.metrics is None else self._options.metrics.address
-        return [*sockets.addresses, *([] if metrics is None else [metrics])]
+        return [] if metrics is None else [metrics]
 
     def _control(self, method: str, params: Mapping[str, object]) -> dict[str, object]:
         if method == "kill":
             return self._killer.call(params)
+        if method == "why":
+            return self._why().call(params)
         try:
             return ControlApi(self._host.store, self._feeds, self._judge()).call(method, params)
         finally:
             self._host.store.sync()  # this is a thread of its own; the answer says that it is kept
+
+    def _why(self) -> Why:
+        server = ServerSide(
+            options=lambda: self._options,
+            listeners=self._listeners.described,
+            networks=lambda: self._egress.networks,
+            own=lambda: [*self._listeners.addresses(), *self._metrics_address()],
+            refusals=self._refusals,
+        )
+        return Why(self._host.store, self._judge(), server)
 
     def _make_audit(self) -> Audit | None:
         store, gate, judge = self._host.store, self._host.gate, self._kernel_judge()

@@ -7,17 +7,18 @@ each client is judged here, by asking the server process, which holds the policy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from ipaddress import ip_address
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
+from ..core.request_log import RequestRecord
 from ..core.service import Service, stack
 from ..core.shares import Held
 from ..core.stream import Stream
-from ..layers.access_log import AccessLogLayer
+from ..layers.access_log import AccessLogLayer, AccessRecord, log_record
 from ..layers.auth import PasswordFile
 from ..layers.check_queue import CheckQueue
 from ..layers.metrics import MetricsLayer
@@ -31,9 +32,21 @@ from ..relay import TunnelLimits
 from ..services.proxy import mixed_proxy
 from ..services.refusal import SourceShareLayer
 from ..services.socks5 import UdpAssociator
+from .refusals import RefusalReporter, new_id
 from .worker_relay import serve_relay
 
 __all__ = ["application", "default_proxy"]
+
+
+T = TypeVar("T", AccessRecord, RequestRecord)
+
+
+def _both(one: Callable[[T], None], other: Callable[[T], None]) -> Callable[[T], None]:
+    def call(record: T) -> None:
+        one(record)
+        other(record)
+
+    return call
 
 
 class _OwnAddresses(msgspec.Struct):
@@ -66,8 +79,16 @@ def application(context: WorkerContext) -> Application:
     layers: list[object] = []
     if params["metrics"]:
         layers.append(MetricsLayer())
-    if params["access_log"]:
-        layers.append(AccessLogLayer())
+    refusals = RefusalReporter(context.channel)
+    layers.append(
+        AccessLogLayer(
+            _both(log_record, refusals.connection) if params["access_log"] else refusals.connection,
+            request_sink=_both(log_record, refusals.request) if params["access_log"] else refusals.request,
+            first_sink=refusals.first_bytes,
+            failures_only=not params["access_log"],
+            new_id=new_id,
+        )
+    )
     if params["judge"]:
         layers.append(PolicyLayer(context.policy))
     counters = {

@@ -18,6 +18,7 @@ from .logfmt import logfmt, quoted
 from .notes import Note
 
 __all__ = [
+    "REFUSAL_FIELD",
     "Refusal",
     "RequestLog",
     "RequestMeter",
@@ -47,6 +48,9 @@ class Upstream:
     address: SocketAddress | None
     kept: bool
 
+
+REFUSAL_FIELD: Final = "Refusal-Id"
+"""The field of a response that refuses: what ``rama-ebpf why`` is asked with."""
 
 _MOST_ROUTES: Final = 1000
 """How many routes are told apart, whatever an application calls them."""
@@ -157,12 +161,22 @@ class RequestRecord(NamedTuple):
 
 
 class RequestLog:
-    """Where the requests of one connection are told. ``sink`` is called with each record."""
+    """Where the requests of one connection are told. ``sink`` is called with each record, or with those of requests
+    that failed alone (``failures_only``). ``new_id`` makes an id for each refusal, which the client is told
+    (:data:`REFUSAL_FIELD`) and the record has among its notes."""
 
-    __slots__ = ("_sink", "lines", "told")
+    __slots__ = ("_sink", "failures_only", "lines", "new_id", "told")
 
-    def __init__(self, sink: Callable[[RequestRecord], None]) -> None:
+    def __init__(
+        self,
+        sink: Callable[[RequestRecord], None],
+        *,
+        failures_only: bool = False,
+        new_id: Callable[[], str] | None = None,
+    ) -> None:
         self._sink = sink
+        self.failures_only = failures_only
+        self.new_id = new_id
         self.lines = 0
         """How many requests were told."""
         self.told: BaseException | None = None

@@ -17,7 +17,7 @@ from ..core.at_once import Entered, Visit, entered_by
 from ..core.auth import User
 from ..core.client import client_address
 from ..core.extensions import Extensions
-from ..core.first_bytes import FirstBytes
+from ..core.first_bytes import FirstBytes, Watcher
 from ..core.log_lines import log_line
 from ..core.logfmt import logfmt
 from ..core.notes import Note
@@ -27,7 +27,7 @@ from ..core.shares import ShareExceeded
 from ..core.stream import Stream
 from ..relay.report import TunnelReport
 
-__all__ = ["AccessLogLayer", "AccessRecord", "close_reason"]
+__all__ = ["AccessLogLayer", "AccessRecord", "close_reason", "log_record"]
 
 log = logging.getLogger("rama_ebpf.access")
 
@@ -77,7 +77,8 @@ def close_reason(extensions: Extensions, error: BaseException | None) -> str:
     return "done" if report is None else report.reason.value
 
 
-def _log_line(record: AccessRecord | RequestRecord) -> None:
+def log_record(record: AccessRecord | RequestRecord) -> None:
+    """Write the line of a record."""
     log_line(log, record)
 
 
@@ -94,11 +95,19 @@ class AccessLogLayer:
 
     def __init__(
         self,
-        sink: Callable[[AccessRecord], None] = _log_line,
+        sink: Callable[[AccessRecord], None] = log_record,
         *,
-        request_sink: Callable[[RequestRecord], None] = _log_line,
+        request_sink: Callable[[RequestRecord], None] = log_record,
+        first_sink: Watcher | None = None,
+        failures_only: bool = False,
+        new_id: Callable[[], str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``first_sink`` is told of those who are refused by their first bytes. With ``failures_only`` only what failed
+        has a record. ``new_id`` makes the ids of refusals, see :class:`~rama_ebpf.core.request_log.RequestLog`."""
+        self._first_sink = first_sink
+        self._failures_only = failures_only
+        self._new_id = new_id
         self._sink = sink
         self._request_sink = request_sink
         self._clock = clock
@@ -106,7 +115,7 @@ class AccessLogLayer:
 
     def first_bytes(self, inner: FirstBytes | None) -> FirstBytes | None:
         """Those who are refused by their first bytes have no line: the server counts them in one a minute."""
-        return inner
+        return inner if inner is None or self._first_sink is None else inner.watched(self._first_sink)
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         async def serve(stream: Stream, /) -> Output:
@@ -137,12 +146,14 @@ class _Connection:
         self._layer = layer
         self._stream = stream
         self._started = layer._clock()
-        self._requests = RequestLog(layer._request_sink)
+        self._requests = RequestLog(layer._request_sink, failures_only=layer._failures_only, new_id=layer._new_id)
         stream.extensions.add(self._requests)
 
     def leave(self, error: BaseException | None, /) -> None:
         """Write it, unless its requests have had theirs."""
         layer, requests = self._layer, self._requests
+        if error is None and layer._failures_only:
+            return
         if not requests.lines or (error is not None and error is not requests.told):
             notes = layer._crowded.notes(error) if isinstance(error, ShareExceeded) else ()
             if notes is not None:

@@ -144,6 +144,11 @@ class PasswordFile:
             await self._check_once(source, token, name, password)
         return User(name)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The users of the file, as it was read last."""
+        return frozenset(self._users)
+
     def dear(self) -> list[tuple[str, float]]:
         """Users whose hash costs more than :data:`~.hashes.DEAR_SECONDS` on this machine, with the seconds."""
         costs = ((name, user.seconds()) for name, user in self._users.items())

@@ -11,6 +11,8 @@ from .rule import Feed, Rule, RuleSet, SynLimit
 __all__ = ["difference"]
 
 _EXAMPLES = 10
+_APART = ("sources", "expires", "at")
+"""Attributes that are compared in their own way, or not at all."""
 
 
 def difference(old: RuleSet, new: RuleSet) -> dict[str, object]:
@@ -44,7 +46,7 @@ def _changed(old: Rule, new: Rule) -> dict[str, object]:
     row: dict[str, object] = {
         field.name: [_plain(getattr(old, field.name)), _plain(getattr(new, field.name))]
         for field in fields(old)
-        if field.name not in ("sources", "expires") and not _same(getattr(old, field.name), getattr(new, field.name))
+        if field.name not in _APART and not _same(getattr(old, field.name), getattr(new, field.name))
     }
     if (old.expires is None) != (new.expires is None):
         row["expires"] = [old.expires is not None, new.expires is not None]

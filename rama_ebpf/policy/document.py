@@ -43,6 +43,7 @@ def encode(ruleset: RuleSet) -> bytes:
                 "limit": _limit(rule.limit),
                 "reason": rule.reason,
                 "origin": rule.origin,
+                "at": rule.at,
                 "feed": None if rule.feed is None else dataclasses.asdict(rule.feed),
                 "counts": [len(v4), len(v6)],
             }

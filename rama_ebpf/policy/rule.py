@@ -10,7 +10,7 @@ import enum
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import Final
 
@@ -147,7 +147,8 @@ class Rule:
     ``name`` (1–63 of ``[A-Za-z0-9._:/@+-]``) appears in counters and log lines. ``expires`` is when it ends (None:
     never). A ``dry_run`` rule decides nothing, but counts what it would have decided. ``limit`` belongs to
     :attr:`Action.LIMIT`. ``origin`` says where it came from (``runtime``, ``file``). ``feed`` is where the sources
-    come from, if not from the rule itself. Raises :class:`PolicyError`.
+    come from, if not from the rule itself. ``at`` is the file and line that it was read from; rules that differ in
+    nothing else are equal. Raises :class:`PolicyError`.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Rule:
     reason: str = ""
     origin: str = RUNTIME
     feed: Feed | None = None
+    at: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", Prefixes.of(self.sources))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 from ....core.address import SocketAddress
-from ....core.request_log import RequestLog, explained
+from ....core.notes import Note
+from ....core.request_log import REFUSAL_FIELD, Refusal, RequestLog, explained
 from ....core.service import Service
 from ..message.errors import ConnectionDropped, HttpError
 from ..message.model import Request, Response
@@ -38,7 +39,7 @@ async def checked_response(
         response = await service(request)
         if not _fits(request, response):
             raise await _misfit(request, response)
-        return response
+        return response if response.status < 400 else _named(request, response)
     except ConnectionDropped:
         raise
     except Exception as error:
@@ -48,7 +49,17 @@ async def checked_response(
             log.exception("%s: service failed on %s", peer, request.method)
         elif RequestLog not in request.extensions:
             log.info("%s: %s %s: %s: %s", peer, request.method, request.authority, refusal.status, explained(error))
-        return error_response(refusal, name)
+        return _named(request, error_response(refusal, name))
+
+
+def _named(request: Request, response: Response) -> Response:
+    """Give a response that refuses an id, where refusals have one."""
+    log = request.extensions.get(RequestLog)
+    if log is not None and log.new_id is not None and Refusal in request.extensions:
+        refusal = log.new_id()
+        request.extensions.add(Note("refusal", refusal))
+        response.headers.add(REFUSAL_FIELD, refusal)
+    return response
 
 
 def _fits(request: Request, response: Response) -> bool:

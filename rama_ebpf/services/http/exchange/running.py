@@ -81,8 +81,9 @@ class RunningRequest:
             route = self._request.extensions.get(RouteName)
             total = time.monotonic() - self._started
             self._meter.tell("none" if route is None else route.name, self._status, self._first_byte, total)
-        if self._log is not None:
-            self._log.tell(self._record(error), error)
+        log = self._log
+        if log is not None and (not log.failures_only or error is not None or self._status >= _FIRST_ERROR):
+            log.tell(self._record(error), error)
 
     def snapshot(self) -> FlowSnapshot:
         """What ``rama-ebpf flows`` shows of it."""
