@@ -89,7 +89,8 @@ def _on_pins(instance: Instance, method: str, params: Mapping[str, object]) -> J
     """Run a method on the pinned maps. A server that starts or stops puts others in their place, or none: the store
     finds that out under the lock, and what is in force in those that are in use then is on disk for the next ones."""
     with KernelStore(instance) as store:
-        return ControlApi(store, FeedStore(instance.feeds_dir), _judge(instance, store)).call(method, params)
+        api = ControlApi(store, FeedStore(instance.feeds_dir), _judge(instance, store), instance.clients_file)
+        return api.call(method, params)
 
 
 def _judge(instance: Instance, store: KernelStore) -> Judge:

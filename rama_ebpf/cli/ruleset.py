@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pwd
 from collections.abc import Callable
-from typing import cast
+from pathlib import Path
+from typing import Final, cast
 
 from ..control.api import Json
-from ..policy.rule import parse_ttl
+from ..policy.rule import PolicyError, parse_ttl
 from .output import NO, OK, duration, print_json, table
 from .policy import call, show_verdict, split_target
 from .said import outcome_of_set
 
-__all__ = ["register"]
+__all__ = ["logged_in_from", "register"]
+
+_MOST_PARENTS: Final = 64
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -36,8 +40,16 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
         metavar="TIME",
         help="undo it after so long unless policy confirm is given; the kernel does",
     )
+    load.add_argument("--yes", action="store_true", help="load it although it cuts many clients, or your own session")
     diff = verb("diff", "say what loading a policy file would change", _diff)
-    diff.add_argument("file", metavar="FILE")
+    diff.add_argument("file", metavar="FILE", nargs="?")
+    diff.add_argument("--revision", type=int, metavar="N", help="what the set of that revision would, in place of FILE")
+    diff.add_argument(
+        "--replay",
+        metavar="TIME",
+        help="also what it would do to those who came within this time, for example 24h",
+    )
+    verb("history", "show the sets that were in force before and are kept", _history)
     verb("export", "print the set in force as a policy file", _export)
     verb("confirm", "keep the set that is on trial", _confirm)
     verb("rollback", "undo the set that is on trial", _rollback)
@@ -50,7 +62,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
 
 def _load(args: argparse.Namespace) -> int:
     within = None if args.confirm_timeout is None else parse_ttl(args.confirm_timeout) / 1e9
-    params = {"path": os.path.abspath(args.file), "revision": args.revision, "confirm_within": within}
+    params: Json = {"path": os.path.abspath(args.file), "revision": args.revision, "confirm_within": within}
+    params |= {"yes": args.yes, "operators": logged_in_from()}
     result = call(args.instance, "load", params)
     done = f"loaded {result['rules']} rules with {result['prefixes']} prefixes: revision {result['revision']}"
     words, code = outcome_of_set(done, result)
@@ -58,12 +71,48 @@ def _load(args: argparse.Namespace) -> int:
         print_json(result)
         return code
     print(words)
+    _show_replay(result, ("turns away", "lets in"))
     _show_feeds(result)
     for row in cast("list[Json]", result["overlaps"]):
         print(f"{row['rule']}: {row['networks']} networks are in {row['inside']} too")
-    if within is not None:
-        print(f"ON TRIAL: undone in {duration(within)} unless confirmed (rama-ebpf policy confirm)")
+    if (trial := result["confirm_within"]) is not None:
+        print(f"ON TRIAL: undone in {duration(trial)} unless confirmed (rama-ebpf policy confirm)")
     return code
+
+
+def _show_replay(result: Json, words: tuple[str, str]) -> None:
+    """Say what becomes of those who came, where anything does; ``words`` are for who is cut, and who is let in."""
+    told = cast("Json | None", result.get("replay"))
+    if told is None or not (told["cut"] or told["let_in"]):
+        return
+    cut, let_in, span = told["cut"], told["let_in"], duration(told["seconds"])
+    if cut:
+        print(f"{words[0]} {cut} of {told['connected']} clients that connected in the last {span}:")
+        for row in cast("list[Json]", told["cut_top"]):
+            print(f"    {row['source']} to port {row['port']}, {row['let_in']} times, by {row['rule']}")
+    if let_in:
+        print(f"{words[1]} {let_in} clients that were turned away in the last {span}")
+    if told["missed"]:
+        print(f"({told['missed']} denials came too fast to be in the record)")
+
+
+def logged_in_from() -> list[str]:
+    """The address that this command's user is logged in from by ssh, found in the environment of the nearest process
+    above that has it: sudo takes it out of its own."""
+    pid = os.getpid()
+    for _ in range(_MOST_PARENTS):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                name, _, value = entry.partition(b"=")
+                if name in (b"SSH_CONNECTION", b"SSH_CLIENT"):
+                    return [value.split()[0].decode("ascii", "replace")]
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+        if pid <= 1:
+            break
+    return []
 
 
 def _show_feeds(result: Json) -> None:
@@ -83,7 +132,10 @@ def _show_feeds(result: Json) -> None:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    result = call(args.instance, "diff", {"path": os.path.abspath(args.file)})
+    if (args.file is None) == (args.revision is None):
+        raise PolicyError("name a FILE, or a --revision (policy history shows those that are kept)")
+    path = None if args.file is None else os.path.abspath(args.file)
+    result = call(args.instance, "diff", {"path": path, "revision": args.revision, "replay": args.replay})
     if args.json:
         print_json(result)
     elif result["same"]:
@@ -107,7 +159,19 @@ def _diff(args: argparse.Namespace) -> int:
             print(f"~ {name}: {was} -> {will}")
         if result["reordered"]:
             print("~ rules change places: of two that rank the same, another one decides")
+    if not args.json:
+        _show_replay(result, ("would cut", "would let in"))
     return OK if result["same"] else NO
+
+
+def _history(args: argparse.Namespace) -> int:
+    result = call(args.instance, "history", {})
+    if args.json:
+        print_json(result)
+        return OK
+    rows = [(row["revision"], row["written"], row["bytes"]) for row in cast("list[Json]", result["sets"])]
+    print(table(("REVISION", "WRITTEN", "BYTES"), rows) if rows else "no earlier set is kept")
+    return OK
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -267,6 +267,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         require_kernel=policy.require_kernel,
         persist=policy.persist,
         kill=policy.kill,
+        record_keep=policy.record.keep,
         source_lengths=policy.bans.lengths(),
         xdp=policy.xdp,
         syn_cookies=policy.syn_cookies,

@@ -29,9 +29,11 @@ from .toml import ConfigError, read_toml
 
 __all__ = [
     "BansConfig",
+    "CutConfig",
     "FeedConfig",
     "PolicyConfig",
     "RateConfig",
+    "RecordConfig",
     "RuleConfig",
     "load_policy",
     "located",
@@ -147,6 +149,24 @@ class BansConfig:
 
 
 @dataclass(frozen=True)
+class CutConfig:
+    """What becomes of a ``policy load`` that would cut many of the clients that connected in the last 24 hours."""
+
+    share: float = setting(number(0, 1), "of them, from which on it is held up (1: never)", default=0.2)
+    least: int = setting(integer(1, 1_000_000), "clients that it must cut for that", default=10)
+    then: str = setting(
+        choice("refuse", "trial"), "refuse it without --yes, or put it on trial for two minutes", default="refuse"
+    )
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """The record of who came to which listener, and what became of them."""
+
+    keep: float | None = setting(DURATION, "keep it on disk for so long (in memory alone by default)", default=None)
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """Who may connect, decided in the kernel."""
 
@@ -165,6 +185,8 @@ class PolicyConfig:
         Table(RateConfig), "RST that answer reject, to all together; silence beyond (1000/s, burst 50)", default=None
     )
     bans: BansConfig = setting(Table(BansConfig), "what strikes and bans of services are about", factory=BansConfig)
+    cut: CutConfig = setting(Table(CutConfig), "loads that cut many clients", factory=CutConfig)
+    record: RecordConfig = setting(Table(RecordConfig), "who came", factory=RecordConfig)
     kill: bool = setting(BOOLEAN, "end live connections of sources that come to be denied", default=False)
     persist: bool = setting(BOOLEAN, "leave the policy pinned in the kernel when the server stops", default=False)
     rules: tuple[RuleConfig, ...] = setting(ListOf(Table(RuleConfig)), "rules", default=())

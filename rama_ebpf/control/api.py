@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Final, cast
 
 from ..core.address import IPAddress, unmap
@@ -37,6 +38,7 @@ from ..policy.rule import (
 from ..policy.store import PolicyStore
 from ..policy.stored import RuleRecord, StoredRule
 from .enforced import Decision, InForce, Judge, StoreJudge, carry_out, enforcement, targets, unheard
+from .replaying import CutBound, Replaying, span_of
 
 __all__ = ["ControlApi", "Json"]
 
@@ -50,12 +52,19 @@ _SOURCES_SHOWN: Final = 1000
 class ControlApi:
     """Methods by name over one store. Arguments and results are JSON values; mistakes raise :class:`PolicyError`."""
 
-    def __init__(self, store: PolicyStore, feeds: FeedStore | None = None, judge: Judge | None = None) -> None:
+    def __init__(
+        self,
+        store: PolicyStore,
+        feeds: FeedStore | None = None,
+        judge: Judge | None = None,
+        record: Path | None = None,
+    ) -> None:
         """``feeds`` keeps the copies of feeds; without it, sets with feeds cannot be loaded. ``judge`` is asked what is
         decided, by default the policy itself."""
         self._store = store
         self._feeds = feeds
         self._judge = judge or StoreJudge(store, serving=False)
+        self._replaying = Replaying(store, self._judge, record)
 
     def call(self, method: str, params: Mapping[str, object]) -> Json:
         """Run one method. Raises :class:`PolicyError` for an unknown method, or whatever the method raises."""
@@ -68,6 +77,7 @@ class ControlApi:
             "bans": self.bans,
             "load": self.load,
             "diff": self.diff,
+            "history": self.history,
             "export": self.export,
             "confirm": self.confirm,
             "rollback": self.rollback,
@@ -183,7 +193,7 @@ class ControlApi:
 
     def _read(
         self, params: Mapping[str, object]
-    ) -> tuple[RuleSet, builtins.list[FeedReport], Callable[[Settings], Settings]]:
+    ) -> tuple[RuleSet, builtins.list[FeedReport], Callable[[Settings], Settings], CutBound]:
         """Return the set of a policy file with the sources of its feeds, and what it makes of the settings in force."""
         from ..config.policy import load_policy  # these bring in what most commands do not need
         from ..config.toml import ConfigError
@@ -193,23 +203,34 @@ class ControlApi:
             ruleset = policy.ruleset(self._store.settings())
         except ConfigError as error:
             raise PolicyError(str(error)) from error
+        bound = CutBound(policy.cut.share, policy.cut.least, policy.cut.then == "trial")
         if self._feeds is None:
-            return ruleset, [], policy.settings
-        return *with_feeds(ruleset, self._feeds), policy.settings
+            return ruleset, [], policy.settings, bound
+        return *with_feeds(ruleset, self._feeds), policy.settings, bound
 
     def load(self, params: Mapping[str, object]) -> Json:
         """Put the set of the policy file ``path`` into force at once, if ``revision`` (optional) is the one in force;
-        on trial for ``confirm_within`` seconds if that is given."""
-        ruleset, reports, settings = self._read(params)
+        on trial for ``confirm_within`` seconds if that is given. What would cut many clients, or one of ``operators``
+        (addresses), is refused, or goes on trial, unless that is given or ``yes``."""
+        ruleset, reports, settings, bound = self._read(params)
         revision, within = params.get("revision"), params.get("confirm_within")
         if revision is not None and not isinstance(revision, int):
             raise PolicyError(f"revision must be a whole number, not {revision!r}")
         if within is not None and (not isinstance(within, int | float) or not 1 <= within <= 86400):
             raise PolicyError(f"confirm_within {within!r}: use 1 second to 1 day")
+        compiled = self._store.compile(ruleset)
+        replayed = self._replaying.of(compiled)
+        if within is None and not params.get("yes"):
+            within = self._replaying.hold_up(compiled, replayed, _texts(params, "operators"), bound)
         token, origin = self._store.set_token(), _text(params, "path")
         new = carry_out(
             lambda: self._store.replace(
-                ruleset, expected_revision=revision, confirm_within=within, origin=origin, settings=settings
+                ruleset,
+                expected_revision=revision,
+                confirm_within=within,
+                origin=origin,
+                settings=settings,
+                compiled=compiled,
             ),
             lambda: self._store.set_token() != token,
         )
@@ -219,14 +240,33 @@ class ControlApi:
             "rules": len(ruleset.rules),
             "prefixes": sum(len(rule.sources) for rule in ruleset.rules),
             "confirm_within": within,
+            "replay": self._replaying.told(replayed),
             "feeds": [_feed_report(report) for report in reports],
             "overlaps": [{"rule": one, "inside": other, "networks": count} for one, other, count in overlaps],
         } | self._unheard(ruleset)
 
     def diff(self, params: Mapping[str, object]) -> Json:
-        """Say what loading the policy file ``path`` would change."""
-        ruleset, _, _ = self._read(params)
-        return difference(self._store.ruleset(), ruleset) | {"revision": self._store.revision}
+        """Say what loading the policy file ``path``, or the set of an earlier ``revision``, would change; with
+        ``replay`` (a duration) what it would do to those who came since."""
+        span = span_of(params)
+        if params.get("revision") is None:
+            ruleset, *_ = self._read(params)
+        else:
+            ruleset = self._store.past_set(_whole(params, "revision"))
+        result = difference(self._store.ruleset(), ruleset) | {"revision": self._store.revision}
+        if span is not None:
+            result["replay"] = self._replaying.told(self._replaying.of(self._store.compile(ruleset), span), span)
+        return result
+
+    def history(self, _params: Mapping[str, object]) -> Json:
+        """Return the sets that were in force before and are kept, the latest first."""
+        return {
+            "revision": self._store.revision,
+            "sets": [
+                {"revision": past.revision, "written": _wall(round(past.written * 1e9)), "bytes": past.size}
+                for past in self._store.past_sets()
+            ],
+        }
 
     def export(self, _params: Mapping[str, object]) -> Json:
         """Return the set in force as the text of a policy file."""
@@ -384,6 +424,20 @@ def _text(params: Mapping[str, object], name: str) -> str:
     value = params.get(name)
     if not isinstance(value, str) or not value:
         raise PolicyError(f"{name} is missing")
+    return value
+
+
+def _whole(params: Mapping[str, object], name: str) -> int:
+    value = params.get(name)
+    if not isinstance(value, int) or value < 0:
+        raise PolicyError(f"{name} must be a whole number, not {value!r}")
+    return value
+
+
+def _texts(params: Mapping[str, object], name: str) -> Sequence[str]:
+    value = params.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise PolicyError(f"{name} must be a list of texts, not {value!r}")
     return value
 
 

@@ -47,6 +47,7 @@ from .policy_host import PolicyHost, open_policy_host, refuse_without_gate, take
 from .policy_thread import PolicyThread
 from .predecessor import Predecessor, Seniors
 from .refusals import RefusalBook
+from .replaying import generation_of
 from .revision import Deployment, Policy, ServedRevision
 from .signals import EarlyStop, end_after, stopping_early, suspend
 from .socket import ControlServer
@@ -303,6 +304,9 @@ class _Daemon(WorkerObserver):
             "ending denied connections": self._enforce,
             "following the nameservers": self._egress.follow_nameservers,
             "probing the gate": self._guard.watch,
+            "keeping the record of clients": lambda: upkeep.keep_record(
+                store, self._options.instance.clients_file, generation_of(store), lambda: self._options.record_keep
+            ),
             "following this host's addresses": self._egress.follow_addresses,
             "watching SYN cookies": lambda: self._cookies.watch(self._write_state),
         }
@@ -358,7 +362,9 @@ class _Daemon(WorkerObserver):
         if method == "why":
             return self._why().call(params)
         try:
-            return ControlApi(self._host.store, self._feeds, self._judge()).call(method, params)
+            return ControlApi(self._host.store, self._feeds, self._judge(), self._options.instance.clients_file).call(
+                method, params
+            )
         finally:
             self._host.store.sync()  # this is a thread of its own; the answer says that it is kept
 

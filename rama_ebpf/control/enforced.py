@@ -28,6 +28,7 @@ __all__ = [
     "Judge",
     "KernelJudge",
     "StoreJudge",
+    "any_of",
     "carry_out",
     "enforcement",
     "sample",
@@ -183,7 +184,7 @@ class KernelJudge:
         ]
         with self._opened() as witness:
             answers = witness.ask(
-                Question(network.network_address, SocketAddress(_any(network.version), rule.port or _ASSUMED_PORT))
+                Question(network.network_address, SocketAddress(any_of(network.version), rule.port or _ASSUMED_PORT))
                 for rule, network in asked
             )
         return [
@@ -251,7 +252,8 @@ def _rank(rule: Rule, network: IPNetwork) -> int:
     return (network.prefixlen + MAPPED[network.version] + 1) << 4 | rule.order  # enum rank of policy.h
 
 
-def _any(version: int) -> IPAddress:
+def any_of(version: int) -> IPAddress:
+    """The unspecified address of an IP version."""
     return ip_address("0.0.0.0" if version == 4 else "::")
 
 
@@ -273,7 +275,7 @@ def targets(judge: Judge, version: int, port: int | None = None) -> tuple[list[S
     found = [at for at in judge.listeners() if at.ip.version == version and port in (None, at.port)]
     if found:
         return sorted(found, key=lambda at: (at.port, at.ip.packed))[:_MOST_TARGETS], True
-    return [SocketAddress(_any(version), port or _ASSUMED_PORT)], False
+    return [SocketAddress(any_of(version), port or _ASSUMED_PORT)], False
 
 
 def unheard(judge: Judge, rules: Sequence[Rule]) -> list[str]:

@@ -37,6 +37,7 @@ class DaemonOptions:
     count against, and the bans that follow shut out.
     ``upgrade_drain``: how many seconds live connections have when another server has taken over, None for as many as
     they like; ``max_generations``: how many servers there may be then at once.
+    ``record_keep``: for how many seconds the record of who came is kept on disk, None for not at all.
     ``access_log``: a line for each connection. ``sockmap``: load the kernel's relay soon after the start, and not when
     the first tunnel wants it. ``wire``: have the wire relay. ``kill``: a source that the policy comes to deny loses its
     live connections, too.
@@ -75,6 +76,7 @@ class DaemonOptions:
     source_lengths: SourceLengths = field(default_factory=SourceLengths)
     metrics: Endpoint | None = None
     access_log: bool = True
+    record_keep: float | None = None
     log_level: str = "info"
     sockmap: bool = False
     wire: bool = False

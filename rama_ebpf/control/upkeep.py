@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from ..kernel.clock import ClockSteps
+from ..policy.client_file import ClientFile
 from ..policy.refresh import Refresher
 from ..policy.rule import PolicyError
 from ..policy.store import PolicyStore
 from .policy_thread import PolicyThread
 
-__all__ = ["refresh", "sweep", "sync", "watch_clock"]
+__all__ = ["keep_record", "refresh", "sweep", "sync", "watch_clock"]
 
 log = logging.getLogger("rama_ebpf")
 
 _SWEEP_SECONDS: Final = 30.0
 _SYNC_SECONDS: Final = 1.0
+_RECORD_SECONDS: Final = 300.0
 _REFRESH_SECONDS: Final = 10.0  # how often feeds are looked at, not read
 
 
@@ -41,6 +45,31 @@ async def sweep(store: PolicyStore, thread: PolicyThread) -> None:
             if freed:
                 log.info("policy: %d expired rules and bans removed", freed)
             await asyncio.to_thread(store.compact_bans)
+
+
+async def keep_record(store: PolicyStore, path: Path, generation: int, keep: Callable[[], float | None]) -> None:
+    """Bring the record of who came to the disk, every few minutes and at the end, where and for as long as the operator
+    wants it. A disk that refuses is told once."""
+    file, said = ClientFile(path), ""
+
+    def write() -> None:
+        nonlocal said
+        if (seconds := keep()) is None:
+            return
+        try:
+            file.write(generation, store.clients.all(), seconds)
+            said = ""
+        except OSError as error:
+            if str(error) != said:
+                log.error("the record of clients is not kept, trying again: %s", error)
+            said = str(error)
+
+    try:
+        while True:
+            await asyncio.sleep(_RECORD_SECONDS)
+            await asyncio.to_thread(write)
+    finally:
+        await asyncio.to_thread(write)
 
 
 async def watch_clock(store: PolicyStore, thread: PolicyThread) -> None:

@@ -117,6 +117,11 @@ class Instance:
         return state_root() / self.name
 
     @property
+    def clients_file(self) -> Path:
+        """Where the record of who came is kept, if it is."""
+        return self.state_dir / "clients"
+
+    @property
     def feeds_dir(self) -> Path:
         """Where the last good copies of feeds are kept."""
         return self.state_dir / "feeds"

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from ..core.address import IPAddress, unmap
 from .bans import Bans
 from .failsafe import Failsafe
-from .loaded_set import LoadedSet
-from .rule import Action, Stage, Verdict, boottime_ns
+from .rule import Action, Settings, Stage, Verdict, boottime_ns
 from .runtime_rules import RuntimeRules
 from .stored import StoredRule
-from .tables import Tables
 
 __all__ = ["Judgement"]
+
+
+class _Rules(Protocol):
+    def get(self, rule_id: int) -> StoredRule | None: ...
+
+
+class _HasRules(Protocol):
+    @property
+    def rules(self) -> _Rules: ...
+
+
+class _Set(Protocol):
+    def settings(self) -> Settings: ...
+
+    def chain(self, source: IPAddress) -> Sequence[tuple[int, int]]: ...
 
 
 class Judgement:
     """Judges by failsafe, bans, both layers of rules, and the default, in this order."""
 
-    def __init__(
-        self, tables: Tables, loaded: LoadedSet, runtime: RuntimeRules, bans: Bans, failsafe: Failsafe
-    ) -> None:
+    def __init__(self, tables: _HasRules, loaded: _Set, runtime: RuntimeRules, bans: Bans, failsafe: Failsafe) -> None:
         self._tables = tables
         self._loaded = loaded
         self._runtime = runtime

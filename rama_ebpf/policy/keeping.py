@@ -12,6 +12,7 @@ from ..kernel.clock import is_synchronized
 from .failsafe import Failsafe
 from .image import PolicyImage, RuntimeRule
 from .kept import KeptPolicy
+from .kept_history import PastSet
 from .loaded_set import LoadedSet
 from .prefixes import IPNetwork
 from .rule import PolicyError, Rule, RuleSet, boottime_ns
@@ -100,6 +101,16 @@ class Keeping:
         if at_once and self._kept is not None:
             self._kept.sync_set()
             self._behind_set = False
+
+    def past_sets(self) -> list[PastSet]:
+        """Return the sets that were in force before, the latest first. Raises OSError."""
+        return [] if self._kept is None else self._kept.history.all()
+
+    def past_set(self, revision: int) -> RuleSet:
+        """Return one of them. Raises :class:`PolicyError` if it is not kept, or OSError."""
+        if self._kept is None:
+            raise PolicyError("no sets are kept")
+        return self._kept.past_set(revision)
 
     def fall_behind(self, *, rules: bool = False) -> None:
         """Set, settings or failsafe have changed, and with ``rules`` perhaps all: :meth:`catch_up` writes that."""

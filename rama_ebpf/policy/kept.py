@@ -26,6 +26,7 @@ from ..kernel.gate_state import LAST_REVISION
 from . import document
 from .atomic import bring_to_disk, open_regular, write_atomically
 from .image import PolicyImage, RuntimeRule
+from .kept_history import KeptHistory
 from .lifetime import HasEnded, MayHaveEnded, boot_id, host_id, is_of_this_boot, lifetime_of, lifetime_row
 from .prefixes import IPNetwork
 from .row_log import RowLog
@@ -68,6 +69,7 @@ class KeptPolicy:
         self.directory = directory
         self._set = directory / "policy"
         self._rules = RowLog(directory / "rules")
+        self.history = KeptHistory(directory / "history")
         self._since = boottime_ns()
 
     @property
@@ -133,9 +135,11 @@ class KeptPolicy:
             "boottime": boottime_ns(),
             "time": time.time(),
             "size": len(body),
+            "set": hashlib.sha256(body).hexdigest(),
         }
         header["sha256"] = _checksum(header, body)
         try:
+            self.history.remember(self._set, str(header["set"]))
             write_atomically(self._set, json.dumps(header).encode() + b"\n" + body)
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self._set}: {error.strerror}") from error
@@ -170,8 +174,18 @@ class KeptPolicy:
 
     def forget(self) -> None:
         """Remove the files."""
-        for path in (self._set, self._rules.path):
+        for path in (self._set, self._rules.path, self.directory / "clients"):
             path.unlink(missing_ok=True)
+        self.history.forget()
+
+    def past_set(self, revision: int) -> RuleSet:
+        """Return a set that was in force before. Raises :class:`PolicyError` if it is not kept."""
+        past = next((past for past in self.history.all() if past.revision == revision), None)
+        if past is None:
+            raise PolicyError(f"no set of revision {revision} is kept: policy history shows those that are")
+        image = self._read_image(past.path)
+        assert image is not None
+        return image.ruleset
 
     @property
     def is_overgrown(self) -> bool:
@@ -191,19 +205,23 @@ class KeptPolicy:
         return mark
 
     def _read_set(self) -> PolicyImage | None:
+        return self._read_image(self._set)
+
+    @staticmethod
+    def _read_image(path: Path) -> PolicyImage | None:
         try:
-            fd = os.open(self._set, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         with open(fd, "rb") as file:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
-                raise PolicyDamaged(errno.EINVAL, f"{self._set} is no file of ours")
+                raise PolicyDamaged(errno.EINVAL, f"{path} is no file of ours")
             line, body = file.readline(_LONGEST_HEADER), file.read(_LARGEST)
         try:
             return _image(line, body)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-            raise PolicyDamaged(errno.EINVAL, f"{self._set} is damaged: {error}") from error
+            raise PolicyDamaged(errno.EINVAL, f"{path} is damaged: {error}") from error
 
     def read_rules(self) -> KeptRules:
         """Return the rules at run time, judged by the clocks as they are now."""

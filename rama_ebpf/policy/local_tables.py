@@ -20,7 +20,7 @@ from .rule import PolicyError, Rule, RuleSet
 from .stored import StoredRule
 from .tables import Place
 
-__all__ = ["LocalTables"]
+__all__ = ["LocalSet", "LocalTables"]
 
 _SPARE_RULES: Final = 8192
 """How many rules there may be beyond the bound, for the moment in which a set replaces another."""
@@ -173,7 +173,7 @@ class _Failsafe:
         return True
 
 
-class _LocalSet:
+class LocalSet:
     """A set: what the kernel has in its maps."""
 
     def __init__(self, compiled: CompiledSet, ids: Sequence[int], token: int) -> None:
@@ -210,8 +210,8 @@ class _Sets:
         self._empty = compile_rules(RuleSet())
         self._sets = [self._make(self._empty, ()), self._make(self._empty, ())]
 
-    def _make(self, compiled: CompiledSet, ids: Sequence[int]) -> _LocalSet:
-        return _LocalSet(compiled, ids, next(self._tokens))
+    def _make(self, compiled: CompiledSet, ids: Sequence[int]) -> LocalSet:
+        return LocalSet(compiled, ids, next(self._tokens))
 
     def fill(self, which: int, compiled: CompiledSet, ids: Sequence[int]) -> SetHead:
         self._sets[which] = self._make(compiled, ids)
@@ -220,7 +220,7 @@ class _Sets:
     def empty(self, which: int) -> None:
         self._sets[which] = self._make(self._empty, ())
 
-    def open(self, which: int) -> _LocalSet:
+    def open(self, which: int) -> LocalSet:
         return self._sets[which]
 
     def wait_for_readers(self) -> None:

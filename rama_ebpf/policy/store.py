@@ -35,12 +35,14 @@ from .image import PolicyImage, RuntimeRule
 from .journal import Journal
 from .judgement import Judgement
 from .keeping import Keeping
+from .kept_history import PastSet
 from .loaded_set import LoadedSet
 from .prefixes import IPNetwork, Prefixes
 from .repairs import Repairs
 from .rule import Action, Ban, PolicyError, Rule, RuleSet, Settings, SynLimit, Verdict, boottime_ns, source_text
 from .rule_room import RuleRoom
 from .runtime_rules import RuntimeRules
+from .set_in_waiting import SetInWaiting
 from .stored import RuleRecord, StaleRevision, StaleSet, StoredRule
 from .tables import Exclusive, Place, Tables
 
@@ -253,6 +255,19 @@ class PolicyStore:
     def verdict(self, source: IPAddress, port: int, *, now: int | None = None) -> Verdict:
         """Judge a connection attempt as the kernel would; rates are reported as within their limit."""
         return self._judgement.verdict(source, port, now)
+
+    def judgement_of(self, compiled: CompiledSet) -> Judgement:
+        """Return who judges as if a set, of :meth:`compile`, was in force in place of the present one."""
+        waiting = SetInWaiting(compiled, self._tables.rules)
+        return Judgement(waiting, waiting, self._runtime, self._bans, self._failsafe)
+
+    def past_sets(self) -> list[PastSet]:
+        """Return the sets that were in force before, the latest first. Raises OSError."""
+        return self._keeping.past_sets()
+
+    def past_set(self, revision: int) -> RuleSet:
+        """Return the set that was in force at a revision. Raises :class:`PolicyError` if it is not kept, or OSError."""
+        return self._keeping.past_set(revision)
 
     def rule_at(self, network: IPNetwork, port: int | None = None) -> StoredRule | None:
         """Return the runtime rule of exactly this prefix and port, None if there is none."""
