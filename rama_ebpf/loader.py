@@ -34,7 +34,7 @@ from .kernel import abi, bpf, bpffs, cgroup
 from .kernel.attachments import HOOKS, Attachments, Mending, Target
 from .kernel.compile import Unit, amalgamate
 from .kernel.denials import DenialCounts
-from .kernel.feed_cgroup import GrantedChild, confined_to_grants
+from .kernel.feed_cgroup import GrantedChild, Grants, confined_to_grants
 from .kernel.gate_maps import USUAL_REJECTS, GateMaps, LayoutMismatch, MapSizes
 from .kernel.instance import Instance, InstanceBusy, PolicyBusy
 from .kernel.programs import code_cache, load_programs
@@ -94,6 +94,8 @@ class Gate:
         self.programs = programs
         self.attachments = Attachments(instance.cgroup_name, maps, programs)
         self.listeners = Steering(maps)
+        self.grants = Grants(maps, lambda: self.attachments.workers_cgroups)
+        self._rejects: tuple[int, int] | None = None
 
     # -- attach --------------------------------------------------------------------------------------------------
 
@@ -123,7 +125,7 @@ class Gate:
 
     def confine_feed(self, pid: int, denials: DenialCounts) -> AbstractContextManager[GrantedChild]:
         """Have a child that reads a feed, and has just been started, connect to what it is granted and nowhere else."""
-        return confined_to_grants(self.maps, self.attachments.workers, pid, denials)
+        return confined_to_grants(self.grants, self.attachments.workers, pid, denials)
 
     @property
     def witness(self) -> Witness:
@@ -143,7 +145,8 @@ class Gate:
     def limit_rejects(self, limit: tuple[int, int] | None) -> None:
         """Say how many RST answer ``reject``: a limit's emission and tolerance in nanoseconds, None for as many as is
         usual. Beyond it a ``reject`` is silent."""
-        bpf.map_update(self.maps["reject_meter"], bytes(4), abi.REJECT_METER.pack(*(limit or USUAL_REJECTS), 0))
+        self._rejects = limit or USUAL_REJECTS
+        bpf.map_update(self.maps["reject_meter"], bytes(4), abi.REJECT_METER.pack(*self._rejects, 0))
 
     # -- listeners -----------------------------------------------------------------------------------------------
 
@@ -172,7 +175,14 @@ class Gate:
         their cgroup, and put back what is not."""
         found = self.attachments.mend(workers)
         self._mend_pins(found)
+        self._mend_rejects(found)
         return found
+
+    def _mend_rejects(self, found: Mending) -> None:
+        raw = bpf.map_lookup(self.maps["reject_meter"], bytes(4), abi.REJECT_METER.size)
+        if self._rejects is not None and raw is not None and abi.REJECT_METER.unpack(raw)[:2] != self._rejects:
+            bpf.map_update(self.maps["reject_meter"], bytes(4), abi.REJECT_METER.pack(*self._rejects, 0))
+            found.losses.append(("rejects", "another program wrote how many RST are sent: put back"))
 
     def _mend_pins(self, found: Mending) -> None:
         """Where pins are gone, or others are in their place, commands would speak to nobody, or of another policy."""

@@ -16,7 +16,7 @@ from typing import Final
 
 from ..core.address import IPAddress, SocketAddress
 from ..core.errors import RamaError
-from ..policy.integrity import Difference, Integrity
+from ..policy.integrity import Difference, EgressCheck, Integrity
 from ..policy.kernel_store import KernelStore
 from ..policy.rule import PolicyError
 from .enforced import KernelJudge
@@ -41,12 +41,18 @@ class Audit:
     """Looks and mends. ``changed`` is called on the event loop when there is something new to tell."""
 
     def __init__(
-        self, store: KernelStore, judge: KernelJudge, integrity: Integrity, changed: Callable[[], None]
+        self,
+        store: KernelStore,
+        judge: KernelJudge,
+        integrity: Integrity,
+        changed: Callable[[], None],
+        egress: EgressCheck | None = None,
     ) -> None:
         self._store = store
         self._judge = judge
         self._integrity = integrity
         self._changed = changed
+        self._egress = egress
         self._standing: dict[str, Difference] = {}
         self._last: tuple[float, str] | None = None
         self._since = 0.0
@@ -80,6 +86,10 @@ class Audit:
                 self._settle(difference)
         for difference in self._sample():
             self._settle(difference)
+        if self._egress is not None:
+            for difference in self._egress.look():
+                if difference.what not in self._standing:
+                    self._settle(difference)
 
     def _mended(self, what: str) -> None:
         """Somebody else has found something, and put it in order."""

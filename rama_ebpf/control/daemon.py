@@ -22,7 +22,7 @@ from ..kernel.feed_cgroup import GrantedChild, confined_to_grants
 from ..kernel.instance import ServerLock
 from ..metrics.directory import MetricsDirectory
 from ..policy.feed_store import FeedStore
-from ..policy.integrity import Integrity
+from ..policy.integrity import EgressCheck, Integrity
 from ..policy.kernel_store import KernelStore
 from ..policy.refresh import Refresher
 from ..policy.rule import PolicyError
@@ -384,7 +384,8 @@ class _Daemon(WorkerObserver):
             return None  # there is one copy of the policy
         integrity = Integrity(store, gate.witness)
         self._cleanup.callback(integrity.close)
-        return Audit(store, judge, integrity, self._write_state)
+        egress = None if self._egress.table is None else EgressCheck(self._egress.table, gate.grants)
+        return Audit(store, judge, integrity, self._write_state, egress)
 
     def _judge(self) -> Judge:
         return self._kernel_judge() or StoreJudge(self._host.store, self._listeners.addresses, serving=True)

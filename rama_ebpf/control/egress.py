@@ -15,7 +15,7 @@ from ..core.address import IPAddress, SocketAddress
 from ..kernel.own_addresses import UNSPECIFIED, local_networks, watch_addresses
 from ..loader import Gate
 from ..policy.egress import EgressPolicy, OwnHost
-from ..policy.egress_map import put_egress, system_nameservers, unzoned
+from ..policy.egress_map import EgressTable, system_nameservers, unzoned
 from ..policy.rule import PolicyError
 from ..process import WorkerObserver, WorkerProcess
 from ..process.plan import Json
@@ -40,6 +40,8 @@ class Egress(WorkerObserver):
 
     def __init__(self, gate: Gate | None) -> None:
         self._gate = gate
+        self.table = None if gate is None else EgressTable(gate.maps)
+        """What the programs are told."""
         self._policy = EgressPolicy()
         self._given: Sequence[IPAddress] = ()
         self._nameservers = [] if gate is None else system_nameservers()
@@ -59,9 +61,8 @@ class Egress(WorkerObserver):
         self._enforce()
 
     def _enforce(self) -> None:
-        if self._gate is not None:
-            host = OwnHost(self._networks)
-            put_egress(self._gate.maps, replace(self._policy, host=host), self._nameservers)
+        if self.table is not None:
+            self.table.put(replace(self._policy, host=OwnHost(self._networks)), self._nameservers)
 
     @staticmethod
     def parameters(policy: EgressPolicy, networks: Iterable[IPNetwork], listeners: Iterable[SocketAddress]) -> Json:

@@ -119,7 +119,8 @@ class Guard:
                 self.losses[hook] += 1
                 log.warning("gate: %s", text)
             self.faults = found.faults
-            self._listeners.judge(covers)
+            if wrong := self._listeners.judge(covers):
+                self.losses["listeners"] += wrong
             self._say()
             if found.losses or self._state() != before:
                 self._on_change()

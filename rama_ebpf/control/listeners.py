@@ -204,13 +204,17 @@ class Listeners(WorkerObserver):
         """What a probe is to look at: the TCP listeners of all revisions whose sockets are ours still."""
         return [watched for one in self._sets for watched in _watched(one)]
 
-    def judge(self, covers: Mapping[OpenListener, Cover]) -> None:
-        """Take what a probe found: open what is guarded, close what is not."""
+    def judge(self, covers: Mapping[OpenListener, Cover]) -> int:
+        """Take what a probe found: open what is guarded, close what is not. Return how many entries of the gate others
+        had written, which are put back."""
+        wrong: list[SocketAddress] = []
         self._covers.update(covers)
         if self._gate is not None and self.is_ours and not self._changing:
-            for address in self._gate.listeners.mend():
+            wrong = self._gate.listeners.mend()
+            for address in wrong:
                 log.warning("the gate's entry of %s was not as it was meant: put back", address)
             self._open_guarded()
+        return len(wrong)
 
     def cover(self, at: ListenAt) -> Cover | None:
         """How a listener of the revision in force is guarded; None for a Unix socket."""

@@ -228,8 +228,8 @@ class Attachments:
 
     def _describe(self, attachment: XdpAttachment) -> None:
         """Tell the program of an interface; it passes what comes on one that it was not told of."""
-        value = abi.INTERFACE.pack(attachment.hardware, attachment.answers)
-        bpf.map_update(self._maps["interfaces"], attachment.index.to_bytes(4, sys.byteorder), value)
+        key = attachment.index.to_bytes(4, sys.byteorder)
+        bpf.map_update(self._maps["interfaces"], key, _description(attachment))
 
     # -- from one process to another --------------------------------------------------------------------------------
 
@@ -380,6 +380,11 @@ class Attachments:
         """The cgroup for workers, None where cgroups may not be changed."""
         return self._places[-1].workers if self._places else None
 
+    @property
+    def workers_cgroups(self) -> tuple[Path, ...]:
+        """All cgroups for workers, also those that this process was moved out of."""
+        return tuple(place.workers for place in list(self._places) if place.workers is not None)
+
     @contextlib.contextmanager
     def guarding(self) -> Iterator[tuple[int, ...]]:
         """Yield descriptors of the links of what judges connections, and keep them open meanwhile; from any thread.
@@ -478,6 +483,7 @@ class Attachments:
             self._mend_place(place, found)
         self._mend_steering(found)
         self._mend_exemption(found)
+        self._mend_descriptions(found)
         for pid in workers:
             self._mend_worker(pid, found)
         return found
@@ -517,6 +523,22 @@ class Attachments:
         if place.workers is not None and bpf.map_lookup(self._maps["server_cgroup"], bytes(4), 8) != wanted:
             bpf.map_update(self._maps["server_cgroup"], bytes(4), wanted)
             found.losses.append(("egress", "another program wrote which cgroup has no egress policy: put back"))
+
+    def _mend_descriptions(self, found: Mending) -> None:
+        """What the program is told of interfaces: where it may send, and by which hardware address it knows its own."""
+        wanted = {
+            interface.attached.index.to_bytes(4, sys.byteorder): _description(interface.attached)
+            for interface in self._interfaces.values()
+            if interface.live
+        }
+        present = dict(bpf.map_lookup_batch(self._maps["interfaces"], 4, abi.INTERFACE.size))
+        if present == wanted:
+            return
+        for key, value in wanted.items():
+            bpf.map_update(self._maps["interfaces"], key, value)
+        for key in present.keys() - wanted.keys():
+            bpf.map_delete(self._maps["interfaces"], key)
+        found.losses.append(("xdp", "another program wrote what XDP is told of interfaces: put back"))
 
     def _mend_worker(self, pid: int, found: Mending) -> None:
         """Sockets that a worker makes belong to its cgroup: elsewhere no egress policy holds for them."""
@@ -657,6 +679,10 @@ class Attachments:
             if now != interface.attached:
                 interface.attached = now
                 self._describe(now)
+
+
+def _description(attachment: XdpAttachment) -> bytes:
+    return abi.INTERFACE.pack(attachment.hardware, attachment.answers)
 
 
 def _closed_last(link: int) -> int:

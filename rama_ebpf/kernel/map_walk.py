@@ -22,6 +22,11 @@ class MapWalk:
         self.known = 0
         """How many entries the last whole round has met."""
 
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the next call begins a round."""
+        return self._token is None
+
     def next(self, count: int) -> list[tuple[bytes, bytes]]:
         """Return about ``count`` entries more; fewer, or none, at the end of a round."""
         key_size, value_size = self._sizes

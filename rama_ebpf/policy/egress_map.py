@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from ipaddress import IPv6Address, ip_network
+from collections.abc import Iterable, Mapping
+from ipaddress import IPv6Address, IPv6Network, ip_network
 from pathlib import Path
 from typing import Final
 
@@ -16,10 +16,10 @@ from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from .compiler import MAPPED
 from .egress import EgressPolicy
-from .prefixes import IPNetwork
+from .prefixes import IPNetwork, unmap_network
 from .rule import PolicyError
 
-__all__ = ["decisions", "nameservers", "put_egress", "system_nameservers", "unzoned"]
+__all__ = ["EgressTable", "decisions", "egress_network", "nameservers", "system_nameservers", "unzoned"]
 
 _RESOLV_CONF: Final = Path("/etc/resolv.conf")
 
@@ -56,32 +56,69 @@ def system_nameservers() -> list[IPAddress]:
         return nameservers("")
 
 
-def put_egress(maps: GateMaps, policy: EgressPolicy, resolvers: Iterable[IPAddress]) -> None:
-    """Have the programs enforce ``policy``, except for port 53 of ``resolvers``.
+class EgressTable:
+    """The map ``egress`` of a gate, and what it is to have. One thread puts, any may look and restore."""
 
-    Networks that stay denied are never open in between. Raises :class:`PolicyError` if there are too many.
-    """
-    constant = abi.constants()
-    wanted = {
-        _key(network): constant["EGRESS_DENY"] * denied | constant["EGRESS_OWN"] * _is_own(policy, network)
-        for network, denied in decisions(policy).items()
-    }
-    for address in resolvers:
-        key = _key(ip_network(address))
-        wanted[key] = (
-            constant["EGRESS_DENY"] * _is_denied(policy, address)
-            | constant["EGRESS_OWN"] * _is_own(policy, ip_network(address))
-            | constant["EGRESS_NAMESERVER"]
-        )
-    size = maps.capacity("egress")
-    if len(wanted) > size:
-        raise PolicyError(f"egress: {len(wanted)} networks are more than the {size} that there is room for")
-    stale = [key for key, _ in bpf.map_lookup_batch(maps["egress"], abi.FAILSAFE_KEY.size, 4) if key not in wanted]
-    # Denials first, and what is no longer named last: nothing is open that both policies deny.
-    for key, value in sorted(wanted.items(), key=lambda entry: -(entry[1] & constant["EGRESS_DENY"])):
-        bpf.map_update(maps["egress"], key, value.to_bytes(4, sys.byteorder))
-    for key in stale:
-        bpf.map_delete(maps["egress"], key)
+    def __init__(self, maps: GateMaps) -> None:
+        self._maps = maps
+        self.wanted: Mapping[bytes, int] | None = None
+        """The rows of the policy that was put last, None before; never changed, but replaced."""
+
+    @property
+    def fd(self) -> int:
+        """The map."""
+        return self._maps["egress"]
+
+    def put(self, policy: EgressPolicy, resolvers: Iterable[IPAddress]) -> None:
+        """Have the programs enforce ``policy``, except for port 53 of ``resolvers``.
+
+        Networks that stay denied are never open in between. Raises :class:`PolicyError` if there are too many, or
+        OSError.
+        """
+        constant = abi.constants()
+        wanted = {
+            _key(network): constant["EGRESS_DENY"] * denied | constant["EGRESS_OWN"] * _is_own(policy, network)
+            for network, denied in decisions(policy).items()
+        }
+        for address in resolvers:
+            key = _key(ip_network(address))
+            wanted[key] = (
+                constant["EGRESS_DENY"] * _is_denied(policy, address)
+                | constant["EGRESS_OWN"] * _is_own(policy, ip_network(address))
+                | constant["EGRESS_NAMESERVER"]
+            )
+        size = self._maps.capacity("egress")
+        if len(wanted) > size:
+            raise PolicyError(f"egress: {len(wanted)} networks are more than the {size} that there is room for")
+        self.wanted = wanted
+        self._write(wanted)
+
+    def restore(self) -> None:
+        """Have the map be as it is to be, whatever others have written. Raises OSError."""
+        wanted = None
+        while self.wanted is not wanted and self.wanted is not None:  # else another policy was put meanwhile
+            wanted = self.wanted
+            self._write(wanted)
+
+    def present(self) -> dict[bytes, int]:
+        """Return the rows that there are. Raises OSError."""
+        rows = bpf.map_lookup_batch(self.fd, abi.FAILSAFE_KEY.size, 4)
+        return {key: int.from_bytes(value, sys.byteorder) for key, value in rows}
+
+    def _write(self, wanted: Mapping[bytes, int]) -> None:
+        stale = self.present().keys() - wanted.keys()
+        deny = abi.constants()["EGRESS_DENY"]
+        # Denials first, and what is no longer named last: nothing is open that both policies deny.
+        for key, value in sorted(wanted.items(), key=lambda entry: -(entry[1] & deny)):
+            bpf.map_update(self.fd, key, value.to_bytes(4, sys.byteorder))
+        for key in stale:
+            bpf.map_delete(self.fd, key)
+
+
+def egress_network(key: bytes) -> IPNetwork:
+    """Return the network of a row, by its key."""
+    length, _, packed = abi.FAILSAFE_KEY.unpack(key)
+    return unmap_network(IPv6Network((packed, max(0, length - 32)), strict=False))
 
 
 def _is_denied(policy: EgressPolicy, address: IPAddress) -> bool:

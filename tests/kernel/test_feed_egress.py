@@ -15,7 +15,7 @@ import pytest
 from rama_ebpf.core.errors import PolicyDenied
 from rama_ebpf.kernel import bpf
 from rama_ebpf.kernel.denials import DenialCounts
-from rama_ebpf.kernel.feed_cgroup import confined_to_grants
+from rama_ebpf.kernel.feed_cgroup import Grants, confined_to_grants
 from rama_ebpf.kernel.gate_maps import GateMaps
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.policy import fetch
@@ -73,7 +73,7 @@ def test_a_child_that_reads_a_feed_goes_where_it_was_granted_to_and_nowhere_else
 
     assert met(other.ipv4, 9) == "ECONNREFUSED", "there is a way without confinement"
     with GateMaps.open(Instance(proxy.instance).pin_dir) as maps:
-        with confined_to_grants(maps, workers, child.pid, denials) as grants:
+        with confined_to_grants(Grants(maps), workers, child.pid, denials) as grants:
             ways = [
                 # What clients may reach is not a feed's: it has a policy of its own.
                 *((other.ipv4, 9, kind) for kind in ("SOCK_STREAM", "SOCK_DGRAM")),

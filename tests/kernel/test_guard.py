@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -412,6 +413,41 @@ def test_entries_that_somebody_else_wrote_shut_and_open_nothing_for_long(scene: 
         bpf.close(listeners)
     assert scene.is_guarded(host.ipv4)
     assert scene.logged(f"the gate's entry of {host.ipv4}:{PORT} was not as it was meant: put back") == 1
+
+
+def test_whatever_else_the_programs_go_by_is_put_back_counted_and_said(scene: Scene, instance: str) -> None:
+    """Slots, the cgroup without egress policy, the rate of RST, and what XDP is told of interfaces."""
+    host, place = scene.server, Instance(instance)
+    scene.start(f"{host.ipv4}:{PORT}")
+    rows = {
+        "sockets": ((0).to_bytes(4, "little"), 8),
+        "server_cgroup": (bytes(4), 8),
+        "reject_meter": (bytes(4), abi.REJECT_METER.size),
+    }
+    with contextlib.ExitStack() as opened:
+        maps = {}
+        for name in ("interfaces", "listeners", *rows):
+            maps[name] = bpf.obj_get(str(place.pin_dir / name))
+            opened.callback(bpf.close, maps[name])
+        raw = bpf.map_lookup(maps["listeners"], abi.LISTENER_KEY.pack(mapped(ip_address(host.ipv4)), PORT, 0), 8)
+        assert raw is not None
+        first = abi.LISTENER.unpack(raw)[0] * abi.constants()["SOCKETS_PER_LISTENER"]
+        rows["sockets"] = first.to_bytes(4, sys.byteorder), 8
+        before = {name: bpf.map_lookup(maps[name], *row) for name, row in rows.items()}
+        bpf.map_delete(maps["sockets"], rows["sockets"][0])
+        bpf.map_update(maps["server_cgroup"], bytes(4), (1).to_bytes(8, sys.byteorder))
+        bpf.map_update(maps["reject_meter"], bytes(4), bytes(abi.REJECT_METER.size))
+        bpf.map_update(maps["interfaces"], (77).to_bytes(4, sys.byteorder), abi.INTERFACE.pack(bytes(6), 1))
+        assert scene.proxy.json("status")["problems"] == {}
+        after = {name: bpf.map_lookup(maps[name], *row) for name, row in rows.items()}
+        assert bpf.map_lookup_batch(maps["interfaces"], 4, abi.INTERFACE.size) == []
+    limit = 16  # what RST were sent meanwhile is counted behind it
+    assert {name: value and value[:limit] for name, value in after.items()} == {
+        name: value and value[:limit] for name, value in before.items()
+    }
+    assert scene.is_guarded(host.ipv4)
+    for hook in ("listeners", "egress", "rejects", "xdp"):
+        assert metric(host, f'rama_gate_losses_total{{hook="{hook}"}}') == 1.0, hook
 
 
 # -- one address, one owner -------------------------------------------------------------------------------------------

@@ -16,11 +16,14 @@ from rama_ebpf.control.audit import Audit
 from rama_ebpf.control.enforced import KernelJudge
 from rama_ebpf.core.address import SocketAddress, mapped
 from rama_ebpf.kernel import abi, bpf
+from rama_ebpf.kernel.feed_cgroup import Grants
 from rama_ebpf.kernel.gate_maps import set_pages
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.kernel.witness import WITNESS_PROGRAM, Witness
 from rama_ebpf.policy.ban_record import ban_key
-from rama_ebpf.policy.integrity import Integrity
+from rama_ebpf.policy.egress import EgressPolicy
+from rama_ebpf.policy.egress_map import EgressTable
+from rama_ebpf.policy.integrity import EgressCheck, Integrity
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.rule import Action, Rule, RuleSet, Settings, Stage, SynLimit, Verdict, parse_network
 
@@ -65,7 +68,10 @@ class Scene:
         self.store.remove(parse_network("198.18.7.0/24"))
         self.store.ban(ip_address("198.18.6.6"))
         self.integrity = Integrity(self.store, self.witness)
-        self.audit = Audit(self.store, self.judge, self.integrity, lambda: None)
+        self.egress, self.grants = EgressTable(self.maps), Grants(self.maps)
+        self.egress.put(EgressPolicy(allow=(parse_network("10.1.0.0/16"),)), [ip_address("192.0.2.53")])
+        check = EgressCheck(self.egress, self.grants)
+        self.audit = Audit(self.store, self.judge, self.integrity, lambda: None, check)
         self.audit.look()  # it remembers the revision
 
     def decided(self) -> dict[tuple[str, int], tuple[Action, Stage]]:
@@ -359,6 +365,100 @@ def test_a_planted_difference_is_found_put_in_order_and_told(
     assert scene.audit.disagreements == seen
 
 
+def _egress_key(network: str) -> bytes:
+    parsed = parse_network(network)
+    length = 32 + parsed.prefixlen + (96 if parsed.version == 4 else 0)
+    return abi.FAILSAFE_KEY.pack(length, parsed.version == 4, mapped(parsed.network_address))
+
+
+def _denial_gone(scene: Scene) -> None:
+    bpf.map_delete(scene.maps["egress"], _egress_key("10.0.0.0/8"))
+
+
+def _denial_allowed(scene: Scene) -> None:
+    bpf.map_update(scene.maps["egress"], _egress_key("127.0.0.0/8"), bytes(4))
+
+
+def _way_within_a_denial(scene: Scene) -> None:
+    bpf.map_update(scene.maps["egress"], _egress_key("169.254.169.254/32"), bytes(4))
+
+
+def _denial_of_everything(scene: Scene) -> None:
+    deny = abi.constants()["EGRESS_DENY"].to_bytes(4, sys.byteorder)
+    bpf.map_update(scene.maps["egress"], _egress_key("0.0.0.0/1"), deny)
+
+
+def _name_server_of_another_program(scene: Scene) -> None:
+    flag = abi.constants()["EGRESS_NAMESERVER"].to_bytes(4, sys.byteorder)
+    bpf.map_update(scene.maps["egress"], _egress_key("192.0.2.54/32"), flag)
+
+
+def _grant_of_another_program(scene: Scene) -> None:
+    bpf.map_update(scene.maps["grants"], abi.GRANT_KEY.pack(4711, mapped(ip_address("10.0.0.1")), 22), bytes(4))
+
+
+def _confinement_gone(scene: Scene) -> None:
+    key = abi.GRANT_KEY.pack(815, bytes(16), 0)
+    scene.grants.put(key)
+    bpf.map_delete(scene.maps["grants"], key)
+
+
+EGRESS_PLANTED = [
+    _denial_gone,
+    _denial_allowed,
+    _way_within_a_denial,
+    _denial_of_everything,
+    _name_server_of_another_program,
+    _grant_of_another_program,
+    _confinement_gone,
+]
+
+
+@pytest.mark.parametrize("plant", EGRESS_PLANTED, ids=lambda plant: plant.__name__.strip("_"))
+def test_what_another_program_writes_about_egress_is_found_put_in_order_and_told(
+    scene: Scene, plant: Callable[[Scene], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    def rows() -> tuple[dict[bytes, int], set[bytes]]:
+        grants = bpf.map_lookup_batch(scene.maps["grants"], abi.GRANT_KEY.size, 4)
+        return scene.egress.present(), {key for key, _ in grants}
+
+    if plant is _confinement_gone:
+        scene.grants.put(abi.GRANT_KEY.pack(815, bytes(16), 0))
+    before = rows()
+    plant(scene)
+    assert rows() != before
+    scene.audit.look()
+    assert scene.audit.disagreements == 1
+    assert re.search("is again: (the egress policy|another program wrote where children)", caplog.text)
+    assert "policy" in scene.audit.problems
+    assert rows() == before
+    scene.audit.look()
+    assert scene.audit.disagreements == 1
+
+
+def test_another_egress_policy_is_no_disagreement_and_neither_are_grants_that_come_and_go(scene: Scene) -> None:
+    for number in range(6):
+        scene.egress.put(EgressPolicy(deny=(parse_network(f"198.18.{number}.0/24"),)), [])
+        scene.grants.put(abi.GRANT_KEY.pack(number, bytes(16), 0))
+        scene.audit.look()
+        scene.grants.drop(abi.GRANT_KEY.pack(number, bytes(16), 0))
+        scene.audit.look()
+    assert (scene.audit.disagreements, scene.audit.problems) == (0, {})
+
+
+def test_a_row_that_is_lost_among_very_many_is_missed_within_a_minute(scene: Scene) -> None:
+    scene.egress.put(
+        EgressPolicy(deny=[parse_network(f"198.{18 + n // 65536}.{n // 256 % 256}.{n % 256}") for n in range(20_000)]),
+        [],
+    )
+    scene.audit.look()
+    bpf.map_delete(scene.maps["egress"], _egress_key("198.18.0.9/32"))
+    for _ in range(6):  # a minute
+        scene.audit.look()
+    assert scene.audit.disagreements == 1
+    assert scene.egress.present() == scene.egress.wanted
+
+
 def test_a_lost_rule_comes_back_from_the_disk_and_without_it_nobody_gets_in_by_it(scene: Scene) -> None:
     allowed = parse_network("198.18.7.7/32")
     scene.store.add(block("198.18.7.7/32", Action.ALLOW))
@@ -401,15 +501,17 @@ def test_a_server_finds_what_was_planted_and_says_so_everywhere(lab: Lab, start_
     with KernelStore(Instance(proxy.instance)) as store:
         gate = store.tables.gate()
         store.tables.put_gate(replace(gate, runtime=(0, 0)))
+        bpf.map_delete(store.tables.maps["egress"], _egress_key("10.0.0.0/8"))
     assert answered(client, server.ipv4)
     wait_for(lambda: proxy.logged("was not what it is to be, and is again: the programs do not look for"), timeout=60)
+    wait_for(lambda: proxy.logged("is again: the egress policy is not what was put: .* wrote 10.0.0.0/8"), timeout=60)
     assert shut_out(client, server.ipv4)
     metrics = server.run("curl", "-sS", "--max-time", "30", "http://127.0.0.1:9464/metrics").stdout
-    assert re.search(r"^rama_ebpf_gate_disagreements_total 1\.0$", metrics, flags=re.M)
+    assert re.search(r"^rama_ebpf_gate_disagreements_total 2\.0$", metrics, flags=re.M)
     ready = server.run("curl", "-sS", "--max-time", "30", "-w", " %{http_code}", "http://127.0.0.1:9464/ready").stdout
-    assert ready.startswith("policy: the kernel did not have what was asked for until a moment ago: the programs")
+    assert ready.startswith("policy: the kernel did not have what was asked for until a moment ago: the egress")
     assert ready.endswith(" 503")
-    wait_for(lambda: proxy.json("status")["audit"]["disagreements"] == 1, what="the state")
-    assert "1 disagreement of kernel and policy" in proxy.command("status").stdout
+    wait_for(lambda: proxy.json("status")["audit"]["disagreements"] == 2, what="the state")
+    assert "2 disagreements of kernel and policy" in proxy.command("status").stdout
     doctor = proxy.command("doctor", check=False)
-    assert "the programs do not look for" in doctor.stdout
+    assert "another program wrote 10.0.0.0/8" in doctor.stdout

@@ -14,7 +14,7 @@ import pytest
 
 from rama_ebpf.kernel import cgroup, landlock
 from rama_ebpf.kernel.denials import DenialCounts
-from rama_ebpf.kernel.feed_cgroup import confined_to_grants
+from rama_ebpf.kernel.feed_cgroup import Grants, confined_to_grants
 from rama_ebpf.kernel.gate_maps import GateMaps
 from rama_ebpf.kernel.instance import Instance
 
@@ -211,7 +211,7 @@ def tried_as(role: str, host: Host, place: Path, facts: dict[str, object], worke
             child = host.popen(*command, pass_fds=(theirs.fileno(),))
         if role == "feed":
             maps = held.enter_context(GateMaps.open(Instance(str(facts["instance"])).pin_dir))
-            grants = held.enter_context(confined_to_grants(maps, workers, child.pid, counts))
+            grants = held.enter_context(confined_to_grants(Grants(maps), workers, child.pid, counts))
             held.callback(child.wait)
         else:
             cgroup.move(child.pid, workers)

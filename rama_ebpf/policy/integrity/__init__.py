@@ -17,13 +17,14 @@ from ...kernel.witness import Witness
 from ..kernel_store import KernelStore
 from .bans import BanCheck
 from .difference import Difference
+from .egress import EgressCheck
 from .kept_rules import KeptCheck
 from .loaded_set import SetCheck
 from .record import RecordCheck
 from .rows import RuleRows
 from .runtime_rules import RuntimeCheck
 
-__all__ = ["Difference", "Integrity"]
+__all__ = ["Difference", "EgressCheck", "Integrity"]
 
 
 class Integrity:
