@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
@@ -56,35 +56,70 @@ class BanBook:
         before = self._bans.get(ban.network)
         if before is not None and not before.in_force(now):
             before = None
-        if ban.automatic and before is not None and stands(before, ban.expires, now):
+        if not ban.automatic:
+            self._put_and_write(ban, before)
+            return ban
+        if before is not None and stands(before, ban.expires, now):
             return before
+        self._write_and_put(ban, before)
+        return ban
+
+    def _put_and_write(self, ban: Ban, before: Ban | None) -> None:
         gone = self._bans.put(ban)
         try:
             if self._log is not None:
-                if gone:
-                    self._log.lifted([other.network for other in gone])
+                self._log.lifted([other.network for other in gone])
+                self._log.banned(ban)
+        except OSError:
+            self._bans.drop(ban.network)
+            for other in gone if before is None else (before, *gone):
+                self._bans.put(other)
+            raise
+        self._unwritten.pop(ban.network, None)
+        self._say(gone)
+
+    def _write_and_put(self, ban: Ban, before: Ban | None) -> None:
+        """A service's ban may be made without the policy's lock: it is on disk first, for another server's audit, which
+        has the lock, takes away what is in force and not there."""
+        self._unwritten[ban.network] = ban
+        self._write_unwritten(ban)
+        try:
+            gone = self._bans.put(ban)
+        except (PolicyError, OSError):
+            self._unwritten.pop(ban.network, None)
+            self._write_as_before(ban.network, before)
+            raise
+        try:
+            if self._log is not None:
+                self._log.lifted([other.network for other in gone])
+        except OSError as error:
+            log.error("%s: bans that have made room may be back after a restart", error)
+        self._say(gone)
+
+    def _write_unwritten(self, ban: Ban) -> None:
+        try:
+            if self._log is not None:
                 self._log.banned(ban)
         except OSError as error:
-            if not ban.automatic:
-                self._bans.drop(ban.network)
-                for other in gone if before is None else (before, *gone):
-                    self._bans.put(other)
-                raise
             log.error("%s: the ban of %s is in force, and on disk when that takes it", error, ban.source)
-            self._unwritten[ban.network] = ban
-            return ban
+            return
         self._unwritten.pop(ban.network, None)
-        if gone:
-            self._say(gone[0])
-        return ban
 
-    def _say(self, gone: Ban) -> None:
-        if time.monotonic() - self._said > _SAID_EVERY:
+    def _write_as_before(self, network: IPNetwork, before: Ban | None) -> None:
+        """Have the disk say again what it said."""
+        try:
+            if self._log is not None:
+                self._log.lifted([network]) if before is None else self._log.banned(before)
+        except OSError as error:
+            log.error("%s: %s is banned after a restart, though there was no room for the ban", error, network)
+
+    def _say(self, gone: Sequence[Ban]) -> None:
+        if gone and time.monotonic() - self._said > _SAID_EVERY:
             self._said = time.monotonic()
             log.warning(
                 "bans of services fill their share of the table (7/8 of max_bans): those that end first make room, now "
                 "that of %s; raise max_bans to keep them",
-                gone.source,
+                gone[0].source,
             )
 
     def lift(self, network: IPNetwork) -> bool:

@@ -28,6 +28,7 @@ from rama_ebpf.policy.ban_log import BanLog
 from rama_ebpf.policy.ban_record import BanBlock, ban_key, ban_value
 from rama_ebpf.policy.ban_snapshot import write_snapshot
 from rama_ebpf.policy.ban_walk import BanRound, BanWalk
+from rama_ebpf.policy.bans import Bans
 from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.rule import Action, Ban, PolicyError, Rule, Stage, boottime_ns, parse_ttl
@@ -198,6 +199,31 @@ def test_a_ban_that_made_room_does_not_come_back(make_store: Callable[[], Policy
         struck(store, f"198.18.3.{n}", ttl=1000 + n)
     kept = {ban.source for ban in bans_in(BanLog(tmp_path / "bans"))}
     assert kept == sources(store)
+
+
+def test_a_service_s_ban_is_on_disk_before_it_is_in_force(
+    store: PolicyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be made without the lock, and the audit of another server takes away what the disk does not know."""
+    put, seen = Bans.put, []
+
+    def look(bans: Bans, ban: Ban) -> list[Ban]:
+        seen.append(str(ban.network) in {str(kept.network) for kept in bans_in(BanLog(tmp_path / "bans"))})
+        return put(bans, ban)
+
+    monkeypatch.setattr(Bans, "put", look)
+    store.ban(ip_address("198.18.1.1"), ttl=60, automatic=True)
+    store.ban(ip_address("2001:db8::1"), ttl=60, automatic=True)
+    assert seen == [True, True]
+
+
+def test_a_service_s_ban_without_room_leaves_the_disk_as_it_was(store: PolicyStore, tmp_path: Path) -> None:
+    for number in range(MOST):
+        store.ban(ip_address(f"198.18.0.{number}"))
+    before = {ban.network for ban in bans_in(BanLog(tmp_path / "bans"))}
+    with pytest.raises(PolicyError):
+        store.ban(ip_address("198.18.9.9"), ttl=60, automatic=True)
+    assert {ban.network for ban in bans_in(BanLog(tmp_path / "bans"))} == before
 
 
 def test_operators_bans_alone_fill_the_table_and_a_service_s_is_refused(store: PolicyStore) -> None:
