@@ -299,6 +299,7 @@ class _Daemon(WorkerObserver):
         store, thread = self._host.store, self._thread
         work: dict[str, Callable[[], Awaitable[None]]] = {
             "sweeping the policy": lambda: upkeep.sweep(store, thread),
+            "noting the end of trials": lambda: upkeep.settle(store, thread),
             "watching the wall clock": lambda: upkeep.watch_clock(store, thread),
             "refreshing feeds": lambda: upkeep.refresh(store, Refresher(store, self._feeds)),
             "ending denied connections": self._enforce,

@@ -15,13 +15,14 @@ from ..policy.rule import PolicyError
 from ..policy.store import PolicyStore
 from .policy_thread import PolicyThread
 
-__all__ = ["keep_record", "refresh", "sweep", "sync", "watch_clock"]
+__all__ = ["keep_record", "refresh", "settle", "sweep", "sync", "watch_clock"]
 
 log = logging.getLogger("rama_ebpf")
 
 _SWEEP_SECONDS: Final = 30.0
 _SYNC_SECONDS: Final = 1.0
 _RECORD_SECONDS: Final = 300.0
+_SETTLE_SECONDS: Final = 1.0
 _REFRESH_SECONDS: Final = 10.0  # how often feeds are looked at, not read
 
 
@@ -70,6 +71,16 @@ async def keep_record(store: PolicyStore, path: Path, generation: int, keep: Cal
             await asyncio.to_thread(write)
     finally:
         await asyncio.to_thread(write)
+
+
+async def settle(store: PolicyStore, thread: PolicyThread) -> None:
+    """Note the end of trials that nobody confirmed, soon after it."""
+    while True:
+        await asyncio.sleep(_SETTLE_SECONDS)
+        try:
+            await thread.run(store.settle)
+        except (PolicyError, OSError) as error:
+            log.warning("the end of a trial is noted later: %s", error)
 
 
 async def watch_clock(store: PolicyStore, thread: PolicyThread) -> None:

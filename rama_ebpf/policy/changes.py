@@ -43,10 +43,16 @@ class Changes:
 
     def note(self, what: str, revision: int, **details: object) -> None:
         """Write an entry; details that are None are left out."""
+        self._note(what, {**details, "revision": revision}, None)
+
+    def note_later(self, when: float, what: str, revision: int, **details: object) -> None:
+        """Write an entry of what was done at ``when``, a time of :func:`time.time`."""
+        self._note(what, {**details, "revision": revision}, when)
+
+    def _note(self, what: str, details: Mapping[str, object], when: float | None) -> None:
         self.unsynced |= what not in _OF_SINGLE_RULES
         if self._journal is not None:
-            told = {name: value for name, value in details.items() if value is not None}
-            self._journal.append(what, {**told, "revision": revision})
+            self._journal.append(what, {name: value for name, value in details.items() if value is not None}, when)
 
     def made(self, keep: Callable[[int], int | None] | None = None) -> int:
         """Have a change written down, raise the revision and return it. Raises OSError where either cannot be done;

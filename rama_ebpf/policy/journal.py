@@ -76,10 +76,13 @@ class Journal:
         self._path = path
         self._max_bytes = max_bytes
 
-    def append(self, what: str, details: Mapping[str, object]) -> None:
-        """Write one entry. A file system that refuses is logged as an error: a change that is in force stays so."""
+    def append(self, what: str, details: Mapping[str, object], at: float | None = None) -> None:
+        """Write one entry, of what was done ``at`` a time of :func:`time.time`, or just now.
+
+        A file system that refuses is logged as an error: a change that is in force stays so."""
+        when = datetime.now(tz=UTC) if at is None else datetime.fromtimestamp(at, tz=UTC)
         entry = {
-            "time": datetime.now(tz=UTC).isoformat(timespec="milliseconds"),
+            "time": when.isoformat(timespec="milliseconds"),
             "what": what,
             **details,
             "who": dict(actor()),

@@ -391,6 +391,7 @@ class PolicyStore:
 
     def _add_all(self, rules: Sequence[Rule], ttl: int | None) -> tuple[list[StoredRule], int]:
         self._refuse_from_the_future()
+        self.settle()
         expires, created = None if ttl is None else boottime_ns() + ttl, time.time_ns()
         undo: list[tuple[Place, StoredRule | None]] = []
         stored: list[StoredRule] = []
@@ -437,6 +438,7 @@ class PolicyStore:
         """
         with self._exclusive():
             self._refuse_from_the_future()
+            self.settle()
             rule_id = self._runtime.get(network, port or 0)
             if rule_id is None:
                 return []
@@ -722,11 +724,18 @@ class PolicyStore:
         self._tidy()
         return revision
 
+    def settle(self) -> None:
+        """Note that a trial has ended by itself, if one has: the programs went back to the set before it at once."""
+        if self._loaded.trial_is_over:
+            with self._exclusive():
+                self._settle()
+
     def _settle(self) -> None:
         """If a trial has ended unconfirmed, make what the programs do by themselves final."""
         self._loaded.finish()
         if self._loaded.trial_is_over:
-            self._changes.note("rollback", self._undo_trial(), reason="not confirmed in time")
+            ended = time.time() - (boottime_ns() - self._tables.gate().deadline) / 1e9
+            self._changes.note_later(ended, "rollback", self._undo_trial(), reason="not confirmed in time")
             log.info("the set on trial was not confirmed in time: the one before it is in force again")
 
     def _tidy(self) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
 
+from rama_ebpf.control import upkeep
+from rama_ebpf.control.policy_thread import PolicyThread
 from rama_ebpf.kernel import abi, bpf
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.policy.ban_log import BanLog
@@ -192,6 +197,28 @@ def test_a_set_that_nobody_confirms_is_undone_with_its_settings(store: PolicySto
     assert decided(store, "198.18.1.1") == "reject by good"
     store.replace(RuleSet())  # and the next load finds everything in order
     assert decided(store, "198.18.1.1") == "allow by default"
+
+
+def test_the_end_of_a_trial_is_noted_when_it_was_and_before_what_follows(store: PolicyStore, tmp_path: Path) -> None:
+    lock_out(store, 0.2)
+    deadline = store.pending
+    assert deadline is not None
+    ended = datetime.fromtimestamp(time.time() + (deadline - boottime_ns()) / 1e9, tz=UTC)
+    wait_for(lambda: boottime_ns() > deadline + 300_000_000)
+    store.add(block("198.18.1.1"))
+    *_, rollback, add = store.journal()
+    assert (rollback["what"], rollback["reason"], add["what"]) == ("rollback", "not confirmed in time", "add")
+    assert abs(datetime.fromisoformat(str(rollback["time"])) - ended) < timedelta(milliseconds=100)
+    assert rollback["revision"] == add["revision"] - 1  # type: ignore[operator]
+
+
+async def test_a_server_notes_the_end_of_a_trial_though_nothing_follows(store: PolicyStore) -> None:
+    await asyncio.to_thread(lock_out, store, 0.1)
+    with PolicyThread() as thread:
+        noting = asyncio.ensure_future(upkeep.settle(store, thread))
+        await asyncio.to_thread(wait_for, lambda: store.journal()[-1]["what"] == "rollback")
+        noting.cancel()
+        await asyncio.wait((noting,))
 
 
 def test_a_confirmed_set_stays(store: PolicyStore) -> None:
