@@ -15,7 +15,7 @@ from ..core.address import IPAddress, SocketAddress
 from ..kernel.own_addresses import UNSPECIFIED, local_networks, watch_addresses
 from ..loader import Gate
 from ..policy.egress import EgressPolicy, OwnHost
-from ..policy.egress_map import EgressTable, system_nameservers, unzoned
+from ..policy.egress_map import EgressTable, nameservers, system_conf, unzoned
 from ..policy.rule import PolicyError
 from ..process import WorkerObserver, WorkerProcess
 from ..process.plan import Json
@@ -44,7 +44,8 @@ class Egress(WorkerObserver):
         """What the programs are told."""
         self._policy = EgressPolicy()
         self._given: Sequence[IPAddress] = ()
-        self._nameservers = [] if gate is None else system_nameservers()
+        self._nameservers: list[IPAddress] = []
+        self._conf_trouble = ""
         self._networks: frozenset[IPNetwork] = UNSPECIFIED
         self._trouble = ""
         self._workers: set[WorkerProcess] = set()
@@ -81,10 +82,25 @@ class Egress(WorkerObserver):
     def _wanted_nameservers(self) -> list[IPAddress]:
         if self._gate is None:
             return []
-        return [unzoned(server) for server in self._given] if self._given else system_nameservers()
+        if self._given:
+            return [unzoned(server) for server in self._given]
+        try:
+            conf = system_conf()
+        except OSError as error:
+            kept = self._nameservers or nameservers("")
+            self._say_of_conf(f"it cannot be read ({error.strerror or error}): {', '.join(map(str, kept))} is asked")
+            return kept
+        self._say_of_conf("; ".join(conf.mistakes))
+        return [unzoned(server) for server in conf.servers]
+
+    def _say_of_conf(self, trouble: str) -> None:
+        if trouble and trouble != self._conf_trouble:
+            log.warning("/etc/resolv.conf: %s", trouble)
+        self._conf_trouble = trouble
 
     async def follow_nameservers(self) -> None:
         """Keep the workers' way to the name servers open when the host gets others, as by DHCP or a VPN."""
+        hindered = ""
         while self._gate is not None:
             await asyncio.sleep(_NAMESERVER_SECONDS)
             try:
@@ -93,7 +109,11 @@ class Egress(WorkerObserver):
                     self.put(self._policy, self._given)
                     log.info("nameservers are now %s", ", ".join(map(str, found)))
             except (PolicyError, OSError) as error:
-                log.error("workers may not reach the nameservers: %s", error)
+                if str(error) != hindered:
+                    log.error("workers may not reach the nameservers: %s", error)
+                hindered = str(error)
+            else:
+                hindered = ""
 
     # -- the host's own addresses --------------------------------------------------------------------------------
 

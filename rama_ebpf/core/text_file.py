@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-__all__ = ["BYTE_ORDER_MARK", "begins_with_mark", "read_text_file"]
+__all__ = ["BYTE_ORDER_MARK", "begins_with_mark", "read_host_file", "read_text_file"]
 
 BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 """What editors of other systems put in front of UTF-8."""
@@ -31,6 +31,21 @@ def read_text_file(path: str | os.PathLike[str], max_bytes: int = 64 << 20) -> s
     if len(data) > max_bytes:
         raise OSError(0, f"larger than {max_bytes >> 20} MiB", os.fspath(path))
     return data.decode("utf-8-sig")
+
+
+def read_host_file(path: str | os.PathLike[str], max_bytes: int) -> str:
+    """Return the text of a file that belongs to the host (hosts, resolv.conf), or its first ``max_bytes``: without a
+    byte order mark, with replacement characters for what is not UTF-8, and nothing where there is no such file.
+
+    It never waits: raises OSError for what is no regular file, and for one that may not be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(0, "not a regular file", os.fspath(path))
+        return file.read(max_bytes).decode("utf-8-sig", "replace")
 
 
 def _is_standard_input(found: os.stat_result) -> bool:

@@ -12,6 +12,7 @@ from typing import Final
 from ..core.address import IPAddress, mapped, unmap
 from ..core.errors import PolicyDenied
 from ..core.resolv_conf import ResolvConf
+from ..core.text_file import read_host_file
 from ..kernel import abi, bpf
 from ..kernel.gate_maps import GateMaps
 from .compiler import MAPPED
@@ -19,9 +20,10 @@ from .egress import EgressPolicy
 from .prefixes import IPNetwork, unmap_network
 from .rule import PolicyError
 
-__all__ = ["EgressTable", "decisions", "egress_network", "nameservers", "system_nameservers", "unzoned"]
+__all__ = ["EgressTable", "decisions", "egress_network", "nameservers", "system_conf", "system_nameservers", "unzoned"]
 
 _RESOLV_CONF: Final = Path("/etc/resolv.conf")
+_MAX_CONF: Final = 1024 * 1024
 
 
 def decisions(policy: EgressPolicy) -> dict[IPNetwork, bool]:
@@ -48,12 +50,14 @@ def unzoned(ip: IPAddress) -> IPAddress:
     return unmap(ip if ip.version == 4 else IPv6Address(int(ip)))
 
 
+def system_conf() -> ResolvConf:
+    """Return what this host's resolv.conf(5) says now. It never waits; raises OSError for one that cannot be read."""
+    return ResolvConf.parse(read_host_file(_RESOLV_CONF, _MAX_CONF))
+
+
 def system_nameservers() -> list[IPAddress]:
     """Return the nameservers that this host's resolver asks now. Raises OSError for a resolv.conf it may not read."""
-    try:
-        return nameservers(_RESOLV_CONF.read_text(encoding="utf-8", errors="replace"))
-    except FileNotFoundError:
-        return nameservers("")
+    return [unzoned(server) for server in system_conf().servers]
 
 
 class EgressTable:

@@ -61,6 +61,14 @@ def write(path: str, text: str) -> None:
     os.rename(path + ".new", path)
 
 
+def replace_by(path: Path, make: Callable[[Path], object]) -> None:
+    """Have something else be where a file or a directory is, or was."""
+    if path.is_dir():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    make(path)
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what happens in another thread."""
     while not condition():  # noqa: ASYNC110
@@ -117,7 +125,7 @@ async def test_names_that_have_addresses(server, files, name, addresses):
 )
 async def test_names_that_have_none(server, files, name, text, temporary):
     with pytest.raises(ResolveError, match=text) as failed:
-        await DnsResolver(**files).resolve(name)
+        await DnsResolver(timeout=60, **files).resolve(name)
     assert failed.value.temporary == temporary
     assert not isinstance(failed.value, ResolveTimeout)
     assert reply_for(failed.value) is Reply.HOST_UNREACHABLE
@@ -274,7 +282,7 @@ async def test_a_full_queue_is_ours_to_answer_for(server, files):
 async def test_resolv_conf_is_followed(server, files):
     clock = Clock()
     write(files["resolv_conf"], "nameserver 127.0.0.99\n")
-    resolver = DnsResolver(timeout=0.2, clock=clock, **files)
+    resolver = DnsResolver(timeout=5.0, clock=clock, **files)
     with pytest.raises(ResolveError):
         await resolver.resolve("good.test")
     write(files["resolv_conf"], "\ufeffnameserver 127.0.0.53\nsearch sub.test test\n")
@@ -298,6 +306,72 @@ async def test_hosts_with_a_mark_and_100_000_lines(server, files):
     await resolver.resolve("first.test")
     await until(lambda: resolver._hosts.value.find("first.test") == [ip_address("127.0.0.8")])
     assert not server.asked
+
+
+@pytest.mark.parametrize("name", ["hosts", "resolv_conf"])
+async def test_what_is_no_file_holds_nobody_up_and_is_said_once(server, files, name, caplog):
+    """Pipes, directories and loops where hosts or resolv.conf should be, at the start and while names are asked for."""
+    clock = Clock()
+    resolver = DnsResolver(clock=clock, **files)
+    path = Path(files[name])
+    for make in (os.mkfifo, os.mkdir, lambda at: at.symlink_to(at)):
+        replace_by(path, make)
+        caplog.clear()
+        for number in range(3):
+            clock.now += 2
+            assert await resolver.resolve(f"good{number}.test") == [V6, V4], "by what was known"
+        if resolver._reading is not None:
+            await resolver._reading
+        assert caplog.text.count("stays as it was") == 1
+        DnsResolver(**files).close()
+        replace_by(path, lambda at: None)
+
+
+async def test_a_server_that_does_not_answer_is_said_once_and_its_return_too(server, files, caplog):
+    caplog.set_level("INFO")
+    clock = Clock()
+    with NameServer("127.0.0.54", silent=True) as dead:
+        servers = [ip_address(dead.address), ip_address(server.address)]
+        resolver = DnsResolver(servers, timeout=0.4, attempts=1, clock=clock, cache=0, **files)
+        for number in range(4):
+            clock.now += 31
+            await resolver.resolve(f"good{number}.test")
+        assert caplog.text.count("name server 127.0.0.54 does not answer: 127.0.0.53 does") == 1
+        dead.silent, server.silent = False, True
+        await resolver.resolve("good9.test")
+        assert caplog.text.count("name server 127.0.0.54 answers again") == 1
+
+
+async def test_that_nobody_answers_is_said_once_and_that_they_do_again(server, files, caplog):
+    caplog.set_level("INFO")
+    resolver = DnsResolver(timeout=0.05, **files)
+    for number in range(12):
+        with pytest.raises(ResolveTimeout):
+            await resolver.resolve(f"silent{number}.test")
+    assert caplog.text.count("no answer to the last 8 questions from any name server (127.0.0.53)") == 1
+    resolver = DnsResolver(timeout=600, **files)
+    await resolver.resolve("good.test")
+
+
+@pytest.mark.parametrize(
+    ("text", "servers", "mistake"),
+    [
+        ("", "127.0.0.1", "it names no name server: 127.0.0.1 is asked"),
+        ("nameserver nonsense\n", "127.0.0.1", "line 1: 'nonsense' is no address"),
+        ("nameserver 127.1\n", "127.0.0.1", ""),
+        ("nameserver 10.0.0.1\x0cnameserver 10.0.0.2\n", "10.0.0.1", ""),
+        ("# x\u2028nameserver 10.0.0.2\nnameserver 10.0.0.3\n", "10.0.0.3", ""),
+        ("nameserver 10.0.0.1\r\nnameserver fe80::1%eth0\r\n", "10.0.0.1 fe80::1%eth0", ""),
+        ("nameserver " + "x" * 100_000 + "\nnameserver 10.0.0.1", "10.0.0.1", "line 1: 'xxx"),
+        ("".join(f"nameserver 10.0.0.{n}\n" for n in range(1, 100)), "10.0.0.1", "of 99 name servers the first 8"),
+        ("\ufeffnameserver 10.0.0.1\noptions ndots:-1 ndots:99999999999 rotate\n", "10.0.0.1", ""),
+    ],
+)
+def test_a_resolv_conf_that_cannot_be_followed_says_so(text, servers, mistake):
+    conf = ResolvConf.parse(text)
+    assert " ".join(map(str, conf.servers)).startswith(servers)
+    assert mistake in "; ".join(conf.mistakes)
+    assert bool(mistake) == bool(conf.mistakes)
 
 
 def test_resolv_conf_is_read_as_libc_reads_it():

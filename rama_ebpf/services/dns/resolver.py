@@ -13,8 +13,8 @@ from ...core.address import IPAddress
 from ...core.fair_slots import FairSlots
 from .cache import AnswerCache
 from .errors import ResolveError, ResolveTimeout
-from .exchange import Answer, Family, load_types
-from .files import WatchedFile, parse_hosts, parse_resolv_conf
+from .exchange import Answer, Family
+from .files import WatchedFile, parse_hosts, watched_resolv_conf
 from .flights import Deliver, Flights, Observe
 from .lookup import Lookup
 from .names import ascii_name, known_addresses
@@ -52,14 +52,13 @@ class DnsResolver:
         resolv_conf: str = "/etc/resolv.conf",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        load_types()
         self._given = tuple(servers)
         self._timeout = timeout
         self._attempts = attempts
         self._clock = clock
         self._observe: Final[Observe] = observe or (lambda _outcome, _seconds: None)
         self._hosts = WatchedFile(hosts, parse_hosts)
-        self._conf = WatchedFile(resolv_conf, parse_resolv_conf)
+        self._conf = watched_resolv_conf(resolv_conf)
         self._cache = AnswerCache(cache, clock)
         self._servers = self._name_servers()
         self._flights = Flights(

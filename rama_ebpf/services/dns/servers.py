@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -13,6 +14,10 @@ from .exchange import Answer, BadAnswer, Family, ask
 
 __all__ = ["NameServers"]
 
+log = logging.getLogger(__name__)
+
+_UNANSWERED: Final = 8
+"""After how many questions in a row that nobody answered a line is logged: names may be dead, or the servers."""
 _SUSPECT_SECONDS: Final = 30.0
 _LONGEST_TURN: Final = 2.0
 
@@ -39,6 +44,7 @@ class NameServers:
         self._turn = min(_LONGEST_TURN, timeout / (len(self.servers) * attempts))
         self._clock = clock
         self._suspected: dict[IPAddress, float] = {}
+        self._unanswered = 0
 
     def _order(self) -> tuple[list[IPAddress], int]:
         """Return the servers in order, and how many of them are asked at once."""
@@ -82,6 +88,10 @@ class NameServers:
                             silent.add(server)  # nobody is there
                         failure = error
         except TimeoutError as error:
+            self._unanswered += 1
+            if self._unanswered == _UNANSWERED:
+                names = ", ".join(map(str, self.servers))
+                log.warning("no answer to the last %d questions from any name server (%s)", _UNANSWERED, names)
             raise ResolveTimeout(f"no answer for {name!r} within {self._timeout:g} s") from error
         finally:
             for task in asked:
@@ -90,9 +100,14 @@ class NameServers:
         raise ResolveError(f"cannot resolve {name!r}: {failure}", temporary=True)
 
     def _answered(self, server: IPAddress, silent: set[IPAddress]) -> None:
-        self._suspected.pop(server, None)
-        for other in silent - {server}:
-            self._suspected.setdefault(other, self._clock() + _SUSPECT_SECONDS)
+        if self._unanswered >= _UNANSWERED:
+            log.info("name servers answer again")
+        self._unanswered = 0
+        if self._suspected.pop(server, None) is not None:
+            log.info("name server %s answers again", server)
+        for other in silent - {server} - self._suspected.keys():
+            self._suspected[other] = self._clock() + _SUSPECT_SECONDS
+            log.warning("name server %s does not answer: %s does, and is asked first", other, server)
 
 
 def _look_away(task: asyncio.Task[Answer]) -> None:
