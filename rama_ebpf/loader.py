@@ -36,6 +36,7 @@ from .kernel.compile import Unit, amalgamate
 from .kernel.denials import DenialCounts
 from .kernel.feed_cgroup import GrantedChild, Grants, confined_to_grants
 from .kernel.gate_maps import USUAL_REJECTS, GateMaps, LayoutMismatch, MapSizes
+from .kernel.holders import end_holders
 from .kernel.instance import Instance, InstanceBusy, PolicyBusy
 from .kernel.programs import code_cache, load_programs
 from .kernel.sock_diag import ListeningSocket
@@ -122,6 +123,17 @@ class Gate:
         if workers is not None:
             with contextlib.suppress(ProcessLookupError):  # it has ended already; its end is seen elsewhere
                 cgroup.move(pid, workers)
+
+    def place_beside(self, pid: int) -> None:
+        """Put a child that may outlive this process above its cgroup, if that is its own."""
+        own = self.attachments.cgroup
+        if own is not None and own.name == self.instance.cgroup_name:
+            try:
+                cgroup.move(pid, own.parent)
+            except ProcessLookupError:
+                return  # it has ended already; its end is seen elsewhere
+            except OSError as error:  # controllers are shared out there: it stays with us, and the cgroup with it
+                log.warning("process %d stays in %s: %s", pid, own, error.strerror)
 
     def confine_feed(self, pid: int, denials: DenialCounts) -> AbstractContextManager[GrantedChild]:
         """Have a child that reads a feed, and has just been started, connect to what it is granted and nowhere else."""
@@ -452,13 +464,15 @@ def forget_compiled() -> None:
 
 
 def unload(instance: Instance) -> None:
-    """Remove everything that an instance left behind: pins, cgroup, files under /run.
+    """Remove everything that an instance left behind: tunnels that have outlived its server, pins, cgroup, files under
+    /run.
 
     Raises :class:`~rama_ebpf.kernel.instance.InstanceBusy` while a server is running.
     """
     pid = instance.serving_pid()
     if pid is not None:
         raise InstanceBusy(instance.name, pid, instance.doing(pid))
+    end_holders(instance)
     _remove_stale_cgroup(instance)
     _remove_pins(instance)
     shutil.rmtree(instance.run_dir, ignore_errors=False) if instance.run_dir.is_dir() else None

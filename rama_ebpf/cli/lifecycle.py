@@ -200,6 +200,8 @@ def _status(args: argparse.Namespace) -> int:
         print(f"sockmap relay: {': '.join(filter(None, (sockmap['state'], sockmap['why'])))}")
     if isinstance(wire := result["wire"], dict) and wire["state"] != "unused":
         print(f"wire relay: {': '.join(filter(None, (wire['state'], wire['why'])))}")
+    if isinstance(wire, dict) and (elders := wire.get("elders")):
+        print(f"{sum(elders)} tunnels of earlier servers go on")
     for what, why in cast("dict[str, str]", result["problems"]).items():
         print(f"NOT AS IT SHOULD BE: {what}: {why}")
     listeners = cast("list[Json]", result["listeners"])

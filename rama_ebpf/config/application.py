@@ -39,7 +39,8 @@ def application(context: WorkerContext) -> Application:
     }
     services = {
         name: stack(
-            AddExtensionLayer(RelayOptions(RelayKind(listener.relay), listener.lossless)), stacks[listener.stack]
+            AddExtensionLayer(RelayOptions(RelayKind(listener.relay), listener.lossless, listener.survive)),
+            stacks[listener.stack],
         )
         for name, listener in config.listeners.items()
     }

@@ -222,10 +222,17 @@ class ListenerConfig:
     lossless: tuple[IPv4Network | IPv6Network, ...] = setting(
         _NETWORKS, "networks without loss, where auto may use sockmap", default=()
     )
+    survive: bool = setting(
+        BOOLEAN, "with wire: tunnels go on when the server ends, and the next one goes on with them", default=False
+    )
     gate: str = setting(
         choice("required", "optional"), "optional: serve also where no gate in the kernel guards it", default="required"
     )
     mode: str = setting(choice("600", "660", "666"), "of a Unix socket: who may connect", default="660")
+
+    def __post_init__(self) -> None:
+        if self.survive and self.relay != RelayKind.WIRE.value:
+            raise ValueError('survive is for tunnels of the wire relay: set relay = "wire", or leave it out')
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ from .takeover import Inherited, TakeOver, lock_and_estate
 from .verdicts import Verdicts
 from .why import ServerSide, Why
 from .wire import WireRelay
+from .wire_elders import WireElders
 from .worker_requests import WorkerRequests
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class _Daemon(WorkerObserver):
         cleanup.callback(self._denials.close)
         self._feeds = FeedStore(options.instance.feeds_dir, self)
         self._egress = Egress(host.gate)
-        self._killer = ConnectionKiller(self._listeners.addresses, self._own_cgroups)
+        self._killer = ConnectionKiller(self._listeners.addresses, self._clients_cgroups)
         self._events = EventHub() if host.gate is None else GateEvents(host.gate.maps, rule_names(host.store)).hub
         self._refusals = RefusalBook()
         self._cleanup = cleanup
@@ -165,6 +166,16 @@ class _Daemon(WorkerObserver):
             return confined_to_grants(None, None, pid, self._denials)
         return gate.confine_feed(pid, self._denials)
 
+    def _place_holder(self, pid: int) -> None:
+        """Put the wire relay's process above the cgroup that ends with us."""
+        if self._host.gate is not None:
+            self._host.gate.place_beside(pid)
+
+    def _clients_cgroups(self) -> frozenset[int]:
+        """Those that sockets of our clients belong to, tunnels of earlier servers among them."""
+        own = self._own_cgroups()
+        return own | self._elders.cgroups if own else own
+
     def _own_cgroups(self) -> frozenset[int]:
         return frozenset() if self._host.gate is None else self._host.gate.attachments.own_cgroups
 
@@ -179,15 +190,21 @@ class _Daemon(WorkerObserver):
                 on_change=self._write_state,
             )
             self._cleanup.callback(self._relay.close)
+            self._elders = WireElders(options.instance, nursery, self._write_state)
             self._wire = WireRelay(
+                options.instance,
                 nursery,
                 self._listeners.addresses,
                 workers=options.workers,
                 user=options.user,
                 kernel_headers=options.kernel_headers,
                 on_change=self._write_state,
+                place=self._place_holder,
+                cgroups=self._own_cgroups,
             )
             self._cleanup.callback(self._wire.close)
+            self._cleanup.callback(self._elders.close)
+            self._elders.meet()
             revision = await self._first_revision()
             observers: list[WorkerObserver] = [
                 WorkerRequests(host.store, self._thread, self._events),
@@ -258,6 +275,7 @@ class _Daemon(WorkerObserver):
                 cookies=self._cookies,
                 relay=self._relay,
                 wire=self._wire,
+                elders=self._elders,
             )
         )
         upgrades = Upgrades(self._incumbent, nursery)
@@ -340,6 +358,7 @@ class _Daemon(WorkerObserver):
             },
             fds=self._relay.descriptors
             | self._wire.descriptors(wanted=options.wire)
+            | self._elders.descriptors
             | ({} if gate is None else {"accepted": gate.maps["accepted"]}),
             held=nothing_held if gate is None else gate.attachments.guarding,
             environment={} if self._metrics is None else self._metrics.environment,

@@ -24,6 +24,7 @@ from .options import DaemonOptions
 from .policy_host import PolicyHost
 from .predecessor import Seniors
 from .wire import WireRelay
+from .wire_elders import WireElders
 
 __all__ = ["Seen", "ServerState"]
 
@@ -46,6 +47,7 @@ class Seen:
     cookies: CookieWatch
     relay: KernelRelay
     wire: WireRelay
+    elders: WireElders
 
 
 class ServerState:
@@ -120,7 +122,7 @@ class ServerState:
             "audit": None if seen.audit is None else seen.audit.described(),
             "syn_cookies": seen.cookies.state,
             "sockmap": asdict(seen.relay.status),
-            "wire": asdict(seen.wire.status),
+            "wire": {**asdict(seen.wire.status), "elders": seen.elders.tunnels},
             "workers": {"expected": counts.expected, "serving": counts.serving, "since": since},
             "sandbox": self._sandbox(),
             "drain": seen.options().drain,

@@ -1,7 +1,8 @@
 """The wire relay as the server has it: one child holds it (:mod:`.wire_child`), and is started anew when it ends.
 
 The child is there only where a listener wants the relay. Workers reach it through a socket, the *door*, that outlives
-it. What it says has a schema; it is killed when it is silent.
+it. What it says has a schema; it is killed when it is silent. If it has tunnels that survive it goes on at the end, for
+the next server to find (:mod:`.wire_elders`).
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
-from msgspec import Meta
 
 from ..core.address import SocketAddress
 from ..core.interpreter import module_command
+from ..kernel.holders import Entrance
+from ..kernel.instance import Instance
 from ..kernel.privileges import UserIds
 from ..process import Nursery
 from ..process.exit_watch import exit_watch
 from .kernel_relay import RelayStatus
+from .wire_words import Word
 
 __all__ = ["WireRelay"]
 
@@ -37,21 +40,16 @@ _START_SECONDS: Final = 320.0
 _END_SECONDS: Final = 1.5
 _WORDS_BYTES: Final = 1 << 16
 
-_Count = Annotated[int, Meta(ge=0, le=2**53)]
-
-
-class _Word(msgspec.Struct, forbid_unknown_fields=True):
-    refused: Annotated[str, Meta(max_length=4096)] = ""
-    tunnels: _Count = 0
-    taken: _Count = 0
-
 
 class WireRelay:
     """``listeners`` returns the addresses at which clients connect. The child becomes ``user``, and
-    ``workers`` share what it has. ``on_change`` is called when :attr:`status` has changed."""
+    ``workers`` share what it has; ``place`` puts it, by its pid, where it can stay when this server has gone, and
+    ``cgroups`` are the ids of those to which workers' sockets belong.
+    ``on_change`` is called when :attr:`status` has changed."""
 
     def __init__(
         self,
+        instance: Instance,
         nursery: Nursery,
         listeners: Callable[[], Iterable[SocketAddress]],
         *,
@@ -59,7 +57,12 @@ class WireRelay:
         user: UserIds | None,
         kernel_headers: Path | None,
         on_change: Callable[[], None],
+        place: Callable[[int], None] = lambda pid: None,
+        cgroups: Callable[[], frozenset[int]] = frozenset,
     ) -> None:
+        self._instance = instance
+        self._place = place
+        self._cgroups = cgroups
         self._nursery = nursery
         self._listeners = listeners
         self._quota = _TUNNELS // workers
@@ -85,7 +88,7 @@ class WireRelay:
     def follow_listeners(self) -> None:
         """Tell the child where clients may come from now on."""
         if self._channel is not None and self._places() != self._told:
-            self._say({"listeners": self._places()})
+            self._say({"listeners": self._places(), "cgroups": sorted(self._cgroups())})
 
     def close(self) -> None:
         """Give the door up."""
@@ -99,32 +102,62 @@ class WireRelay:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         heard = asyncio.Event()
         loop = asyncio.get_running_loop()
+        entrance = Entrance(self._instance)
+        stays = False
         with ours:
             with theirs:
-                process = self._spawn(self._door[1], theirs)
+                process = self._spawn(self._door[1], theirs, entrance.sock)
             self.pid = process.pid
             try:
+                self._place(process.pid)
                 ours.setblocking(False)
                 self._channel = ours
                 self._say(
                     {
                         "listeners": self._places(),
+                        "cgroups": sorted(self._cgroups()),
                         "count": _TUNNELS,
                         "quota": self._quota,
                         "kernel_headers": None if self._kernel_headers is None else str(self._kernel_headers),
                     }
                 )
                 loop.add_reader(ours.fileno(), heard.set)
-                await self._listen(ours, heard)
+                await self._listen(ours, heard, entrance)
+            except asyncio.CancelledError:  # the server stops
+                stays = await self._farewell(ours, heard)
+                raise
             finally:
                 loop.remove_reader(ours.fileno())
                 self._channel = self.pid = None
-                ours.close()  # it resets all tunnels, and ends
+                ours.close()  # it resets all tunnels but those that survive, and ends
                 if self.status.state == "ready":
                     self._become(RelayStatus("starting"))
-                await _ended(process)
+                if stays:
+                    process.returncode = 0  # it is no child to wait for any more
+                    entrance.close()
+                else:
+                    try:
+                        await _ended(process)
+                    finally:
+                        entrance.remove()
 
-    async def _listen(self, ours: socket.socket, heard: asyncio.Event) -> None:
+    async def _farewell(self, ours: socket.socket, heard: asyncio.Event) -> bool:
+        """Return whether it goes on without us."""
+        self._say({"leave": True})
+        with contextlib.suppress(TimeoutError, OSError, msgspec.DecodeError):
+            async with asyncio.timeout(_END_SECONDS):
+                while True:
+                    with contextlib.suppress(BlockingIOError):
+                        while data := ours.recv(_WORDS_BYTES):
+                            stays = msgspec.json.decode(data, type=Word).stays
+                            if stays is not None:
+                                return stays > 0
+                        return False
+                    heard.clear()
+                    await heard.wait()
+        return False
+
+    async def _listen(self, ours: socket.socket, heard: asyncio.Event, entrance: Entrance) -> None:
         patience = _START_SECONDS
         while True:
             try:
@@ -136,7 +169,7 @@ class WireRelay:
             with contextlib.suppress(BlockingIOError):
                 while data := ours.recv(_WORDS_BYTES):
                     try:
-                        word = msgspec.json.decode(data, type=_Word)
+                        word = msgspec.json.decode(data, type=Word)
                     except msgspec.DecodeError as error:
                         text = f"the process that holds the wire relay breaks its protocol: {error}"
                         raise RuntimeError(text) from error
@@ -146,13 +179,14 @@ class WireRelay:
                         return
                     if self.status.state != "ready":
                         patience = _SILENCE_SECONDS
+                        entrance.open()
                         log.info("the wire relay is ready")
                         self._become(RelayStatus("ready"))
                 raise RuntimeError("the process that holds the wire relay has ended")
 
-    def _spawn(self, door: socket.socket, channel: socket.socket) -> subprocess.Popen[bytes]:
+    def _spawn(self, door: socket.socket, channel: socket.socket, entrance: socket.socket) -> subprocess.Popen[bytes]:
         user = self._user or UserIds(0, 0)
-        fds = door.fileno(), channel.fileno()
+        fds = door.fileno(), channel.fileno(), entrance.fileno()
         return subprocess.Popen(
             module_command("rama_ebpf.control.wire_child", *map(str, (*fds, user.uid, user.gid))),
             stdin=subprocess.DEVNULL,

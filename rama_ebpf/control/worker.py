@@ -102,12 +102,19 @@ def application(context: WorkerContext) -> Application:
         if inner.on_accept is not None:
             inner.on_accept(name)
 
+    services = {name: stack(*layers, service) for name, service in inner.services.items()}
+    let_go: list[Callable[[], None]] = []
+
     def start() -> None:
-        serve_relay(context.channel, context.fds, ask=bool(params["sockmap"]))
+        let_go.append(serve_relay(context.channel, context.fds, services, ask=bool(params["sockmap"])))
         inner.start()
 
-    services = {name: stack(*layers, service) for name, service in inner.services.items()}
-    return replace(inner, services=services, on_accept=on_accept, start=start)
+    def drain() -> None:
+        for call in let_go:
+            call()
+        inner.drain()
+
+    return replace(inner, services=services, on_accept=on_accept, start=start, drain=drain)
 
 
 def default_proxy(context: WorkerContext) -> Service[Stream, Any]:

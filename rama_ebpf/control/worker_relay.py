@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from ..process.channel import Channel
@@ -13,12 +13,17 @@ from ..relay.engine import Engine
 from ..relay.sockmap import Sockmap
 from ..relay.wire import Wire
 from ..services.http.exchange.running import running
+from .adopted import Adoption
 
 __all__ = ["serve_relay"]
 
 
-def serve_relay(channel: Channel, fds: Mapping[str, int], *, ask: bool) -> None:
-    """Connect the running event loop's tunnels with the server process. ``fds`` are the worker's descriptors.
+def serve_relay(
+    channel: Channel, fds: Mapping[str, int], services: Mapping[str, object], *, ask: bool
+) -> Callable[[], None]:
+    """Connect the running event loop's tunnels with the server process. ``fds`` are the worker's descriptors,
+    ``services`` those of its listeners, which tunnels of earlier workers count in. Return what lets go of those that
+    survive us.
 
     ``ask`` for the kernel's relay at once, or when the first tunnel wants it.
     """
@@ -53,5 +58,17 @@ def serve_relay(channel: Channel, fds: Mapping[str, int], *, ask: bool) -> None:
     channel.on("flows", flows)
     if ask:
         engine.want_sockmap()
+    adoption, wires = Adoption(services), []
     if "wire" in fds:
-        Wire.current().use(fds["wire"])
+        wires.append(Wire.current())
+        wires[0].use(fds["wire"], adoption)
+    for name, fd in fds.items():
+        if name.startswith("elder-"):  # processes of earlier servers
+            wires.append(Wire())
+            wires[-1].use(fd, adoption)
+
+    def let_go() -> None:
+        for wire in wires:
+            wire.let_go()
+
+    return let_go

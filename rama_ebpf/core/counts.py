@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Protocol
+from typing import Final, Protocol
 
-__all__ = ["Counts", "LocalCounts", "SharesCounts"]
+__all__ = ["UNLIMITED", "Counts", "LocalCounts", "SharesCounts"]
+
+UNLIMITED: Final = 1 << 31
+"""A limit that nothing reaches."""
 
 
 class Counts(Protocol):

@@ -24,6 +24,7 @@ import typing
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol, TypeVar, cast, overload, runtime_checkable
 
+from .adoption import adopts_of, with_layer
 from .at_once import at_once_of
 from .errors import StackError
 from .first_bytes import FirstBytes
@@ -353,10 +354,14 @@ def stack(*parts: Any, given: tuple[type, ...] = ()) -> Service[Any, Any]:
         inner_accepts = accepts_of(composed)
         _check_fit(layer, provided if isinstance(provided, type) else None, inner, inner_accepts)
         look, way = getattr(composed, "first_bytes", None), at_once_of(composed)
+        adopts = with_layer(layer, adopts_of(composed))
         composed = layer(composed)
         if not callable(composed):
             raise StackError(f"{name_of(layer)} returned {composed!r}, which is not a service")
         _hand_outwards(look, layer, composed)
+        if adopts:
+            with contextlib.suppress(AttributeError):  # an object with slots: then nothing is adopted inside
+                composed.adopts = adopts  # type: ignore[attr-defined]
         if way is not None and (outer := way.inside(layer, composed)) is not None:
             with contextlib.suppress(AttributeError):  # an object with slots: then each connection has a task
                 composed.at_once = outer  # type: ignore[attr-defined]

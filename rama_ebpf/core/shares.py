@@ -15,7 +15,7 @@ from typing import Final
 
 from .address import IPAddress
 from .client import source_prefix
-from .counts import Counts, LocalCounts, SharesCounts
+from .counts import UNLIMITED, Counts, LocalCounts, SharesCounts
 from .errors import Busy
 
 __all__ = ["Held", "ShareExceeded", "SourceLimits", "SourceShare"]
@@ -124,6 +124,13 @@ class SourceShare:
         if not self._counts.enter(source, self.limit):
             raise ShareExceeded(self.held, self.limit) if ask_again else self.refusal()
         return source
+
+    def add(self, ip: IPAddress) -> Hashable | None:
+        """As :meth:`enter`, whatever the limit: for what is there already."""
+        if not self.limit or (self._exempt and any(ip in network for network in self._exempt)):
+            return None
+        source = (self._kind, self._label, source_prefix(ip))
+        return source if self._counts.enter(source, UNLIMITED) else None
 
     def leave(self, source: Hashable) -> None:
         """Count one less, of those that :meth:`enter` has counted."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..core.address import Authority, SocketAddress
+from ..core.adoption import AdoptedStream
 from ..core.at_once import Entered, Visit, entered_by
 from ..core.auth import User
 from ..core.client import client_address
@@ -136,16 +137,20 @@ class AccessLogLayer:
         visit.stream.local  # noqa: B018 - asked for now: at the end there is no socket any more
         return _Connection(self, visit.stream)
 
+    def adopt(self, stream: AdoptedStream) -> Entered:
+        """Write its line at its end (:mod:`rama_ebpf.core.adoption`)."""
+        return _Connection(self, stream, age=time.monotonic() - stream.began)
+
 
 class _Connection:
     """One connection, until its line is written."""
 
     __slots__ = ("_layer", "_requests", "_started", "_stream")
 
-    def __init__(self, layer: AccessLogLayer, stream: Stream) -> None:
+    def __init__(self, layer: AccessLogLayer, stream: Stream, age: float = 0.0) -> None:
         self._layer = layer
         self._stream = stream
-        self._started = layer._clock()
+        self._started = layer._clock() - age
         self._requests = RequestLog(layer._request_sink, failures_only=layer._failures_only, new_id=layer._new_id)
         stream.extensions.add(self._requests)
 

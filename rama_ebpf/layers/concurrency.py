@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Final
 
+from ..core.adoption import AdoptedStream
+from ..core.at_once import NOTHING, Entered
 from ..core.client import Carrier
-from ..core.counts import Counts, LocalCounts, SharesCounts
+from ..core.counts import UNLIMITED, Counts, LocalCounts, SharesCounts
 from ..core.errors import LimitExceeded
 from ..core.first_bytes import FirstBytes
 from ..core.service import Output, Service, check_key
@@ -73,11 +75,22 @@ class ConcurrencyLimitLayer:
             try:
                 return await inner(input)
             finally:
-                self.live -= 1
-                self._counts.leave(key)
-                self._wake_first(key)
+                self._left(key)
 
         return serve
+
+    def adopt(self, stream: AdoptedStream) -> Entered:
+        """Count it, also above the limit (:mod:`rama_ebpf.core.adoption`)."""
+        key = None if self._key is None else self._key(stream)
+        if not self._counts.enter(key, UNLIMITED):
+            return NOTHING
+        self.live += 1
+        return _Place(self, key)
+
+    def _left(self, key: Hashable) -> None:
+        self.live -= 1
+        self._counts.leave(key)
+        self._wake_first(key)
 
     def _wake_first(self, key: Hashable) -> None:
         waiting = self._waiting.get(key)
@@ -112,3 +125,17 @@ class ConcurrencyLimitLayer:
                 await turn.wait()
         except TimeoutError:
             return  # look for a place that another process has left
+
+
+class _Place:
+    """The place of a connection that was adopted."""
+
+    __slots__ = ("_key", "_layer")
+
+    def __init__(self, layer: ConcurrencyLimitLayer, key: Hashable) -> None:
+        self._layer = layer
+        self._key = key
+
+    def leave(self, _error: BaseException | None, /) -> None:
+        """Give it back."""
+        self._layer._left(self._key)

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Final
 
 from ..core.address import SocketAddress
+from ..core.adoption import AdoptedStream
 from ..core.at_once import Entered, Visit, entered_by
 from ..core.client import ListenerName
 from ..core.first_bytes import FirstBytes, Refused
@@ -72,6 +73,10 @@ class MetricsLayer:
     def enter(self, visit: Visit) -> Entered:
         """In callbacks (:mod:`rama_ebpf.core.at_once`)."""
         return self._connection(visit.stream)
+
+    def adopt(self, stream: AdoptedStream) -> Entered:
+        """Count it from now on (:mod:`rama_ebpf.core.adoption`)."""
+        return self._connection(stream)
 
     def _connection(self, stream: Stream) -> Entered:
         told = stream.extensions.get(ListenerName)
@@ -162,7 +167,12 @@ class _Connection:
         self._started = time.monotonic()
         self._received = self._sent = 0
         self._stage = Stage.ACCEPTED
-        listener.accepted.inc()
+        if isinstance(stream, AdoptedStream):  # another process has accepted it, and counted what it had moved
+            self._started, self._stage = stream.began, Stage.TUNNEL
+            self._received, self._sent = stream.bytes_received, stream.bytes_sent
+            listener.tunnels.inc()
+        else:
+            listener.accepted.inc()
         listener.connections.inc()
         listener.add(self)
         Lifecycle.of(stream.extensions).watch(self._reached)

@@ -99,13 +99,15 @@ class Application:
     """Services by the name of their listener, and what goes with them.
 
     ``on_accept`` is called with the name of the listener for each accepted connection. ``start`` and ``close`` are
-    called in the running event loop, before the first connection and after the last.
+    called in the running event loop, before the first connection and after the last; ``drain`` in between, when the
+    worker accepts no more and what is live is to end.
     """
 
     services: Mapping[str, Service[Stream, Any]]
     on_accept: Callable[[str], None] | None = None
     start: Callable[[], None] = field(default=lambda: None)
     close: Callable[[], None] = field(default=lambda: None)
+    drain: Callable[[], None] = field(default=lambda: None)
 
 
 def load_application(target: str, directory: str | None, context: WorkerContext) -> Application:

@@ -149,6 +149,7 @@ class _Worker:
         self._channel.notify("ready", told)
         await self._stop.wait()
         await self._close_listeners()
+        application.drain()
         started = time.monotonic()
         cut = sum(await asyncio.gather(*(server.drain(self._drain_seconds) for server in self._servers)))
         self._channel.notify("drained", {"cut": cut, "seconds": time.monotonic() - started})
@@ -225,6 +226,8 @@ class _Worker:
         self._linger_seconds = self._drain_seconds = 0.0
         self._cutting.set()
         self._stop.set()
+        assert self._application is not None
+        self._application.drain()  # what goes on without us is not cut
         for server in self._servers:
             server.cut("shutdown")
 

@@ -26,11 +26,13 @@ class RelayOptions:
     """How tunnels of a listener are relayed: add one to a stream's extensions to choose.
 
     ``lossless`` names the networks in which ``auto`` may use sockmap besides this host: those where no segment is
-    lost, so that peers never send overlapping retransmissions.
+    lost, so that peers never send overlapping retransmissions. With ``survive`` tunnels of the wire relay go on when
+    this process, or the server, ends.
     """
 
     kind: RelayKind = RelayKind.AUTO
     lossless: tuple[IPv4Network | IPv6Network, ...] = ()
+    survive: bool = False
 
 
 @dataclass(frozen=True, slots=True)

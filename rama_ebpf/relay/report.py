@@ -21,6 +21,8 @@ class CloseReason(enum.Enum):
     TOTAL_TIMEOUT = "total_timeout"
     CUT = "cut"
     """Cancelled from outside: a drain deadline, a kill, a layer's limit."""
+    LEFT = "left"
+    """It goes on without this process: see `survive` in docs/wire.md."""
     INTEGRITY = "integrity"
     """The kernel path could not prove that every byte was right; both sides were reset."""
     ERROR = "error"

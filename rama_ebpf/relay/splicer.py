@@ -7,6 +7,9 @@ says nothing: they keep the ports, are seen by ss(8) and by ``block --kill``, an
 translated, which ends the tunnel. At its end the client's socket is closed at once, the rest after a *linger*, for
 segments that are still under way.
 
+A tunnel with a *story* survives its owner: it is an *orphan* then, whose time-outs are kept here until somebody adopts
+it.
+
 Reference: docs/wire.md; tcp(7); ``TCP_REPAIR`` in ``include/uapi/linux/tcp.h``.
 """
 
@@ -30,9 +33,11 @@ from ..kernel.ringbuf import RingBuffer
 from ..kernel.routes import Routes
 from ..kernel.tcp_facts import TcpFacts, netns_cookie, segments
 from ..kernel.wire import STATE, Pair, PairMemory, WireKey, WireMaps
+from .orphan import Orphan
 from .report import CloseReason
 from .wire_errors import translated_error
 from .wire_rules import End, Refused, check
+from .wire_story import Story
 
 __all__ = ["ALIVE_SECONDS", "LINGER", "SWEEP", "Reactor", "Splice", "Splicer", "Tell", "Told", "reason_of"]
 
@@ -82,7 +87,8 @@ class Reactor(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Splice:
-    """A tunnel: ``number`` is what its ``owner`` calls it."""
+    """A tunnel: ``number`` is what its ``owner`` calls it, None for an orphan. One with a ``story`` survives its
+    owner."""
 
     owner: Hashable
     number: int
@@ -91,6 +97,7 @@ class Splice:
     flows: tuple[dict[str, object], dict[str, object]]
     sockets: list[socket.socket | None]
     tell: Tell
+    story: bytes = b""
     parked: bool = False
     strays: list[tuple[int, int]] = field(default_factory=list)
     """Segments, and those with data, that had come to each socket when it was looked at last."""
@@ -131,6 +138,7 @@ class Splicer:
         self._by_owner: dict[Hashable, dict[int, Splice]] = {}
         self._by_key: dict[WireKey, Splice] = {}
         self._over: deque[Splice] = deque()
+        self._orphans: dict[int, Orphan] = {}
         self._routes = Routes()
         self._conntrack = Conntrack()
         self._raw = RawPackets()
@@ -160,15 +168,20 @@ class Splicer:
         owed: tuple[int, int],
         deadline: int,
         tell: Tell,
+        story: bytes = b"",
     ) -> int:
         """Watch the pair of a client's and a target's socket, to be taken over when it is quiet; return its number.
 
         ``owed`` are the bytes that the owner sends to client and target once this has returned, and nothing else.
-        ``deadline`` is in ns of CLOCK_MONOTONIC: later nothing begins. ``tell`` is called with what becomes of it. The
-        sockets are closed here, whatever happens. Raises :class:`~.wire_rules.Refused` or OSError.
+        ``deadline`` is in ns of CLOCK_MONOTONIC: later nothing begins. ``tell`` is called with what becomes of it. With
+        a ``story`` (:class:`~.wire_story.Story`) it survives its owner. The sockets are closed here, whatever happens.
+        Raises :class:`~.wire_rules.Refused`, OSError, or ValueError for a story that makes no sense.
         """
         try:
+            if story:
+                Story.unpack(story)
             splice = self._begin(owner, number, sockets, owed, deadline, tell)
+            splice.story = story
         except BaseException as error:
             for sock in sockets:
                 sock.close()
@@ -282,10 +295,58 @@ class Splicer:
             self._cut(splice, reason)
 
     def leave(self, owner: Hashable) -> None:
-        """End all tunnels of an owner that is no more."""
+        """End all tunnels of an owner that is no more, but those that survive it."""
+        self.let_go(owner)
         for splice in list(self._by_owner.get(owner, {}).values()):
             splice.tell = _tell_nobody
             self._cut(splice, CloseReason.CUT)
+
+    # -- those that survive ------------------------------------------------------------------------------------------
+
+    @property
+    def survivors(self) -> int:
+        """How many live tunnels survive their owners."""
+        return sum(_survives(splice) for splice in self._by_pair.values())
+
+    @property
+    def orphans(self) -> list[int]:
+        """The pairs that nobody owns."""
+        return list(self._orphans)
+
+    def let_go(self, owner: Hashable) -> None:
+        """Own no more what survives the owner."""
+        for splice in list(self._by_owner.get(owner, {}).values()):
+            self._look(splice)  # it may have been taken in this moment
+            if _survives(splice):
+                self._disown(splice)
+
+    def _disown(self, splice: Splice) -> None:
+        orphan = Orphan(splice.story, self._pairs[splice.pair].moved)
+        self._remove_from_owner(splice)
+        splice.owner = None
+        splice.tell = lambda _, reason, moved: orphan.ended(reason, moved)
+        self._orphans[splice.pair] = orphan
+
+    def adopt(self, pair: int, owner: Hashable, number: int, tell: Tell) -> bytes:
+        """Give an orphan an owner; return its story."""
+        del self._orphans[pair]
+        splice = self._by_pair[pair]
+        splice.owner, splice.number, splice.tell = owner, number, tell
+        self._by_owner.setdefault(owner, {})[number] = splice
+        return splice.story
+
+    def reset_mortals(self) -> None:
+        """End all tunnels that do not survive their owners."""
+        for splice in list(self._by_pair.values()):
+            self._look(splice)
+            if not _survives(splice):
+                splice.tell = _tell_nobody
+                self._cut(splice, CloseReason.CUT)
+
+    def _expire(self, now: float) -> None:
+        for pair, orphan in list(self._orphans.items()):
+            if (reason := orphan.expired(self._pairs[pair].moved, now)) is not None:
+                self._cut(self._by_pair[pair], reason)
 
     def _cut(self, splice: Splice, reason: CloseReason) -> None:
         if splice.over_at is not None:
@@ -379,9 +440,8 @@ class Splicer:
     def _end(
         self, splice: Splice, told: Told, reason: CloseReason = CloseReason.CUT, moved: tuple[int, int] = (0, 0)
     ) -> None:
-        own = self._by_owner.get(splice.owner)
-        if own is not None and own.pop(splice.number, None) is not None and not own:
-            del self._by_owner[splice.owner]
+        self._remove_from_owner(splice)
+        self._orphans.pop(splice.pair, None)
         splice.tell(told, reason, moved)
         splice.tell = _tell_nobody
 
@@ -405,12 +465,16 @@ class Splicer:
                 del self._by_key[key]
         self._pairs.clear(splice.pair)
         del self._by_pair[splice.pair]
+        self._orphans.pop(splice.pair, None)
+        self._remove_from_owner(splice)
+        self._free.append(splice.pair)
+
+    def _remove_from_owner(self, splice: Splice) -> None:
         own = self._by_owner.get(splice.owner)
         if own is not None and own.get(splice.number) is splice:
             del own[splice.number]
             if not own:
                 del self._by_owner[splice.owner]
-        self._free.append(splice.pair)
 
     # -- the host around it ------------------------------------------------------------------------------------------
 
@@ -425,6 +489,7 @@ class Splicer:
             self._follow_routes()
         if now - self._swept > self._sweep_seconds:
             self._swept = now
+            self._expire(now)
             for splice in list(self._by_pair.values()):
                 self._look(splice)  # the ring may have been full
                 if splice.parked and splice.over_at is None:
@@ -491,6 +556,10 @@ def _flow(leg: int, becomes: WireKey, seq: int, ack: int, end: End, other: End, 
         "expect_acked": acked,
         "scales": (end.facts.snd_wscale, other.facts.rcv_wscale),
     }
+
+
+def _survives(splice: Splice) -> bool:
+    return bool(splice.story) and splice.parked and splice.over_at is None
 
 
 def reason_of(pair: Pair) -> CloseReason | None:

@@ -4,6 +4,9 @@ A worker has no privilege to do so. It hands the two sockets of a tunnel over *b
 connected, when both legs are quiet, and says what it has to say once the pair is watched. From the acknowledgement of
 that on its own TCP sees nothing more. Whatever is refused, or comes too early, goes on by another relay.
 
+A tunnel that survives is told with its *story* (:mod:`.wire_story`). When this process ends, or lets go of it, it goes
+on without an owner, until a worker adopts it: this one, too, may be given such tunnels.
+
 docs/wire.md has the whole walk.
 """
 
@@ -18,22 +21,22 @@ import os
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 from ..core.address import SocketAddress
-from ..core.auth import User
-from ..core.client import client_address
 from ..core.per_loop import PerLoop
 from ..core.socket_stream import SocketStream
 from ..core.stream import Stream
 from ..kernel.wire import PairReader
 from .direction import DirectionOwner
 from .host import RelayHost
-from .options import TunnelLimits
+from .options import RelayOptions, TunnelLimits
 from .paths import Pair, Refusal
 from .registry import FlowSnapshot
 from .report import CloseReason, DirectionOutcome, TunnelReport
 from .wire_messages import Answer, Ask, Reply, Request, receive, send
+from .wire_story import Story
 
 __all__ = ["Wire", "WireTunnel", "join"]
 
@@ -50,32 +53,34 @@ _MOST_OWED: Final = 16 * 1024
 _QUEUE_BYTES: Final = 1 << 20
 _IDLE_CHECKS: Final = 4
 _NO_ANSWER: Final = "the process that holds it does not answer"
+_NUMBERS: Final = (1 << 31) - 1
+"""What is above is the other process's: for tunnels that it gives us."""
 
 
 class WireTunnel:
-    """A tunnel that the kernel translates; ``done`` is set when it has ended."""
+    """A tunnel that the kernel translates; ``done`` is set when it has ended. ``story`` says whose it is, and whether
+    it ``survives``."""
 
     __slots__ = (
         *("_active_at", "_final", "_limits", "_loop", "_number", "_pair", "_seen", "_started", "_timer", "_wire"),
-        *("done", "source", "target", "user"),
+        *("done", "source", "survives", "target", "user"),
     )
 
-    def __init__(
-        self, wire: Wire, number: int, pair: int, client: SocketStream, upstream: SocketStream, limits: TunnelLimits
-    ) -> None:
+    def __init__(self, wire: Wire, number: int, pair: int, story: Story, *, survives: bool) -> None:
         self._wire = wire
         self._number = number
         self._pair = pair
-        self._limits = limits
+        self._limits = story.limits
         self._loop = asyncio.get_running_loop()
-        self._started = self._active_at = self._loop.time()
+        self._active_at = self._loop.time()
+        self._started = self._active_at - (time.monotonic() - story.began)
         self._seen = 0
         self._final: tuple[int, int] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self.source: SocketAddress | None = client_address(client) or client.peer
-        self.target: SocketAddress | None = upstream.peer
-        user = client.extensions.get(User)
-        self.user = "" if user is None else user.name
+        self.survives = survives
+        self.source: SocketAddress | None = story.source
+        self.target: SocketAddress | None = story.dialled
+        self.user = story.user
         self.done: asyncio.Future[CloseReason] = self._loop.create_future()
         self._check_time()
 
@@ -101,6 +106,10 @@ class WireTunnel:
         outcome = DirectionOutcome.EOF if reason is CloseReason.EOF else DirectionOutcome.CUT
         age = self._loop.time() - self._started
         return TunnelReport(reason, *self.moved, age, "wire", "configured", outcome, outcome)
+
+    def let_go(self) -> None:
+        """It goes on without us."""
+        self.ended(CloseReason.LEFT, self.moved)
 
     def ended(self, reason: CloseReason, moved: tuple[int, int]) -> None:
         """It is over; both ends know."""
@@ -154,14 +163,18 @@ class Wire:
         self._tunnels: dict[int, WireTunnel] = {}
         self._loop = asyncio.get_running_loop()
         self._rests_until = 0.0
+        self._adopts: Callable[[WireTunnel, Story], None] | None = None
+        self._leaves = False
 
     @staticmethod
     def current() -> Wire:
         """Return the one of the running event loop; the first call makes it."""
         return _current()
 
-    def use(self, door: int) -> None:
-        """Ask for the relay, by a descriptor of the door, which stays the caller's."""
+    def use(self, door: int, adopts: Callable[[WireTunnel, Story], None] | None = None) -> None:
+        """Ask for the relay, by a descriptor of the door, which stays the caller's. ``adopts`` is called with each
+        tunnel that had no owner and is ours now; without it none are asked for."""
+        self._adopts = adopts
         self._door = socket.socket(fileno=os.dup(door))
         self._door.setblocking(False)
         self._connect()
@@ -183,8 +196,16 @@ class Wire:
         self._channel = ours
         self._loop.add_reader(ours.fileno(), self._hear)
 
+    def let_go(self) -> None:
+        """Own nothing more that survives us, now and later: it goes on."""
+        self._leaves = True
+        self._ask(Ask.LET_GO, 0)
+        for tunnel in list(self._tunnels.values()):
+            if tunnel.survives:
+                tunnel.let_go()
+
     def close(self) -> None:
-        """Give everything up; what tunnels there are is reset by the other process."""
+        """Give everything up; what tunnels there are is reset by the other process, but for those that survive."""
         if self._channel is not None:
             self._loop.remove_reader(self._channel.fileno())
             self._channel.close()
@@ -230,11 +251,14 @@ class Wire:
             return await self._refuse(client, reply, "an end is not a plain socket")
         if max(len(to_client), len(to_target)) > _MOST_OWED:
             return await self._refuse(client, reply, "it has too much to say")
-        number = next(self._numbers) & 0xFFFFFFFF
+        number = next(self._numbers) & _NUMBERS
+        story = Story.of(client, upstream.peer, limits, len(to_client), time.monotonic())
+        options = client.extensions.get(RelayOptions)
+        packed = story.pack() if options is not None and options.survive else b""
         begun = self._begun[number] = asyncio.Queue()
         try:
             deadline = time.monotonic_ns() + int(_BEGIN_SECONDS * 1e9)
-            request = Request(Ask.TAKE, number, (len(to_client), len(to_target)), deadline)
+            request = Request(Ask.TAKE, number, (len(to_client), len(to_target)), deadline, packed)
             send(self._channel, request.pack(), (client.socket.fileno(), upstream.socket.fileno()))
             async with asyncio.timeout(_ANSWER_SECONDS):
                 answer = await begun.get()
@@ -259,14 +283,20 @@ class Wire:
         if not taken:
             del self._begun[number]
             return await self._refuse(client, b"", "an end spoke before it was taken over")
-        tunnel = self._tunnels[number] = WireTunnel(self, number, answer.value, client, upstream, limits)
-        tunnel.done.add_done_callback(lambda _: self._tunnels.pop(number, None))
+        tunnel = self._own(number, answer.value, story, survives=bool(packed))
         for stream in (client, upstream):
             sock, _ = stream.detach()
             sock.close()  # the other process has it, too
         del self._begun[number]
         while not begun.empty():
             self._heard(begun.get_nowait())
+        if self._leaves:
+            self.let_go()
+        return tunnel
+
+    def _own(self, number: int, pair: int, story: Story, *, survives: bool) -> WireTunnel:
+        tunnel = self._tunnels[number] = WireTunnel(self, number, pair, story, survives=survives)
+        tunnel.done.add_done_callback(lambda _: self._tunnels.pop(number, None))
         return tunnel
 
     async def _wait(
@@ -337,15 +367,31 @@ class Wire:
             if reply.answer is Answer.WELCOME:
                 self._pairs = PairReader(fds[0])
                 self.refusal = ""
+                if self._adopts is not None and not self._leaves:
+                    self._ask(Ask.ADOPT, 0)
             else:
                 self._heard(reply)
 
     def _heard(self, reply: Reply) -> None:
+        if reply.answer is Answer.ORPHAN:
+            self._adopt(reply)
+            return
         begun, tunnel = self._begun.get(reply.number), self._tunnels.get(reply.number)
         if begun is not None:
             begun.put_nowait(reply)
         elif tunnel is not None and reply.answer is Answer.ENDED:
             tunnel.ended(reply.reason, reply.moved)
+
+    def _adopt(self, reply: Reply) -> None:
+        if self._adopts is None or self._leaves:
+            return  # we have let go of it before it was given to us
+        try:
+            story = Story.unpack(reply.text.encode())
+        except ValueError as error:
+            log.error("a tunnel cannot be adopted, its story makes no sense: %s", error)
+            self._ask(Ask.CUT, reply.number)
+            return
+        self._adopts(self._own(reply.number, reply.value, story, survives=True), story)
 
     def _lost(self) -> None:
         """The other process is no more, and the kernel translates no more with it: the stack resets what comes."""

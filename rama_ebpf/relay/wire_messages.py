@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from .report import CloseReason
+from .wire_story import STORY_BYTES
 
 __all__ = ["MESSAGE_BYTES", "Answer", "Ask", "Reply", "Request", "receive", "send"]
 
-MESSAGE_BYTES: Final = 512
+MESSAGE_BYTES: Final = 2048
 _REQUEST: Final = struct.Struct("=BIIIQ")
 _REPLY: Final = struct.Struct("=BIIQQ")
 _REASONS: Final = tuple(CloseReason)
@@ -31,6 +32,10 @@ class Ask(enum.IntEnum):
     GIVE_UP = 2
     """If it is not taken over by now, leave it to me."""
     CUT = 3
+    ADOPT = 4
+    """I go on with tunnels that have outlived their workers."""
+    LET_GO = 5
+    """I do no more: mine that outlive me are nobody's now. ``number`` says nothing."""
 
 
 class Answer(enum.IntEnum):
@@ -46,29 +51,34 @@ class Answer(enum.IntEnum):
     SPOILED = 5
     """It is yours for good."""
     ENDED = 6
+    ORPHAN = 7
+    """A tunnel that has outlived its worker is yours: ``value`` is the number of the pair, ``text`` its story."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """``number`` is what the worker calls the tunnel; ``owed`` are the bytes that it has to say to client and target;
-    ``deadline`` is in ns of CLOCK_MONOTONIC: later nothing begins."""
+    ``deadline`` is in ns of CLOCK_MONOTONIC: later nothing begins. With a ``story`` (:mod:`.wire_story`) the tunnel is
+    to outlive the worker."""
 
     ask: Ask
     number: int
     owed: tuple[int, int] = (0, 0)
     deadline: int = 0
+    story: bytes = b""
 
     def pack(self) -> bytes:
-        return _REQUEST.pack(self.ask, self.number, *self.owed, self.deadline)
+        return _REQUEST.pack(self.ask, self.number, *self.owed, self.deadline) + self.story
 
     @classmethod
     def unpack(cls, data: bytes) -> Request:
         """Raises ValueError."""
-        try:
-            ask, number, to_client, to_target, deadline = _REQUEST.unpack(data)
-        except struct.error as error:
-            raise ValueError(f"a request of {len(data)} bytes") from error
-        return cls(Ask(ask), number, (to_client, to_target), deadline)
+        if not _REQUEST.size <= len(data) <= _REQUEST.size + STORY_BYTES:
+            raise ValueError(f"a request of {len(data)} bytes")
+        ask, number, to_client, to_target, deadline = _REQUEST.unpack_from(data)
+        if len(data) > _REQUEST.size and ask != Ask.TAKE:
+            raise ValueError(f"a story with request {ask}")
+        return cls(Ask(ask), number, (to_client, to_target), deadline, data[_REQUEST.size :])
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Hashable
 from typing import Final
 
+from ..core.adoption import AdoptedStream
 from ..core.at_once import NOTHING, Entered, Visit, entered_by
 from ..core.auth import Credentials
 from ..core.client import client_address
@@ -164,6 +165,12 @@ class SourceShareLayer:
     def enter(self, visit: Visit) -> Entered:
         """In callbacks (:mod:`rama_ebpf.core.at_once`); whoever is above the share is the coroutine's."""
         return self._place(visit.stream, ask_again=True)
+
+    def adopt(self, stream: AdoptedStream) -> Entered:
+        """Count it, also above the share (:mod:`rama_ebpf.core.adoption`)."""
+        client = client_address(stream)
+        source = None if client is None else self.share.add(client.ip)
+        return NOTHING if source is None else _Place(self.share, source)
 
     def _place(self, stream: Stream, *, ask_again: bool = False) -> Entered:
         client = client_address(stream)

@@ -64,10 +64,12 @@ service = { socks5 = {} }
 class Scene:
     """A client, the proxy and a target, each a host."""
 
+    config = CONFIG
+
     def __init__(self, lab: Lab, start: StartProxy, path: Path) -> None:
         self.proxy_host, self.client, self.target = lab.host("proxy"), lab.host("client"), lab.host("target")
         self.ends = ExitStack()
-        path.write_text(CONFIG)
+        path.write_text(self.config)
         self.proxy: ProxyProcess = start(self.proxy_host, "--config", str(path))
         self.wait()
 

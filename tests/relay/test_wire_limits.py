@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +22,7 @@ from rama_ebpf.relay.wire_messages import Answer, Ask, Reply, Request, receive, 
 
 from ..lab import PATIENCE
 from .flows import relay_by, tcp_pair
-from .wire_relay import wire_relay
+from .wire_relay import an_instance, wire_relay
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
@@ -153,7 +154,9 @@ async def test_host_that_lacks_something_is_refused_by_name(listener: socket.soc
     """A compiler without headers stands for whatever a kernel may lack."""
     refused = asyncio.Event()
     async with Nursery() as nursery:
+        instance = an_instance()
         relay = WireRelay(
+            instance,
             nursery,
             lambda: [],
             workers=1,
@@ -179,6 +182,7 @@ async def test_host_that_lacks_something_is_refused_by_name(listener: socket.soc
         finally:
             wire.close()
             relay.close()
+    shutil.rmtree(instance.run_dir)
 
 
 async def test_worker_that_breaks_the_protocol_loses_its_tunnels_and_nobody_else_does(

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
+import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from rama_ebpf.control.wire import WireRelay
 from rama_ebpf.core.address import SocketAddress
+from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.kernel.privileges import UserIds
 from rama_ebpf.process import Nursery
 from rama_ebpf.relay.wire import Wire
 
 from ..lab import PATIENCE
+
+_numbers = itertools.count()
+
+
+def an_instance() -> Instance:
+    """An instance of our own, whose files below /run are to be removed."""
+    return Instance(f"test-{os.getpid()}-wire-{next(_numbers)}")
 
 
 @asynccontextmanager
@@ -22,7 +33,9 @@ async def wire_relay(*listeners: socket.socket) -> AsyncIterator[WireRelay]:
     addresses = [SocketAddress.from_sockaddr(listener.getsockname()) for listener in listeners]
     changed = asyncio.Event()
     async with Nursery() as nursery:
+        instance = an_instance()
         relay = WireRelay(
+            instance,
             nursery,
             lambda: addresses,
             workers=1,
@@ -41,3 +54,4 @@ async def wire_relay(*listeners: socket.socket) -> AsyncIterator[WireRelay]:
         finally:
             wire.close()
             relay.close()
+    shutil.rmtree(instance.run_dir)
