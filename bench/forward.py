@@ -1,6 +1,6 @@
 """A TCP forwarder for the benches: every connection is relayed to one target, in one process on uvloop.
 
-python bench/forward.py PORT HOST:PORT auto|sockmap|splice|copy
+python bench/forward.py ADDRESS:PORT HOST:PORT auto|sockmap|splice|copy
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from rama_ebpf.services.tcp import TcpServer, bind_tcp
 
 
 async def main() -> None:
-    port, target, kind = int(sys.argv[1]), sys.argv[2], RelayKind(sys.argv[3])
+    at, target, kind = sys.argv[1].split(":"), sys.argv[2], RelayKind(sys.argv[3])
     host, _, target_port = target.rpartition(":")
-    loopback = ipaddress.ip_network("127.0.0.0/8")
-    connect = Connector(SystemResolver(), EgressPolicy(allow=(loopback,)))
+    networks = tuple(map(ipaddress.ip_network, ("127.0.0.0/8", "198.18.0.0/15")))
+    connect = Connector(SystemResolver(), EgressPolicy(allow=networks))
     options = RelayOptions(kind)
     if kind in (RelayKind.SOCKMAP, RelayKind.AUTO):
         Engine.current().use_sockmap(Sockmap(SpliceMaps.load(1, 8192).fds))
@@ -36,7 +36,7 @@ async def main() -> None:
         client.extensions.add(options)
         await relay(client, await connect(Authority.of(host, int(target_port))))
 
-    TcpServer(bind_tcp("127.0.0.1", port), forward).start()
+    TcpServer(bind_tcp(at[0], int(at[1])), forward).start()
     print("ready", flush=True)
     await asyncio.Event().wait()
 
