@@ -32,18 +32,17 @@
 #define IPV6_FREEBIND 78
 #endif
 
-/* Whether a stream to there comes back to the proxy: to the very address of a listener, or to its family's wildcard. */
+/* Whether a stream to there comes back to the proxy: to an address of a listener, to a binding, or to its family's
+ * wildcard. */
 static __always_inline int is_own_listener(const struct address *target, u16 port)
 {
-	struct listener_key key = { .addr = *target, .port = port };
+	struct packet p = {};
+	struct listener found;
+	u32 wildcard;
 
-	if (listeners.lookup(&key))
-		return 1;
-	if (is_mapped(target))
-		map_ipv4(&key.addr, 0);
-	else
-		__builtin_memset(&key.addr, 0, sizeof(key.addr));
-	return listeners.lookup(&key) != 0;
+	p.target = *target;
+	p.port = port;
+	return find_listener(&p, &found, &wildcard);
 }
 
 static __always_inline int is_denied(const struct address *target, u16 port, int stream)

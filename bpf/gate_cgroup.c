@@ -13,7 +13,6 @@ int gate_cgroup(struct __sk_buff *skb)
 {
 	struct scratch *s;
 	struct packet *p;
-	struct listener *listener;
 	struct bpf_sock *sk = skb->sk;
 	struct verdict v = {};
 	void *data, *end;
@@ -39,10 +38,9 @@ int gate_cgroup(struct __sk_buff *skb)
 		count(&v, s, HOOK_CGROUP);
 		return CGROUP_DROP;
 	}
-	listener = find_listener(p, &s->wildcard);
-	if (!listener)
+	if (!find_listener(p, &s->listener, &s->wildcard))
 		return CGROUP_PASS; /* a listening socket that the proxy did not put under the gate */
-	if (p->syn && listener->state != LISTENER_OPEN)
+	if (s->listener.state == LISTENER_HOME || (p->syn && s->listener.state != LISTENER_OPEN))
 		return CGROUP_DROP; /* not counted: nobody has judged it, and the client tries again */
 
 	/* The ACK that ends a handshake is judged as well: a source that is blocked after its SYN stays out. */

@@ -9,7 +9,7 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 {
 	struct scratch *s;
 	struct packet *p;
-	struct listener *listener;
+	const struct listener *listener;
 	struct verdict v;
 	u32 slot;
 	int ipv4;
@@ -27,9 +27,10 @@ int gate_lookup(struct bpf_sk_lookup *ctx)
 	CONTEXT_ADDRESS(&p->source, ipv4, ctx->remote_ip4, ctx->remote_ip6);
 	CONTEXT_ADDRESS(&p->target, ipv4, ctx->local_ip4, ctx->local_ip6);
 	p->ipv4 = is_mapped(&p->source);
-	listener = find_listener(p, &s->wildcard);
-	if (!listener)
+	if (!find_listener(p, &s->listener, &s->wildcard))
 		return SK_PASS;
+	listener = &s->listener;
+	barrier();
 
 	if (listener->state == LISTENER_OPEN) { /* else gate_cgroup drops the SYN, and judges an ACK */
 		v = verdict(s, CHARGE_NONE);

@@ -6,7 +6,7 @@
  */
 
 /*
- * Whether a packet that matches a listener on any address is for another host. On a host that forwards, that host's
+ * Whether a packet that matches a listener on any address, or on a prefix, is for another host. On a host that forwards, that host's
  * port of the same number is none of our business; the routing table knows, so no list of local addresses is kept.
  */
 static __always_inline int is_transit(struct xdp_md *ctx, const struct packet *p, int ipv4)
@@ -82,7 +82,6 @@ static __always_inline int reset(struct xdp_md *ctx, struct scratch *s)
 int gate_xdp(struct xdp_md *ctx)
 {
 	struct scratch *s = begin();
-	struct listener *listener;
 	struct interface *interface;
 	struct verdict v;
 	u32 index;
@@ -93,10 +92,8 @@ int gate_xdp(struct xdp_md *ctx)
 	/* What cannot be followed here is left to the stack, and then to gate_cgroup, which lets none of it in. */
 	if (parse_frame((void *)(long)ctx->data, (void *)(long)ctx->data_end, &s->packet) != PACKET_TCP || !s->packet.syn)
 		return XDP_PASS;
-	listener = find_listener(&s->packet, &s->wildcard);
-	if (!listener || listener->state != LISTENER_OPEN)
+	if (!find_listener(&s->packet, &s->listener, &s->wildcard) || s->listener.state != LISTENER_OPEN)
 		return XDP_PASS; /* if closed, to gate_cgroup */
-	s->listener = *listener;
 	v = verdict(s, CHARGE_PEEK);
 #ifndef SYN_COOKIES
 	if (v.action == ACTION_ALLOW)

@@ -6,20 +6,47 @@
 #ifndef RAMA_EBPF_LOOKUP_H
 #define RAMA_EBPF_LOOKUP_H
 
-static __always_inline struct listener *find_listener(const struct packet *p, u32 *wildcard)
+/* The listener with the most specific binding of the target, if one has any. */
+static __always_inline const struct listener *find_binding(const struct packet *p)
+{
+	struct binding_key key = { .plen = 32 + 128, .ipv4 = is_mapped(&p->target), .addr = p->target };
+	struct port_key ports = { .plen = 32 + 16, .port = bpf_htons(p->port) };
+	u32 *table = bindings.lookup(&key), *id;
+
+	if (!table)
+		return 0;
+	ports.table = *table;
+	id = bound_ports.lookup(&ports);
+	return id ? bound.lookup(id) : 0;
+}
+
+/*
+ * The listener that a connection attempt is for: of its very address, else of the most specific binding, else of any
+ * address of its family. It is copied: the verifier would walk all that follows once for each map that it may be in.
+ */
+static __always_inline int find_listener(const struct packet *p, struct listener *found, u32 *wildcard)
 {
 	struct listener_key key = { .addr = p->target, .port = p->port };
-	struct listener *listener = listeners.lookup(&key);
+	const struct listener *listener = listeners.lookup(&key);
 
 	*wildcard = !listener;
-	if (listener)
-		return listener;
-	/* The wildcard of the target's family: 0.0.0.0 (mapped) and :: on one port are two listeners. */
-	if (is_mapped(&p->target))
-		map_ipv4(&key.addr, 0);
-	else
-		__builtin_memset(&key.addr, 0, sizeof(key.addr));
-	return listeners.lookup(&key);
+	if (!listener) {
+		listener = find_binding(p);
+		if (listener) {
+			*found = *listener;
+			return 1;
+		}
+		/* The wildcard of the target's family: 0.0.0.0 (mapped) and :: on one port are two listeners. */
+		if (is_mapped(&p->target))
+			map_ipv4(&key.addr, 0);
+		else
+			__builtin_memset(&key.addr, 0, sizeof(key.addr));
+		listener = listeners.lookup(&key);
+	}
+	if (!listener)
+		return 0;
+	*found = *listener;
+	return 1;
 }
 
 /* The clock costs as much as a look-up: it is read only for what can expire. */

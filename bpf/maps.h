@@ -8,6 +8,9 @@
 
 BPF_TABLE_PINNED("array", u32, struct gate, gate, 1, PIN_DIR "/gate");
 BPF_TABLE_PINNED("hash", struct listener_key, struct listener, listeners, 1, PIN_DIR "/listeners");
+BPF_TABLE_PINNED("lpm_trie", struct binding_key, u32, bindings, 1, PIN_DIR "/bindings");
+BPF_TABLE_PINNED("lpm_trie", struct port_key, u32, bound_ports, 1, PIN_DIR "/bound_ports");
+BPF_TABLE_PINNED("array", u32, struct listener, bound, 1, PIN_DIR "/bound"); /* by id: those with bindings */
 BPF_TABLE_PINNED("sockmap", u32, u64, sockets, 1, PIN_DIR "/sockets");
 BPF_TABLE_PINNED("array", u32, struct rule, rules, 1, PIN_DIR "/rules");
 BPF_TABLE_PINNED("percpu_array", u32, struct rule_hits, rule_hits, 1, PIN_DIR "/rule_hits");

@@ -65,7 +65,9 @@ enum gate_flag {
 enum failsafe_bit { FAILSAFE_COVERED = 1, FAILSAFE_NAMED = 4 };
 
 enum bound {
-	MAX_LISTENERS        = 64,
+	MAX_LISTENERS        = 1024,
+	MAX_BOUND_PREFIXES   = 4096,  /* of all listeners' bindings together */
+	MAX_BOUND_PORTS      = 65536, /* prefixes of ports, of which a range takes 30 at most */
 	MAX_INTERFACES       = 64, /* with gate_xdp */
 	SOCKETS_PER_LISTENER = 64,
 	MAX_FAILSAFE_PORTS   = 8,
@@ -96,6 +98,7 @@ _Static_assert(sizeof(struct listener_key) == 20, "listener_key");
 enum listener_state {
 	LISTENER_OPEN   = 0,
 	LISTENER_CLOSED = 1, /* no SYN gets in, whatever the policy: silence, so that the client tries again */
+	LISTENER_HOME   = 2, /* where the sockets of a listener with bindings are bound: nobody gets in by that address */
 };
 
 struct listener {
@@ -104,6 +107,26 @@ struct listener {
 	__u32 state;   /* enum listener_state */
 };
 _Static_assert(sizeof(struct listener) == 8, "listener");
+
+/*
+ * A listener with bindings serves sets of addresses and ports by sockets that are bound to none of them. A prefix leads to
+ * a table of ports, which has the ports of shorter prefixes in it where it leaves them to these (kernel/bindings.py makes
+ * it), and a port there to the listener, in the map `bound`. So the most specific binding is found by two look-ups.
+ */
+struct binding_key {
+	__u32 plen; /* of all that follows */
+	__u32 ipv4; /* ::/0 does not cover IPv4 */
+	struct address addr;
+};
+_Static_assert(sizeof(struct binding_key) == 24, "binding_key");
+
+struct port_key {
+	__u32 plen; /* of all that follows */
+	__u32 table;
+	__u16 port; /* network byte order: its first bits are the upper ones */
+	__u16 pad;
+};
+_Static_assert(sizeof(struct port_key) == 12, "port_key");
 
 /*
  * The rank of a rule among all that apply to a packet: the highest decides. The upper part is the length of the

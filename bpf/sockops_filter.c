@@ -47,7 +47,7 @@
 int count_established(struct bpf_sock_ops *ops)
 {
 	struct packet p = {};
-	struct listener *listener;
+	struct listener listener;
 	u64 *total;
 	u32 id, wildcard;
 
@@ -55,10 +55,9 @@ int count_established(struct bpf_sock_ops *ops)
 		return 1;
 	p.port = ops->local_port;
 	CONTEXT_ADDRESS(&p.target, ops->family == AF_INET, ops->local_ip4, ops->local_ip6);
-	listener = find_listener(&p, &wildcard);
-	if (!listener)
+	if (!find_listener(&p, &listener, &wildcard))
 		return 1;
-	id = listener->id;
+	id = listener.id;
 	total = established.lookup(&id);
 	if (total)
 		(*total)++;

@@ -23,7 +23,6 @@ int witness(struct __sk_buff *skb)
 	struct testimony_head *head = data;
 	struct question *question;
 	struct testimony *testimony;
-	struct listener *listener;
 	struct scratch *s;
 	u64 index, at;
 
@@ -50,9 +49,8 @@ int witness(struct __sk_buff *skb)
 	s->packet.ipv4 = is_mapped(&s->packet.source);
 	__builtin_memset(&s->loaded, 0, sizeof(s->loaded));
 	__builtin_memset(&s->runtime, 0, sizeof(s->runtime));
-	listener = find_listener(&s->packet, &s->wildcard);
-	s->answer.acknowledgement = !listener ? TESTIMONY_NO_LISTENER :
-				    listener->state == LISTENER_OPEN ? TESTIMONY_OPEN : TESTIMONY_CLOSED;
+	s->answer.acknowledgement = !find_listener(&s->packet, &s->listener, &s->wildcard) ? TESTIMONY_NO_LISTENER :
+				    s->listener.state == LISTENER_OPEN ? TESTIMONY_OPEN : TESTIMONY_CLOSED;
 	verdict(s, CHARGE_NONE);
 
 	barrier();

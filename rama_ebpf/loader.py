@@ -32,6 +32,7 @@ from typing import Final, Protocol
 from .core.address import SocketAddress
 from .kernel import abi, bpf, bpffs, cgroup
 from .kernel.attachments import HOOKS, Attachments, Mending, Target
+from .kernel.bindings import forget_bindings
 from .kernel.compile import Unit, amalgamate
 from .kernel.denials import DenialCounts
 from .kernel.feed_cgroup import GrantedChild, Grants, confined_to_grants
@@ -237,6 +238,10 @@ class Gate:
             if why:
                 return Cover(why=why)
         steering = ("sk_lookup",) if self.attachments.steers() else ()
+        if not steering and self.listeners.is_home(address):
+            return Cover(
+                why="sk_lookup is not attached to the network namespace, and what it is bound to is not steered"
+            )
         return Cover(("cgroup", *steering, *(f"XDP on {name}" for name in self.attachments.live_xdp)))
 
     # -- end -----------------------------------------------------------------------------------------------------
@@ -372,6 +377,7 @@ def _open_or_create_maps(instance: Instance, sizes: MapSizes, keeper: PolicyKeep
             spec = pinned.specs[name]
             for key, _ in bpf.map_lookup_batch(pinned[name], spec.key_size, spec.value_size):
                 bpf.map_delete(pinned[name], key)
+        forget_bindings(pinned)
         return pinned, False
     try:
         return _created(instance, sizes, pinned, why, keeper), pinned is None

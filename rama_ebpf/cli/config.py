@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from ..config.load import ConfigError, load_config
 from ..config.model import Config
 from ..config.modes import exposures
 from ..config.show import effective, to_toml
+from ..control.sockets import stolen_from
 from ..core.address import SocketAddress
 from ..kernel import sock_diag
 from ..kernel.instance import Instance
+from ..kernel.own_addresses import own_addresses
 from ..layers.auth import hash_password
 from .output import OK, USAGE, print_json
 
@@ -56,7 +59,7 @@ def _check(args: argparse.Namespace) -> int:
     else:
         for text in warnings:
             print(f"warning: {text}", file=sys.stderr)
-        listeners = ", ".join(f"{name} on {listener.address}" for name, listener in config.listeners.items())
+        listeners = ", ".join(f"{name} on {listener}" for name, listener in config.listeners.items())
         print(f"{args.file}: good: {listeners}")
     return OK
 
@@ -68,13 +71,17 @@ def _taken(instance: Instance, config: Config) -> list[str]:
     except OSError:
         return []  # no netlink for us: a start will tell
     server = instance.serving_pid() or 0
-    taken = (
+    foreign = [other for other in listening if not sock_diag.has_socket(server, other.inode)]
+    taken = [
         f"{address} is taken: {sock_diag.owner_of(other.inode)} listens at {SocketAddress(other.address, other.port)}"
         for listener in config.listeners.values()
-        if (address := listener.address.address) is not None
-        for other in listening
-        if other.meets(address.ip, address.port) and not sock_diag.has_socket(server, other.inode)
-    )
+        if listener.address is not None and (address := listener.address.address) is not None
+        for other in foreign
+        if other.meets(address.ip, address.port)
+    ]
+    bindings = [binding for listener in config.listeners.values() for binding in listener.bindings]
+    with contextlib.suppress(OSError):
+        taken += filter(None, [stolen_from(bindings, foreign, own_addresses())] if bindings else [])
     return list(dict.fromkeys(taken))  # a server has a socket there for each of its workers
 
 

@@ -127,8 +127,11 @@ def _confined(sandbox: Json, serving: object) -> str:
 def _counted(store: KernelStore, row: Json) -> Json:
     counted: Json = {**_shown(row)}
     if "id" in row:  # a Unix socket is not under the gate
-        index = cast("int", row["id"])
-        counted |= {"established": store.counters.established(index), "accepted": store.counters.accepted(index)}
+        ids = cast("list[int]", row.get("ids", [row["id"]]))  # of both families, where it serves bindings
+        counted |= {
+            "established": sum(map(store.counters.established, ids)),
+            "accepted": sum(map(store.counters.accepted, ids)),
+        }
     return counted
 
 

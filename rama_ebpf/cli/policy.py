@@ -244,8 +244,16 @@ def _test(args: argparse.Namespace) -> int:
 def _guards(instance: Instance, port: int | None) -> list[Json]:
     """How the listeners of the live server, of one port or all, are guarded: a verdict holds where one is."""
     rows = cast("list[Json]", (probe(instance) or {}).get("listeners", []))
-    at = [row for row in rows if "guard" in row and (port is None or str(row["address"]).endswith(f":{port}"))]
+    at = [row for row in rows if "guard" in row and (port is None or _has_port(row, port))]
     return [{name: row[name] for name in ("address", "guarded", "guard", "open")} for row in at]
+
+
+def _has_port(row: Json, port: int) -> bool:
+    if "bindings" in row:
+        return any(
+            first <= port <= last for _, first, last, _ in cast("list[tuple[str, int, int, bool]]", row["bindings"])
+        )
+    return str(row["address"]).endswith(f":{port}")
 
 
 def show_verdict(args: argparse.Namespace, result: Json) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from pathlib import Path
 from ..control.daemon import serve
 from ..control.options import DaemonOptions
 from ..control.predecessor import Predecessor
-from ..control.sockets import ListenAt
+from ..control.sockets import ListenAt, at_bindings
 from ..core.address import Endpoint
+from ..core.binding import BindingSet
 from ..core.shares import SourceLimits
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
@@ -45,7 +47,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
         "--listen",
         action="append",
         metavar="ADDR:PORT",
-        help="also unix:/path; repeatable (default: 127.0.0.1:1080); NAME=ADDR:PORT names it in metrics",
+        help="also unix:/path, or a prefix and ports, as 198.18.0.0/16:1-65535; repeatable (default: 127.0.0.1:1080); "
+        "NAME=ADDR:PORT names it in metrics",
     )
     add("--allow-egress", action="append", default=[], metavar="CIDR", help="let clients connect there; repeatable")
     add("--deny-egress", action="append", default=[], metavar="CIDR", help="never connect there; repeatable")
@@ -137,8 +140,21 @@ def _listen_at(texts: Sequence[str], *, needs_gate: bool) -> tuple[ListenAt, ...
         try:
             found.append(ListenAt(name, Endpoint.of(where), needs_gate=needs_gate))
         except ValueError as error:
-            raise PolicyError(f"--listen {text!r}: {error}") from None
+            found += _bound_at(name, where, text, error, needs_gate=needs_gate)
     return tuple(found)
+
+
+def _bound_at(name: str, where: str, text: str, why: ValueError, *, needs_gate: bool) -> tuple[ListenAt, ...]:
+    """A prefix, or a range of ports; if it looks like neither, ``why`` it is no endpoint."""
+    if "/" not in where and not re.search(r":\d+-\d+$", where, re.ASCII):
+        raise PolicyError(f"--listen {text!r}: {why}") from None
+    try:
+        bound = at_bindings(name, BindingSet.of(where).bindings)
+    except ValueError as error:
+        raise PolicyError(f"--listen {text!r}: {error}") from None
+    if not needs_gate:
+        raise PolicyError(f"--listen {text!r} and --gate optional: nobody but the gate in the kernel serves that")
+    return bound
 
 
 def _user(name: str | None) -> UserIds | None:
@@ -240,8 +256,13 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
     return DaemonOptions(
         instance=args.instance,
         listen=tuple(
-            ListenAt(name, listener.address, int(listener.mode, 8), listener.gate == "required")
+            at
             for name, listener in config.listeners.items()
+            for at in (
+                at_bindings(name, listener.bindings)
+                if listener.address is None
+                else (ListenAt(name, listener.address, int(listener.mode, 8), listener.gate == "required"),)
+            )
         ),
         target="rama_ebpf.config.application:application",
         params={"config": effective(config), "directory": str(args.config.absolute().parent)},

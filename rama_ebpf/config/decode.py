@@ -62,9 +62,17 @@ AnyKind = Kind[Any] | ListOf | MapOf | Table | Choice
 _BAD: Final = object()
 
 
-def setting(kind: AnyKind, help: str, *, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that is a setting of this ``kind``, with a line of ``help`` for the documentation."""
-    metadata = {"kind": kind, "help": help}
+def setting(
+    kind: AnyKind,
+    help: str,
+    *,
+    default: Any = dataclasses.MISSING,
+    factory: Any = dataclasses.MISSING,
+    unless: str = "",
+) -> Any:
+    """A dataclass field that is a setting of this ``kind``, with a line of ``help`` for the documentation. It is needed
+    ``unless`` the setting of that name is given, whatever its default is."""
+    metadata = {"kind": kind, "help": help, "unless": unless}
     if factory is not dataclasses.MISSING:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -169,9 +177,16 @@ class Decoder:
                 arguments[key] = self._decode(settings[key].metadata["kind"], item, (*path, key))
             else:
                 self.complain((*path, key), f"there is no such setting{_guess(key, settings)}; {_known(settings)}")
-        missing = [name for name, f in settings.items() if name not in arguments and is_required(f)]
+        missing = [
+            name
+            for name, f in settings.items()
+            if name not in arguments
+            and (is_required(f) or (f.metadata["unless"] and f.metadata["unless"] not in value))
+        ]
         for name in missing:
-            self.complain((*path, name), f"this setting is needed ({describe(settings[name].metadata['kind'])})")
+            other = settings[name].metadata["unless"]
+            text = f"this setting is needed ({describe(settings[name].metadata['kind'])})"
+            self.complain((*path, name), f"{text}, or {other}" if other else text)
         if missing or any(item is _BAD for item in arguments.values()) or value.keys() - settings.keys():
             return _BAD
         try:

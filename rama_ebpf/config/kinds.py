@@ -10,12 +10,14 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Final, Generic, TypeVar
 
 from ..core.address import Authority, Endpoint
+from ..core.binding import BindingSet
 from ..core.names import NameSet
 from ..kernel.privileges import UserError, UserIds
 from ..policy.rule import PolicyError, parse_network
 
 __all__ = [
     "AUTHORITY",
+    "BINDING",
     "BOOLEAN",
     "DURATION",
     "DURATION_OR_OFF",
@@ -223,6 +225,13 @@ def _endpoint(value: Any) -> Endpoint:
 
 
 ENDPOINT: Final = Kind("address and port", _endpoint, str)
+
+
+def _binding(value: Any) -> BindingSet:
+    return BindingSet.of(_text(value))
+
+
+BINDING: Final = Kind("address or prefix, and ports", _binding, str)
 
 
 def _loopback(value: Any) -> Endpoint:

@@ -19,9 +19,14 @@ _Where = tuple[str | int, ...]
 def beyond_limits(config: Config) -> Iterator[tuple[_Where, str]]:
     """Yield what there is too much of: the setting, and a sentence with the limit."""
     most = abi.constants()["MAX_LISTENERS"]
-    addresses = [listener.address for listener in config.listeners.values() if listener.address.address is not None]
-    if len(addresses) > most:
-        yield ("listeners",), f"{len(addresses)} TCP listeners: a gate has at most {most}"
+    count = 0
+    for listener in config.listeners.values():
+        if listener.address is None:
+            count += len({binding.network.version for binding in listener.bindings})  # each has sockets of its own
+        elif listener.address.address is not None:
+            count += 1
+    if count > most:
+        yield ("listeners",), f"{count} TCP listeners: a gate has at most {most}"
     most = abi.constants()["MAX_INTERFACES"]
     if len(set(config.policy.xdp)) > most:
         yield ("policy", "xdp"), f"{len(set(config.policy.xdp))} interfaces: use at most {most}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
+from ..core.binding import Binding, conflict
 from ..core.errors import RamaError
 from .build import check_stack
 from .decode import Decoder
@@ -16,6 +18,8 @@ from .policy import located
 from .toml import ConfigError, read_toml
 
 __all__ = ["ConfigError", "config_of", "load_config"]
+
+IPNetwork = IPv4Network | IPv6Network
 
 
 def load_config(path: str | os.PathLike[str], *, compile_rules: bool = False) -> Config:
@@ -48,15 +52,13 @@ def _check_whole(config: Config, decoder: Decoder, directory: str) -> None:
         decoder.complain(("listeners",), "there is no listener: write [listeners.NAME]")
     for where, text in beyond_limits(config):
         decoder.complain(where, text)
-    seen: dict[str, str] = {}
+    for where, text in _doubly_bound(config):
+        decoder.complain(where, text)
     for name, listener in config.listeners.items():
         if listener.stack not in config.stacks:
             names = ", ".join(sorted(config.stacks)) or "none"
             text = f'there is no stack "{listener.stack}"; there are {names}'
             decoder.complain(("listeners", name, "stack"), text)
-        other = seen.setdefault(str(listener.address), name)
-        if other != name and not (listener.address.address is not None and listener.address.address.port == 0):
-            decoder.complain(("listeners", name, "address"), f"{listener.address} is also that of listener {other}")
     rules: dict[str, int] = {}
     for index, rule in enumerate(config.policy.rules):
         if rules.setdefault(rule.name, index) != index:
@@ -66,3 +68,33 @@ def _check_whole(config: Config, decoder: Decoder, directory: str) -> None:
             check_stack(config, stack, directory)
         except (RamaError, ValueError, OSError) as error:
             decoder.complain(("stacks", name), str(error))
+
+
+def _doubly_bound(config: Config) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What two listeners would serve, and none of the two more specifically."""
+    seen: dict[str, str] = {}
+    bound: dict[IPNetwork, list[tuple[str, str, Binding]]] = {}
+    for name, listener in config.listeners.items():
+        if listener.address is not None:
+            address = listener.address.address
+            if address is not None and address.port == 0:
+                continue
+            other = seen.setdefault(str(listener.address), name)
+            if other != name:
+                yield ("listeners", name, "address"), f"{listener.address} is also that of listener {other}"
+                continue
+        single = None if listener.address is None else listener.address.address
+        own = listener.bindings if single is None else (Binding.at(single),)
+        for binding in own:
+            others = bound.setdefault(binding.network, [])
+            for other, text, earlier in others:
+                if conflict(binding, earlier):
+                    whose = "twice in it" if other == name else f"also that of listener {other}"
+                    same = "" if str(binding) == text else f" ({text})"
+                    setting = "listen" if single is None else "address"
+                    yield (
+                        ("listeners", name, setting),
+                        (f"{binding} overlaps: it is {whose}{same}, and neither is the more specific one"),
+                    )
+                    break
+            others.append((name, str(binding), binding))

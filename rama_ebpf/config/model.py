@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from ..core.address import Endpoint, IPAddress
+from ..core.binding import Binding, BindingSet
 from ..core.resolv_conf import MAX_NAME_SERVERS
 from ..core.shares import SourceLimits
 from ..policy.egress import EgressPolicy
@@ -15,6 +16,7 @@ from ..relay import RelayKind
 from ..services.resolver import DnsResolver, SystemLookups
 from .decode import Choice, ListOf, MapOf, Table, setting
 from .kinds import (
+    BINDING,
     BOOLEAN,
     DURATION,
     DURATION_OR_OFF,
@@ -212,11 +214,14 @@ class StackConfig:
         check_order(self.layers, self.service)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ListenerConfig:
-    """An address, and the stack that serves it."""
+    """An address, or sets of addresses and ports, and the stack that serves them."""
 
-    address: Endpoint = setting(ENDPOINT, "where to listen")
+    address: Endpoint | None = setting(ENDPOINT, "where to listen (this, or listen)", default=None, unless="listen")
+    listen: tuple[BindingSet, ...] = setting(
+        ListOf(BINDING), "prefixes and ranges of ports to serve, steered by the gate", default=()
+    )
     stack: str = setting(TEXT, "the name of a stack")
     relay: str = setting(choice(*(kind.value for kind in RelayKind)), "how tunnels' bytes move", default="auto")
     lossless: tuple[IPv4Network | IPv6Network, ...] = setting(
@@ -233,6 +238,20 @@ class ListenerConfig:
     def __post_init__(self) -> None:
         if self.survive and self.relay != RelayKind.WIRE.value:
             raise ValueError('survive is for tunnels of the wire relay: set relay = "wire", or leave it out')
+        if (self.address is None) == (not self.listen):
+            raise ValueError('write address = "127.0.0.1:1080", or listen = ["198.18.0.0/16:1-65535"]: one of the two')
+        if self.listen and self.gate == "optional":
+            raise ValueError('listen and gate = "optional": nobody but the gate in the kernel serves that')
+        if self.listen and self.relay == RelayKind.WIRE.value:
+            raise ValueError('listen and relay = "wire": that relay knows single addresses alone; leave relay out')
+
+    @property
+    def bindings(self) -> tuple[Binding, ...]:
+        """What it is bound to, instead of an address."""
+        return tuple(binding for words in self.listen for binding in words.bindings)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.listen)) if self.address is None else str(self.address)
 
 
 @dataclass(frozen=True)

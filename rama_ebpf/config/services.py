@@ -19,7 +19,7 @@ from ..layers.breaker import CircuitBreakerLayer
 from ..layers.check_queue import CheckQueue
 from ..layers.retry import RetryLayer
 from ..services.connect import ConnectError, Connector
-from ..services.forward import Forward
+from ..services.forward import Forward, Transparent
 from ..services.http import DEFAULT_UPGRADES, HttpProxy, OriginOptions
 from ..services.http.layers import ProxyAuthLayer
 from ..services.proxy import mixed_proxy
@@ -279,6 +279,14 @@ class ForwardSettings:
 
 
 @dataclass(frozen=True)
+class TransparentSettings:
+    """Everything to where the client meant to connect: for listeners that serve prefixes (listen)."""
+
+    def make(self, environment: ServiceEnvironment, connector: Service[Authority, Stream]) -> Service[Stream, Any]:
+        return Transparent(connector)
+
+
+@dataclass(frozen=True)
 class EchoSettings:
     """Send back what comes (RFC 862)."""
 
@@ -311,5 +319,6 @@ SERVICES: Final[Mapping[str, type]] = {
     "reverse": ReverseSettings,
     "socks5": Socks5Settings,
     "tls-passthrough": TlsPassthroughSettings,
+    "transparent": TransparentSettings,
 }
 """Services of a stack, by name."""

@@ -150,7 +150,7 @@ class _Daemon(WorkerObserver):
         cleanup.callback(self._denials.close)
         self._feeds = FeedStore(options.instance.feeds_dir, self)
         self._egress = Egress(host.gate)
-        self._killer = ConnectionKiller(self._listeners.addresses, self._clients_cgroups)
+        self._killer = ConnectionKiller(self._listeners.served, self._clients_cgroups)
         self._events = EventHub() if host.gate is None else GateEvents(host.gate.maps, rule_names(host.store)).hub
         self._refusals = RefusalBook()
         self._cleanup = cleanup
@@ -349,7 +349,12 @@ class _Daemon(WorkerObserver):
                 "target": options.target,
                 "directory": options.directory,
                 "params": options.params,
-                "egress": Egress.parameters(options.egress, self._egress.networks, self._own_listeners(sockets)),
+                "egress": Egress.parameters(
+                    options.egress,
+                    self._egress.networks,
+                    self._own_listeners(sockets),
+                    [binding for bindings in sockets.bindings.values() for binding in bindings],
+                ),
                 "accept_slots": self._listeners.accept_slots(sockets),
                 "judge": gate is None,
                 "sockmap": options.sockmap,

@@ -12,6 +12,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Final
 
 from ..core.address import IPAddress, SocketAddress
+from ..core.binding import Binding
 from ..kernel.own_addresses import UNSPECIFIED, local_networks, watch_addresses
 from ..loader import Gate
 from ..policy.egress import EgressPolicy, OwnHost
@@ -66,7 +67,12 @@ class Egress(WorkerObserver):
             self.table.put(replace(self._policy, host=OwnHost(self._networks)), self._nameservers)
 
     @staticmethod
-    def parameters(policy: EgressPolicy, networks: Iterable[IPNetwork], listeners: Iterable[SocketAddress]) -> Json:
+    def parameters(
+        policy: EgressPolicy,
+        networks: Iterable[IPNetwork],
+        listeners: Iterable[SocketAddress],
+        bindings: Iterable[Binding] = (),
+    ) -> Json:
         """Return a policy over this host as workers are told it; :func:`.worker.application` reads it."""
         return {
             "allow": list(map(str, policy.allow)),
@@ -75,6 +81,7 @@ class Egress(WorkerObserver):
             "own_listeners": policy.own_listeners,
             "networks": list(map(str, networks)),
             "listeners": [(str(address.ip), address.port) for address in listeners],
+            "bindings": [(str(one.network), one.first, one.last) for one in bindings],
         }
 
     # -- name servers --------------------------------------------------------------------------------------------

@@ -124,8 +124,9 @@ class Judge(Protocol):
     def serving(self) -> bool:
         """Whether there is a server whose word this is."""
 
-    def listeners(self) -> Sequence[SocketAddress]:
-        """The addresses that are under the gate of a running server."""
+    def listeners(self, port: int | None = None) -> Sequence[SocketAddress]:
+        """The addresses that are under the gate of a running server, or those with a ``port``; of what is bound to
+        prefixes and ranges of ports an example each."""
 
     def decide(self, asked: Iterable[tuple[IPAddress, SocketAddress]]) -> list[Decision]:
         """Say what is decided for each (source, listener)."""
@@ -156,8 +157,8 @@ class KernelJudge:
     def unguarded(self) -> Mapping[SocketAddress, str]:
         return _unguarded(self._described())
 
-    def listeners(self) -> Sequence[SocketAddress]:
-        return self._store.counters.guarded()
+    def listeners(self, port: int | None = None) -> Sequence[SocketAddress]:
+        return self._store.counters.guarded(port)
 
     def decide(self, asked: Iterable[tuple[IPAddress, SocketAddress]]) -> list[Decision]:
         pairs, known = list(asked), dict[int, StoredRule | None]()
@@ -209,8 +210,8 @@ class StoreJudge:
     def serving(self) -> bool:
         return self._serving
 
-    def listeners(self) -> Sequence[SocketAddress]:
-        return list(self._listeners())
+    def listeners(self, port: int | None = None) -> Sequence[SocketAddress]:
+        return [at for at in self._listeners() if port in (None, at.port)]
 
     def unguarded(self) -> Mapping[SocketAddress, str]:
         return {}  # it judges by itself
@@ -272,7 +273,7 @@ def sample(network: IPNetwork) -> list[IPAddress]:
 def targets(judge: Judge, version: int, port: int | None = None) -> tuple[list[SocketAddress], bool]:
     """The listeners of one IP version, on one port or on all, and whether there are any; where there are none, a
     target that stands for one."""
-    found = [at for at in judge.listeners() if at.ip.version == version and port in (None, at.port)]
+    found = [at for at in judge.listeners(port) if at.ip.version == version]
     if found:
         return sorted(found, key=lambda at: (at.port, at.ip.packed))[:_MOST_TARGETS], True
     return [SocketAddress(any_of(version), port or _ASSUMED_PORT)], False

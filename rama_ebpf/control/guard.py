@@ -21,10 +21,11 @@ from typing import Final
 from ..core.address import SocketAddress
 from ..kernel import netdev, sock_diag
 from ..kernel.attachments import Mending
+from ..kernel.own_addresses import own_addresses
 from ..kernel.sock_diag import ListeningSocket
 from ..loader import Cover, Gate
 from .listeners import Listeners, Watched
-from .sockets import OpenListener
+from .sockets import OpenListener, stolen_from
 
 __all__ = ["Guard"]
 
@@ -150,6 +151,7 @@ def _look(gate: Gate, workers: Collection[int], watched: list[Watched]) -> tuple
         here = [one for one in listening if any(one.meets(at.address.ip, at.address.port) for at in watched)]
         gate.attachments.judge_above({one.cgroup for one in here}, found)  # those of workers that drain included
         _look_for_others(watched, listening, found)
+        _look_for_stolen(watched, listening, found)
         return found, {one.listener: gate.cover(one.address, one.cookies, listening) for one in watched}
     except OSError as error:  # out of descriptors, say: what was known of listeners stands, new ones stay closed
         found.faults["probe"] = f"the gate cannot be looked at: {error.strerror or error}"
@@ -169,6 +171,17 @@ def _look_for_others(watched: list[Watched], listening: list[ListeningSocket], f
                     f"{sock_diag.owner_of(other.inode)} listens at {where}, too: which of us a client reaches is open"
                 )
                 found.faults[f"address {one.address}"] = text
+
+
+def _look_for_stolen(watched: list[Watched], listening: list[ListeningSocket], found: Mending) -> None:
+    """Somebody may have begun to listen where connections are steered to us."""
+    bindings = [binding for one in watched for binding in one.bindings]
+    if not bindings:
+        return
+    ours = {cookie for one in watched for cookie in one.cookies}
+    others = [other for other in listening if other.cookie not in ours]
+    if taken := stolen_from(bindings, others, own_addresses()):
+        found.faults["bindings"] = taken
 
 
 def _drain(sock: socket.socket, changed: asyncio.Event) -> None:

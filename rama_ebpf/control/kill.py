@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from ipaddress import ip_address
 
-from ..core.address import IPAddress, SocketAddress, unmap
+from ..core.address import IPAddress, unmap
+from ..core.binding import Binding
 from ..kernel import sock_diag
 from ..kernel.sock_diag import Connection
 from ..policy.rule import Action, IPNetwork, PolicyError, boottime_ns, parse_network
@@ -45,12 +45,12 @@ class Denials:
 class ConnectionKiller:
     """Ends connections of the proxy's clients: those to its listeners, and of its own cgroup where it has one.
 
-    ``listeners`` returns the addresses as they are now, ``cgroups`` the ids of its cgroups.
+    ``listeners`` returns what it serves now, ``cgroups`` the ids of its cgroups.
     """
 
     def __init__(
         self,
-        listeners: Callable[[], Iterable[SocketAddress]],
+        listeners: Callable[[], Iterable[Binding]],
         cgroups: Callable[[], frozenset[int]] = frozenset,
     ) -> None:
         self._listeners = listeners
@@ -82,21 +82,21 @@ class ConnectionKiller:
         return self._end(filter(is_denied, self._live()))
 
     def _live(self) -> list[Connection]:
-        listeners = {(listener.ip, listener.port) for listener in self._listeners()}
-        ports = {port for _, port in listeners}
-        cgroups = self._cgroups()
+        served, cgroups = list(self._listeners()), self._cgroups()
+        single = {binding.first for binding in served if binding.first == binding.last}
+        # Of ranges all that there are: one by one would be up to 65,535 questions.
+        ports = {0} if any(binding.first != binding.last for binding in served) else single
         try:
             live = [found for port in ports for found in sock_diag.connections(port)]
         except OSError as error:
             raise PolicyError(f"live connections cannot be listed: {error.strerror or error}") from error
-        return [found for found in live if self._is_ours(found, listeners, cgroups)]
+        return [found for found in live if self._is_ours(found, served, cgroups)]
 
     @staticmethod
-    def _is_ours(found: Connection, listeners: set[tuple[IPAddress, int]], cgroups: frozenset[int]) -> bool:
+    def _is_ours(found: Connection, served: Iterable[Binding], cgroups: frozenset[int]) -> bool:
         if cgroups and found.cgroup is not None and found.cgroup not in cgroups:
             return False
-        wildcard = ip_address("0.0.0.0" if found.local.version == 4 else "::")
-        return any((ip, found.local_port) in listeners for ip in (found.local, wildcard))
+        return any(binding.holds(found.local, found.local_port) for binding in served)
 
     @staticmethod
     def _end(connections: Iterable[Connection]) -> int:

@@ -18,12 +18,26 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..core.address import SocketAddress
+from ..core.binding import Binding
 from ..kernel import sock_diag
+from ..kernel.own_addresses import own_addresses
 from ..kernel.seal import seal, unseal
 from ..loader import Cover, Gate
 from ..process import WorkerObserver, WorkerProcess
 from ..services.unix import bind_unix
-from .sockets import Key, ListenAt, OpenListener, SocketSet, bind, close_all, key_of, listen, other_owner, overlap
+from .sockets import (
+    Key,
+    ListenAt,
+    OpenListener,
+    SocketSet,
+    bind,
+    close_all,
+    key_of,
+    listen,
+    other_owner,
+    overlap,
+    stolen_from,
+)
 
 __all__ = ["Listeners", "Watched"]
 
@@ -32,11 +46,12 @@ log = logging.getLogger("rama_ebpf")
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A TCP listener as a probe sees it: by its address and the cookies of its sockets."""
+    """A TCP listener as a probe sees it: by its address, the cookies of its sockets, and what these are bound to."""
 
     listener: OpenListener
     address: SocketAddress
     cookies: tuple[int, ...]
+    bindings: tuple[Binding, ...] = ()
 
 
 _NOT_PROBED: Final = Cover(why="it has not been probed")
@@ -77,12 +92,12 @@ class Listeners(WorkerObserver):
         opened = {}
         for at, sockets in handed:
             address = None if at.endpoint.address is None else SocketAddress.from_sockaddr(sockets[0].getsockname())
-            opened[key_of(at)] = OpenListener(sockets, address)
+            opened[key_of(at)] = OpenListener(sockets, address, is_home=bool(at.bindings))
         self._adopted = self._in_force = SocketSet(tuple(at for at, _ in handed), opened)
         self._sets.append(self._in_force)
         self.is_ours = self.owns = False
         if self._gate is not None:
-            self._gate.listeners.adopt(self._in_force.addresses)
+            self._gate.listeners.adopt(self._in_force.addresses, self._in_force.bindings)
 
     def forget_adopted(self) -> None:
         """The server before does not listen any more: close what only it has needed."""
@@ -123,6 +138,7 @@ class Listeners(WorkerObserver):
             for at in wanted:
                 if key_of(at) not in opened:
                     opened[key_of(at)] = self._opened(at, sockets)
+            self._refuse_stolen(wanted)
         except BaseException:
             self.give_up(new)
             raise
@@ -136,11 +152,13 @@ class Listeners(WorkerObserver):
             return before  # handshakes that have begun on a socket end on it
         wanted = at.endpoint.address if before is None or before.address is None else before.address
         held = any(overlap(wanted, address) for one in self._sets for address in one.addresses)
+        if at.bindings and self._gate is None:
+            raise ValueError(f"listener {at.name}: only the gate in the kernel serves {at}: {self._no_gate.why}")
         sockets = bind(wanted, count, shared=held)
         address = SocketAddress.from_sockaddr(sockets[0].getsockname())
         try:
             if self._gate is not None and address not in self._gate.listeners:
-                self._gate.listeners.close(address)
+                self._gate.listeners.close(address, home=bool(at.bindings))
             for sock in sockets:
                 if self._gate is not None:
                     seal(sock)
@@ -150,7 +168,22 @@ class Listeners(WorkerObserver):
             close_all(sockets)
             self._drop_entry(address)
             raise
-        return OpenListener(sockets, address)
+        return OpenListener(sockets, address, is_home=bool(at.bindings))
+
+    def _refuse_stolen(self, wanted: Iterable[ListenAt]) -> None:
+        """Raise OSError if somebody else would lose connections to a binding."""
+        bindings = [binding for at in wanted for binding in at.bindings]
+        if bindings:
+            try:
+                taken = stolen_from(bindings, self._foreign(sock_diag.listening()), own_addresses())
+            except OSError as error:
+                raise OSError(error.errno, f"cannot tell whose connections bindings would take: {error}") from error
+            if taken:
+                raise OSError(errno.EADDRINUSE, taken)
+
+    def _foreign(self, listening: Iterable[sock_diag.ListeningSocket]) -> list[sock_diag.ListeningSocket]:
+        ours = {cookie for one in self._sets for watched in _watched(one) for cookie in watched.cookies}
+        return [other for other in listening if other.cookie not in ours]
 
     def _refuse_shared(self, address: SocketAddress, sockets: Iterable[socket.socket]) -> None:
         """Raise OSError if somebody else listens on connections of ours: two that began at the same moment, or one that
@@ -229,7 +262,7 @@ class Listeners(WorkerObserver):
         for at in self._in_force.wanted:
             cover = self.cover(at)
             if cover is not None and not _may_open(at, cover):
-                found[str(self._in_force.address(at))] = cover.why
+                found[str(at if at.bindings else self._in_force.address(at))] = cover.why
         return found
 
     def switch(self, new: SocketSet) -> None:
@@ -242,18 +275,22 @@ class Listeners(WorkerObserver):
         if old is self._adopted:
             self._look()
         try:
-            for address, sockets in new.addresses.items():
-                self._gate.listeners.steer(address, sockets)
+            self._steer(new)
         except BaseException:
             self._in_force = old
-            for address, sockets in old.addresses.items():
-                self._gate.listeners.steer(address, sockets)
+            self._steer(old)
             raise
         self._away.clear()
         self.is_ours = True
         for address in old.addresses.keys() - new.addresses.keys():
             self._gate.listeners.close(address)
             self._gate.listeners.steer(address, ())
+
+    def _steer(self, to: SocketSet) -> None:
+        assert self._gate is not None
+        for address, sockets in to.addresses.items():
+            self._gate.listeners.steer(address, sockets)
+        self._gate.listeners.bind(to.bindings)
 
     def give_up(self, unwanted: SocketSet) -> None:
         """Close what only this set has. Of a set that was in force, no worker may listen any more; of one that was not,
@@ -329,7 +366,8 @@ class Listeners(WorkerObserver):
             entry = self._in_force.opened[key_of(at)]
             if entry.address is None:
                 continue
-            serving = [index for index in range(len(entry.sockets)) if (at.name, index) not in self._away]
+            first = self._in_force.first_index(at)
+            serving = [index for index in range(len(entry.sockets)) if (at.name, first + index) not in self._away]
             for index in range(len(entry.sockets)):
                 takes = index if index in serving or not serving else serving[index % len(serving)]
                 if entry.sockets[takes].fileno() >= 0:
@@ -338,15 +376,30 @@ class Listeners(WorkerObserver):
     # -- what is seen --------------------------------------------------------------------------------------------
 
     def addresses(self) -> list[SocketAddress]:
-        """The TCP addresses that are open now."""
-        return list(self._in_force.addresses)
+        """The TCP addresses that are open now; of bindings an example each."""
+        homes = self._in_force.bindings
+        bound = [binding.example for bindings in homes.values() for binding in bindings]
+        return [*(address for address in self._in_force.addresses if address not in homes), *bound]
+
+    def served(self) -> list[Binding]:
+        """What clients can connect to."""
+        homes = self._in_force.bindings
+        return [
+            *(Binding.at(address) for address in self._in_force.addresses if address not in homes),
+            *(binding for bindings in homes.values() for binding in bindings),
+        ]
 
     def described(self) -> list[dict[str, object]]:
         """What ``status`` needs to know: name, address, and the index in the gate's maps of those under it."""
         rows: list[dict[str, object]] = []
         for at in self._in_force.wanted:
             address = self._in_force.address(at)
-            row: dict[str, object] = {"name": at.name, "address": str(at.endpoint if address is None else address)}
+            row: dict[str, object] = {
+                "name": at.name,
+                "address": str(at if address is None or at.bindings else address),
+            }
+            if at.bindings:
+                row["bindings"] = [[str(one.network), one.first, one.last, one.implied] for one in at.bindings]
             if self._gate is not None and address is not None and address in self._gate.listeners:
                 row["id"] = self._gate.listeners.id_of(address)
             if (cover := self.cover(at)) is not None:
@@ -356,17 +409,36 @@ class Listeners(WorkerObserver):
                     "guard": f"{cover}{optional}",
                     "open": _may_open(at, cover),
                 }
-            rows.append(row)
+            other = next((one for one in rows if at.bindings and one["name"] == at.name), None)
+            if other is None:
+                rows.append(row)
+            else:
+                other |= _joined(other, row)
         return rows
 
     def accept_slots(self, sockets: SocketSet) -> dict[str, int]:
         """The first index in the map ``accepted`` of each listener under the gate, by name."""
         if self._gate is None:
             return {}
-        found = {at.name: sockets.address(at) for at in sockets.wanted}
+        # Of one name the first: its slots are enough for the sockets of both families.
+        found = {at.name: sockets.address(at) for at in reversed(sockets.wanted)}
         return {
             name: self._gate.listeners.accept_slot(address) for name, address in found.items() if address is not None
         }
+
+
+def _joined(one: dict[str, object], other: dict[str, object]) -> dict[str, object]:
+    """Of two rows, the families of one listener: both are well where both are."""
+    worse = one if not one.get("guarded") else other
+    bindings = [*_list(one["bindings"]), *_list(other["bindings"])]
+    joined: dict[str, object] = {"address": f"{one['address']}, {other['address']}", "bindings": bindings}
+    if "id" in one and "id" in other:
+        joined["ids"] = [one["id"], other["id"]]
+    return joined | {name: worse[name] for name in ("guarded", "guard", "open") if name in worse}
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 def _may_open(at: ListenAt, cover: Cover) -> bool:
@@ -375,8 +447,14 @@ def _may_open(at: ListenAt, cover: Cover) -> bool:
 
 
 def _watched(sockets: SocketSet) -> list[Watched]:
+    bindings = sockets.bindings
     return [
-        Watched(listener, listener.address, tuple(map(sock_diag.cookie_of, listener.sockets)))
+        Watched(
+            listener,
+            listener.address,
+            tuple(map(sock_diag.cookie_of, listener.sockets)),
+            bindings.get(listener.address, ()),
+        )
         for listener in sockets.opened.values()
         if listener.address is not None and all(sock.fileno() >= 0 for sock in listener.sockets)
     ]

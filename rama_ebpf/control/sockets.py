@@ -8,8 +8,11 @@ import logging
 import socket
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Final
 
-from ..core.address import Endpoint, SocketAddress
+from ..core.address import Endpoint, IPAddress, SocketAddress
+from ..core.binding import Binding
 from ..kernel import sock_diag
 from ..process import Listener
 from ..services.tcp import BACKLOG, bind_tcp
@@ -19,12 +22,14 @@ __all__ = [
     "ListenAt",
     "OpenListener",
     "SocketSet",
+    "at_bindings",
     "bind",
     "close_all",
     "key_of",
     "listen",
     "other_owner",
     "overlap",
+    "stolen_from",
 ]
 
 log = logging.getLogger("rama_ebpf")
@@ -33,20 +38,39 @@ log = logging.getLogger("rama_ebpf")
 @dataclass(frozen=True, slots=True)
 class ListenAt:
     """Where to listen, under a name. ``mode`` is that of a Unix socket's file. A TCP listener without ``needs_gate`` is
-    served also where the gate does not guard it."""
+    served also where the gate does not guard it. With ``bindings``, all of one family, it serves these, and
+    ``endpoint`` is where its sockets are bound, which nobody can connect to."""
 
     name: str
     endpoint: Endpoint
     mode: int = 0o660
     needs_gate: bool = True
+    bindings: tuple[Binding, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.bindings)) if self.bindings else str(self.endpoint)
+
+
+_HOMES: Final = {version: Endpoint(SocketAddress(ip_address(ip), 0)) for version, ip in ((4, "127.0.0.1"), (6, "::1"))}
+
+
+def at_bindings(name: str, bindings: Iterable[Binding]) -> tuple[ListenAt, ...]:
+    """Listen at sets of addresses and ports, under one name: one for each family that there is."""
+    bindings = tuple(bindings)
+    found = []
+    for version, home in _HOMES.items():
+        if own := tuple(binding for binding in bindings if binding.network.version == version):
+            found.append(ListenAt(name, home, bindings=own))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenListener:
-    """Sockets of one revision that listen at one address, None for Unix sockets."""
+    """Sockets of one revision that listen at one address, None for Unix sockets. ``is_home``: they serve bindings."""
 
     sockets: tuple[socket.socket, ...]
     address: SocketAddress | None
+    is_home: bool = False
 
 
 Key = tuple[Endpoint, str]
@@ -70,8 +94,16 @@ class SocketSet:
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
-        """As a plan has them."""
-        return tuple(Listener(at.name, self.opened[key_of(at)].sockets) for at in self.wanted)
+        """As a plan has them: of one name those of both families, one after the other."""
+        named: dict[str, tuple[socket.socket, ...]] = {}
+        for at in self.wanted:
+            named[at.name] = named.get(at.name, ()) + self.opened[key_of(at)].sockets
+        return tuple(Listener(name, sockets) for name, sockets in named.items())
+
+    def first_index(self, at: ListenAt) -> int:
+        """The index of its first socket among those of its name."""
+        before = self.wanted[: self.wanted.index(at)]
+        return sum(len(self.opened[key_of(one)].sockets) for one in before if one.name == at.name)
 
     def address(self, at: ListenAt) -> SocketAddress | None:
         """Where it listens; None for a Unix socket."""
@@ -81,6 +113,13 @@ class SocketSet:
     def addresses(self) -> dict[SocketAddress, tuple[socket.socket, ...]]:
         """The TCP addresses with their sockets."""
         return {entry.address: entry.sockets for entry in self.opened.values() if entry.address is not None}
+
+    @property
+    def bindings(self) -> dict[SocketAddress, tuple[Binding, ...]]:
+        """What is served by the sockets at each home."""
+        opened = ((self.opened.get(key_of(at)), at.bindings) for at in self.wanted if at.bindings)
+        found = ((entry.address, bindings) for entry, bindings in opened if entry is not None)
+        return {address: bindings for address, bindings in found if address is not None}
 
 
 def bind(address: SocketAddress, count: int, *, shared: bool) -> tuple[socket.socket, ...]:
@@ -131,6 +170,26 @@ def other_owner(address: SocketAddress, ours: Container[int] = ()) -> str:
     for other in listening:
         if other.cookie not in ours and other.meets(address.ip, address.port):
             return f"{sock_diag.owner_of(other.inode)} listens at {SocketAddress(other.address, other.port)}"
+    return ""
+
+
+def stolen_from(
+    bindings: Iterable[Binding], listening: Iterable[sock_diag.ListeningSocket], own: Iterable[IPAddress]
+) -> str:
+    """Say whose connections would be steered to us, of those that listen: at an address of ``bindings``, or at all
+    addresses where one of the host's ``own`` is among these. Empty if nobody's."""
+    own = tuple(own)
+    for other in listening:
+        for binding in bindings:
+            at = own if other.address.is_unspecified else (other.address,)
+            families = {other.address.version, 4 if other.takes_ipv4 else other.address.version}
+            taken = next((ip for ip in at if ip.version in families and binding.holds(ip, other.port)), None)
+            if taken is not None:
+                where = SocketAddress(other.address, other.port)
+                return (
+                    f"{binding} would take the connections to {SocketAddress(taken, other.port)} from "
+                    f"{sock_diag.owner_of(other.inode)}, which listens at {where}: leave that out"
+                )
     return ""
 
 

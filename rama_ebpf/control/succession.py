@@ -15,9 +15,11 @@ import socket
 import struct
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from typing import Any, Final
 
 from ..core.address import Endpoint
+from ..core.binding import Binding
 from ..core.errors import PeerClosed, RamaError
 from ..kernel.attachments import Handed
 from .sockets import ListenAt
@@ -204,7 +206,13 @@ def send_estate(channel: ServerChannel, estate: Estate) -> None:
     channel.send(tuple(estate.maps.values()), maps=list(estate.maps))
     for listener in estate.listeners:
         at = listener.at
-        row = {"name": at.name, "endpoint": str(at.endpoint), "mode": at.mode, "needs_gate": at.needs_gate}
+        row = {
+            "name": at.name,
+            "endpoint": str(at.endpoint),
+            "mode": at.mode,
+            "needs_gate": at.needs_gate,
+            "bindings": [[str(one.network), one.first, one.last, one.implied] for one in at.bindings],
+        }
         channel.send([sock.fileno() for sock in listener.sockets], listener=row)
     if estate.metrics is not None:
         channel.send((estate.metrics.fileno(),), metrics=True)
@@ -242,7 +250,10 @@ def receive_estate(channel: ServerChannel, timeout: float) -> Estate:
                     tuple(seniors),
                 )
             if what == "listener":
-                at = ListenAt(value["name"], Endpoint.of(value["endpoint"]), value["mode"], value["needs_gate"])
+                bindings = (Binding(ip_network(network), *rest) for network, *rest in value.get("bindings", ()))
+                at = ListenAt(
+                    value["name"], Endpoint.of(value["endpoint"]), value["mode"], value["needs_gate"], tuple(bindings)
+                )
                 listeners.append(HandedListener(at, tuple(socket.socket(fileno=fd) for fd in fds)))
             elif what == "senior":
                 seniors.append(

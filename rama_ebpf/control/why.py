@@ -16,6 +16,7 @@ from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..core.address import Authority, IPAddress, SocketAddress, unmap
+from ..core.binding import Binding
 from ..core.errors import PolicyDenied, RamaError
 from ..kernel import abi
 from ..policy.clients import Client
@@ -132,6 +133,8 @@ class Why:
         rows = [] if self._server is None else self._server.listeners()
         found = []
         for row in rows:
+            if "bindings" in row:
+                continue  # _bound
             host, _, port = str(row["address"]).rpartition(":")
             try:
                 found.append((str(row["name"]), SocketAddress(ip_address(host.strip("[]")), int(port))))
@@ -139,16 +142,28 @@ class Why:
                 continue  # a Unix socket
         return found
 
+    def _bound(self) -> list[tuple[Binding, str]]:
+        """Who serves prefixes and ranges of ports."""
+        rows = [] if self._server is None else self._server.listeners()
+        return [
+            (Binding(ip_network(network), first, last, implied), str(row["name"]))
+            for row in rows
+            for network, first, last, implied in cast("list[tuple[str, int, int, bool]]", row.get("bindings", ()))
+        ]
+
     def _names(self) -> list[str]:
-        return [f"{name} ({told(at)})" for name, at in self._rows()]
+        bound = [f"{name} ({binding})" for binding, name in self._bound()]
+        return [*(f"{name} ({told(at)})" for name, at in self._rows()), *bound]
 
     def _targets(self, client: IPAddress, port: object, listener: str | None) -> Iterator[tuple[SocketAddress, str]]:
         if port is not None and (not isinstance(port, int) or not 1 <= port <= 65535):
             raise PolicyError(f"port {port}: use 1 to 65535")
-        names = {at: name for name, at in self._rows()}
+        names, bound = {at: name for name, at in self._rows()}, self._bound()
         for at in targets(self._judge, client.version, port)[0]:
-            if listener in (None, names.get(at), told(at)):
-                yield at, names.get(at, "")
+            holding = [(binding.rank, name) for binding, name in bound if binding.holds(at.ip, at.port)]
+            name = names.get(at) or (min(holding)[1] if holding else "")
+            if listener in (None, name, told(at)):
+                yield at, name
 
     # -- the walk ------------------------------------------------------------------------------------------------
 
@@ -308,7 +323,11 @@ class Why:
             return
         policy: EgressPolicy = replace(
             server.options().egress,
-            host=OwnHost(server.networks(), frozenset((at.ip, at.port) for at in server.own())),
+            host=OwnHost(
+                server.networks(),
+                frozenset((at.ip, at.port) for at in server.own()),
+                tuple(one for one, _ in self._bound()),
+            ),
         )
         denials, allowed = [], []
         for address in question.addresses:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from ..core.binding import Binding
 from ..core.request_log import RequestRecord
 from ..core.service import Service, stack
 from ..core.shares import Held
@@ -56,12 +57,13 @@ class _OwnAddresses(msgspec.Struct):
 def _egress(said: Mapping[str, Any]) -> EgressPolicy:
     networks = {name: map(parse_network, said[name]) for name in ("allow", "deny", "networks")}
     listeners = frozenset((ip_address(ip), port) for ip, port in said["listeners"])
+    bindings = tuple(Binding(parse_network(network), first, last) for network, first, last in said["bindings"])
     return EgressPolicy(
         tuple(networks["allow"]),
         tuple(networks["deny"]),
         said["own_addresses"],
         said["own_listeners"],
-        OwnHost(frozenset(networks["networks"]), listeners),
+        OwnHost(frozenset(networks["networks"]), listeners, bindings),
     )
 
 

@@ -128,6 +128,7 @@ BLAME: Final[Mapping[str, Judgement]] = {
     "resolve_timeout": Judgement("upstream", "no name server answers in time", _U, "not the client's"),
     "refused": Judgement("upstream", "a proxy on the way refuses", _U, "not the client's"),
     "circuit_open": Judgement("upstream", "the target is left alone for now", _U, "not the client's"),
+    "no_destination": Judgement("upstream", "a client of a Unix socket has no original destination", _O, "our config"),
     "no_route": Judgement("upstream", "no backend for it", _O, "our configuration"),
 }
 """By kind. What an operator's own configuration or the server itself raises has no row: no client meets it."""

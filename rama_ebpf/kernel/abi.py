@@ -18,6 +18,7 @@ __all__ = [
     "BAN_ACCOUNT",
     "BAN_KEY",
     "BAN_MASK",
+    "BINDING_KEY",
     "BUCKET_KEY",
     "CHAIN_ITEM",
     "CLIENT",
@@ -33,6 +34,7 @@ __all__ = [
     "LISTENER_KEY",
     "PACKET",
     "PEER_KEY",
+    "PORT_KEY",
     "QUESTION",
     "REJECT_METER",
     "RULE",
@@ -60,6 +62,8 @@ _HEADER: Final = Header.read(source_dir() / "policy.h")
 
 LISTENER_KEY: Final = _HEADER.layout("listener_key", "addr", "port", "pad")
 LISTENER: Final = _HEADER.layout("listener", "id", "sockets", "state")
+BINDING_KEY: Final = _HEADER.layout("binding_key", "plen", "ipv4", "addr")
+PORT_KEY: Final = _HEADER.layout("port_key", "plen", "table", "port", "pad")
 RULE: Final = _HEADER.layout("rule", "action", "flags", "expires", "emission", "tolerance", "port", "order", "pad")
 SLOT: Final = _HEADER.layout("slot", "first", "count")
 CHAIN_ITEM: Final = _HEADER.layout("chain_item", "rule", "length", "end")

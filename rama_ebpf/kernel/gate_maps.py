@@ -115,6 +115,9 @@ def _specs(sizes: MapSizes) -> dict[str, MapSpec]:
     return {
         "gate": MapSpec(MapType.ARRAY, 4, abi.GATE.size, 1),
         "listeners": MapSpec(MapType.HASH, abi.LISTENER_KEY.size, abi.LISTENER.size, listeners),
+        "bindings": MapSpec(_LPM[0], abi.BINDING_KEY.size, 4, constant["MAX_BOUND_PREFIXES"], _LPM[1]),
+        "bound_ports": MapSpec(_LPM[0], abi.PORT_KEY.size, 4, constant["MAX_BOUND_PORTS"], _LPM[1]),
+        "bound": MapSpec(MapType.ARRAY, 4, abi.LISTENER.size, listeners),
         "sockets": MapSpec(MapType.SOCKMAP, 4, 8, listeners * constant["SOCKETS_PER_LISTENER"]),
         "rules": MapSpec(MapType.ARRAY, 4, abi.RULE.size, sizes.rule_ids),
         "rule_hits": MapSpec(MapType.PERCPU_ARRAY, 4, abi.RULE_HITS.size, sizes.rule_ids),

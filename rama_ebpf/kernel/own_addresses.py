@@ -9,11 +9,11 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from collections.abc import Collection, Iterator
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import Final
 
-__all__ = ["UNSPECIFIED", "local_networks", "watch_addresses"]
+__all__ = ["UNSPECIFIED", "local_networks", "own_addresses", "watch_addresses"]
 
 IPNetwork = IPv4Network | IPv6Network
 
@@ -57,7 +57,17 @@ def local_networks() -> frozenset[IPNetwork]:
     Addresses are asked for besides routes: the kernel tells of a new one before its route is there. Raises OSError. It
     waits for the kernel's lock of routes, which others may hold for seconds.
     """
-    found = set(UNSPECIFIED)
+    return UNSPECIFIED | _asked((_GET_ADDRESS, _GET_ROUTE))
+
+
+def own_addresses() -> frozenset[IPv4Address | IPv6Address]:
+    """Return the addresses of this network namespace's interfaces, and not what local routes take in besides. Raises
+    OSError."""
+    return frozenset(network.network_address for network in _asked((_GET_ADDRESS,)))
+
+
+def _asked(kinds: Collection[int]) -> frozenset[IPNetwork]:
+    found = set()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _ROUTE) as sock:
         try:
             sock.setsockopt(_SOL_NETLINK, _GET_STRICT_CHK, 1)  # Linux 4.20: only the table that is asked for
@@ -69,6 +79,8 @@ def local_networks() -> frozenset[IPNetwork]:
                 (_GET_ADDRESS, _NEW_ADDRESS, _IFADDR.pack(family, 0, 0, 0, 0)),
                 (_GET_ROUTE, _NEW_ROUTE, _RTMSG.pack(family, 0, 0, 0, _TABLE_LOCAL, 0, 0, 0, 0)),
             ):
+                if kind not in kinds:
+                    continue
                 parse = _address if kind == _GET_ADDRESS else _route
                 for body in _dump(sock, kind, answer, request):
                     network = parse(body, family)

@@ -116,7 +116,8 @@ def owner_of(inode: int) -> str:
 
 
 def connections(local_port: int) -> list[Connection]:
-    """Return the connections, also those not yet accepted, whose local port is this one. Raises OSError."""
+    """Return the connections, also those not yet accepted, whose local port is this one, or all for 0. Raises
+    OSError."""
     return [found for family in (socket.AF_INET, socket.AF_INET6) for found in _dump(family, local_port)]
 
 

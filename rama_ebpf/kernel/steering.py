@@ -2,7 +2,9 @@
 to.
 
 Each has an entry in the map ``listeners`` and slots in ``sockets``, a SOCKMAP: bpf/sockets.h says which slot a
-connection belongs to.
+connection belongs to. One that serves sets of addresses and ports has sockets that are bound to none of them, but at an
+address of their own, its *home*, where nobody gets in; its entry is in the map ``bound``, to which :mod:`.bindings`
+lead.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..core.address import SocketAddress, mapped
+from ..core.binding import Binding
 from . import abi, bpf, sock_diag
+from .bindings import Bindings
 from .gate_maps import GateMaps
 
 __all__ = ["Steering"]
@@ -26,11 +30,18 @@ class _Listener:
     id: int
     sockets: int
     is_open: bool = False
+    is_home: bool = False
 
+    @property
+    def entry(self) -> bytes:
+        """What the programs are to find, under its address or in ``bound``."""
+        state = abi.constants()["LISTENER_OPEN" if self.is_open else "LISTENER_CLOSED"]
+        return abi.LISTENER.pack(self.id, self.sockets, state)
 
-def _entry(listener: _Listener) -> bytes:
-    state = abi.constants()["LISTENER_OPEN" if listener.is_open else "LISTENER_CLOSED"]
-    return abi.LISTENER.pack(listener.id, listener.sockets, state)
+    @property
+    def at_home(self) -> bytes:
+        """What they are to find under its address."""
+        return abi.LISTENER.pack(self.id, 0, abi.constants()["LISTENER_HOME"]) if self.is_home else self.entry
 
 
 class Steering:
@@ -40,21 +51,32 @@ class Steering:
         self._maps = maps
         self._listeners: dict[SocketAddress, _Listener] = {}
         self._steered: dict[bytes, socket.socket] = {}
+        self._bindings = Bindings(maps)
+        self._bound_to: dict[SocketAddress, tuple[Binding, ...]] = {}
 
     def __iter__(self) -> Iterator[SocketAddress]:
         """The addresses that have an entry."""
         return iter(list(self._listeners))
 
-    def adopt(self, listeners: Mapping[SocketAddress, Sequence[socket.socket]]) -> None:
-        """Go on with the entries that another process has made for these addresses, and with what they are steered to.
-        Raises KeyError for an address that has none."""
+    def adopt(
+        self,
+        listeners: Mapping[SocketAddress, Sequence[socket.socket]],
+        bound: Mapping[SocketAddress, Sequence[Binding]] | None = None,
+    ) -> None:
+        """Go on with the entries that another process has made for these addresses, with what they are steered to, and
+        with what they are ``bound`` to. Raises KeyError for an address that has none."""
         found = dict(bpf.map_lookup_batch(self._maps["listeners"], abi.LISTENER_KEY.size, abi.LISTENER.size))
-        is_open = abi.constants()["LISTENER_OPEN"]
+        is_open, home = abi.constants()["LISTENER_OPEN"], abi.constants()["LISTENER_HOME"]
         self._listeners.clear()
         for address in listeners:
             key = abi.LISTENER_KEY.pack(mapped(address.ip), address.port, 0)
             identity, sockets, state = abi.LISTENER.unpack(found[key])
-            self._listeners[address] = _Listener(key, identity, sockets, state == is_open)
+            is_home = state == home
+            if is_home:
+                _, sockets, state = abi.LISTENER.unpack(self._bound(identity))
+            self._listeners[address] = _Listener(key, identity, sockets, state == is_open, is_home)
+        self._bindings.adopt()
+        self._bound_to = {home: tuple(bindings) for home, bindings in (bound or {}).items()}
         self.look(sock for sockets in listeners.values() for sock in sockets)
 
     def look(self, ours: Iterable[socket.socket]) -> None:
@@ -75,10 +97,19 @@ class Steering:
         """Forget all entries, and leave them in the kernel: they are another process's."""
         self._listeners.clear()
         self._steered.clear()
+        self._bound_to.clear()
 
-    def close(self, address: SocketAddress) -> None:
+    def bind(self, bound: Mapping[SocketAddress, Sequence[Binding]]) -> None:
+        """Have the listeners at these homes, and no others, serve what they are bound to. Raises KeyError for a home
+        that has no entry, ValueError for too many bindings, or OSError; then it is to be said again."""
+        pairs = [(one, self._listeners[home].id) for home, bindings in bound.items() for one in bindings]
+        self._bindings.put(pairs, [at for at, listener in self._listeners.items() if not listener.is_home])
+        self._bound_to = {home: tuple(bindings) for home, bindings in bound.items()}
+
+    def close(self, address: SocketAddress, *, home: bool = False) -> None:
         """Let no SYN to ``address`` in from now on, whatever the policy says: silence. A new address gets an entry, and
-        its SYNs are answered with RST until :meth:`steer` names sockets. Raises ValueError for too many listeners."""
+        its SYNs are answered with RST until :meth:`steer` names sockets; as a ``home`` it is for sockets that serve
+        what :meth:`bind` says. Raises ValueError for too many listeners."""
         listener = self._listeners.get(address)
         if listener is None:
             most = abi.constants()["MAX_LISTENERS"]
@@ -87,7 +118,9 @@ class Steering:
             if free is None:
                 raise ValueError(f"a gate has at most {most} listeners")
             key = abi.LISTENER_KEY.pack(mapped(address.ip), address.port, 0)
-            listener = self._listeners[address] = _Listener(key, free, 0)
+            listener = self._listeners[address] = _Listener(key, free, 0, is_home=home)
+            if home:  # before the sockets listen: by this address nobody gets in
+                bpf.map_update(self._maps["listeners"], key, listener.at_home)
         self._put(address, replace(listener, is_open=False))
 
     def steer(self, address: SocketAddress, sockets: Sequence[socket.socket]) -> None:
@@ -120,13 +153,23 @@ class Steering:
         """Take a listener from under the gate: all its sockets must be closed, or they serve whoever comes. Raises
         KeyError if it is not under it."""
         listener = self._listeners.pop(address)
+        if address in self._bound_to:
+            self.bind({home: bindings for home, bindings in self._bound_to.items() if home != address})
         bpf.map_delete(self._maps["listeners"], listener.key)
         for index in range(listener.sockets):
             self._clear_slot(listener, index)
 
     def _put(self, address: SocketAddress, listener: _Listener) -> None:
-        bpf.map_update(self._maps["listeners"], listener.key, _entry(listener))
+        if listener.is_home:
+            bpf.map_update(self._maps["bound"], listener.id.to_bytes(4, sys.byteorder), listener.entry)
+        else:
+            bpf.map_update(self._maps["listeners"], listener.key, listener.entry)
         self._listeners[address] = listener
+
+    def _bound(self, identity: int) -> bytes:
+        entry = bpf.map_lookup(self._maps["bound"], identity.to_bytes(4, sys.byteorder), abi.LISTENER.size)
+        assert entry is not None  # an array has all its elements
+        return entry
 
     @staticmethod
     def _slot(listener: _Listener, index: int) -> bytes:
@@ -137,6 +180,10 @@ class Steering:
         # A socket that was closed has left the map by itself; SOCKMAP answers EINVAL then.
         with contextlib.suppress(OSError):
             bpf.map_delete(self._maps["sockets"], self._slot(listener, index))
+
+    def is_home(self, address: SocketAddress) -> bool:
+        """Whether an address that has an entry is that of sockets which serve bindings. Raises KeyError."""
+        return self._listeners[address].is_home
 
     def is_open(self, address: SocketAddress) -> bool:
         """Whether the policy decides who gets in at an address that has an entry. Raises KeyError."""
@@ -162,7 +209,11 @@ class Steering:
                 bpf.map_delete(self._maps["listeners"], key)
         for address, listener in list(self._listeners.items()):
             found = bpf.map_lookup(self._maps["listeners"], listener.key, abi.LISTENER.size)
-            wrong_here = found != _entry(listener)
+            wrong_here = found != listener.at_home
+            if listener.is_home:
+                if wrong_here:
+                    bpf.map_update(self._maps["listeners"], listener.key, listener.at_home)
+                wrong_here |= self._bound(listener.id) != listener.entry
             for index in range(listener.sockets):
                 slot = self._slot(listener, index)
                 sock = self._steered.get(slot)
@@ -176,4 +227,8 @@ class Steering:
             if wrong_here:
                 self._put(address, listener)
                 wrong.append(address)
+        if self._bindings.mend():
+            wrong += [
+                address for address, listener in self._listeners.items() if listener.is_home and address not in wrong
+            ]
         return wrong

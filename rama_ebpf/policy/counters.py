@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 from ..core.address import SocketAddress, unmap
 from ..kernel import abi, bpf
+from ..kernel.bindings import bound_examples
 from ..kernel.gate_maps import GateMaps
 from .rule import Action, Stage
 
@@ -51,11 +52,14 @@ class GateCounters:
                 totals[name, stage.name.lower(), action.name.lower()] = value
         return totals
 
-    def guarded(self) -> list[SocketAddress]:
-        """Return the addresses of the listeners that the gate knows."""
-        rows = bpf.map_lookup_batch(self._source.maps["listeners"], abi.LISTENER_KEY.size, abi.LISTENER.size)
-        keys = [abi.LISTENER_KEY.unpack(key) for key, _ in rows]
-        return [SocketAddress(unmap(ip_address(packed)), port) for packed, port, _ in keys]
+    def guarded(self, port: int | None = None) -> list[SocketAddress]:
+        """Return the addresses of the listeners that the gate knows, or of those with a ``port``; of what is bound to
+        prefixes and ranges of ports an example each."""
+        maps, home = self._source.maps, abi.constants()["LISTENER_HOME"]
+        rows = bpf.map_lookup_batch(maps["listeners"], abi.LISTENER_KEY.size, abi.LISTENER.size)
+        keys = [abi.LISTENER_KEY.unpack(key) for key, value in rows if abi.LISTENER.unpack(value)[2] != home]
+        found = [SocketAddress(unmap(ip_address(packed)), at) for packed, at, _ in keys if port in (None, at)]
+        return [*found, *(bound_examples(maps, port) if len(keys) < len(rows) else ())]
 
     @property
     def identity(self) -> int:

@@ -17,6 +17,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_network
 from typing import NamedTuple
 
 from ..core.address import IPAddress, unmap
+from ..core.binding import Binding
 from ..core.errors import PolicyDenied
 
 __all__ = ["DENIED_BY_DEFAULT", "EgressPolicy", "HostEgress", "OwnHost", "embedded"]
@@ -101,10 +102,11 @@ class _Networks(NamedTuple):
 @dataclass(frozen=True)
 class OwnHost:
     """What leads back to this host: ``networks`` whose packets it delivers to itself, each address as one of its own,
-    and ``listeners``, the addresses and ports on which this very proxy serves TCP."""
+    ``listeners``, the addresses and ports on which this very proxy serves TCP, and the ``bindings`` that it serves."""
 
     networks: frozenset[IPNetwork] = frozenset()
     listeners: frozenset[tuple[IPAddress, int]] = frozenset()
+    bindings: tuple[Binding, ...] = ()
 
     @cached_property
     def _by_shift(self) -> dict[int, dict[int, set[int]]]:
@@ -127,6 +129,8 @@ class OwnHost:
     def listens(self, ip: IPAddress, port: int) -> bool:
         """Whether a connection to there comes back to this proxy. A wildcard listener has all addresses of the host
         of its family, and a connection to the unspecified address may reach any listener."""
+        if any(binding.holds(ip, port) for binding in self.bindings) and self.holds(ip):
+            return True
         if port not in self._ports:
             return False
         at = [listener for listener, number in self.listeners if number == port]

@@ -204,8 +204,8 @@ RULE = '[[policy.rules]]\nname = "r{n}"\naction = "drop"\nsources = ["198.18.0.{
         ),
         ("server = 5\n" + minimal(), "1: server: write a table"),
         (
-            minimal("".join(f'[listeners.l{n}]\naddress = "127.0.0.1:{n}"\nstack = "s"\n' for n in range(2000, 2064))),
-            "1: listeners: 65 TCP listeners: a gate has at most 64",
+            minimal("".join(f'[listeners.l{n}]\naddress = "127.0.0.1:{n}"\nstack = "s"\n' for n in range(2000, 3024))),
+            "1: listeners: 1025 TCP listeners: a gate has at most 1024",
         ),
         (minimal(f"[policy]\nxdp = {[f'eth{n}' for n in range(65)]}"), "8: policy.xdp: 65 interfaces: use at most 64"),
         (
