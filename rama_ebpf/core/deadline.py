@@ -67,6 +67,8 @@ class Deadline:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if not self._fired:
+            self._task = None  # nor any cycle with what it holds
 
     def _arm(self, when: float) -> None:
         self._when = when

@@ -60,6 +60,7 @@ class DisconnectWatch:
     def close(self) -> None:
         """Let the timer go."""
         self._since = 0.0
+        self._watched = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -13,7 +13,7 @@ from ..message.model import Body
 from .heads import RequestHead, ResponseHead
 from .reader import NEED_DATA, Content, End, Event
 
-__all__ = ["RequestBody", "ResponseBody"]
+__all__ = ["NO_BODY", "RequestBody", "ResponseBody"]
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,26 @@ class RequestBody(_PacedBody):
                     await self.next()
         except (HttpError, TimeoutError, OSError) as error:
             log.debug("the rest of a body could not be dropped: %s", error)
+
+
+class _Nobody:
+    """Who sends no body; it is never asked."""
+
+    movable = 0
+    continued = True
+
+    def splice_to(self, pipe: int) -> int:
+        return 0
+
+    async def read_content(self, pace: Pace) -> Content | End:
+        return End(None)
+
+    async def send_continue(self) -> None:
+        return None
+
+
+NO_BODY: Final = RequestBody(_Nobody(), None, HttpTimeouts())
+"""The body of a request that has none; it refers to no connection."""
 
 
 class ResponseBody(_PacedBody):

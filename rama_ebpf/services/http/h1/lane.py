@@ -14,6 +14,7 @@ from ..exchange.quick import Exchange, ResponseBegun
 from ..exchange.running import RunningRequest
 from ..message.errors import HttpError
 from ..message.model import Request
+from .body import NO_BODY
 from .heads import RequestHead
 from .reader import NEED_DATA, Event
 
@@ -191,7 +192,7 @@ class QuickPath:
                     exchange.answered()
             else:
                 told = exchange.finish(connection.response(response))
-                out = server.responses.whole(head, server.no_body, told, draining=server.draining)
+                out = server.responses.whole(head, NO_BODY, told, draining=server.draining)
             running.responded(response.status)
             sent = self._stream.write_now(out)
         except Exception as error:  # noqa: BLE001  # the coroutine raises it

@@ -24,7 +24,7 @@ from ..exchange.tunnel import Tunnel
 from ..message.errors import HttpError, MalformedMessage, unanswered
 from ..message.headers import Headers
 from ..message.model import Body, Request, Response
-from .body import RequestBody
+from .body import NO_BODY, RequestBody
 from .connect import BegunConnect
 from .heads import RequestHead
 from .lane import Handover, QuickPath
@@ -76,7 +76,6 @@ class H1ServerConnection:
         """Whether no other request is to be taken."""
         self._established = begun is not None
         self._lifecycle = Lifecycle.of(stream.extensions)
-        self.no_body = RequestBody(self, None, timeouts)
         self.continued = False
         """Whether the current request's client was told to send its body."""
 
@@ -106,6 +105,8 @@ class H1ServerConnection:
         finally:
             self._deadline.close()
             self._watch.close()
+            # Nothing is to refer to itself: garbage that has to be looked for makes other clients wait.
+            self._path = self._running = None
 
     async def _serve_one(self) -> bool:
         """Serve one request; return whether the connection can take another."""
@@ -120,7 +121,7 @@ class H1ServerConnection:
         service: Service[Request, Response] | None = None,
     ) -> bool:
         """Serve the request with this head, or go on with it from where callbacks have left it."""
-        body = self.no_body
+        body = NO_BODY
         if request is None and head.length == 0:
             self.strict.next_event()  # its end, unless callbacks have had it
             request = self.request_of(head)
@@ -219,7 +220,7 @@ class H1ServerConnection:
                 running.ended(error)
                 raise
             running.ended()
-        return await self._keep(self.no_body, upgraded=False)
+        return await self._keep(NO_BODY, upgraded=False)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -244,7 +245,7 @@ class H1ServerConnection:
 
     def request_of(self, head: RequestHead) -> Request:
         """Return the request of a head that has no body, whose end was read."""
-        return self._request(head, self.no_body)
+        return self._request(head, NO_BODY)
 
     def may_be_quick(self, request: Request) -> bool:
         """Whether the service may be asked to decide at once."""

@@ -174,13 +174,26 @@ class Headers:
             known = memory.written
             if known is not None and known.dropped is dropped and known.via == via:
                 return known
-        passed, hops = self._passed_on(dropped, via)
         lines: list[bytes] = []
         dated = False
-        for name, _, _, line in passed._items:
-            lines.append(line)
-            if name == b"date":
-                dated = True
+        hops = 0
+        for name, _, _, line in self._items:
+            if name == b"via":
+                break
+            if name not in dropped:
+                lines.append(line)
+                if name == b"date":
+                    dated = True
+        else:
+            if via is not None:
+                lines.append(_via_field(via)[3])
+            written = Written(dropped, via, b"".join(lines), 0, dated)
+            if memory is not None:
+                memory.written = written
+            return written
+        passed, hops = self._passed_on(dropped, via)
+        lines = [field[3] for field in passed._items]
+        dated = "date" in passed
         written = Written(dropped, via, b"".join(lines), hops, dated)
         if memory is not None:
             memory.written = written
