@@ -13,7 +13,7 @@ from ....core.address import Authority
 from ....core.shortcut import shortcut_of
 from ....core.socket_stream import SocketStream
 from ....relay import TunnelLimits
-from ...connect import Connector
+from ...connect import ConnectError, Connector
 from ..message.errors import HttpError
 from ..message.headers import Headers, Written
 from ..message.model import Request, Response
@@ -23,6 +23,7 @@ __all__ = [
     "Exchange",
     "Marks",
     "ReadyConnection",
+    "Recover",
     "ResponseBegun",
     "decide_aside",
     "decides",
@@ -73,7 +74,17 @@ class ReadyConnection(Protocol):
     @property
     def content(self) -> bytes | None: ...
 
-    def begin_plain(self, request: Request, host: str, lines: bytes) -> bool: ...
+    @property
+    def dials(self) -> bool: ...
+
+    @property
+    def patience(self) -> float: ...
+
+    def late(self) -> Exception: ...
+
+    def dialled(self, request: Request) -> bool | None: ...
+
+    def begin_plain(self, request: Request, host: str, lines: bytes, content: bytes = b"") -> bool: ...
 
     def lend(self, taker: Callable[[], None] | None) -> None: ...
 
@@ -86,11 +97,16 @@ class ReadyConnection(Protocol):
     async def abort(self) -> None: ...
 
 
+Recover = Callable[[Request, HttpError | ConnectError], Awaitable[Response]]
+"""Answers a request otherwise, or raises what has gone wrong."""
+
+
 class Exchange(NamedTuple):
-    """A ``request``, GET or HEAD without a body, that goes out over ``connection``, which is ready for it, to ``host``
-    with ``onward`` as the lines of its fields. ``finish`` makes what the client is sent of the response. Where
-    there are ``marks``, which say all that it does, a response that is here whole goes back without it, and
-    ``answered`` is called. ``recover`` is asked for one, by the coroutine, where the upstream has failed."""
+    """A ``request`` without an upgrade, whose body is here whole, that goes out over ``connection``, which is ready for
+    it or being made for it, to ``host`` with ``onward`` as the lines of its fields. ``finish`` makes what the client is
+    sent of the response. Where there are ``marks``, which say all that it does, a response that is here whole goes
+    back without it, and ``answered`` is called. ``recover`` is asked for a response, by the coroutine, where the
+    upstream has failed."""
 
     connection: ReadyConnection
     request: Request
@@ -98,7 +114,7 @@ class Exchange(NamedTuple):
     onward: Written
     marks: Marks | None
     finish: Callable[[Response], Response]
-    recover: Callable[[Request, HttpError], Awaitable[Response]]
+    recover: Recover
     answered: Callable[[], None] | None = None
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
+from ....core.address import Authority
 from ....core.deadline import Deadline
 from ....core.errors import PeerClosed
 from ....core.request_log import Upstream
 from ....core.socket_stream import SocketStream
 from ....core.stream import Stream
+from ...connect import ConnectError, Connector
 from ..exchange.pace import Pace
 from ..exchange.quick import ResponseBegun
 from ..exchange.tunnel import Tunnel
@@ -25,10 +28,19 @@ from .bulk import move, worth_moving
 from .heads import ResponseHead
 from .reader import NEED_DATA, Content, End, Event, Role, WholeResponse, reader
 
-__all__ = ["H1ClientConnection"]
+__all__ = ["Dialled", "H1ClientConnection"]
+
+log = logging.getLogger(__name__)
 
 _READ: Final = 64 * 1024
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+
+class Dialled(NamedTuple):
+    """Who is connecting a stream, and to what."""
+
+    connector: Connector
+    target: Authority
 
 
 class H1ClientConnection:
@@ -37,7 +49,8 @@ class H1ClientConnection:
     ``released`` is called once per response, when its body was read to the end or given up; :attr:`reusable` then
     says whether another request may be sent. A connection that is not reusable has been closed by then. Without
     ``keep`` the upstream is told that there will be one request only; ``lenient`` takes what old servers send
-    (:class:`~..message.limits.OriginOptions`).
+    (:class:`~..message.limits.OriginOptions`). With ``dial`` the stream may not be connected yet: then only
+    :meth:`begin_plain` and what follows it may be used.
     """
 
     def __init__(
@@ -49,8 +62,10 @@ class H1ClientConnection:
         released: Callable[[H1ClientConnection], None],
         keep: bool = True,
         lenient: bool = False,
+        dial: Dialled | None = None,
     ) -> None:
         self.stream = stream
+        self._dial = dial
         self.is_plain = isinstance(stream, SocketStream)
         """Whether it is over a plain socket, so that callbacks can use it."""
         self.idle_since = 0.0
@@ -144,15 +159,64 @@ class H1ClientConnection:
         self._reset()
         return self._send_now(self._head(request) + self._strict.writer.end(None))
 
-    def begin_plain(self, request: Request, host: str, lines: bytes) -> bool:
-        """:meth:`begin` for a GET or HEAD without an upgrade whose field lines were written by the caller: without the
-        connection's own (:data:`~.writer.NOT_A_REQUESTS`)."""
+    def begin_plain(self, request: Request, host: str, lines: bytes, content: bytes = b"") -> bool:
+        """:meth:`begin` for a request without an upgrade whose body is ``content``, and whose field lines were written
+        by the caller: without the connection's own (:data:`~.writer.NOT_A_REQUESTS`). While it :attr:`dials` nothing is
+        sent: see :meth:`dialled`."""
         self._reset()
         self._key = None
         strict = self._strict
         strict.asked(request.method)
         extra = b"" if self._keep and not request.accepts_trailers else self._own_lines(request)
-        return self._send_now(strict.writer.plain_request(request.method, request.path, host, lines, extra))
+        data = strict.writer.plain_request(request.method, request.path, host, lines, extra, content)
+        if self._dial is None:
+            return self._send_now(data)
+        if not self.plain.is_connected:
+            self._unsent = data
+            return False
+        return self._send_first(request, data)
+
+    # -- a connection that is being made -----------------------------------------------------------------------
+
+    @property
+    def dials(self) -> bool:
+        """Whether the stream is not connected yet."""
+        return self._dial is not None
+
+    @property
+    def patience(self) -> float:
+        """How many seconds the upstream may take for what comes next."""
+        return self._timeouts.response if self._dial is None else self._dial.connector.timeout
+
+    def late(self) -> Exception:
+        """What has gone wrong when that was not enough."""
+        dial = self._dial
+        return unanswered() if dial is None else dial.connector.failure(dial.target, TimeoutError(), late=True)
+
+    def dialled(self, request: Request) -> bool | None:
+        """Look whether the stream is connected by now, and send what has waited for it: None if not yet, True if all of
+        it has gone. False: the rest, or what has gone wrong, is for :meth:`receive`."""
+        dial = self._dial
+        assert dial is not None
+        try:
+            if not self.plain.is_connected_now():
+                return None
+        except OSError as error:
+            self._dial = None
+            self._failure = dial.connector.failure(dial.target, error)
+            return False
+        return self._send_first(request, self._unsent)
+
+    def _send_first(self, request: Request, data: bytes) -> bool:
+        self._dial = None
+        request.extensions.add(Upstream(self.stream.peer, kept=False))
+        return self._send_now(data)
+
+    async def _finish_dial(self, request: Request) -> None:
+        dial = self._dial
+        if dial is not None:
+            await dial.connector.finish(dial.target, self.plain)
+            self._send_first(request, self._unsent)
 
     def _reset(self) -> None:
         self.reusable = self.whole = self.stuck = self._over = False
@@ -168,10 +232,11 @@ class H1ClientConnection:
         return not self._unsent
 
     def lend(self, taker: Callable[[], None] | None) -> None:
-        """Let callbacks have the connection (None: no more): ``taker`` is called when something can be read. Raises
-        OSError if the kernel watches no more sockets."""
+        """Let callbacks have the connection (None: no more): ``taker`` is called when something can be read, or it is
+        connected. Raises OSError if the kernel watches no more sockets."""
         if not self._lent and taker is not None:
-            self.plain.tell(self._ready)  # once; while nobody takes it, it is told in vain
+            # Once; while nobody takes it, it is told in vain.
+            self.plain.tell(self._ready, writes=self._dial is not None)
             self._lent = True
         self._taker = taker
 
@@ -230,7 +295,15 @@ class H1ClientConnection:
             self._now_free()
 
     async def receive(self, request: Request) -> Response:
-        """Return the response to a request that :meth:`begin` has begun to send. Raises as :meth:`send`."""
+        """Return the response to a request that :meth:`begin` has begun to send. Raises as :meth:`send`, and what
+        connecting raises."""
+        try:
+            await self._finish_dial(request)
+            if isinstance(self._failure, ConnectError):
+                raise self._failure
+        except BaseException:
+            await self.abort()
+            raise
         deadline = self._deadline
         deadline.start(self._timeouts.response)
         try:
@@ -240,7 +313,7 @@ class H1ClientConnection:
                 await self._body.settle()
                 return self._begun
             if self._unsent:
-                await self.stream.write(self._unsent)
+                await self._write_unsent(request)
             head = await self._read_head(request, None)
             deadline.stop()
             return await self._response(request, head)
@@ -258,6 +331,16 @@ class H1ClientConnection:
             raise
         finally:
             deadline.stop()
+
+    async def _write_unsent(self, request: Request) -> None:
+        try:
+            await self.stream.write(self._unsent)
+        except OSError as error:
+            if not request.body.length:
+                raise
+            # A response may have come before it, and reading tells what became of it. No other request goes out.
+            log.debug("an upstream takes no more of a request: %s", error)
+            self._strict.writer.last = True
 
     async def close(self) -> None:
         """Close a kept connection in order."""

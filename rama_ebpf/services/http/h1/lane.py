@@ -25,7 +25,10 @@ __all__ = ["Handover", "QuickPath"]
 
 _READ: Final = 64 * 1024
 _GONE: Final = 0x008 | 0x010 | 0x2000  # EPOLLERR, EPOLLHUP, EPOLLRDHUP
-_METHODS: Final = frozenset({"GET", "HEAD"})
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "QUERY"})
+"""Those of which a proxy has nothing else to do than to pass them on."""
+_MOST: Final = 16 * 1024
+"""Bytes of a request's body that goes on in one write with its header section."""
 _ODD: Final = frozenset({204, 304, 426})
 """Statuses whose responses have no body, or fields of the connection."""
 
@@ -126,10 +129,17 @@ class QuickPath:
 
     def _start(self, head: RequestHead) -> None:
         server, lane = self._server, self._lane
-        if head.length != 0 or head.method not in _METHODS or head.upgrade is not None:
+        content = b""
+        if head.upgrade is not None or head.method not in _METHODS or head.expects_continue:
             lane.resume(Handover(head))
             return
-        request = server.request_of(head)
+        if head.length != 0:
+            taken = self._strict.take_body() if (head.length or _MOST + 1) <= _MOST else None
+            if taken is None:
+                lane.resume(Handover(head))
+                return
+            content = taken
+        request = server.request_of(head, content)
         try:
             exchange = self._quick(request) if self._any_scheme or server.may_be_quick(request) else None
         except HttpError:
@@ -140,10 +150,11 @@ class QuickPath:
         connection = exchange.connection
         self._head, self._request, self._exchange = head, request, exchange
         self._running = server.begin(request)
-        if not connection.begin_plain(request, exchange.host, exchange.onward.lines):
+        sent = connection.begin_plain(request, exchange.host, exchange.onward.lines, content)
+        if not (sent or connection.dials):
             lane.resume(self.under_way())
             return
-        server.waits_for_response()
+        server.waits_for_upstream(connection.patience)
         try:
             connection.lend(self._upstream_ready)
         except OSError:
@@ -157,6 +168,13 @@ class QuickPath:
             return
         connection = exchange.connection
         try:
+            if connection.dials:
+                sent = connection.dialled(exchange.request)
+                if sent is False:
+                    self._lane.resume(self.under_way())
+                if not sent:
+                    return
+                self._server.waits_for_upstream(connection.patience)
             while (data := connection.plain.read_now(_READ)) is not None:
                 response = connection.received(data)
                 if response is not None and connection.whole:

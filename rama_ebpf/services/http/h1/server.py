@@ -14,6 +14,7 @@ from ....core.request_log import RequestLog, RequestMeter
 from ....core.service import Service
 from ....core.socket_stream import SocketStream
 from ....core.stream import Stream
+from ...connect import ConnectError
 from ..exchange.date import http_date
 from ..exchange.disconnect import DisconnectWatch
 from ..exchange.pace import Pace
@@ -21,7 +22,7 @@ from ..exchange.quick import quick_of
 from ..exchange.running import RunningRequest
 from ..exchange.served import Served
 from ..exchange.tunnel import Tunnel
-from ..message.errors import HttpError, MalformedMessage, unanswered
+from ..message.errors import HttpError, MalformedMessage
 from ..message.headers import Headers
 from ..message.model import Body, Request, Response
 from .body import NO_BODY, RequestBody
@@ -174,8 +175,9 @@ class H1ServerConnection:
                 if self._idle:
                     return await self._give_up()
                 raise MalformedMessage("the request's header section did not come in time", 408) from error
+            failure = found.exchange.connection.late()
             await found.exchange.connection.abort()
-            found = found._replace(failure=unanswered())
+            found = found._replace(failure=failure)
         except OSError as error:
             log.debug("%s: no callbacks: %s", self._stream.peer, error)
             self._path = None
@@ -206,7 +208,7 @@ class H1ServerConnection:
                 if found.failure is not None:
                     raise found.failure
                 return exchange.finish(await exchange.connection.receive(exchange.request))
-            except HttpError as error:
+            except (HttpError, ConnectError) as error:
                 return await exchange.recover(request, error)
 
         return await self._serve_head(found.head, found.request, found.running, answer)
@@ -237,15 +239,15 @@ class H1ServerConnection:
         seconds = self._timeouts.idle if idle else self._timeouts.head
         self._deadline.prolong(seconds if self._established else self._within(seconds))
 
-    def waits_for_response(self) -> None:
-        """The upstream is waited for."""
-        self._waits_for = "a response"
+    def waits_for_upstream(self, seconds: float) -> None:
+        """The upstream is waited for: its connection, or its response."""
+        self._waits_for = "an upstream"
         self._idle = False
-        self._deadline.prolong(self._timeouts.response)
+        self._deadline.prolong(seconds)
 
-    def request_of(self, head: RequestHead) -> Request:
-        """Return the request of a head that has no body, whose end was read."""
-        return self._request(head, NO_BODY)
+    def request_of(self, head: RequestHead, content: bytes = b"") -> Request:
+        """Return the request of a head whose body, of which the end was read, is ``content``."""
+        return self._request(head, Body.of(content) if content else NO_BODY)
 
     def may_be_quick(self, request: Request) -> bool:
         """Whether the service may be asked to decide at once."""

@@ -84,18 +84,28 @@ class MessageWriter:
         self.begun = True
         return b"".join(lines)
 
-    def plain_request(self, method: str, target: str, host: str, lines: bytes, extra: bytes) -> bytes:
-        """Return a GET or HEAD without a body, complete. ``lines`` are those of its fields without
-        :data:`NOT_A_REQUESTS`, ``extra`` the connection's own. Raises ValueError as :meth:`request`."""
+    def plain_request(
+        self, method: str, target: str, host: str, lines: bytes, extra: bytes, content: bytes = b""
+    ) -> bytes:
+        """Return a request with its ``content``, complete. ``lines`` are those of its fields without
+        :data:`NOT_A_REQUESTS`, ``extra`` the connection's own but its length. Raises ValueError as :meth:`request`."""
         if not target or _TARGET.fullmatch(target + host) is None:
             raise ValueError("a target or host that cannot be sent")
+        known = _PLAIN_METHODS.get(method)
+        if known is None:
+            if _METHOD.fullmatch(method) is None:
+                raise ValueError("a method that cannot be sent")
+            known = method.encode()
+        if content or method in _SAYS_LENGTH_ZERO:
+            extra += b"Content-Length: %d\r\n" % len(content)
         self.begun = self.over = True
-        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (
-            _PLAIN_METHODS[method],
+        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b\r\n%b" % (
+            known,
             target.encode(),
             host.encode(),
             lines,
             extra,
+            content,
         )
 
     def interim(self, status: int, headers: Headers) -> bytes:

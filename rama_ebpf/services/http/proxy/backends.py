@@ -14,6 +14,7 @@ from ....core.errors import RamaError
 from ....core.request_log import explained
 from ....core.service import Service, check_fit
 from ....core.stream import Stream
+from ...connect import ConnectError
 from ...proxy_protocol import ProxyProtocolConnector
 from ..exchange.quick import Exchange
 from ..h1.client import H1ClientConnection
@@ -141,16 +142,19 @@ class BackendPool:
         written = onward(request, self._via)
         backend = self._pick(set())
         connection = self.connections.ready(request, backend.target)
+        kept = connection is not None
         if connection is None:
-            return None
+            connection = self.connections.open(request, backend.target)
+            if connection is None:
+                return None
         host = backend.name if self._own_host or not request.authority else request.authority
 
         def finish(response: Response) -> Response:
             backend.health.succeeded()
             return returned(response, self._via)
 
-        async def recover(request: Request, error: HttpError) -> Response:
-            if isinstance(error, NoResponse):
+        async def recover(request: Request, error: HttpError | ConnectError) -> Response:
+            if kept and isinstance(error, NoResponse):
                 return await self._serve(request, set())  # a kept connection that was closed meanwhile
             backend.health.failed()
             log.info("backend %s: %s", backend.target, explained(error))

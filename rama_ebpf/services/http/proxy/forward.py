@@ -13,8 +13,8 @@ from ....core.service import Layer, Service, check_fit, stack
 from ....core.stream import Stream
 from ....core.target import Target
 from ....relay import TunnelLimits
-from ...connect import Connector, connects_at_once
-from ..exchange.quick import Dial, Exchange
+from ...connect import ConnectError, Connector, connects_at_once
+from ..exchange.quick import Dial, Exchange, Recover
 from ..exchange.tunnel import Tunnel
 from ..message.errors import HttpError, NoResponse
 from ..message.limits import HttpLimits, HttpTimeouts, OriginOptions
@@ -96,11 +96,17 @@ class ForwardProxy:
         if not request.absolute or request.scheme != "http":
             return None
         written = onward(request, self._via)
-        connection = self.pool.ready(request, request.target, partition=None if self._share else _client(request))
+        target = request.target
+        partition = None if self._share else _client(request)
+        recover: Recover = self._recover
+        connection = self.pool.ready(request, target, partition=partition)
         if connection is None:
-            return None
+            connection = self.pool.open(request, target, partition=partition)
+            if connection is None:
+                return None
+            recover = _failed
         request.extensions.add(_FORWARD)
-        return Exchange(connection, request, request.authority, written, self._marks, self._returned, self._recover)
+        return Exchange(connection, request, request.authority, written, self._marks, self._returned, recover)
 
     def quick_connect(self, request: Request, /) -> Dial | None:
         """See :mod:`..exchange.quick`."""
@@ -117,7 +123,7 @@ class ForwardProxy:
     def _returned(self, response: Response) -> Response:
         return returned(response, self._via)
 
-    async def _recover(self, request: Request, error: HttpError) -> Response:
+    async def _recover(self, request: Request, error: HttpError | ConnectError) -> Response:
         if isinstance(error, NoResponse):
             return await self(request)  # a kept connection that was closed meanwhile: again, as the pool does
         raise error
@@ -130,6 +136,10 @@ class ForwardProxy:
         upstream = await self._connector(Target(target.host, target.port, request.extensions))
         request.extensions.add(Upstream(upstream.peer, kept=False))
         return Response(200, upgrade=Tunnel(upstream, self._tunnel_limits))
+
+
+async def _failed(_request: Request, error: HttpError | ConnectError) -> Response:
+    raise error  # over a new connection it was sent once
 
 
 def _client(request: Request) -> Hashable:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ....core.address import Authority
+from ....core.errors import RamaError
 from ....core.request_log import Upstream
 from ....core.service import Service
 from ....core.stream import Stream
 from ....core.target import Target
+from ...connect import connects_at_once
 from ...tls.stream import TlsParameters
-from ..h1.client import H1ClientConnection
+from ..h1.client import Dialled, H1ClientConnection
 from ..h2.client import H2ClientConnection
 from ..message.errors import NoResponse
 from ..message.limits import HttpLimits, HttpTimeouts, OriginOptions
@@ -90,6 +92,7 @@ class ConnectionPool:
         self._connector = connector
         self._upgrade_connector = upgrade_connector
         self._h2_prior_knowledge = h2_prior_knowledge
+        self._at_once = None if h2_prior_knowledge else connects_at_once(connector)
         self._origins = origins
         self._pool_limits = PoolLimits() if pool_limits is None else pool_limits
         self._limits = HttpLimits() if limits is None else limits
@@ -174,8 +177,11 @@ class ConnectionPool:
         return None
 
     def ready(self, request: Request, target: Authority, *, partition: Hashable = None) -> H1ClientConnection | None:
-        """Return a kept connection of HTTP/1.1 over a plain socket on which ``request``, a safe one without a body,
-        can be sent at once; None if there is none. What :meth:`send` would do with it is the caller's then."""
+        """Return a kept connection of HTTP/1.1 over a plain socket on which ``request`` can be sent at once; None if
+        there is none, or it is not a safe one without a body. What :meth:`send` would do with it is the caller's
+        then."""
+        if request.method not in _SAFE or request.body.length != 0:
+            return None
         origin = self._known.get((target, partition))
         if origin is None or origin.h2:
             return None
@@ -189,6 +195,33 @@ class ConnectionPool:
                 return connection
             self._end(connection)
         return None
+
+    def open(self, request: Request, target: Authority, *, partition: Hashable = None) -> H1ClientConnection | None:
+        """Begin to make a connection for ``request``, which may not be connected yet; None where that takes a call of
+        :meth:`send`, as a name does, and a connector with anything around it. What :meth:`send` would do with it is the
+        caller's then. Raises nothing: what cannot be dialled is found by :meth:`send` as well."""
+        connector = self._at_once
+        origin = self._known.get((target, partition))
+        if connector is None or target.ip is None or self._closed or (origin is not None and origin.h2):
+            return None
+        options = self._origins(target)
+        try:
+            stream = connector.begin(target)
+        except (RamaError, OSError):
+            return None
+        if stream is None:
+            return None
+        origin = self._origin(target, partition)
+        origin.busy += 1
+        return H1ClientConnection(
+            stream,
+            limits=self._limits,
+            timeouts=self._timeouts,
+            released=functools.partial(self._released, origin, options.keep),
+            keep=options.keep,
+            lenient=options.lenient,
+            dial=Dialled(connector, target),
+        )
 
     def close(self) -> None:
         """Close what is idle; what is in use is closed after its response."""
