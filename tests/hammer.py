@@ -47,6 +47,8 @@ class Denied(Hammer):
         super().__init__(host, sources)
         self.got_in: list[str] = []
         self.tries = 0
+        self.phase = ""
+        """What happens meanwhile, to be named beside who got in."""
         self._targets = targets
 
     def _run(self, source: str) -> None:
@@ -64,7 +66,7 @@ class Denied(Hammer):
                     except OSError:
                         pass  # no answer, or the server has just gone
                     else:
-                        self.got_in.append(f"{source} at {target[0]} port {target[1]}")
+                        self.got_in.append(f"{source} at {target[0]} port {target[1]} {self.phase}".rstrip())
                 self.tries += 1
 
 

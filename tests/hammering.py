@@ -206,15 +206,17 @@ def hammer(count: int, directory: Path) -> int:
             host.add_address(f"{address}/{128 if ':' in address else 32}", "lo")
         _configure(file, OPEN)
         proxy = ProxyProcess(host, name, "--config", str(file))
-        old = {"PYTHONPATH": str(_old_version(directory))}
+        old = _old_version(directory)
         try:
             with Denied(host, DENIED, targets) as denied, Strangers(host) as strangers, Allowed(host) as allowed:
                 begun = time.monotonic()
                 for number in range(count):
                     _configure(file, OPEN)
+                    denied.phase = f"in round {number}, while it starts"
                     proxy.start()
                     done["starts"] += 1
                     allowed.phase = "reloads"
+                    denied.phase = f"in round {number}, while it reloads"
                     allowed.up.set()
                     for text in (OFFICE, OPEN):
                         _configure(file, text)
@@ -227,6 +229,7 @@ def hammer(count: int, directory: Path) -> int:
                         if number % 10 == 0:
                             wait_for(lambda: len(proxy.workers()) == 2, timeout=60, what="the end of old workers")
                     allowed.phase = "loads"
+                    denied.phase = f"in round {number}, while sets are loaded"
                     rama_ebpf("policy", "load", "--instance", name, str(shut))
                     rama_ebpf("policy", "load", "--instance", name, str(shut), "--confirm-timeout", "1h")
                     rama_ebpf("policy", "rollback" if chance.random() < 0.5 else "confirm", "--instance", name)
@@ -235,7 +238,9 @@ def hammer(count: int, directory: Path) -> int:
                     allowed.phase = "stop"
                     allowed.down()
                     stopped = _busy(proxy, chance)
-                    for number_of_signal in chance.choice(_ENDS):
+                    ends = chance.choice(_ENDS)
+                    denied.phase = f"in round {number}, while it ends by {' '.join(one.name for one in ends)}"
+                    for number_of_signal in ends:
                         proxy.signal(number_of_signal)
                         time.sleep(chance.random() * 0.2)
                     threading.Timer(chance.random(), _go_on, (stopped,)).start()
@@ -243,14 +248,17 @@ def hammer(count: int, directory: Path) -> int:
                     proxy.end()
                     done["stops"] += 1
                     allowed.phase = "upgrade"
-                    proxy.environment = old
+                    denied.phase = f"in round {number}, while the old version starts"
+                    proxy.environment, proxy.cwd = {"PYTHONPATH": str(old)}, old  # workers search both
                     proxy.start()
-                    proxy.signal(signal.SIGTERM if chance.random() < 0.5 else signal.SIGKILL)
+                    end = signal.SIGTERM if chance.random() < 0.5 else signal.SIGKILL
+                    denied.phase = f"in round {number}, while the old version ends by {end.name}"
+                    proxy.signal(end)
                     proxy.wait(30)
                     proxy.end()
                     layouts = sorted(path.name for path in Instance(name).pin_root.iterdir())
                     assert set(layouts) - {Instance(name).pin_dir.name}, layouts
-                    proxy.environment = {}
+                    proxy.environment, proxy.cwd = {}, None
                     done["upgrades"] += 1
                     if number % 10 == 9:
                         rama_ebpf("unload", "--instance", name)
@@ -262,6 +270,7 @@ def hammer(count: int, directory: Path) -> int:
                             f"{dict(allowed.counts)}, refused while up: {len(allowed.refused)}",
                             flush=True,
                         )
+                        print("".join(f"  FAULT {line}\n" for line in denied.got_in[:20]), end="", flush=True)
         finally:
             proxy.end()
             wait_for(lambda: Instance(name).serving_pid() is None, what="the end of the server")

@@ -54,7 +54,7 @@ class ProxyProcess:
         self.host = host
         self.instance = instance
         self._args = args
-        self._cwd = cwd
+        self.cwd = cwd
         self.environment: dict[str, str] = {}
         """What the server gets beside this process's."""
         self._process: subprocess.Popen[str] | None = None
@@ -83,7 +83,7 @@ class ProxyProcess:
             *self._args,
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
-            cwd=self._cwd,
+            cwd=self.cwd,
             pass_fds=pass_fds,
         )
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
