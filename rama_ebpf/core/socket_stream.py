@@ -377,6 +377,10 @@ class SocketStream(Stream):
             count -= sent
 
     async def write_eof(self) -> None:
+        self.write_eof_now()
+
+    def write_eof_now(self) -> None:
+        """As :meth:`write_eof`, which need not wait for anything here."""
         if self._eof_sent or self._closed:
             return
         self._eof_sent = True

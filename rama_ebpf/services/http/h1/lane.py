@@ -21,7 +21,12 @@ from .reader import NEED_DATA, Event
 if TYPE_CHECKING:
     from .server import H1ServerConnection
 
-__all__ = ["Handover", "QuickPath"]
+__all__ = ["LINGER_BYTES", "Handover", "QuickPath"]
+
+LINGER_BYTES: Final = 64 * 1024 * 1024
+"""How much of what a client sends behind its last response is dropped."""
+_DROPPED: Final = 4096
+_DROPS_PER_TURN: Final = 64
 
 _READ: Final = 64 * 1024
 _GONE: Final = 0x008 | 0x010 | 0x2000  # EPOLLERR, EPOLLHUP, EPOLLRDHUP
@@ -61,6 +66,7 @@ class QuickPath:
         self._head: RequestHead | None = None
         self._request: Request | None = None
         self._running: RunningRequest | None = None
+        self._left: int | None = None
         self._exchange: Exchange | None = None
 
     async def serve(self) -> Handover:
@@ -85,7 +91,9 @@ class QuickPath:
         if not self._lane.open:
             return  # the task will read it
         try:
-            if self._exchange is None:
+            if self._left is not None:
+                self._drop()
+            elif self._exchange is None:
                 data = self._stream.read_now(_READ)
                 if data is not None:
                     self._on_event(self._strict.receive_request(data))
@@ -104,6 +112,46 @@ class QuickPath:
             self._on_event(event)
         except Exception as error:  # noqa: BLE001  # the coroutine raises it
             self._lane.resume(self.under_way(error))
+
+    # -- the end of the connection -----------------------------------------------------------------------------
+
+    @property
+    def ends(self) -> bool:
+        """Whether the client has had its last response, and its end is waited for."""
+        return self._left is not None
+
+    def _end(self) -> None:
+        """The client has its last response. What it still sends is dropped until it closes: a reset, which unread bytes
+        would bring about, could overtake the response (RFC 1122 section 4.2.2.13)."""
+        self._left = LINGER_BYTES
+        self._server.waits_for_end()
+        try:
+            self._stream.write_eof_now()
+        except OSError:
+            self._lane.resume(Handover())  # it has gone
+            return
+        self._drop()
+
+    def _drop(self) -> None:
+        if not self._lane.open:
+            return
+        left = self._left
+        assert left is not None
+        try:
+            for _ in range(_DROPS_PER_TURN):
+                data = self._stream.read_now(_DROPPED)
+                if data is None:
+                    return
+                left -= len(data)
+                if not data or left <= 0:
+                    self._lane.resume(Handover())
+                    return
+        except OSError:
+            self._lane.resume(Handover())
+            return
+        finally:
+            self._left = left
+        self._server.loop.call_soon(self._drop)  # others want their turn
 
     # -- the client --------------------------------------------------------------------------------------------
 
@@ -219,7 +267,7 @@ class QuickPath:
         if sent < len(out):
             self._lane.resume(Handover(head, request, running, rest=memoryview(out)[sent:]))
         elif not server.over(running):
-            self._lane.resume(Handover(head, request, rest=memoryview(b"")))
+            self._end()
         elif self._strict.quiet:
             self._on_event(NEED_DATA)
         else:

@@ -28,7 +28,7 @@ from ..message.model import Body, Request, Response
 from .body import NO_BODY, RequestBody
 from .connect import BegunConnect
 from .heads import RequestHead
-from .lane import Handover, QuickPath
+from .lane import LINGER_BYTES, Handover, QuickPath
 from .reader import NEED_DATA, Closed, Content, End, Role, reader
 from .response import ResponseSender
 
@@ -37,7 +37,6 @@ __all__ = ["H1ServerConnection"]
 log = logging.getLogger(__name__)
 
 _READ: Final = 64 * 1024
-_LINGER_BYTES: Final = 64 * 1024 * 1024
 _DROPPED: Final = 4096
 
 
@@ -171,6 +170,9 @@ class H1ServerConnection:
                 found.running.ended(error)
             if not expired:
                 raise
+            if path.ends:
+                await self._stream.close()
+                return False
             if found.exchange is None:
                 if self._idle:
                     return await self._give_up()
@@ -244,6 +246,12 @@ class H1ServerConnection:
         self._waits_for = "an upstream"
         self._idle = False
         self._deadline.prolong(seconds)
+
+    def waits_for_end(self) -> None:
+        """The client has its last response, and is to close."""
+        self._waits_for = "the end"
+        self._idle = False
+        self._deadline.prolong(self._timeouts.linger)
 
     def request_of(self, head: RequestHead, content: bytes = b"") -> Request:
         """Return the request of a head whose body, of which the end was read, is ``content``."""
@@ -452,7 +460,7 @@ class H1ServerConnection:
             if last:
                 await stream.write(last)
             await stream.write_eof()
-            left = _LINGER_BYTES
+            left = LINGER_BYTES
             while left > 0 and (data := await stream.read(_DROPPED)):
                 left -= len(data)
         except asyncio.CancelledError:
