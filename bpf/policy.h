@@ -232,6 +232,15 @@ struct grant_key {
 };
 _Static_assert(sizeof(struct grant_key) == 32, "grant_key");
 
+/* A listener of another program that is under the policy (gate_guard.c). The value says nothing. */
+struct guarded_key {
+	__u64 namespace; /* cookie of the network namespace: never used twice while the machine is up */
+	struct address addr; /* 0.0.0.0 (mapped) or ::, any address of that family */
+	__u16 port;
+	__u8 pad[6];
+};
+_Static_assert(sizeof(struct guarded_key) == 32, "guarded_key");
+
 /*
  * A ban shuts out one source: an exact address, or the prefix by which strikes are counted (IPv4 /32 and IPv6 /64, if nobody
  * says otherwise). It is found by one exact look-up for each length that bans have; the longest decides.

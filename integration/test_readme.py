@@ -25,7 +25,23 @@ def _commands() -> list[str]:
 def test_readme_shows_the_example_as_it_is() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    assert blocks == [(ROOT / "examples" / "newcomer.py").read_text(encoding="utf-8")]
+    assert blocks[0] == (ROOT / "examples" / "newcomer.py").read_text(encoding="utf-8")
+
+
+def test_readme_guards_what_it_says(lab: Lab, instance: str) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    guard, shut = block.splitlines()
+    environment = {**os.environ, "RAMA_EBPF_INSTANCE": instance}
+    host = lab.host("readme")
+    running = host.popen(
+        "sh", "-c", f"exec {guard.removesuffix(' &')}", cwd=ROOT, env=environment, stdout=subprocess.PIPE
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline().startswith("guarding port 22 ")
+    subprocess.run(host.command("sh", "-c", shut), cwd=ROOT, env=environment, check=True, timeout=60)
+    running.terminate()
+    assert running.wait(60) == 0
 
 
 def test_readme_commands_do_what_they_say(lab: Lab, instance: str, tmp_path: Path) -> None:

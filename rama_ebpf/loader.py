@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from .core.address import SocketAddress
-from .kernel import abi, bpf, bpffs, cgroup
+from .kernel import abi, bpf, bpffs, cgroup, guard_registry
 from .kernel.attachments import HOOKS, Attachments, Mending, Target
 from .kernel.bindings import forget_bindings
 from .kernel.compile import Unit, amalgamate
@@ -45,7 +45,19 @@ from .kernel.steering import Steering
 from .kernel.witness import WITNESS_PROGRAM, Witness
 from .kernel.xdp import XdpAttachment
 
-__all__ = ["AcceptCounter", "Cover", "Gate", "PolicyKeeper", "adopt", "forget_compiled", "load", "unload"]
+__all__ = [
+    "AcceptCounter",
+    "BeingStarted",
+    "Cover",
+    "Gate",
+    "PolicyKeeper",
+    "adopt",
+    "forget_compiled",
+    "forget_pins",
+    "load",
+    "open_maps",
+    "unload",
+]
 
 log = logging.getLogger(__name__)
 
@@ -323,6 +335,32 @@ def load(
     return Gate(instance, maps, programs, fresh=fresh)
 
 
+class BeingStarted(RuntimeError):
+    """A server of the instance is being started, and has not pinned its maps yet."""
+
+
+def open_maps(instance: Instance, keeper: PolicyKeeper, sizes: MapSizes | None = None) -> tuple[GateMaps, bool]:
+    """Open the pinned maps of an instance for programs of another process than its server; where there is no server
+    either, make them, and have ``keeper`` fill them. Return whether they were made.
+
+    Raises :class:`BeingStarted`, :class:`~rama_ebpf.kernel.gate_maps.LayoutMismatch`, OSError, or what ``keeper`` does.
+    """
+    bpffs.ensure_mounted()
+    with instance.policy_lock():
+        _refuse_foreign(instance)
+        if instance.pin_dir.is_dir():
+            return GateMaps.open(instance.pin_dir, instance.name), False
+        if instance.serving_pid() is not None:
+            raise BeingStarted
+        return _created(instance, sizes or MapSizes(), None, "", keeper), True
+
+
+def forget_pins(instance: Instance) -> None:
+    """Remove the pins of an instance that nobody serves; what they say is on disk. Raises OSError."""
+    with instance.policy_lock():
+        _remove_pins(instance)
+
+
 def adopt(
     instance: Instance,
     maps: GateMaps,
@@ -482,5 +520,6 @@ def unload(instance: Instance) -> None:
     _remove_stale_cgroup(instance)
     _remove_pins(instance)
     shutil.rmtree(instance.run_dir, ignore_errors=False) if instance.run_dir.is_dir() else None
+    guard_registry.sweep(instance)
     with contextlib.suppress(OSError):  # other instances still have their files beside ours
         instance.run_dir.parent.rmdir()

@@ -34,6 +34,7 @@ _GROUPS: Final = {
     "ca": ("ca",),
     "events": ("events",),
     "doctor": ("doctor",),
+    "guard": ("guard",),
 }
 """The modules and their commands. Only the module of the given command is imported: some bring in half the package."""
 

@@ -3,115 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import sys
-import time
-from collections.abc import Callable, Mapping
-from typing import Final, cast
+from collections.abc import Callable
+from typing import cast
 
 from ..control import socket as control
-from ..control.api import ControlApi, Json
-from ..control.enforced import Judge, KernelJudge, StoreJudge
+from ..control.api import Json
+from ..control.reach import call
 from ..core.address import Authority
-from ..kernel.gate_maps import LayoutMismatch
 from ..kernel.instance import Instance
-from ..kernel.witness import Witness
-from ..policy.feed_store import FeedStore
-from ..policy.kernel_store import KernelStore
-from ..policy.local import LocalStore
 from ..policy.rule import PolicyError
 from .lifecycle import probe
 from .output import NO, OK, duration, print_json, table
 from .said import outcome, still_denied
 
 __all__ = ["call", "register", "show_verdict", "split_target"]
-
-_SLOW: Final = {"load": 600.0, "diff": 600.0, "refresh": 600.0}
-"""Methods that may read feeds: seconds to wait for the server's answer."""
-_OF_ONE_SOURCE: Final = ("add", "remove", "ban", "test")
-_START_SECONDS: Final = 10.0
-"""How long a server that is starting may take to say where its policy lives."""
-
-
-class _Apart(Exception):
-    """The pins are not those that the running server uses."""
-
-
-def call(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
-    """Run a control method where the instance's policy lives: on the pinned maps, or in its server.
-
-    Raises :class:`PolicyError` if the instance is not loaded, or its pins cannot be used and no server holds them.
-    """
-    pid = instance.serving_pid()
-    if instance.pinned and _told_by_server(instance, pid).get("policy") != "local":
-        try:
-            return _on_pins(instance, method, params)
-        except _Apart:
-            pass  # what the server uses is what counts, and it is asked
-        except (FileNotFoundError, LayoutMismatch) as error:
-            if pid is None:
-                raise PolicyError(
-                    f"the pins of instance {instance.name!r} cannot be used: {error} (the next start rebuilds them "
-                    "from disk; rama-ebpf unload forgets the policy)"
-                ) from error
-    if instance.control_socket.exists():
-        return control.call(instance.control_socket, method, params, timeout=_SLOW.get(method, 10.0))
-    if pid is not None:
-        _check_input(method, params)
-        raise PolicyError(f"instance {instance.name!r} is being started by process {pid or 'unknown'}: try again soon")
-    _check_input(method, params)
-    raise PolicyError(f"instance {instance.name!r} is not loaded: start it with rama-ebpf run")
-
-
-def _check_input(method: str, params: Mapping[str, object]) -> None:
-    """Raise :class:`PolicyError` for what no policy would take: a mistake of the caller's is told before what is
-    missing."""
-    if method in _OF_ONE_SOURCE:
-        ControlApi(LocalStore(max_entries=16)).call(method, params)
-
-
-def _told_by_server(instance: Instance, pid: int | None) -> Mapping[str, object]:
-    """What the live server says of itself: nothing if there is none, or it does not say."""
-    deadline = time.monotonic() + _START_SECONDS
-    while pid is not None:
-        state = instance.read_state()
-        if state.get("pid") == pid:
-            return state
-        if time.monotonic() >= deadline or not state:
-            break
-        time.sleep(0.05)  # it is starting: what is written there is of the server before it
-        pid = instance.serving_pid()
-    return {}
-
-
-def _on_pins(instance: Instance, method: str, params: Mapping[str, object]) -> Json:
-    """Run a method on the pinned maps. A server that starts or stops puts others in their place, or none: the store
-    finds that out under the lock, and what is in force in those that are in use then is on disk for the next ones."""
-    with KernelStore(instance) as store:
-        api = ControlApi(store, FeedStore(instance.feeds_dir), _judge(instance, store), instance.clients_file)
-        return api.call(method, params)
-
-
-def _judge(instance: Instance, store: KernelStore) -> Judge:
-    """Who is asked what is decided: the running server's programs. Raises :class:`_Apart` if those use other maps."""
-    pid = instance.serving_pid()
-    if pid is None:
-        return StoreJudge(store, serving=False)
-    told = _told_by_server(instance, pid)
-    maps, witness = told.get("maps"), told.get("witness")
-    if isinstance(maps, int) and maps != store.counters.identity:
-        raise _Apart
-
-    def opened() -> contextlib.AbstractContextManager[Witness]:
-        if not isinstance(witness, int):
-            why = (
-                "the server does not say who could be asked" if told else "the server is starting (test asks it later)"
-            )
-            raise OSError(errno.ENOENT, why)
-        return Witness.of_server(witness, store.counters.identity)
-
-    return KernelJudge(store, opened, lambda: told.get("listeners"))
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:

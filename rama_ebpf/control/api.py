@@ -18,8 +18,9 @@ from typing import Final, cast
 
 from ..core.address import IPAddress, unmap
 from ..policy.difference import difference
-from ..policy.feed import overlapping
+from ..policy.feed import overlapping, parse_feed
 from ..policy.feed_store import FeedStore
+from ..policy.kernel_store import KernelStore
 from ..policy.prefixes import Prefixes
 from ..policy.refresh import FeedReport, Refresher, with_feeds
 from ..policy.rule import (
@@ -70,10 +71,14 @@ class ControlApi:
         """Run one method. Raises :class:`PolicyError` for an unknown method, or whatever the method raises."""
         handler = {
             "add": self.add,
+            "add_many": self.add_many,
             "remove": self.remove,
+            "remove_many": self.remove_many,
             "list": self.list,
             "test": self.test,
             "ban": self.ban,
+            "ban_many": self.ban_many,
+            "counters": self.counters,
             "bans": self.bans,
             "load": self.load,
             "diff": self.diff,
@@ -107,6 +112,56 @@ class ControlApi:
         stored = carry_out(lambda: self._store.add(rule, ttl=lasts), lambda: self._is_there(rule, lasts))
         result = self._rule(stored, (source,)) | self._revision()
         return result | self._enforced(source, rule.port, _wanted(rule), "" if rule.dry_run else rule.name)
+
+    def add_many(self, params: Mapping[str, object]) -> Json:
+        """:meth:`add` for each of ``sources``, a list, as one change."""
+        sources, action = _sources(params), Action[_text(params, "action").upper()]
+        ttl, port = _optional_text(params, "ttl"), cast("int | None", params.get("port"))
+        revision = self._store.add_many(
+            sources,
+            action,
+            port=port,
+            ttl=None if ttl is None else parse_ttl(ttl),
+            reason=_optional_text(params, "reason") or "",
+        )
+        result: Json = {"count": len(sources), "revision": revision, "port": port}
+        wanted = (lambda decision: decision.verdict.allowed) if action is Action.ALLOW else _is_denied
+        return result | (self._enforced(sources[0], port, wanted) if sources else {})
+
+    def remove_many(self, params: Mapping[str, object]) -> Json:
+        """:meth:`remove` for each of ``sources``, a list."""
+        sources, port = _sources(params), cast("int | None", params.get("port"))
+        with self._store.held():
+            lifted = self._store.unban_many(sources) if port is None else 0
+            removed = self._store.remove_many(sources, port)
+        return {"count": removed + lifted, "removed": removed, "lifted": lifted} | self._revision(bans=True)
+
+    def ban_many(self, params: Mapping[str, object]) -> Json:
+        """:meth:`ban` for each of ``sources``, a list, as one change."""
+        sources, ttl = _sources(params), _optional_text(params, "ttl")
+        self._store.ban_many(
+            sources,
+            ttl=None if ttl is None else parse_ttl(ttl) / 1e9,
+            reason=_optional_text(params, "reason") or "",
+            action=Action[(_optional_text(params, "action") or "drop").upper()],
+        )
+        result = {"count": len(sources)} | self._revision(bans=True)
+        return result | (self._enforced(sources[0], None, _is_denied) if sources else {})
+
+    def counters(self, _params: Mapping[str, object]) -> Json:
+        """Return what the gate has counted: verdicts that took effect, by hook, stage and action."""
+        if not isinstance(self._store, KernelStore):
+            raise PolicyError(
+                "the policy is in the server's process, not in the kernel: it counts by rule alone (list)"
+            )
+        totals = sorted(self._store.counters.totals().items())
+        return {
+            "verdicts": [
+                {"hook": hook, "stage": stage, "action": action, "count": count}
+                for (hook, stage, action), count in totals
+            ],
+            "silent_rejects": self._store.counters.silent_rejects(),
+        }
 
     def _is_there(self, rule: Rule, ttl: int | None) -> bool:
         found = self._store.rule_at(rule.sources[0], rule.port)
@@ -397,6 +452,23 @@ def _after_the_change() -> Iterator[None]:
         yield
     except OSError as error:
         raise InForce(f"in force, but what is told of it cannot be read: {error}") from error
+
+
+def _sources(params: Mapping[str, object]) -> Prefixes:
+    """The networks of ``sources``, read as a feed is. Raises :class:`PolicyError` for the first that is none."""
+    listed = params.get("sources")
+    if not isinstance(listed, list) or not all(isinstance(source, str) for source in listed):
+        raise PolicyError("sources must be a list of addresses and networks, as text")
+    if not listed:
+        return Prefixes()
+    lines = [source if "/" in source else f"{source}/{128 if ':' in source else 32}" for source in listed]
+    if any("#" in line or ";" in line or "\n" in line or not line.strip() for line in lines):
+        bad = next(source for source in listed if not source.strip() or any(mark in source for mark in "#;\n"))
+        raise PolicyError(f"{bad!r} is not an address or CIDR: write for example 192.0.2.7 or 2001:db8::/32")
+    content = parse_feed("\n".join(lines).encode(errors="replace"), max_bad=1.0)
+    if content.bad:
+        raise PolicyError(f"nothing is changed: {content.bad[0].why}")
+    return content.prefixes
 
 
 def _address(text: str) -> IPAddress:

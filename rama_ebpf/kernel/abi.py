@@ -28,6 +28,7 @@ __all__ = [
     "FAILSAFE_KEY",
     "GATE",
     "GRANT_KEY",
+    "GUARDED_KEY",
     "INTERFACE",
     "LIMIT",
     "LISTENER",
@@ -83,6 +84,7 @@ SET_HEAD: Final = _HEADER.layout(
 FAILSAFE_KEY: Final = _HEADER.layout("failsafe_key", "plen", "ipv4", "addr")
 PEER_KEY: Final = _HEADER.layout("peer_key", "socket", "addr", "port", "pad")
 GRANT_KEY: Final = _HEADER.layout("grant_key", "cgroup", "addr", "port", "pad")
+GUARDED_KEY: Final = _HEADER.layout("guarded_key", "namespace", "addr", "port", "pad")
 BAN_KEY: Final = _HEADER.layout("ban_key", "prefix", "length")
 BAN_MASK: Final = _HEADER.layout("ban_mask", "mask", "length")
 BAN: Final = _HEADER.layout("ban", "expires", "created", "hits", "action", "automatic", "reason")

@@ -47,7 +47,8 @@ _ATTRIBUTE: Final = struct.Struct("=HH")
 @dataclass(frozen=True, slots=True)
 class Connection:
     """A connection as the kernel has it. ``cgroup`` is the id of its socket's cgroup (the inode of the directory),
-    None where the kernel does not tell. ``identity`` is ``struct inet_diag_sockid``, its cookie included."""
+    None where the kernel does not tell. ``identity`` is ``struct inet_diag_sockid``, its cookie included; ``inode`` is
+    0 before it was accepted."""
 
     local: IPv4Address | IPv6Address
     local_port: int
@@ -55,6 +56,7 @@ class Connection:
     peer_port: int
     cgroup: int | None
     identity: bytes
+    inode: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +162,10 @@ def _ask(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
 
 
 def _parse(body: bytes) -> Connection:
-    family, _, _, _, identity, *_ = _MESSAGE.unpack_from(body)
+    family, _, _, _, identity, _, _, _, _, inode = _MESSAGE.unpack_from(body)
     local_port, peer_port, local, peer = _SOCKID.unpack_from(identity)
     make = (lambda raw: IPv4Address(raw[:4])) if family == socket.AF_INET else IPv6Address
-    return Connection(make(local), local_port, make(peer), peer_port, _cgroup(_attributes(body)), identity)
+    return Connection(make(local), local_port, make(peer), peer_port, _cgroup(_attributes(body)), identity, inode)
 
 
 def _cookie(identity: bytes) -> int:

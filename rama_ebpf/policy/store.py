@@ -252,6 +252,10 @@ class PolicyStore:
         ahead = (self._tables.due(bucket, unmap(source)) or 0) - now - limit.tolerance_ns
         return ahead / 1e9 if 0 < ahead <= limit.emission_ns else 0.0
 
+    def failsafe_ports(self) -> tuple[int, ...]:
+        """Return the listeners' ports that nothing can shut."""
+        return self._failsafe.ports()
+
     def verdict(self, source: IPAddress, port: int, *, now: int | None = None) -> Verdict:
         """Judge a connection attempt as the kernel would; rates are reported as within their limit."""
         return self._judgement.verdict(source, port, now)
