@@ -266,3 +266,166 @@ async def test_an_upstream_that_breaks_off_resets_the_client(run: Run) -> None:
     client.writer.write(get(script, b"Content-Length: 1", method=b"POST") + b"x")
     assert (await read_until_reset(client.reader)).endswith(b"abc")
     client.writer.close()
+
+
+class Pieces:
+    """An origin that sends a response piece by piece, when it is told to."""
+
+    def __init__(self, *pieces: bytes, reset: bool = False, close: bool = False) -> None:
+        self.pieces, self.reset, self.close = pieces, reset, close
+        self.go = asyncio.Semaphore(0)
+        self.ended = asyncio.Event()
+        self.port = 0
+
+    async def serve(self, stream: Stream) -> None:
+        try:
+            while await stream.read():
+                for piece in self.pieces:
+                    await self.go.acquire()
+                    await stream.write(piece)
+                if self.reset:
+                    await self.go.acquire()
+                    stream.abort()
+                if self.reset or self.close:
+                    return
+        finally:
+            self.ended.set()
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.port, [], [], False)
+
+
+def pieces(run: Run, *parts: bytes, **options: bool) -> Pieces:
+    made = Pieces(*parts, **options)
+    made.port = run(made.serve).port
+    return made
+
+
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("parts", "ended", "body"),
+    [
+        ((HEAD + b"Content-Length: 6\r\n\r\nab", b"cd", b"ef"), False, b"abcdef"),
+        ((HEAD + b"Content-Length: 4\r\n\r\n", b"abcd"), False, b"abcd"),
+        ((CHUNKED + b"2\r\nab\r\n", b"3\r\ncd", b"e\r\n0\r\n", b"\r\n"), False, b"abcde"),
+        ((CHUNKED, b"1\r\na\r\n0\r\nX-T: 1\r\n\r\n"), False, b"aX-T: 1\r\n"),
+        ((HEAD + b"\r\nab", b"cd"), True, b"abcd"),
+    ],
+)
+async def test_a_response_in_pieces_passes_as_it_comes(
+    run: Run, counted: Counted, parts: tuple[bytes, ...], ended: bool, body: bytes
+) -> None:
+    upstream = pieces(run, *parts, close=ended)
+    client = Client(*await run(HttpProxy(dialler())).open())
+    for _ in range(2):
+        client.writer.write(get(upstream.origin, b"TE: trailers", b"Connection: TE"))
+        upstream.go.release()
+        head = await client.reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        for _ in parts[1:]:
+            upstream.go.release()
+        whole = b"Content-Length" in head
+        assert (await (client.reader.readexactly(len(body)) if whole else chunked_body(client.reader))) == body
+    assert counted.coroutines == 0
+    assert len(running) == 0
+    client.writer.close()
+
+
+async def test_a_client_that_does_not_read_holds_the_upstream_back(run: Run) -> None:
+    size = 32 * 1024 * 1024
+    sent = 0
+
+    async def origin(stream: Stream) -> None:
+        nonlocal sent
+        await stream.read()
+        await stream.write(CHUNKED)
+        while sent < size:
+            await stream.write(b"10000\r\n" + bytes(65536) + b"\r\n")
+            sent += 65536
+        await stream.write(b"0\r\n\r\n")
+
+    script = Origin(run(origin).port, [], [], False)
+    client = Client(*await run(HttpProxy(dialler())).open())
+    client.writer.write(get(script))
+    await client.reader.readuntil(b"\r\n\r\n")
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    before = -1
+    while before != sent:
+        before = sent
+        for _ in range(100):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.1)  # what has been taken by then stays the same: there is nobody to wait for
+    assert sent < size
+    client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    content = await chunked_body(client.reader)
+    assert content == bytes(size)
+    client.writer.close()
+
+
+@pytest.mark.parametrize("head", [HEAD + b"Content-Length: 9\r\n\r\n", CHUNKED + b"1\r\na\r\n", HEAD + b"\r\n"])
+async def test_an_upstream_that_resets_within_a_response_never_looks_whole(run: Run, head: bytes) -> None:
+    upstream = pieces(run, head + b"", b"1\r\na\r\n", reset=True)
+    proxy = run(HttpProxy(dialler()))
+    client = Client(*await proxy.open())
+    client.writer.write(get(upstream.origin))
+    upstream.go.release()
+    await client.reader.readuntil(b"\r\n\r\n")
+    upstream.go.release()
+    upstream.go.release()
+    assert not (await read_until_reset(client.reader)).endswith(b"0\r\n\r\n")
+    await proxy.idle()
+    assert len(running) == 0
+    client.writer.close()
+
+
+async def test_a_body_that_stops_coming_ends_in_a_reset(run: Run) -> None:
+    upstream = pieces(run, HEAD + b"Content-Length: 9\r\n\r\nabc", b"never")
+    records: list[RequestRecord] = []
+    service = HttpProxy(dialler(), timeouts=HttpTimeouts(body=0.2))
+    proxy = run(stack(AccessLogLayer(request_sink=records.append), service))
+    client = Client(*await proxy.open())
+    client.writer.write(get(upstream.origin))
+    upstream.go.release()
+    assert (await read_until_reset(client.reader)).endswith(b"abc")
+    await proxy.idle()
+    assert [record.status for record in records] == [200]
+    assert "broke off" in records[0].error
+    upstream.go.release()
+    await upstream.ended.wait()
+    client.writer.close()
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_a_client_that_leaves_or_half_closes_within_a_response(run: Run, leaves: bool) -> None:
+    upstream = pieces(run, HEAD + b"Content-Length: 6\r\n\r\nabc", b"def")
+    proxy = run(HttpProxy(dialler(), timeouts=HttpTimeouts(watch=0.02)))
+    client = Client(*await proxy.open())
+    client.writer.write(get(upstream.origin))
+    upstream.go.release()
+    await client.reader.readuntil(b"abc")
+    if leaves:
+        abort(client.writer)
+    else:
+        client.writer.write_eof()
+        upstream.go.release()
+        assert await client.reader.readexactly(3) == b"def"
+    await proxy.idle()
+    assert len(running) == 0
+    client.writer.close()
+    upstream.go.release()
+
+
+async def test_a_drain_lets_a_response_in_pieces_end(run: Run) -> None:
+    upstream = pieces(run, HEAD + b"Content-Length: 6\r\n\r\nabc", b"def")
+    service = HttpProxy(dialler())
+    client = Client(*await run(service).open())
+    client.writer.write(get(upstream.origin))
+    upstream.go.release()
+    await client.reader.readuntil(b"abc")
+    service.drain()
+    upstream.go.release()
+    assert await client.reader.read() == b"def"
+    client.writer.close()

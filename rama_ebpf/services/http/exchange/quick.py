@@ -58,6 +58,24 @@ class Marks(NamedTuple):
     via: dict[str, bytes | None]
 
 
+class PouredBody(Protocol):
+    """The body of a response that comes in pieces (:class:`~..h1.body.ResponseBody`)."""
+
+    trailers: Headers | None
+
+    @property
+    def over(self) -> bool: ...
+
+    @property
+    def failed(self) -> bool: ...
+
+    def broke_off(self, error: OSError) -> None: ...
+
+    def take_ahead(self) -> bytes: ...
+
+    def take(self, data: bytes) -> list[bytes]: ...
+
+
 class ReadyConnection(Protocol):
     """A connection to an upstream over which one request can be sent and answered in callbacks
     (:class:`~..h1.client.H1ClientConnection`)."""
@@ -91,6 +109,21 @@ class ReadyConnection(Protocol):
     def received(self, data: bytes) -> ResponseBegun | None: ...
 
     def response(self, head: ResponseBegun) -> Response: ...
+
+    @property
+    def body(self) -> PouredBody | None: ...
+
+    @property
+    def body_seconds(self) -> float: ...
+
+    @property
+    def movable(self) -> int: ...
+
+    def carries(self, response: Response) -> bool: ...
+
+    def finish_now(self) -> None: ...
+
+    def abort_now(self) -> None: ...
 
     async def receive(self, request: Request) -> Response: ...
 

@@ -49,6 +49,8 @@ class _Receiver(_Carrier, Protocol):
     @property
     def released(self) -> bool: ...
 
+    def receive_content(self, data: bytes) -> None: ...
+
     def next_content(self) -> Event: ...
 
     async def finish(self) -> None: ...
@@ -196,6 +198,42 @@ class ResponseBody(_PacedBody):
             self._over = True
             self.trailers = event.trailers
         return self._over
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will be read of it; it may have broken off."""
+        return self._over
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has broken off."""
+        return self._error is not None
+
+    def broke_off(self, error: OSError) -> None:
+        """The upstream was lost."""
+        self._broke(error)
+
+    def take_ahead(self) -> bytes:
+        """Take what was read of it and not asked for yet."""
+        ahead, self._ahead = self._ahead, None
+        return b"" if ahead is None else ahead.data
+
+    def take(self, data: bytes) -> list[bytes]:
+        """Take ``data`` that came from the upstream, b"" at its end, and return the content in it. Afterwards it may be
+        :attr:`over`."""
+        pieces: list[bytes] = []
+        try:
+            self._connection.receive_content(data)
+            while isinstance(event := self._connection.next_content(), Content):
+                self._pace.received += len(event.data)
+                pieces.append(event.data)
+        except MalformedMessage as error:
+            self._broke(error)
+            return pieces
+        if isinstance(event, End):
+            self._over = True
+            self.trailers = event.trailers
+        return pieces
 
     async def settle(self) -> None:
         """Free the connection of a body that is over."""

@@ -497,6 +497,40 @@ class H1ClientConnection:
             await self.stream.close()
             self.release()
 
+    def finish_now(self) -> None:
+        """As :meth:`finish`, on a connection that callbacks have."""
+        strict = self._strict
+        if strict.reusable:
+            strict.next_cycle()
+            self.reusable = True
+        else:
+            self.close_now()
+        self.release()
+
+    def abort_now(self) -> None:
+        """As :meth:`abort`, on a connection that callbacks have."""
+        self._deadline.close()
+        self.stream.abort()
+        self.release()
+
+    def carries(self, response: Response) -> bool:
+        """Whether the body of ``response`` is what comes over this connection, and nothing that stands around it."""
+        return response.body is self._body
+
+    @property
+    def body(self) -> ResponseBody | None:
+        """That of the latest response, if it was not here whole."""
+        return self._body
+
+    @property
+    def body_seconds(self) -> float:
+        """How long the upstream may send nothing of a body."""
+        return self._timeouts.body
+
+    def receive_content(self, data: bytes) -> None:
+        """Take bytes of the current response's body, b"" at the upstream's end."""
+        self._strict.receive(data)
+
     def next_content(self) -> Event:
         """Return the next piece of the current response's body, its end, or NEED_DATA."""
         return self._strict.next_event()

@@ -13,7 +13,7 @@ from ....core.socket_stream import SocketStream
 from ..exchange.quick import Exchange, ResponseBegun
 from ..exchange.running import RunningRequest
 from ..message.errors import HttpError
-from ..message.model import Request
+from ..message.model import Request, Response
 from .body import NO_BODY
 from .heads import RequestHead
 from .reader import NEED_DATA, Event
@@ -25,6 +25,9 @@ __all__ = ["LINGER_BYTES", "Handover", "QuickPath"]
 
 LINGER_BYTES: Final = 64 * 1024 * 1024
 """How much of what a client sends behind its last response is dropped."""
+_READS_PER_TURN: Final = 8
+_WORTH_MOVING: Final = 128 * 1024
+"""Bytes that are left of a body for which the coroutine is worth it (:mod:`.bulk`)."""
 _DROPPED: Final = 4096
 _DROPS_PER_TURN: Final = 64
 
@@ -41,7 +44,8 @@ _ODD: Final = frozenset({204, 304, 426})
 class Handover(NamedTuple):
     """What the coroutine gets: a request's ``head`` that it must serve (None: the client has closed), and how far
     that has come: an ``exchange`` under way; or ``rest``, bytes of a response to be written, behind which the request
-    is over, and which is ``running`` no more if there are none. ``failure`` is what has gone wrong."""
+    is over, and which is ``running`` no more if there are none; or a ``response``, and if that has begun ``unsent``,
+    what is to be sent of it next. ``failure`` is what has gone wrong."""
 
     head: RequestHead | None = None
     request: Request | None = None
@@ -49,6 +53,8 @@ class Handover(NamedTuple):
     exchange: Exchange | None = None
     rest: memoryview | None = None
     failure: Exception | None = None
+    response: Response | None = None
+    unsent: bytes | None = None
 
 
 class QuickPath:
@@ -67,18 +73,20 @@ class QuickPath:
         self._request: Request | None = None
         self._running: RunningRequest | None = None
         self._left: int | None = None
+        self._poured: Response | None = None
         self._exchange: Exchange | None = None
 
     async def serve(self) -> Handover:
         """Serve requests until one is the coroutine's. Raises OSError if the kernel watches no more sockets."""
         return await self._lane.park(self._begin)
 
-    def under_way(self, failure: Exception | None = None) -> Handover:
+    def under_way(self, failure: Exception | None = None, unsent: bytes = b"") -> Handover:
         """Give up what is under way, if anything is: the coroutine goes on with it."""
-        found = Handover(self._head, self._request, self._running, self._exchange, failure=failure)
+        begun = None if self._poured is None else unsent
+        found = Handover(self._head, self._request, self._running, self._exchange, None, failure, self._poured, begun)
         if self._exchange is not None:
             self._exchange.connection.lend(None)
-        self._head = self._request = self._running = self._exchange = None
+        self._head = self._request = self._running = self._exchange = self._poured = None
         return found
 
     def _begin(self) -> None:
@@ -223,18 +231,94 @@ class QuickPath:
                 if not sent:
                     return
                 self._server.waits_for_upstream(connection.patience)
-            while (data := connection.plain.read_now(_READ)) is not None:
+            for _ in range(_READS_PER_TURN):
+                try:
+                    data = connection.plain.read_now(_READ)
+                except OSError as error:
+                    self._upstream_lost(exchange, error)
+                    return
+                if data is None:
+                    return
+                if self._poured is not None:
+                    if not self._pour(exchange, data):
+                        return
+                    continue
                 response = connection.received(data)
                 if response is not None and connection.whole:
                     self._respond(exchange, response)
                     return
-                if response is not None or connection.stuck:
+                if response is not None:
+                    if not self._begin_to_pour(exchange, response):
+                        return
+                elif connection.stuck:
                     self._lane.resume(self.under_way())
                     return
-        except OSError:
-            self._lane.resume(self.under_way())
+            self._server.loop.call_soon(self._upstream_ready)  # others want their turn
         except Exception as error:  # noqa: BLE001  # the coroutine raises it
             self._lane.resume(self.under_way(error))
+
+    def _upstream_lost(self, exchange: Exchange, error: OSError) -> None:
+        body = exchange.connection.body
+        if self._poured is not None and body is not None:
+            body.broke_off(error)  # an end that was read behind it would look like one in order
+            exchange.connection.abort_now()
+        self._lane.resume(self.under_way())
+
+    # A response that comes in pieces goes on in pieces, until the client does not take one.
+
+    def _begin_to_pour(self, exchange: Exchange, begun: ResponseBegun) -> bool:
+        """Send a response as far as it is here; return false if the coroutine goes on."""
+        server, head, running, body = self._server, self._head, self._running, exchange.connection.body
+        assert head is not None
+        assert running is not None
+        connection = exchange.connection
+        # Where much is left splice(2) is quicker, which the coroutine knows.
+        if body is None or body.over or connection.movable >= _WORTH_MOVING:
+            self._lane.resume(self.under_way())
+            return False
+        response = exchange.finish(connection.response(begun))
+        out = server.responses.begin(head, response, draining=server.draining) if connection.carries(response) else None
+        if out is None:
+            self._lane.resume(self.under_way()._replace(response=response))
+            return False
+        self._poured = response
+        running.responded(begun.status)
+        server.waits_for_upstream(connection.body_seconds)
+        ahead = body.take_ahead()
+        return self._send(out + self._strict.writer.content(ahead) if ahead else out)
+
+    def _pour(self, exchange: Exchange, data: bytes) -> bool:
+        """Send what has come of a body; return false if that was all, or the coroutine goes on."""
+        server, body, writer = self._server, exchange.connection.body, self._strict.writer
+        assert body is not None
+        out = b"".join([writer.content(piece) for piece in body.take(data)])
+        if body.failed:
+            exchange.connection.abort_now()
+            self._lane.resume(self.under_way(unsent=out))
+            return False
+        if not body.over:
+            server.waits_for_upstream(exchange.connection.body_seconds)
+            return not out or self._send(out)
+        head, request, running = self._head, self._request, self._running
+        assert head is not None
+        assert running is not None
+        out += writer.end(body.trailers if head.accepts_trailers else None)
+        exchange.connection.lend(None)
+        exchange.connection.finish_now()
+        self._head = self._request = self._running = self._exchange = self._poured = None
+        self._sent(head, request, running, out)
+        return False
+
+    def _send(self, out: bytes) -> bool:
+        try:
+            sent = self._stream.write_now(out)
+        except OSError as error:
+            self._lane.resume(self.under_way(error))
+            return False
+        if sent < len(out):
+            self._lane.resume(self.under_way(unsent=out[sent:]))
+            return False
+        return True
 
     def _respond(self, exchange: Exchange, response: ResponseBegun) -> None:
         server, head, request, running = self._server, self._head, self._request, self._running
@@ -260,8 +344,17 @@ class QuickPath:
                 told = exchange.finish(connection.response(response))
                 out = server.responses.whole(head, NO_BODY, told, draining=server.draining)
             running.responded(response.status)
-            sent = self._stream.write_now(out)
         except Exception as error:  # noqa: BLE001  # the coroutine raises it
+            self._lane.resume(Handover(head, request, running, failure=error))
+            return
+        self._sent(head, request, running, out)
+
+    def _sent(self, head: RequestHead, request: Request | None, running: RunningRequest, out: bytes) -> None:
+        """Send the last of a response."""
+        server = self._server
+        try:
+            sent = self._stream.write_now(out) if out else 0
+        except OSError as error:
             self._lane.resume(Handover(head, request, running, failure=error))
             return
         if sent < len(out):

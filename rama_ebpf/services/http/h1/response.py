@@ -10,7 +10,7 @@ from ....core.stream import Stream
 from ..message.headers import Headers
 from ..message.limits import HttpTimeouts
 from ..message.model import Body, Response
-from .body import RequestBody
+from .body import NO_BODY, RequestBody
 from .bulk import move, worth_moving
 from .heads import RequestHead
 from .reader import StrictConnection
@@ -77,6 +77,16 @@ class ResponseSender:
             return
         if content.ready:
             out += writer.content(await content.next())
+        await self.go_on(out, head, content)
+
+    def begin(self, head: RequestHead, response: Response, *, draining: bool) -> bytes | None:
+        """Return the header section of a response whose body is to follow; None if it has none."""
+        out, bodiless = self._head(head, NO_BODY, response, draining=draining)
+        return None if bodiless else out
+
+    async def go_on(self, out: bytes, head: RequestHead, content: Body) -> None:
+        """Write ``out``, and the rest of a body behind it. Raises as :meth:`send`."""
+        writer = self._strict.writer
         size = 0
         while True:
             await self.write(out)

@@ -119,8 +119,10 @@ class H1ServerConnection:
         request: Request | None = None,
         running: RunningRequest | None = None,
         service: Service[Request, Response] | None = None,
+        begun: bytes | None = None,
     ) -> bool:
-        """Serve the request with this head, or go on with it from where callbacks have left it."""
+        """Serve the request with this head, or go on with it from where callbacks have left it: they may have ``begun``
+        to send the response, of which this is to be sent next."""
         body = NO_BODY
         if request is None and head.length == 0:
             self.strict.next_event()  # its end, unless callbacks have had it
@@ -131,7 +133,7 @@ class H1ServerConnection:
         if running is None:
             running = self.begin(request)
         try:
-            upgraded = await self._exchange(head, body, request, running, service)
+            upgraded = await self._exchange(head, body, request, running, service, begun)
         except BaseException as error:
             running.ended(error)
             raise
@@ -177,7 +179,10 @@ class H1ServerConnection:
                 if self._idle:
                     return await self._give_up()
                 raise MalformedMessage("the request's header section did not come in time", 408) from error
-            failure = found.exchange.connection.late()
+            if found.unsent is None:
+                failure = found.exchange.connection.late()
+            else:
+                failure = HttpError(502, "the upstream's response broke off: no byte in time", close=True)
             await found.exchange.connection.abort()
             found = found._replace(failure=failure)
         except OSError as error:
@@ -202,18 +207,27 @@ class H1ServerConnection:
         exchange = found.exchange
         if exchange is None:
             return await self._serve_head(found.head, found.request)
+        response = found.response
+        if found.failure is not None and found.unsent is not None:
+            # Too late for another response.
+            await exchange.connection.abort()
+            assert found.running is not None
+            found.running.ended(found.failure)
+            raise found.failure
         if found.failure is not None and not isinstance(found.failure, HttpError):
             await exchange.connection.abort()
 
         async def answer(request: Request) -> Response:
             try:
+                if response is not None and found.failure is None:
+                    return response
                 if found.failure is not None:
                     raise found.failure
                 return exchange.finish(await exchange.connection.receive(exchange.request))
             except (HttpError, ConnectError) as error:
                 return await exchange.recover(request, error)
 
-        return await self._serve_head(found.head, found.request, found.running, answer)
+        return await self._serve_head(found.head, found.request, found.running, answer, found.unsent)
 
     async def _write_rest(self, rest: memoryview, running: RunningRequest | None) -> bool:
         """Write what is left of a response; ``running`` is its request, None if that has ended."""
@@ -292,6 +306,7 @@ class H1ServerConnection:
         request: Request,
         running: RunningRequest,
         service: Service[Request, Response] | None,
+        begun: bytes | None,
     ) -> bool:
         """Answer a request, by ``service`` if one is given; return whether the connection was switched to another
         protocol, which is over."""
@@ -300,6 +315,9 @@ class H1ServerConnection:
         try:
             response = await self._served.answer(request, self._stream.peer, service)
             try:
+                if begun is not None:
+                    await self.responses.go_on(begun, head, response.body)
+                    return False
                 running.responded(response.status)
                 if response.upgrade is None:
                     await self.responses.send(head, body, response, draining=self.draining)
