@@ -86,7 +86,7 @@ def _taken(instance: Instance, config: Config) -> list[str]:
 
 
 def _show(args: argparse.Namespace) -> int:
-    values = effective(load_config(args.file))
+    values = effective(load_config(args.file), hidden=True)
     if args.json:
         print_json(values)
     else:

@@ -12,6 +12,7 @@ from ..process import Application, WorkerContext
 from ..relay import RelayKind, RelayOptions
 from .build import BuildEnvironment, build_stack
 from .load import config_of
+from .routes import make_routes
 
 __all__ = ["application"]
 
@@ -32,6 +33,9 @@ def application(context: WorkerContext) -> Application:
         egress=context.egress,
         directory=str(context.params["directory"]),
         call=lambda factory: factory(context),
+        routes=make_routes(config.routes, config.ways),
+        route_key=bytes.fromhex(str(context.params.get("route_key", "")) or "00" * 32),
+        observe_way=context.observe_way,
     )
     stacks = {
         name: build_stack(stack_config, replace(environment, stack=name))

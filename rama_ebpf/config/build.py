@@ -21,6 +21,8 @@ from ..services.connect import Egress, Resolver
 from ..services.refusal import SourceShareLayer
 from .layers import Shared, SourceKeeper, last_header, trusted_peers
 from .model import Config, StackConfig
+from .reverse import ReverseSettings
+from .routes import RouteBook, make_routes
 
 __all__ = ["BuildEnvironment", "build_stack", "check_stack"]
 
@@ -42,6 +44,11 @@ class BuildEnvironment:
     observe_refusal: Callable[[str], None] | None = None
     observe_check: Callable[[str], None] | None = None
     connector: Service[Authority, Stream] | None = None
+    routes: RouteBook | None = None
+    route_key: bytes = bytes(32)
+    """What the choices of groups are hashed with; the same after a restart."""
+    observe_way: Callable[[str, str], None] | None = None
+    """Is told the way and the outcome of attempts."""
     exempt: tuple[IPv4Network | IPv6Network, ...] = ()
     counts: Counts | None = None
     """What sources hold, over all workers; each worker makes it before anything else that is shared."""
@@ -86,7 +93,7 @@ class BuildEnvironment:
 def build_stack(config: StackConfig, environment: BuildEnvironment) -> Service[Stream, Any]:
     """Compose one stack. Raises :class:`~rama_ebpf.core.errors.StackError`, ValueError, OSError or RamaError."""
     environment = replace(environment, exempt=trusted_peers(config.service))
-    connector = config.connect.make(environment)
+    connector = config.connect.make(environment, routed=not isinstance(config.service, ReverseSettings))
     service = config.service.make(environment, connector)
     layers = [layer.make(replace(environment, connector=connector)) for layer in config.layers]
     if environment.limits.connections:
@@ -120,7 +127,14 @@ def check_stack(config: Config, stack_config: StackConfig, directory: str) -> No
         return stand_in
 
     environment = BuildEnvironment(
-        _NoClients(), bytes(32), None, resolver, config.egress.policy(), directory, only_look
+        _NoClients(),
+        bytes(32),
+        None,
+        resolver,
+        config.egress.policy(),
+        directory,
+        only_look,
+        routes=make_routes(config.routes, config.ways),
     )
     try:
         build_stack(stack_config, environment)

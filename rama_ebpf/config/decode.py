@@ -137,6 +137,8 @@ class Decoder:
             return kind.parse(value)
         except ValueError as error:
             shown = f'"{value}"' if isinstance(value, str) else _toml_word(value)
+            if kind.hide is not None:
+                shown = f'"{kind.hide(value)}"' if isinstance(value, str) else "what is written"
             self.complain(path, f"{shown}: {error}")
             return _BAD
 
@@ -237,19 +239,20 @@ def describe(kind: AnyKind) -> str:
     return "table"
 
 
-def encode(value: Any, kind: AnyKind) -> Any:
-    """Return the plain value of a decoded one; settings that are None by default, and still are, are left out."""
+def encode(value: Any, kind: AnyKind, *, hidden: bool = False) -> Any:
+    """Return the plain value of a decoded one; settings that are None by default, and still are, are left out. With
+    ``hidden`` passwords are left out as well, and it cannot be decoded again."""
     if isinstance(kind, Kind):
-        return kind.show(value)
+        return kind.hide(value) if hidden and kind.hide is not None else kind.show(value)
     if isinstance(kind, ListOf):
-        return [encode(item, kind.kind) for item in value]
+        return [encode(item, kind.kind, hidden=hidden) for item in value]
     if isinstance(kind, MapOf):
-        return {key: encode(item, kind.kind) for key, item in value.items()}
+        return {key: encode(item, kind.kind, hidden=hidden) for key, item in value.items()}
     if isinstance(kind, Choice):
         name = next(name for name, type_ in kind.types.items() if type(value) is type_)
-        return {name: encode(value, Table(type(value)))}
+        return {name: encode(value, Table(type(value)), hidden=hidden)}
     return {
-        f.name: encode(item, f.metadata["kind"])
+        f.name: encode(item, f.metadata["kind"], hidden=hidden)
         for f in settings_of(kind.type)
         if (item := getattr(value, f.name)) is not None or f.default is not None
     }

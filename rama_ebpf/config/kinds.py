@@ -54,6 +54,8 @@ class Kind(Generic[T]):
     is_path: bool = False
     is_secret: bool = False
     """A path of what nobody else may read."""
+    hide: Callable[[str], str] | None = None
+    """What of the value may be shown, where not all of it."""
 
 
 def _need(value: object, kinds: type | tuple[type, ...], wanted: str) -> None:

@@ -23,6 +23,7 @@ from ..layers.strikes import StrikeKeeper, StrikeLayer
 from ..layers.throttle import Bandwidth, ThrottleLayer
 from ..layers.timeout import TimeoutLayer
 from ..layers.trace import TraceLayer
+from ..process.ways import SharedBoard
 from ..services.connect import Egress, Resolver
 from ..services.proxy_protocol import ProxyHeader, ProxyProtocolLayer
 from .decode import ListOf, setting
@@ -58,7 +59,13 @@ __all__ = [
 _PER: Final[Kind[str]] = choice("listener", "source")
 
 
-class Shared(SharesCounts, SharesBuckets, SharesProven, Protocol):
+class SharesBoard(Protocol):
+    """Who keeps the health of ways for several processes."""
+
+    def board(self) -> SharedBoard: ...
+
+
+class Shared(SharesCounts, SharesBuckets, SharesProven, SharesBoard, Protocol):
     """What counts for all workers together."""
 
 

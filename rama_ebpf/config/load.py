@@ -10,11 +10,14 @@ from typing import Any
 
 from ..core.binding import Binding, conflict
 from ..core.errors import RamaError
+from ..routes.model import RouteError
 from .build import check_stack
 from .decode import Decoder
 from .limits import beyond_limits, does_not_compile
 from .model import Config
 from .policy import located
+from .positions import Path
+from .routes import make_routes
 from .toml import ConfigError, read_toml
 
 __all__ = ["ConfigError", "config_of", "load_config"]
@@ -63,6 +66,17 @@ def _check_whole(config: Config, decoder: Decoder, directory: str) -> None:
     for index, rule in enumerate(config.policy.rules):
         if rules.setdefault(rule.name, index) != index:
             decoder.complain(("policy", "rules", index, "name"), f'there are two rules "{rule.name}"')
+    try:
+        make_routes(config.routes, config.ways)
+    except RouteError as error:
+        decoder.complain(_place(config, error.where), str(error))
+        return
+    for index, route in enumerate(config.routes):
+        for position, listener_name in enumerate(route.listeners):
+            if listener_name not in config.listeners:
+                known = ", ".join(sorted(config.listeners)) or "none"
+                text = f'there is no listener "{listener_name}"; there are {known}'
+                decoder.complain(("routes", index, "listeners", position), text)
     for name, stack in config.stacks.items():
         try:
             check_stack(config, stack, directory)
@@ -98,3 +112,12 @@ def _doubly_bound(config: Config) -> Iterator[tuple[tuple[str | int, ...], str]]
                     )
                     break
             others.append((name, str(binding), binding))
+
+
+def _place(config: Config, where: tuple[str, str]) -> Path:
+    """Where the route or way stands that an error is about."""
+    kind, name = where
+    if kind == "way":
+        return ("ways", name)
+    indexes = [index for index, route in enumerate(config.routes) if route.name == name]
+    return ("routes", indexes[-1]) if indexes else ("routes",)

@@ -32,6 +32,7 @@ from .kinds import (
 )
 from .layers import LAYERS, LayerSettings, check_order
 from .policy import PolicyConfig, RuleConfig
+from .routes import WAYS, RouteSettings, WaySettings
 from .services import SERVICES, ConnectSettings, ServiceSettings
 
 __all__ = [
@@ -266,4 +267,8 @@ class Config:
     egress: EgressConfig = setting(Table(EgressConfig), "where to", factory=EgressConfig)
     resolver: ResolverConfig = setting(Table(ResolverConfig), "names", factory=ResolverConfig)
     limits: LimitsConfig = setting(Table(LimitsConfig), "sizes", factory=LimitsConfig)
+    routes: tuple[RouteSettings, ...] = setting(
+        ListOf(Table(RouteSettings)), "which way out; see routes.md", default=()
+    )
+    ways: Mapping[str, WaySettings] = setting(MapOf(Choice("way", WAYS)), "by name", factory=dict)
     sandbox: SandboxConfig = setting(Table(SandboxConfig), "workers' files", factory=SandboxConfig)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..services.tls.certs import pairs_in
 from .files import named_files
 from .model import Config
+from .routes import ProxyWaySettings
 
 __all__ = ["exposures"]
 
@@ -18,9 +19,15 @@ def exposures(config: Config, file: str | os.PathLike[str]) -> list[str]:
     """Return a line for each file that others may change, or read although it holds secrets: ``file`` itself, and the
     keys, password files and key logs that it names. A group may read them, for the workers' user to be in it."""
     own = Path(file)
-    found = [_exposure(own, secret=any("@" in url for stack in config.stacks.values() for url in stack.connect.via))]
+    found = [_exposure(own, secret=_has_logins(config))]
     found += [_exposure(path, secret=True) for path in dict.fromkeys(_secrets(config))]
     return [text for text in found if text]
+
+
+def _has_logins(config: Config) -> bool:
+    urls = [url for stack in config.stacks.values() for url in stack.connect.via]
+    urls += [way.url for way in config.ways.values() if isinstance(way, ProxyWaySettings)]
+    return any("@" in url for url in urls)
 
 
 def _secrets(config: Config) -> Iterator[Path]:

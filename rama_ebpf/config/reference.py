@@ -18,6 +18,7 @@ from .decode import AnyKind, Choice, ListOf, MapOf, Table, describe, encode, is_
 from .kinds import Kind
 from .layers import LAYERS
 from .model import Config
+from .routes import WAYS
 from .services import SERVICES
 from .show import inline
 
@@ -25,12 +26,12 @@ __all__ = ["layers_reference", "reference", "with_reference"]
 
 
 def reference() -> str:
-    """Return the reference of the file's tables, and of the services that a stack can name."""
+    """Return the reference of the file's tables, of ways, and of the services that a stack can name."""
     lines: list[str] = []
     for path, type_ in _tables("", Config):
         if path:
             lines += _section("##", f"[{path}]", type_)
-    return _text([*lines, *_named("Services", SERVICES)])
+    return _text([*lines, *_named("Ways", WAYS), *_named("Services", SERVICES)])
 
 
 def layers_reference() -> str:

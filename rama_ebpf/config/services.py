@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -11,29 +13,37 @@ from typing import Any, Final, Protocol
 from ..core.address import Authority
 from ..core.auth import Authenticator
 from ..core.names import NameSet
-from ..core.service import Service, stack
+from ..core.service import Service, innermost, stack
 from ..core.shares import Held
 from ..core.stream import Stream
 from ..layers.auth import PasswordFile
 from ..layers.breaker import CircuitBreakerLayer
 from ..layers.check_queue import CheckQueue
 from ..layers.retry import RetryLayer
-from ..services.connect import ConnectError, Connector
+from ..routes.blame import Fault
+from ..routes.health import HealthLimits
+from ..routes.model import Chain, Route
+from ..routes.table import RouteTable
+from ..routes.ways import WayBook
+from ..services.connect import ConnectError, Connector, OneDeadlineLayer
 from ..services.forward import Forward, Transparent
 from ..services.http import DEFAULT_UPGRADES, HttpProxy, OriginOptions
 from ..services.http.layers import ProxyAuthLayer
 from ..services.proxy import mixed_proxy
+from ..services.route import RouteConnector, RoutedSocks, parse_parent
+from ..services.route.failure import WayFailed
 from ..services.socket_options import SocketOptions
 from ..services.socks5 import Binder, ReplyTiming, Socks5Server, UdpAssociator, UserLimits
-from ..services.upstream import parse_chain
 from .decode import ListOf, Table, setting
 from .http import ENGINE, HttpLimitSettings, HttpTimeoutSettings, check_upgrades
 from .kinds import AUTHORITY, BOOLEAN, DURATION, HOST_PATTERN, TARGET, TEXT, choice, file_path, integer, ip_literal
 from .layers import Environment, TargetsSettings
 from .reverse import HasLifecycle, ReverseSettings
+from .routes import PROXY_URL, RouteBook
 from .tls import TlsPassthroughSettings
 
 _PASSWORD_FILE: Final = file_path(secret=True)
+_SAID_NO: Final = frozenset({errno.EACCES, errno.EPERM, errno.EKEYREJECTED, errno.EOPNOTSUPP, errno.EAFNOSUPPORT})
 
 __all__ = ["SERVICES", "ConnectSettings", "ServiceEnvironment", "ServiceSettings"]
 
@@ -43,6 +53,22 @@ class ServiceEnvironment(Environment, HasLifecycle, Protocol):
 
     def call(self, factory: Any) -> Any:
         """Call a function that makes a service."""
+
+    @property
+    def stack(self) -> str:
+        """The name of the stack."""
+
+    @property
+    def routes(self) -> RouteBook | None:
+        """The routes of the configuration."""
+
+    @property
+    def route_key(self) -> bytes:
+        """What the choices of groups are hashed with."""
+
+    @property
+    def observe_way(self) -> Callable[[str, str], None] | None:
+        """Is told the way and the outcome of attempts."""
 
 
 class ServiceSettings(Protocol):
@@ -76,7 +102,7 @@ class ConnectSettings:
     source_v6: str | None = setting(ip_literal(6), "address of ours to connect from", default=None)
     interface: str | None = setting(TEXT, "device that packets must use", default=None)
     via: tuple[str, ...] = setting(
-        ListOf(TEXT),
+        ListOf(PROXY_URL),
         'proxies to go through, the nearest first: "socks5://user:password@host:1080", "http://…"',
         default=(),
     )
@@ -84,16 +110,20 @@ class ConnectSettings:
     breaker: BreakerSettings | None = setting(Table(BreakerSettings), "circuit breaker", default=None)
     targets: TargetsSettings | None = setting(Table(TargetsSettings), "which targets may be asked for", default=None)
 
+    routes: bool | None = setting(
+        BOOLEAN, "follow [[routes]]: every service does where there are some, but reverse", default=None
+    )
+    tries: int = setting(integer(1, 32), "attempts in all, over ways and their addresses", default=6)
+    late: float = setting(DURATION, "an attempt that takes longer has another one begun beside it", default=0.5)
+
     def __post_init__(self) -> None:
-        if self.via:
-            parse_chain(self.via)  # raises ValueError for a URL that is none
         self._options()
 
     def _options(self) -> SocketOptions:
         return SocketOptions(interface=self.interface)
 
-    def make(self, environment: ServiceEnvironment) -> Service[Authority, Stream]:
-        """Compose the connector."""
+    def make(self, environment: ServiceEnvironment, *, routed: bool = True) -> Service[Authority, Stream]:
+        """Compose the connector; ``routed`` says whether the service follows routes where nothing is said."""
         connector = Connector(
             environment.resolver,
             environment.egress,
@@ -105,13 +135,73 @@ class ConnectSettings:
         layers: list[object] = []
         if self.targets is not None:
             layers.append(self.targets.make(environment))
-        if self.breaker is not None:
+        book = environment.routes if (routed if self.routes is None else self.routes) else None
+        if self.routes and environment.routes is None:
+            raise ValueError("connect.routes: there are no [[routes]]")
+        if book is not None and (self.via or self.source_v4 or self.source_v6 or self.interface):
+            raise ValueError(
+                "connect says via, source or interface beside [[routes]]: make a way of it, or say routes = false here"
+            )
+        if self.breaker is not None and not self.via:
             layers.append(CircuitBreakerLayer(ConnectError, failures=self.breaker.failures, pause=self.breaker.pause))
         if self.retry is not None:
-            layers.append(RetryLayer(ConnectError, attempts=self.retry.attempts, backoff=self.retry.backoff))
-        if self.via:
-            layers.append(parse_chain(self.via))
-        return stack(*layers, connector)
+            layers.append(OneDeadlineLayer(self.timeout))
+            layers.append(
+                RetryLayer(
+                    ConnectError, attempts=self.retry.attempts, backoff=self.retry.backoff, retryable=_may_do_better
+                )
+            )
+        if book is None and not self.via:
+            return stack(*layers, connector)
+        book = self._via(environment.stack) if book is None else book
+        shared = environment.shared
+        ways = RouteConnector(
+            book.table,
+            book.ways,
+            connector,
+            timeout=self.timeout,
+            tries=self.tries,
+            late=self.late,
+            board=None if shared is None else shared.board(),
+            overrides=dict if shared is None else shared.board().overrides,
+            secret=environment.route_key,
+            observe=environment.observe_way,
+        )
+        return stack(*layers, ways)
+
+    def _via(self, name: str) -> RouteBook:
+        """One route through these proxies."""
+        limits = HealthLimits()
+        if self.breaker is not None:
+            pause = self.breaker.pause
+            limits = HealthLimits(self.breaker.failures, 1, pause, max(pause, limits.longest))
+        own = f"via-{zlib.crc32(name.encode()):08x}"
+        if len(self.via) == 1:
+            return RouteBook(RouteTable([Route("via", own)]), WayBook({own: parse_parent(self.via[0], limits=limits)}))
+        hops = {f"{own}-{number}": parse_parent(url) for number, url in enumerate(self.via, 1)}
+        ways = WayBook({**hops, own: Chain(tuple(hops), limits)})
+        return RouteBook(RouteTable([Route("via", own)]), ways)
+
+
+def _may_do_better(_target: object, error: Exception) -> bool:
+    """Whether another attempt may end otherwise: not where somebody has said no."""
+    if isinstance(error, WayFailed):
+        return error.fault is Fault.WAY
+    return not isinstance(error, OSError) or error.errno not in _SAID_NO
+
+
+def _socks_ways(connector: Service[Authority, Stream], *, udp: bool) -> RoutedSocks | None:
+    """How UDP and BIND go out. Raises ValueError where no datagram could."""
+    routed = innermost(connector)
+    if not isinstance(routed, RouteConnector):
+        return None
+    ways = RoutedSocks(routed)
+    leaves = [leaf for route in routed.table.routes for leaf in routed.ways.leaves(route.way)]
+    if udp and not any(map(ways.carries, leaves)):
+        raise ValueError(
+            "udp: no way can carry datagrams: only direct ones and a single socks5:// proxy do, so leave udp out"
+        )
+    return ways
 
 
 def _authenticator(environment: Environment, users: str | None) -> Authenticator | None:
@@ -134,9 +224,11 @@ class Socks5Settings:
     user_connections: int | None = setting(
         integer(1, 1_000_000), "that one user may have at a time, over all workers", default=None
     )
-    udp: bool = setting(BOOLEAN, "serve UDP ASSOCIATE; its datagrams do not go by way of connect", default=False)
+    udp: bool = setting(
+        BOOLEAN, "serve UDP ASSOCIATE; its datagrams take the routes, or connect.via, or are refused", default=False
+    )
     udp_idle: float = setting(DURATION, "without a datagram from the client", default=120.0)
-    bind: bool = setting(BOOLEAN, "serve BIND; nor does it", default=False)
+    bind: bool = setting(BOOLEAN, "serve BIND, likewise", default=False)
     advertise: tuple[str, ...] = setting(
         ListOf(ip_literal()), "our addresses as clients behind NAT see them, one a family, for UDP and BIND", default=()
     )
@@ -168,6 +260,7 @@ class Socks5Settings:
             auth_optional=self.auth_optional,
             limits=None if self.user_connections is None else lambda _user: user,
             shared=environment.shared,
+            ways=_socks_ways(connector, udp=self.udp),
             socks4=self.users is None,
             reply=ReplyTiming(self.reply),
             handshake_timeout=self.handshake,

@@ -12,9 +12,10 @@ from .model import Config
 __all__ = ["effective", "inline", "to_toml"]
 
 
-def effective(config: Config) -> dict[str, Any]:
-    """Return the values of a configuration, defaults included; :func:`~.load.config_of` reads them back."""
-    return cast("dict[str, Any]", encode(config, Table(Config)))
+def effective(config: Config, *, hidden: bool = False) -> dict[str, Any]:
+    """Return the values of a configuration, defaults included; :func:`~.load.config_of` reads them back. With
+    ``hidden`` they are for people: without passwords."""
+    return cast("dict[str, Any]", encode(config, Table(Config), hidden=hidden))
 
 
 def to_toml(values: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "SOURCE_REFUSALS",
     "TUNNELS",
     "TUNNELS_CLOSED",
+    "WAY_ATTEMPTS",
 ]
 
 _BY_LISTENER: Final = ("listener",)
@@ -81,6 +82,12 @@ HTTP_SLOW_REQUESTS: Final = Counter(
 )
 PASSWORD_CHECKS: Final = Counter(
     "rama_password_checks", "Passwords that had to be checked, by outcome: right, wrong, busy or dropped.", ("outcome",)
+)
+WAY_ATTEMPTS: Final = Counter(
+    "rama_way_attempts",
+    "Attempts to connect by a way of the configuration: connected, or whose fault it was (way, unable, login, doubt, "
+    "target, late).",
+    ("way", "outcome"),
 )
 SOURCE_REFUSALS: Final = Counter(
     "rama_source_refusals", "What was refused because one source held as much of it as one may.", ("held",)

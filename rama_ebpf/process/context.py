@@ -42,7 +42,8 @@ class WorkerContext:
 
     ``observe_lookups`` is for a resolver of the application's own: where metrics are kept, it counts there. So does
     ``observe_refusal``, for a :class:`~rama_ebpf.core.shares.SourceShare`, and ``observe_check``, for a
-    :class:`~rama_ebpf.layers.check_queue.CheckQueue`.
+    :class:`~rama_ebpf.layers.check_queue.CheckQueue`, and ``observe_way``, for a
+    :class:`~rama_ebpf.services.route.RouteConnector`.
 
     ``policy`` judges and bans sources, ``egress`` says where targets may be, and :meth:`connector` dials them.
     ``secret`` is 32 random bytes that all workers of this server share, replacements too, and nobody else: for
@@ -62,6 +63,7 @@ class WorkerContext:
     observe_lookups: Callable[[str, float], None] | None = None
     observe_refusal: Callable[[str], None] | None = None
     observe_check: Callable[[str], None] | None = None
+    observe_way: Callable[[str, str], None] | None = None
 
     def share(self, held: Held, limit: int | None = None) -> SourceShare:
         """Return a new count of what each source holds, ``limit`` at most (None: as is usual, 0: any number), for all

@@ -22,6 +22,7 @@ from typing import Final
 
 from ..core.errors import LimitExceeded
 from ..core.proven import PROVEN_BYTES, proven_token
+from .ways import SharedBoard, board_bytes
 
 __all__ = ["SharedBuckets", "SharedCounts", "SharedProven", "SharedTable", "TableFull"]
 
@@ -31,6 +32,7 @@ _CELL: Final = 4
 _PROVEN: Final = struct.Struct(f"={PROVEN_BYTES}sd")
 _PROVEN_SETS: Final = 4096
 _PROVEN_WAYS: Final = 4
+_PROVEN_BYTES: Final = _PROVEN_SETS * _PROVEN_WAYS * _PROVEN.size
 
 
 class TableFull(LimitExceeded):
@@ -55,7 +57,9 @@ class SharedTable:
         self.times = memory[_ROWS * 8 : _ROWS * 16].cast("d")
         """The time of each row, CLOCK_MONOTONIC seconds: one clock for all processes of a host."""
         self._cells = memory[_ROWS * 16 : _counted(columns)].cast("I")
-        self._proven = memory[_counted(columns) :]
+        self._proven = memory[_counted(columns) : _counted(columns) + _PROVEN_BYTES]
+        ways = memory[_counted(columns) + _PROVEN_BYTES :]
+        self._board = SharedBoard(ways, columns, own, self.lock, self.unlock)
 
     @staticmethod
     def create(columns: int) -> int:
@@ -69,6 +73,11 @@ class SharedTable:
         for row, count in enumerate(self._cells[column :: self._columns].tolist()):
             if count:
                 self._cells[row * self._columns + column] = 0
+        self._board.wipe(column)
+
+    def board(self) -> SharedBoard:
+        """Return the health of ways, which those of earlier configurations are among."""
+        return self._board
 
     def counts(self) -> SharedCounts:
         """Return a new space of keys for counts. Workers that make theirs in the same order share them."""
@@ -140,7 +149,7 @@ def _counted(columns: int) -> int:
 
 
 def _size(columns: int) -> int:
-    return _counted(columns) + _PROVEN_SETS * _PROVEN_WAYS * _PROVEN.size
+    return _counted(columns) + _PROVEN_BYTES + board_bytes(columns)
 
 
 class SharedProven:

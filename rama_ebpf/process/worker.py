@@ -42,6 +42,8 @@ _HEARTBEAT_SECONDS: Final = 0.5
 
 # What the standard library imports only when it is needed: after the change of user the files may be out of reach,
 # where the package is installed under a home directory.
+_MOST_WAYS: Final = 500
+"""How many ways are told apart in metrics."""
 _LAZY_IMPORTS: Final = ("encodings.idna", "stringprep", "unicodedata", "concurrent.futures.thread", "traceback")
 
 
@@ -101,6 +103,7 @@ class _Worker:
             observe_lookups=observe,
             observe_refusal=_refusal_observer(),
             observe_check=_check_observer(),
+            observe_way=_way_observer(),
         )
         self._application: Application | None = None
         self._confinement: Confinement | None = None
@@ -290,6 +293,22 @@ def _check_observer() -> Callable[[str], None] | None:
         from ..metrics.definitions import PASSWORD_CHECKS  # see there why so late
 
         PASSWORD_CHECKS.labels(outcome).inc()
+
+    return observe
+
+
+def _way_observer() -> Callable[[str, str], None] | None:
+    if METRICS_ENVIRONMENT not in os.environ:
+        return None
+    ways: set[str] = set()
+
+    def observe(way: str, outcome: str) -> None:
+        from ..metrics.definitions import WAY_ATTEMPTS  # see there why so late
+
+        if way not in ways and len(ways) >= _MOST_WAYS:
+            way = "other"
+        ways.add(way)
+        WAY_ATTEMPTS.labels(way, outcome).inc()
 
     return observe
 

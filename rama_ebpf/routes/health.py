@@ -62,6 +62,8 @@ class Health:
     answered: float = 0.0
     latency: float = 0.0
     trial_until: float = 0.0
+    asked: float = 0.0
+    """When it was asked last for want of a better one."""
     cause: str = ""
 
     def fail(self, now: float, limits: HealthLimits, cause: str, jitter: float = 0.5) -> bool:
@@ -118,11 +120,12 @@ class Health:
             self.state = State.TRIAL
         return False
 
-    def answer(self, now: float) -> None:
+    def answer(self, now: float) -> bool:
         """It has answered, though not as was hoped: about the target."""
         self.answered = now
         self.failures = 0
         self.trial_until = 0.0
+        return True
 
     def usable(self) -> bool:
         """Whether it is used freely."""
@@ -139,6 +142,18 @@ class Health:
         if not self.triable(now):
             return False
         self.trial_until = now + seconds
+        return True
+
+    def last_resort(self, now: float) -> bool:
+        """Begin an attempt although it is down, for no other is up; False within a second of the one before."""
+        if self.drained or self.state is State.QUARANTINED or now - self.asked < 1.0:
+            return False
+        self.asked = now
+        return True
+
+    def release(self) -> bool:
+        """A trial has ended that says nothing."""
+        self.trial_until = 0.0
         return True
 
     def enable(self, now: float) -> None:

@@ -13,11 +13,13 @@ import socket
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from ..core.address import Authority, IPAddress, SocketAddress
 from ..core.errors import AuthFailed, PeerClosed, PolicyDenied, ProtocolError, RamaError
+from ..core.extensions import Extensions
 from ..core.service import Service
+from ..core.shortcut import shortcut_of
 from ..core.socket_stream import SocketStream
 from ..core.stream import Stream
 from .dns.lookup import RESOLUTION_DELAY, Lookup
@@ -25,12 +27,15 @@ from .resolver import ResolveError, Resolver, SharedResolver, SystemResolver, so
 from .socket_options import SocketOptions
 
 __all__ = [
+    "BeginsAtOnce",
     "ConnectError",
     "Connector",
     "Egress",
+    "OneDeadlineLayer",
     "ResolveError",
     "Resolver",
     "SystemResolver",
+    "WayReset",
     "connects_at_once",
     "reach_proxy",
     "upstream_failure",
@@ -46,6 +51,10 @@ class ConnectError(RamaError, OSError):
 
     def __init__(self, number: int, message: str) -> None:
         OSError.__init__(self, number, message)
+
+
+class WayReset(PolicyDenied):
+    """A route says that the client is to be reset, without an answer."""
 
 
 def upstream_failure(error: BaseException, doing: str) -> ConnectError | None:
@@ -157,10 +166,15 @@ class Connector:
         except OSError as error:  # TimeoutError among them
             raise self.failure(target, error, late=timeout is not None and timeout.expired()) from error
 
-    def begin(self, target: Authority) -> SocketStream | None:
+    def begins(self, target: Authority, extensions: Extensions | None = None) -> bool:
+        """Whether :meth:`begin` will begin."""
+        return target.ip is not None
+
+    def begin(self, target: Authority, extensions: Extensions | None = None) -> SocketStream | None:
         """Begin to connect to a target that is an address; None for a name, which takes a call. For callbacks
         (:mod:`rama_ebpf.core.at_once`): the stream may not be connected yet, see
         :meth:`~rama_ebpf.core.socket_stream.SocketStream.is_connected_now`, and ``timeout`` is the caller's to keep.
+        ``extensions`` are the client's, for connectors that choose by them.
 
         Raises :class:`PolicyDenied` or :class:`ConnectError`.
         """
@@ -248,9 +262,49 @@ class Connector:
         return SocketStream.connecting(sock, address, tuned=self.options.nodelay)
 
 
-def connects_at_once(connector: object) -> Connector | None:
+class OneDeadlineLayer:
+    """Around a connector that tries again: ``seconds`` bound all tries together. Raises :class:`ConnectError`."""
+
+    accepts = Authority
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __call__(self, inner: Service[Authority, Stream], /) -> Service[Authority, Stream]:
+        async def connect(target: Authority, /) -> Stream:
+            try:
+                async with asyncio.timeout(self._seconds) as timer:
+                    return await inner(target)
+            except TimeoutError as error:
+                if not timer.expired():
+                    raise
+                text = f"cannot connect to {target}: no answer within {self._seconds} s, all tries together"
+                raise ConnectError(errno.ETIMEDOUT, text) from error
+
+        return connect
+
+
+class BeginsAtOnce(Protocol):
+    """A connector that can begin in callbacks; see :class:`Connector`."""
+
+    @property
+    def timeout(self) -> float: ...
+
+    def begins(self, target: Authority, extensions: Extensions | None = None) -> bool:
+        """Whether :meth:`begin` will begin."""
+
+    def begin(self, target: Authority, extensions: Extensions | None = None) -> SocketStream | None: ...
+
+    async def finish(self, target: Authority, stream: SocketStream) -> SocketStream: ...
+
+    def failure(self, target: Authority, error: OSError, *, late: bool = False) -> ConnectError: ...
+
+
+def connects_at_once(connector: object) -> BeginsAtOnce | None:
     """Return a connector whose :meth:`Connector.begin` does what a call does; None for one with anything around it."""
-    return connector if type(connector) is Connector else None
+    if shortcut_of(connector, "begin") is None:
+        return None
+    return cast("BeginsAtOnce", connector)
 
 
 def _reason(error: OSError) -> str:

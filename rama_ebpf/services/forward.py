@@ -7,6 +7,7 @@ from ..core.client import local_address
 from ..core.errors import RamaError
 from ..core.service import Service, check_fit
 from ..core.stream import Stream
+from ..core.target import Target
 from ..relay import TunnelReport, relay
 
 __all__ = ["Forward", "NoDestination", "Transparent"]
@@ -27,7 +28,8 @@ class Forward:
 
     async def __call__(self, stream: Stream, /) -> TunnelReport:
         stream.extensions.add(self._target)
-        return await relay(stream, await self._connector(self._target))
+        target = Target(self._target.host, self._target.port, stream.extensions)
+        return await relay(stream, await self._connector(target))
 
 
 class Transparent:
@@ -50,7 +52,7 @@ class Transparent:
             raise NoDestination("the client of a Unix socket has no original destination")
         target = Authority(local.ip, local.port)
         stream.extensions.add(target)
-        return await relay(stream, await self._connector(target))
+        return await relay(stream, await self._connector(Target(target.host, target.port, stream.extensions)))
 
 
 class NoDestination(RamaError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from dataclasses import dataclass
 from typing import Final
@@ -9,6 +10,8 @@ from typing import Final
 __all__ = ["KeepAlive", "SocketOptions"]
 
 _IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; Python has no name for it before 3.12
+_IP_FREEBIND: Final = 15
+_IPV6_FREEBIND: Final = 78
 _SO_MARK: Final = 36  # asm-generic/socket.h
 
 
@@ -29,6 +32,7 @@ class SocketOptions:
     seconds that sent data may stay unacknowledged (RFC 5482). ``send_buffer`` and ``receive_buffer``: bytes, which ends
     the kernel's own tuning. ``mark``: SO_MARK for policy routing (needs CAP_NET_ADMIN). ``interface``: the device that
     packets must use (SO_BINDTODEVICE). ``dscp``: 0-63 (RFC 2474). ``congestion``: the name of a congestion control.
+    ``freebind``: sources need not be on an interface.
     """
 
     nodelay: bool = True
@@ -40,6 +44,7 @@ class SocketOptions:
     interface: str | None = None
     dscp: int | None = None
     congestion: str | None = None
+    freebind: bool = False
 
     def __post_init__(self) -> None:
         if self.dscp is not None and not 0 <= self.dscp <= 63:
@@ -82,7 +87,22 @@ class SocketOptions:
         try:
             sock.bind((address, 0))
         except OSError as error:
+            if self.freebind and error.errno == errno.EADDRNOTAVAIL:
+                self._bind_foreign(sock, address)
+                return
             raise OSError(error.errno, f"cannot bind to the source {address}: {error.strerror}") from error
+
+    def _bind_foreign(self, sock: socket.socket, address: str) -> None:
+        """Bind an address that is on no interface, and reaches us all the same."""
+        v6 = sock.family == socket.AF_INET6
+        level, option = (socket.IPPROTO_IPV6, _IPV6_FREEBIND) if v6 else (socket.IPPROTO_IP, _IP_FREEBIND)
+        try:
+            sock.setsockopt(level, option, 1)
+            sock.bind((address, 0))
+        except OSError as error:
+            sysctl = f"net.ipv{6 if v6 else 4}.ip_nonlocal_bind"
+            text = f"cannot bind to the source {address}: {error.strerror}; it is on no interface: sysctl -w {sysctl}=1"
+            raise OSError(errno.EADDRNOTAVAIL, text) from error
 
     def _set(self, sock: socket.socket, name: str, level: int, option: int, value: int | bytes) -> None:
         try:

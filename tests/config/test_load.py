@@ -192,7 +192,10 @@ RULE = '[[policy.rules]]\nname = "r{n}"\naction = "drop"\nsources = ["198.18.0.{
             minimal(service='{ reverse = { routes = [{ backends = ["a:1"], path = "x" }] } }'),
             '5: stacks.s.service.reverse.routes[0]: path "x": it begins with /',
         ),
-        (minimal('[stacks.s.connect]\nvia = ["gopher://x"]'), "7: stacks.s.connect: "),
+        (
+            minimal('[stacks.s.connect]\nvia = ["gopher://x"]'),
+            '8: stacks.s.connect.via[0]: "gopher://x": proxy URL: the scheme',
+        ),
         (minimal('[stacks.s.connect]\ninterface = "a-name-that-is-too-long"'), "7: stacks.s.connect: 'a-name-that-is"),
         (minimal('[egress]\nallow = "10.0.0.0/8"'), "8: egress.allow: write an array"),
         (minimal("[policy]\nsyn_cookies = true"), "7: policy: syn_cookies: XDP sends them, so name at least one"),

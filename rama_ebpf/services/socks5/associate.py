@@ -20,6 +20,7 @@ from ...core.stream import Stream
 from ...relay import CloseReason, TunnelLimits, TunnelReport
 from ..connect import Egress, Resolver
 from ..resolver import resolve_for
+from .carrier import Carrier, ClientWays, ParentLink
 from .ports import advertised, bound_socket
 from .wire import Fragment, MalformedAddress, decode_datagram, encode_datagram
 
@@ -47,6 +48,8 @@ class Drop(enum.Enum):
     """From an endpoint to which the client has sent nothing."""
     OVERFLOW = "overflow"
     """A send buffer or the queue for name look-ups was full."""
+    ROUTE = "route"
+    """No way may, or can, carry it."""
     SEND = "send"
     """The kernel refused to send: no route, too big, a firewall."""
 
@@ -102,10 +105,13 @@ class UdpAssociator:
         self._max_associations = max_associations
         self._share = SourceShare(Held.ASSOCIATIONS, 0) if share is None else share
 
-    def open(self, client: IPAddress, local: SocketAddress, announced: Authority) -> Association:
+    def open(
+        self, client: IPAddress, local: SocketAddress, announced: Authority, ways: ClientWays | None = None
+    ) -> Association:
         """Open an association for the client at ``client``, on our address ``local``.
 
-        ``announced`` is the address in the client's request. Raises :class:`LimitExceeded` or OSError.
+        ``announced`` is the address in the client's request. ``ways`` say how its datagrams go out; without them this
+        host sends them. Raises :class:`LimitExceeded` or OSError.
         """
         if self.live >= self._max_associations:
             raise LimitExceeded(f"{self.live} UDP associations are open, the limit")
@@ -120,7 +126,7 @@ class UdpAssociator:
         credible = announced.ip is not None and (unmap(announced.ip) == client or int(announced.ip) == 0)
         port = announced.port if credible else 0
         self.live += 1
-        return Association(self, client, port, sock, advertised(sock, self._advertise), place)
+        return Association(self, client, port, sock, advertised(sock, self._advertise), place, ways)
 
 
 class Association:
@@ -134,7 +140,10 @@ class Association:
         front: socket.socket,
         bound: SocketAddress,
         place: contextlib.ExitStack,
+        ways: ClientWays | None = None,
     ) -> None:
+        self._ways = ways
+        self._links: dict[str, ParentLink] = {}
         self.bound = bound
         self._place = place
         self._settings = settings
@@ -142,11 +151,12 @@ class Association:
         self._client_port = port
         self._client: SocketAddress | None = None
         self._front = front
-        self._backs: dict[socket.AddressFamily, socket.socket] = {}
+        self._backs: dict[tuple[str, socket.AddressFamily], socket.socket] = {}
         self._loop = asyncio.get_running_loop()
+        self._parent_ended: asyncio.Future[None] = self._loop.create_future()
         self._targets: OrderedDict[SocketAddress, None] = OrderedDict()
         self._names: OrderedDict[str, tuple[float, Sequence[IPAddress]]] = OrderedDict()
-        self._waiting: dict[str, list[tuple[int, bytes]]] = {}
+        self._waiting: dict[str, list[tuple[int, bytes, Carrier | None]]] = {}
         self._waiting_bytes = 0
         self._lookups: set[asyncio.Task[None]] = set()
         self._to_targets = 0
@@ -169,7 +179,8 @@ class Association:
         finally:
             watcher.cancel()
             self.close()
-            await asyncio.gather(watcher, *self._lookups, return_exceptions=True)
+            links = [link.task for link in self._links.values()]
+            await asyncio.gather(watcher, *self._lookups, *links, return_exceptions=True)
             age = self._settings.clock() - started
             report = AssociationReport(reason, self._to_targets, self._to_client, dict(self._dropped), age)
             stream.extensions.add(report)
@@ -190,6 +201,8 @@ class Association:
             sock.close()
         for lookup in self._lookups:
             lookup.cancel()
+        for link in self._links.values():
+            link.close()
 
     async def _supervise(self, watcher: asyncio.Task[CloseReason], started: float, limits: TunnelLimits) -> CloseReason:
         while not watcher.done():
@@ -202,7 +215,10 @@ class Association:
             first = min(left, default=None, key=lambda deadline: deadline[0])
             if first is not None and first[0] <= 0:
                 return first[1]
-            await asyncio.wait({watcher}, timeout=None if first is None else first[0])
+            left_for = None if first is None else first[0]
+            await asyncio.wait((watcher, self._parent_ended), timeout=left_for, return_when=asyncio.FIRST_COMPLETED)
+            if self._parent_ended.done() and not watcher.done():
+                return CloseReason.UPSTREAM_RESET
         return watcher.result()
 
     # -- client to target --------------------------------------------------------------------------------------
@@ -225,23 +241,69 @@ class Association:
             return
         self._client, self._client_port = source, source.port
         self._last = self._settings.clock()
-        if target.ip is not None:
-            self._forward((target.ip,), target.port, data[start:])
+        carrier: Carrier | None = None
+        if self._ways is not None and (carrier := self._ways.choose(target)) is None:
+            self._dropped[Drop.ROUTE] += 1
+        elif target.ip is not None:
+            self._forward((target.ip,), target.port, data[start:], carrier)
+        elif carrier is not None and not carrier.resolves_here:
+            self._hand_on(target, data[start:], carrier)
         else:
-            self._forward_by_name(str(target.host), target.port, data[start:])
+            self._forward_by_name(str(target.host), target.port, data[start:], carrier)
 
-    def _forward(self, ips: Sequence[IPAddress], port: int, payload: bytes) -> None:
+    def _hand_on(self, target: Authority, payload: bytes, carrier: Carrier) -> None:
+        """Have a parent send to ``target``."""
+        try:
+            carrier.check(target)
+        except PolicyDenied:
+            self._dropped[Drop.POLICY] += 1
+            return
+        link = self._links.get(carrier.name)
+        if link is None:
+            link = self._links[carrier.name] = ParentLink(
+                carrier, self._from_parent, lambda was_open: self._link_ended(carrier.name, was_open)
+            )
+        try:
+            sent = link.send(payload, target)
+        except OSError:
+            self._dropped[Drop.SEND] += 1
+            return
+        if sent:
+            self._to_targets += 1
+            self._bytes_out += len(payload)
+        else:
+            self._dropped[Drop.OVERFLOW] += 1
+
+    def _link_ended(self, name: str, was_open: bool) -> None:
+        """The end of an association at a parent is the end of this one (RFC 1928 section 7); one that was never open
+        may be tried again by the next datagram, where the ways say so."""
+        if was_open and not self._parent_ended.done():
+            self._parent_ended.set_result(None)
+        elif not self._closed:
+            self._links.pop(name, None)
+
+    def _from_parent(self, payload: bytes, source: Authority) -> None:
+        if self._client is not None and source.ip is not None:
+            self._deliver(SocketAddress(unmap(source.ip), source.port), payload)
+
+    def _forward(self, ips: Sequence[IPAddress], port: int, payload: bytes, carrier: Carrier | None) -> None:
         """Send to the first address that policy allows and that the kernel can send to."""
         why = Drop.RESOLVE
         for ip in map(unmap, ips):
+            if carrier is not None and carrier.by_parent:
+                self._hand_on(Authority(ip, port), payload, carrier)
+                return
             try:
-                self._settings.egress.check(ip)
+                if carrier is None:
+                    self._settings.egress.check(ip)
+                else:
+                    carrier.check(Authority(ip, port))
             except PolicyDenied:
                 why = Drop.POLICY
                 continue
             target = SocketAddress(ip, port)
             try:
-                self._back(target.family).sendto(payload, target.to_sockaddr())
+                self._back(target.family, carrier).sendto(payload, target.to_sockaddr())
             except BlockingIOError:
                 why = Drop.OVERFLOW
                 break
@@ -260,10 +322,10 @@ class Association:
             return
         self._dropped[why] += 1
 
-    def _forward_by_name(self, name: str, port: int, payload: bytes) -> None:
+    def _forward_by_name(self, name: str, port: int, payload: bytes, carrier: Carrier | None) -> None:
         known = self._names.get(name)
         if known is not None and known[0] > self._settings.clock():
-            self._forward(known[1], port, payload)
+            self._forward(known[1], port, payload, carrier)
             return
         queue = self._waiting.get(name)
         too_many = queue is None and len(self._waiting) >= _MAX_LOOKUPS
@@ -272,9 +334,9 @@ class Association:
             return
         self._waiting_bytes += _cost(payload)
         if queue is not None:
-            queue.append((port, payload))
+            queue.append((port, payload, carrier))
             return
-        self._waiting[name] = [(port, payload)]
+        self._waiting[name] = [(port, payload, carrier)]
         lookup = self._loop.create_task(self._look_up(name))
         self._lookups.add(lookup)
         lookup.add_done_callback(self._lookups.discard)
@@ -286,21 +348,28 @@ class Association:
             ips = ()  # remembered like an answer, so that a stream of datagrams is not a stream of look-ups
         finally:
             queue = self._waiting.pop(name)
-            self._waiting_bytes -= sum(_cost(payload) for _port, payload in queue)
+            self._waiting_bytes -= sum(_cost(payload) for _port, payload, _carrier in queue)
         self._names[name] = (self._settings.clock() + _NAME_SECONDS, ips)
         self._names.move_to_end(name)
         if len(self._names) > _MAX_NAMES:
             self._names.popitem(last=False)
-        for port, payload in queue:
-            self._forward(ips, port, payload)
+        for port, payload, carrier in queue:
+            self._forward(ips, port, payload, carrier)
 
     # -- target to client --------------------------------------------------------------------------------------
 
-    def _back(self, family: socket.AddressFamily) -> socket.socket:
-        sock = self._backs.get(family)
+    def _back(self, family: socket.AddressFamily, carrier: Carrier | None) -> socket.socket:
+        way = "" if carrier is None else carrier.name
+        sock = self._backs.get((way, family))
         if sock is None:
             sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-            self._backs[family] = sock
+            if carrier is not None:
+                try:
+                    carrier.prepare(sock, 4 if family == socket.AF_INET else 6)
+                except BaseException:
+                    sock.close()
+                    raise
+            self._backs[way, family] = sock
             self._loop.add_reader(sock.fileno(), self._read_target, sock)
         return sock
 
@@ -310,15 +379,19 @@ class Association:
             if source not in self._targets or self._client is None:
                 self._dropped[Drop.UNSOLICITED] += 1
                 continue
-            try:
-                self._front.sendto(encode_datagram(source, data), self._client.to_sockaddr())
-            except BlockingIOError:
-                self._dropped[Drop.OVERFLOW] += 1
-            except OSError:
-                self._dropped[Drop.SEND] += 1
-            else:
-                self._to_client += 1
-                self._bytes_in += len(data)
+            self._deliver(source, data)
+
+    def _deliver(self, source: SocketAddress, data: bytes) -> None:
+        assert self._client is not None
+        try:
+            self._front.sendto(encode_datagram(source, data), self._client.to_sockaddr())
+        except BlockingIOError:
+            self._dropped[Drop.OVERFLOW] += 1
+        except OSError:
+            self._dropped[Drop.SEND] += 1
+        else:
+            self._to_client += 1
+            self._bytes_in += len(data)
 
 
 def _datagrams(sock: socket.socket) -> Iterator[tuple[bytes, tuple[object, ...]]]:

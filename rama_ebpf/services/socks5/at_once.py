@@ -14,7 +14,7 @@ from ...core.at_once import Visit
 from ...core.errors import HandshakeTimeout, PeerClosed
 from ...core.socket_stream import SocketStream
 from ...relay import Tunnel, begin_relay, relays_at_once
-from ..connect import Connector
+from ..connect import BeginsAtOnce
 from .machine import MAX_MESSAGE, Request, ServerMachine
 from .wire import Command, Reply
 
@@ -40,7 +40,7 @@ class SocksSession:
 
     __slots__ = ("_connector", "_data", "_failure", "_machine", "_request", "_server", "_tunnel", "_upstream", "_visit")
 
-    def __init__(self, server: Socks5Server, connector: Connector, visit: Visit, machine: ServerMachine) -> None:
+    def __init__(self, server: Socks5Server, connector: BeginsAtOnce, visit: Visit, machine: ServerMachine) -> None:
         self._server = server
         self._connector = connector
         self._visit = visit
@@ -146,7 +146,7 @@ class SocksSession:
         if request.command is not Command.CONNECT or not relays_at_once(visit.stream.extensions):
             visit.take_over()
             return
-        upstream = self._connector.begin(request.target)
+        upstream = self._connector.begin(request.target, visit.stream.extensions)
         if upstream is None:
             visit.take_over()
             return

@@ -18,9 +18,9 @@ from ..connect import ConnectError, reach_proxy, upstream_failure
 from .client_machine import MAX_REPLY, ClientMachine, Refused
 from .wire import Command, MalformedAddress, Reply, decode_datagram, encode_datagram
 
-__all__ = ["BoundPort", "Socks5Client", "UdpSocket", "handshake"]
+__all__ = ["ERRNO", "BoundPort", "Socks5Client", "UdpSocket", "handshake"]
 
-_ERRNO: Final = {
+ERRNO: Final = {
     Reply.GENERAL_FAILURE: errno.EIO,
     Reply.NOT_ALLOWED: errno.EACCES,
     Reply.NETWORK_UNREACHABLE: errno.ENETUNREACH,
@@ -30,6 +30,7 @@ _ERRNO: Final = {
     Reply.COMMAND_NOT_SUPPORTED: errno.EOPNOTSUPP,
     Reply.ADDRESS_TYPE_NOT_SUPPORTED: errno.EAFNOSUPPORT,
 }
+"""What a proxy means by its reply, in the terms in which a connector fails."""
 
 
 async def handshake(
@@ -116,7 +117,7 @@ class Socks5Client:
 
 def _failure(error: BaseException, doing: str) -> ConnectError | None:
     if isinstance(error, Refused):
-        return ConnectError(_ERRNO[error.reply], f"{doing}: {error}")
+        return ConnectError(ERRNO[error.reply], f"{doing}: {error}")
     return upstream_failure(error, doing)
 
 

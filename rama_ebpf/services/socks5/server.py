@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
-from ...core.address import Authority
+from ...core.address import Authority, SocketAddress
 from ...core.at_once import AtOnce, Visit
 from ...core.auth import Authenticator, Credentials, User
 from ...core.blame import speaks_another_protocol
@@ -32,10 +32,12 @@ from ...core.service import Service, check_fit
 from ...core.stream import MAX_UNREAD, Stream
 from ...core.target import Target
 from ...relay import TunnelLimits, TunnelReport, relay
-from ..connect import ConnectError, connects_at_once, upstream_failure
+from ..connect import ConnectError, WayReset, connects_at_once, upstream_failure
 from .associate import AssociationReport, UdpAssociator
 from .at_once import Progress, SocksSession
 from .bind import Binder, Listening
+from .carrier import SocksWays
+from .client import BoundPort
 from .machine import MAX_MESSAGE, Event, Request, ServerMachine
 from .replies import reply_for
 from .wire import Command, Method, Reply
@@ -79,7 +81,8 @@ class Socks5Server:
     ``connector`` turns a target into a connected stream, with DNS and egress policy inside it; ``binder`` and ``udp``
     serve BIND and UDP ASSOCIATE, which are refused (REP 07) without them. ``auth`` demands a user name and password;
     with ``auth_optional`` clients that offer none are served too. ``limits`` says what a user may do;
-    with ``shared`` (``context.shared`` in a worker) a user's connections are counted over all workers.
+    with ``shared`` (``context.shared`` in a worker) a user's connections are counted over all workers. ``ways`` choose
+    how BIND and UDP ASSOCIATE go out, as ``connector`` may for CONNECT.
     ``handshake_timeout`` (seconds) bounds the time from the first byte due to the complete request.
 
     After a handshake the stream's extensions hold the :class:`Request`, its target and, if one was proven, the
@@ -101,6 +104,7 @@ class Socks5Server:
         auth_optional: bool = False,
         limits: Callable[[User], UserLimits] | None = None,
         shared: SharesCounts | None = None,
+        ways: SocksWays | None = None,
         socks4: bool = True,
         reply: ReplyTiming = ReplyTiming.LAZY,
         handshake_timeout: float = 10.0,
@@ -115,6 +119,7 @@ class Socks5Server:
         self._connector = connector
         self._binder = binder
         self._udp = udp
+        self._ways = ways
         self._auth = auth
         self._limits = limits
         self._socks4 = socks4
@@ -171,6 +176,9 @@ class Socks5Server:
                 return await self._carry_out(request, stream, machine)
             with self._admit(request.command, stream.extensions, self._limits):
                 return await self._carry_out(request, stream, machine)
+        except WayReset:
+            stream.abort()
+            raise
         except (RamaError, OSError) as error:
             if machine.owes_reply:
                 machine.reply(reply_for(error))
@@ -264,6 +272,10 @@ class Socks5Server:
     async def _bind(self, request: Request, stream: Stream, machine: ServerMachine) -> TunnelReport:
         assert self._binder is not None
         client = client_address(stream)
+        if self._ways is not None:
+            bound = await self._ways.bind(request.target, stream.extensions)
+            if bound is not None:
+                return await self._bind_at_parent(bound, self._binder, stream, machine)
         with (
             self._binder.share.hold(None if client is None else client.ip),
             await self._binder.listen(request.target, stream.local) as listening,
@@ -272,6 +284,28 @@ class Socks5Server:
             await stream.write(machine.data_to_send())
             upstream = await self._await_peer(stream, listening)
         machine.reply(Reply.SUCCEEDED, upstream.peer)
+        return await self._tunnel(stream, upstream, machine)
+
+    async def _bind_at_parent(
+        self, bound: BoundPort, binder: Binder, stream: Stream, machine: ServerMachine
+    ) -> TunnelReport:
+        """A parent listens; its second reply is ours."""
+        client = client_address(stream)
+        accepted: list[tuple[Stream, Authority]] = []
+
+        async def accept() -> None:
+            accepted.append(await bound.accept(timeout=binder.timeout))
+
+        try:
+            with binder.share.hold(None if client is None else client.ip):
+                machine.reply(Reply.SUCCEEDED, _told(bound.address), listening=True)
+                await stream.write(machine.data_to_send())
+                await _while_open(stream, accept())
+        except BaseException:
+            await bound.close()
+            raise
+        upstream, peer = accepted[0]
+        machine.reply(Reply.SUCCEEDED, _told(peer))
         return await self._tunnel(stream, upstream, machine)
 
     async def _await_peer(self, stream: Stream, listening: Listening) -> Stream:
@@ -292,7 +326,11 @@ class Socks5Server:
         client = client_address(stream) or stream.peer
         if client is None or stream.local is None:
             raise ConnectError(errno.EAFNOSUPPORT, "UDP ASSOCIATE needs a client with an IP address")
-        association = self._udp.open(client.ip, stream.local, request.target)
+        ways = None
+        if self._ways is not None and (ways := self._ways.of_client(stream.extensions)) is None:
+            machine.reply(Reply.COMMAND_NOT_SUPPORTED)
+            raise ConnectError(errno.EOPNOTSUPP, "UDP ASSOCIATE: no way of this client's can carry datagrams")
+        association = self._udp.open(client.ip, stream.local, request.target, ways)
         try:
             machine.reply(Reply.SUCCEEDED, association.bound)
             await stream.write(machine.data_to_send())
@@ -303,6 +341,10 @@ class Socks5Server:
 
     async def _tunnel(self, stream: Stream, upstream: Stream, machine: ServerMachine) -> TunnelReport:
         return await relay(stream, upstream, reply=machine.data_to_send())
+
+
+def _told(address: Authority) -> SocketAddress | None:
+    return None if address.ip is None else SocketAddress(address.ip, address.port)
 
 
 async def _next_event(stream: Stream, machine: ServerMachine) -> Event:

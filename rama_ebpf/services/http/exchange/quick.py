@@ -13,7 +13,7 @@ from ....core.address import Authority
 from ....core.shortcut import shortcut_of
 from ....core.socket_stream import SocketStream
 from ....relay import TunnelLimits
-from ...connect import ConnectError, Connector
+from ...connect import BeginsAtOnce, ConnectError
 from ..message.errors import HttpError
 from ..message.headers import Headers, Written
 from ..message.model import Request, Response
@@ -154,7 +154,7 @@ class Exchange(NamedTuple):
 class Dial(NamedTuple):
     """A CONNECT that may be carried out: ``connector`` has ``target`` dialled, and ``limits`` bound the tunnel."""
 
-    connector: Connector
+    connector: BeginsAtOnce
     target: Authority
     limits: TunnelLimits | None
 

@@ -14,7 +14,8 @@ from ....core.errors import PeerClosed
 from ....core.request_log import Upstream
 from ....core.socket_stream import SocketStream
 from ....core.stream import Stream
-from ...connect import ConnectError, Connector
+from ...connect import BeginsAtOnce, ConnectError
+from ..exchange.absolute import ToProxy
 from ..exchange.pace import Pace
 from ..exchange.quick import ResponseBegun
 from ..exchange.tunnel import Tunnel
@@ -39,7 +40,7 @@ _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 class Dialled(NamedTuple):
     """Who is connecting a stream, and to what."""
 
-    connector: Connector
+    connector: BeginsAtOnce
     target: Authority
 
 
@@ -66,7 +67,8 @@ class H1ClientConnection:
     ) -> None:
         self.stream = stream
         self._dial = dial
-        self.is_plain = isinstance(stream, SocketStream)
+        self._proxy = stream.extensions.get(ToProxy)
+        self.is_plain = isinstance(stream, SocketStream) and self._proxy is None
         """Whether it is over a plain socket, so that callbacks can use it."""
         self.idle_since = 0.0
         """For the pool that keeps the connection."""
@@ -382,6 +384,10 @@ class H1ClientConnection:
             headers.set(KEY, self._key)
         extra = [self._own_lines(request)]
         target = request.authority if request.method == "CONNECT" else request.path
+        if self._proxy is not None:
+            target = f"http://{request.authority}{'' if target == '*' else target}"
+            if self._proxy.authorization is not None:
+                extra.append(b"Proxy-Authorization: %b\r\n" % self._proxy.authorization.encode("ascii"))
         self._strict.asked(request.method)
         return self._strict.writer.request(
             request.method, target, request.authority, headers, extra, body.length, expect=body.expects_continue
@@ -462,7 +468,15 @@ class H1ClientConnection:
             self._strict.skip(count)
         return count
 
+    def _refused(self) -> HttpError:
+        """The proxy on the way wants another log-in than ours: nothing that our client could answer."""
+        assert self._proxy is not None
+        self._proxy.refused()
+        return HttpError(502, "the proxy on the way refuses us", proxy_error="proxy_configuration_error")
+
     async def _response(self, request: Request, head: ResponseHead) -> Response:
+        if head.status == 407 and self._proxy is not None:
+            raise self._refused()
         self.persistent = head.persistent
         body: Body = Body.empty()
         upgrade: Tunnel | None = None

@@ -169,7 +169,7 @@ class ConnectSession:
 
     def _dial(self, begun: BegunConnect) -> None:
         dial, visit = begun.dial, self._visit
-        upstream = begun.upstream = dial.connector.begin(dial.target)
+        upstream = begun.upstream = dial.connector.begin(dial.target, begun.request.extensions)
         assert upstream is not None
         if upstream.is_connected:
             self._connected(begun, upstream)

@@ -13,10 +13,11 @@ from ....core.service import Layer, Service, check_fit, stack
 from ....core.stream import Stream
 from ....core.target import Target
 from ....relay import TunnelLimits
-from ...connect import ConnectError, Connector, connects_at_once
+from ...connect import ConnectError, Connector, WayReset, connects_at_once
+from ..exchange.absolute import NeedsTunnel
 from ..exchange.quick import Dial, Exchange, Recover
 from ..exchange.tunnel import Tunnel
-from ..message.errors import HttpError, NoResponse
+from ..message.errors import ConnectionDropped, HttpError, NoResponse
 from ..message.limits import HttpLimits, HttpTimeouts, OriginOptions
 from ..message.model import Request, Response
 from ..server import HttpServer
@@ -84,11 +85,13 @@ class ForwardProxy:
             return own
         if request.scheme != "http":
             raise HttpError(501, "only http targets can be requested in absolute form: use CONNECT")
-        response = await self.pool.send(
-            forwardable(request, self._via, self._upgrades),
-            request.target,
-            partition=None if self._share else _client(request),
-        )
+        onward = forwardable(request, self._via, self._upgrades)
+        if onward.upgrade is not None:
+            request.extensions.add(NeedsTunnel())
+        try:
+            response = await self.pool.send(onward, request.target, partition=None if self._share else _client(request))
+        except WayReset as error:
+            raise ConnectionDropped(str(error)) from error
         return returned(response, self._via)
 
     def quick_exchange(self, request: Request, /) -> Exchange | None:
@@ -100,12 +103,12 @@ class ForwardProxy:
         partition = None if self._share else _client(request)
         recover: Recover = self._recover
         connection = self.pool.ready(request, target, partition=partition)
+        request.extensions.add(_FORWARD)
         if connection is None:
             connection = self.pool.open(request, target, partition=partition)
             if connection is None:
                 return None
             recover = _failed
-        request.extensions.add(_FORWARD)
         return Exchange(connection, request, request.authority, written, self._marks, self._returned, recover)
 
     def quick_connect(self, request: Request, /) -> Dial | None:
@@ -117,6 +120,8 @@ class ForwardProxy:
         if self._connect_ports is not None and target.port not in self._connect_ports:
             return None
         request.extensions.add(_CONNECT)
+        if not connector.begins(target, request.extensions):
+            return None
         request.extensions.add(target)
         return Dial(connector, target, self._tunnel_limits)
 
@@ -133,7 +138,10 @@ class ForwardProxy:
         if self._connect_ports is not None and target.port not in self._connect_ports:
             raise HttpError(403, "CONNECT to this port is not allowed")
         request.extensions.add(target)
-        upstream = await self._connector(Target(target.host, target.port, request.extensions))
+        try:
+            upstream = await self._connector(Target(target.host, target.port, request.extensions))
+        except WayReset as error:
+            raise ConnectionDropped(str(error)) from error
         request.extensions.add(Upstream(upstream.peer, kept=False))
         return Response(200, upgrade=Tunnel(upstream, self._tunnel_limits))
 

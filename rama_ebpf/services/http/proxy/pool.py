@@ -206,7 +206,7 @@ class ConnectionPool:
             return None
         options = self._origins(target)
         try:
-            stream = connector.begin(target)
+            stream = connector.begin(target, request.extensions)
         except (RamaError, OSError):
             return None
         if stream is None:

@@ -18,14 +18,14 @@ from ..h1.heads import head_end, parse_response
 from ..message.errors import MalformedMessage
 from ..message.limits import HttpLimits
 
-__all__ = ["HttpTunnelClient"]
+__all__ = ["STATUS_ERRNO", "HttpTunnelClient", "basic", "tunnel"]
 
 _LIMITS: Final = HttpLimits(head=16 * 1024)
 
+_SPEAKS_HTTP: Final = b"HTTP/1."
 _HOST: Final = re.compile(r"[!-.0-~]+")
 
-# What a proxy means by its status, in the terms in which a connector fails; every other one is EIO.
-_ERRNO: Final = {
+STATUS_ERRNO: Final = {
     403: errno.EACCES,
     405: errno.EOPNOTSUPP,
     407: errno.EKEYREJECTED,
@@ -34,6 +34,7 @@ _ERRNO: Final = {
     503: errno.EHOSTUNREACH,
     504: errno.ETIMEDOUT,
 }
+"""What a proxy means by its status, in the terms in which a connector fails; every other one is EIO."""
 
 
 class HttpTunnelClient:
@@ -64,12 +65,11 @@ class HttpTunnelClient:
         self._timeout = timeout
 
     async def __call__(self, target: Authority, /) -> Stream:
-        request = self._request(target)
+        _request(target, self._credentials)  # a name that cannot be asked for is not the proxy's fault
         stream = await reach_proxy(self._connector, self._proxy)
         try:
             async with asyncio.timeout(self._timeout):
-                await stream.write(request)
-                status, reason = await _response(stream)
+                status, reason = await tunnel(stream, target, self._credentials)
         except BaseException as error:
             await stream.close()
             if (failure := upstream_failure(error, f"cannot reach {target} through {self._proxy}")) is None:
@@ -78,23 +78,39 @@ class HttpTunnelClient:
         if not 200 <= status < 300:
             await stream.close()
             message = f"cannot reach {target} through {self._proxy}: the proxy says {status} {reason}"
-            raise ConnectError(_ERRNO.get(status, errno.EIO), message)
+            raise ConnectError(STATUS_ERRNO.get(status, errno.EIO), message)
         return stream
 
-    def _request(self, target: Authority) -> bytes:
-        authority = str(target)
-        if isinstance(target.host, str):
-            try:
-                authority = f"{target.host.encode('idna').decode()}:{target.port}"
-            except UnicodeError as error:
-                raise ResolveError(f"{target.host!r} is not a valid domain name: {error}") from error
-            if _HOST.fullmatch(authority) is None:
-                raise ResolveError(f"{target.host!r} is not a valid domain name")
-        lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}"]
-        if self._credentials is not None:
-            login = f"{self._credentials.username}:{self._credentials.password}"
-            lines.append(f"Proxy-Authorization: Basic {b64encode(login.encode()).decode()}")
-        return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+async def tunnel(stream: Stream, target: Authority, credentials: Credentials | None) -> tuple[int, str]:
+    """Ask the proxy at the other end of ``stream`` for a tunnel to ``target``; return its status and reason.
+
+    Bytes that follow stay in the stream's read-ahead buffer. Raises :class:`ResolveError` for a name that is none,
+    :class:`~..message.errors.MalformedMessage`, :class:`PeerClosed` or OSError; the caller closes.
+    """
+    await stream.write(_request(target, credentials))
+    return await _response(stream)
+
+
+def basic(credentials: Credentials) -> str:
+    """Return the value of Proxy-Authorization (RFC 7617)."""
+    login = f"{credentials.username}:{credentials.password}"
+    return f"Basic {b64encode(login.encode()).decode()}"
+
+
+def _request(target: Authority, credentials: Credentials | None) -> bytes:
+    authority = str(target)
+    if isinstance(target.host, str):
+        try:
+            authority = f"{target.host.encode('idna').decode()}:{target.port}"
+        except UnicodeError as error:
+            raise ResolveError(f"{target.host!r} is not a valid domain name: {error}") from error
+        if _HOST.fullmatch(authority) is None:
+            raise ResolveError(f"{target.host!r} is not a valid domain name")
+    lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}"]
+    if credentials is not None:
+        lines.append(f"Proxy-Authorization: {basic(credentials)}")
+    return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
 async def _response(stream: Stream) -> tuple[int, str]:
@@ -103,6 +119,8 @@ async def _response(stream: Stream) -> tuple[int, str]:
     searched = 0
     while True:
         data = bytearray(stream.buffered)
+        if not _SPEAKS_HTTP.startswith(data[: len(_SPEAKS_HTTP)]):  # known at once, and not when the time is up
+            raise MalformedMessage("the proxy's answer does not begin as HTTP does")
         end = head_end(data, searched, _LIMITS, request=False)
         if not end:
             searched = len(data)
