@@ -30,6 +30,7 @@ _GROUPS: Final = {
     "bans": ("ban", "bans"),
     "lifecycle": ("status", "unload"),
     "flows": ("flows",),
+    "route": ("route",),
     "upgrade": ("upgrade",),
     "ca": ("ca",),
     "events": ("events",),

@@ -28,6 +28,7 @@ __all__ = ["probe", "register", "status"]
 _STOP_SECONDS = 60.0
 _PROBE_SECONDS = 5.0
 _DENIALS_SHOWN = 8
+_WAYS_SHOWN = 16
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -74,6 +75,7 @@ def status(instance: Instance) -> Json:
         "sandbox": state.get("sandbox"),
         "denials": _rows(state, "denials"),
         "draining": _rows(state, "draining"),
+        "ways": _rows(state, "ways"),
         "confirm_within": None,
         "listeners": [],
         "verdicts": [],
@@ -205,6 +207,10 @@ def _status(args: argparse.Namespace) -> int:
         print(f"wire relay: {': '.join(filter(None, (wire['state'], wire['why'])))}")
     if isinstance(wire, dict) and (elders := wire.get("elders")):
         print(f"{sum(elders)} tunnels of earlier servers go on")
+    for row in cast("list[Json]", result["ways"])[:_WAYS_SHOWN]:
+        since = "" if row.get("since") is None else f" for {duration(row['since'])}"
+        cause = f": {row['cause']}" if row.get("cause") else ""
+        print(f"way {row['way']} is {row['state']}{since}{cause}")
     for what, why in cast("dict[str, str]", result["problems"]).items():
         print(f"NOT AS IT SHOULD BE: {what}: {why}")
     listeners = cast("list[Json]", result["listeners"])

@@ -247,6 +247,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
     from ..config.load import load_config
     from ..config.modes import exposures
     from ..config.show import effective
+    from ..control.routes import route_key
 
     config = load_config(args.config)
     for text in exposures(config, args.config):
@@ -265,7 +266,12 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
             )
         ),
         target="rama_ebpf.config.application:application",
-        params={"config": effective(config), "directory": str(args.config.absolute().parent)},
+        params={
+            "config": effective(config),
+            "directory": str(args.config.absolute().parent),
+            "file": str(args.config.absolute()),
+            "route_key": route_key(args.instance).hex() if config.ways else "",
+        },
         workers=server.workers,
         user=_user(server.user),
         sandbox=_sandbox(args),

@@ -153,7 +153,7 @@ class ConnectSettings:
             )
         if book is None and not self.via:
             return stack(*layers, connector)
-        book = self._via(environment.stack) if book is None else book
+        book = self.via_book(environment.stack) if book is None else book
         shared = environment.shared
         ways = RouteConnector(
             book.table,
@@ -169,8 +169,8 @@ class ConnectSettings:
         )
         return stack(*layers, ways)
 
-    def _via(self, name: str) -> RouteBook:
-        """One route through these proxies."""
+    def via_book(self, name: str) -> RouteBook:
+        """Return the one route of the stack ``name`` through these proxies."""
         limits = HealthLimits()
         if self.breaker is not None:
             pause = self.breaker.pause

@@ -49,6 +49,7 @@ from .predecessor import Predecessor, Seniors
 from .refusals import RefusalBook
 from .replaying import generation_of
 from .revision import Deployment, Policy, ServedRevision
+from .routes import RouteControl
 from .signals import EarlyStop, end_after, stopping_early, suspend
 from .socket import ControlServer
 from .sockets import SocketSet
@@ -154,6 +155,7 @@ class _Daemon(WorkerObserver):
         self._events = EventHub() if host.gate is None else GateEvents(host.gate.maps, rule_names(host.store)).hub
         self._refusals = RefusalBook()
         self._cleanup = cleanup
+        self._routes = RouteControl(lambda: self._options.params, lambda: self._supervisor.board)
         self._audit = self._make_audit()
         self._deployment = Deployment(
             host, self._listeners, self._egress, self._feeds, thread, self._guard.probe, self._in_force, self._alone
@@ -275,6 +277,7 @@ class _Daemon(WorkerObserver):
                 cookies=self._cookies,
                 relay=self._relay,
                 wire=self._wire,
+                ways=lambda: self._supervisor.board.troubled(),
                 elders=self._elders,
             )
         )
@@ -384,6 +387,8 @@ class _Daemon(WorkerObserver):
     def _control(self, method: str, params: Mapping[str, object]) -> dict[str, object]:
         if method == "kill":
             return self._killer.call(params)
+        if method.startswith("route-"):
+            return self._routes.call(method, params)
         if method == "why":
             return self._why().call(params)
         try:
@@ -579,11 +584,13 @@ class _Daemon(WorkerObserver):
             silent_rejects_collector,
             supervisor_collector,
             verdict_collector,
+            ways_collector,
         )
 
         address, inherited = self._options.metrics.address, self._inherited
         collectors = [supervisor_collector(self._supervisor), guard_collector(self._guard.losses, self._unready)]
         collectors.append(denials_collector(self._denials))
+        collectors.append(ways_collector(lambda: self._supervisor.board.states()))
         store = self._host.store
         if isinstance(store, KernelStore):
             collectors.append(verdict_collector(Verdicts(store)))

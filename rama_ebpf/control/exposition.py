@@ -37,6 +37,7 @@ __all__ = [
     "silent_rejects_collector",
     "supervisor_collector",
     "verdict_collector",
+    "ways_collector",
 ]
 
 log = logging.getLogger("rama_ebpf.metrics")
@@ -114,6 +115,18 @@ def supervisor_collector(supervisor: Supervisor) -> Collector:
         for name, count in supervisor.nursery.failures.items():
             failures.add_metric((name,), count)
         yield failures
+
+    return _Collector(collect)
+
+
+def ways_collector(states: Callable[[], Mapping[str, bool]]) -> Collector:
+    """Collect which ways out are up, of 500 at most."""
+
+    def collect() -> Iterable[Metric]:
+        family = GaugeMetricFamily("rama_way_up", "1 if a way of the configuration is up.", labels=("way",))
+        for name, is_up in itertools.islice(states().items(), 500):
+            family.add_metric((name,), is_up)
+        yield family
 
     return _Collector(collect)
 

@@ -47,6 +47,7 @@ class Seen:
     cookies: CookieWatch
     relay: KernelRelay
     wire: WireRelay
+    ways: Callable[[], list[dict[str, object]]]
     elders: WireElders
 
 
@@ -100,6 +101,7 @@ class ServerState:
             "starting": not self._is_ready,
             "stopping": self._ends_by is not None,
             "problems": self._seen.guard.problems,
+            "ways": self._seen.ways(),
             "denials": [
                 {"role": role, "call": call, "count": count}
                 for (role, call), count in sorted(self._seen.denials.counts().items())

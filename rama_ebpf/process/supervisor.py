@@ -20,6 +20,7 @@ from .channel import RequestFailed
 from .generation import Generation
 from .nursery import Nursery
 from .plan import Json, Plan
+from .ways import SharedBoard
 from .worker_process import WorkerFactory, WorkerObserver, WorkerProcess
 
 __all__ = ["Revision", "Supervisor", "WorkerCounts"]
@@ -123,6 +124,11 @@ class Supervisor:
     def plan(self) -> Plan:
         """The one in force."""
         return self._revision.plan
+
+    @property
+    def board(self) -> SharedBoard:
+        """The health of ways, which all workers share."""
+        return self._factory.board
 
     @property
     def stopping(self) -> asyncio.Future[None]:

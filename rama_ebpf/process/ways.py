@@ -242,6 +242,21 @@ class SharedBoard:
                 _OVERRIDE.pack_into(self._orders, number * _OVERRIDE.size, name.encode(), target.encode())
             self._revision[0] += 1
 
+    def troubled(self) -> list[dict[str, object]]:
+        """Return the ways that are not up, with what :meth:`described` says of them."""
+        return [{"way": name, **said} for name in self._names() if (said := self.described(name))["state"] != "up"]
+
+    def states(self) -> dict[str, bool]:
+        """Return whether each way that was ever used is up."""
+        return {name: self.read(name).usable() for name in self._names()}
+
+    def _names(self) -> list[str]:
+        found = []
+        for at in range(0, len(self._rows), _ROW_BYTES):
+            if self._rows[at]:
+                found.append(bytes(self._rows[at : at + 63]).rstrip(b"\0").decode("ascii", "replace"))
+        return found
+
     def described(self, name: str) -> dict[str, object]:
         """Return what ``status`` and ``route list`` say of a way."""
         index, now = self._row(name), time.monotonic()

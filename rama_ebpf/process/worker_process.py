@@ -26,6 +26,7 @@ from .exit_watch import exit_watch
 from .nursery import Nursery
 from .plan import Json, Plan
 from .shared import SharedTable
+from .ways import SharedBoard
 
 __all__ = ["WorkerFactory", "WorkerObserver", "WorkerProcess", "WorkersFailed", "outcome"]
 
@@ -164,6 +165,11 @@ class WorkerFactory:
         self._shared_fd = SharedTable.create(columns)
         self._shared = SharedTable(self._shared_fd, columns, None, self._secret)
         self._free_columns = set(range(columns))
+
+    @property
+    def board(self) -> SharedBoard:
+        """The health of ways."""
+        return self._shared.board()
 
     @property
     def room(self) -> int:
