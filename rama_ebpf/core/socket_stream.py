@@ -479,6 +479,7 @@ class SocketStream(Stream):
         if self._closed:
             return
         self._closed = True
+        self._teller = None
         if self._poller is not None:
             self._poller.closing(self._fd)
         for waiter in (self._reader, self._writer):

@@ -17,7 +17,8 @@ from ....core.stream import Stream
 from ....core.target import Target
 from ...connect import connects_at_once
 from ...tls.stream import TlsParameters
-from ..h1.client import Dialled, H1ClientConnection
+from ..h1.client import H1ClientConnection
+from ..h1.upstream import Dialled
 from ..h2.client import H2ClientConnection
 from ..message.errors import NoResponse
 from ..message.limits import HttpLimits, HttpTimeouts, OriginOptions
