@@ -277,6 +277,7 @@ class ControlApi:
         replayed = self._replaying.of(compiled)
         if within is None and not params.get("yes"):
             within = self._replaying.hold_up(compiled, replayed, _texts(params, "operators"), bound)
+        told = self._replaying.told(replayed)  # it asks the kernel: afterwards an error would be wrong
         token, origin = self._store.set_token(), _text(params, "path")
         new = carry_out(
             lambda: self._store.replace(
@@ -295,7 +296,7 @@ class ControlApi:
             "rules": len(ruleset.rules),
             "prefixes": sum(len(rule.sources) for rule in ruleset.rules),
             "confirm_within": within,
-            "replay": self._replaying.told(replayed),
+            "replay": told,
             "feeds": [_feed_report(report) for report in reports],
             "overlaps": [{"rule": one, "inside": other, "networks": count} for one, other, count in overlaps],
         } | self._unheard(ruleset)
