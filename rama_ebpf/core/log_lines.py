@@ -46,9 +46,26 @@ class _Line(logging.LogRecord):
 
 
 def log_line(log: logging.Logger, message: object) -> None:
-    """Log ``str(message)`` at INFO; handlers find ``message`` itself as the record's ``access``."""
+    """Log ``str(message)`` at INFO; handlers find ``message`` itself as the record's ``access``. Where a
+    :class:`LineHandler` is the only handler, and nothing filters, no record is made."""
     if log.isEnabledFor(logging.INFO):
-        log.handle(_Line(log.name, message))
+        handler = _only_handler(log)
+        if handler is None or not handler.take(log.name, message):
+            log.handle(_Line(log.name, message))
+
+
+def _only_handler(log: logging.Logger) -> LineHandler | None:
+    found: LineHandler | None = None
+    if log.filters:
+        return None
+    node: logging.Logger | None = log
+    while node is not None:
+        for handler in node.handlers:
+            if found is not None or type(handler) is not LineHandler or handler.filters or handler.level > logging.INFO:
+                return None
+            found = handler
+        node = node.parent if node.propagate else None
+    return found
 
 
 class SecondFormatter(logging.Formatter):
@@ -65,13 +82,26 @@ class SecondFormatter(logging.Formatter):
         """Return a record as a line; of :func:`log_line`, all but the time and the message is known by its logger."""
         if type(record) is not _Line:
             return super().format(record)
-        name = record.name
-        if name not in self._around:
-            self._around[name] = self._cut(record)
-        around = self._around[name]
+        around = self._known(record.name, record)
         if around is None:
             return super().format(record)
         return f"{around[0]}{self.formatTime(record)}{around[1]}{record.msg}{around[2]}"
+
+    def line(self, name: str, message: object) -> str | None:
+        """Return a message of :func:`log_line` as a line, as of now; None for a format that needs a record."""
+        around = self._known(name, None)
+        if around is None:
+            return None
+        now = time.time()
+        second = int(now)
+        if second != self._second:
+            self._new_second(second)
+        return f"{around[0]}{self._text},{int((now - second) * 1000):03d}{around[1]}{message}{around[2]}"
+
+    def _known(self, name: str, record: logging.LogRecord | None) -> tuple[str, str, str] | None:
+        if name not in self._around:
+            self._around[name] = self._cut(_Line(name, "") if record is None else record)
+        return self._around[name]
 
     def _cut(self, record: logging.LogRecord) -> tuple[str, str, str] | None:
         """Return what a line has before its time, between time and message, and behind; None for another order."""
@@ -90,9 +120,12 @@ class SecondFormatter(logging.Formatter):
             return super().formatTime(record, datefmt)
         second = int(record.created)
         if second != self._second:
-            self._text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-            self._second = second
+            self._new_second(second)
         return f"{self._text},{int(record.msecs):03d}"
+
+    def _new_second(self, second: int) -> None:
+        self._text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        self._second = second
 
 
 class LineHandler(logging.StreamHandler[TextIO]):
@@ -110,17 +143,39 @@ class LineHandler(logging.StreamHandler[TextIO]):
         try:
             line = self.format(record)
             if type(record) is _Line:
-                size = len(line) + 1
-                if self._size + size > _TOGETHER:
-                    self._write_waiting()
-                if self._waiting or _before_long(self.flush):
-                    self._waiting.append(line)
-                    self._size += size
-                    return
-            self._waiting.append(line)
-            self._write_waiting()
+                self._add(line)
+            else:
+                self._waiting.append(line)
+                self._write_waiting()
         except Exception:  # noqa: BLE001  # as the standard handlers do: a log that fails ends nobody's work
             self.handleError(record)
+
+    def take(self, name: str, message: object) -> bool:
+        """Take a message of :func:`log_line` for a logger; return false if it takes a record."""
+        formatter = self.formatter
+        if type(formatter) is not SecondFormatter:
+            return False
+        self.acquire()
+        try:
+            line = formatter.line(name, message)
+            if line is None:
+                return False
+            self._add(line)
+        except Exception:  # noqa: BLE001  # as in emit()
+            self.handleError(_Line(name, message))
+        finally:
+            self.release()
+        return True
+
+    def _add(self, line: str) -> None:
+        size = len(line) + 1
+        if self._size + size > _TOGETHER:
+            self._write_waiting()
+        scheduled = bool(self._waiting) or _before_long(self.flush)
+        self._waiting.append(line)
+        self._size += size
+        if not scheduled:
+            self._write_waiting()
 
     def flush(self) -> None:
         """Write what waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import os
@@ -79,3 +80,41 @@ def test_a_message_that_cannot_be_written_ends_nobodys_work(capsys: pytest.Captu
     handler.setFormatter(SecondFormatter("%(asctime)s %(message)s"))
     handler.handle(logging.makeLogRecord({"msg": Broken()}))
     assert "no text" in capsys.readouterr().err
+
+
+async def test_lines_of_one_turn_are_written_together_and_in_order(log: logging.Logger) -> None:
+    written: list[str] = []
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    handler = LineHandler(Stream())
+    handler.setFormatter(SecondFormatter("%(levelname)s %(message)s"))
+    log.propagate = False
+    log.handlers = [handler]
+    log_line(log, "one")
+    log_line(log, "two")
+    assert written == []
+    log.warning("three")  # whoever else logs overtakes nobody
+    assert written == ["INFO one\nINFO two\nWARNING three\n"]
+    log_line(log, "x" * 3000)
+    log_line(log, "y" * 3000)  # more than a pipe takes as one
+    assert written[1:] == ["INFO " + "x" * 3000 + "\n"]
+    await asyncio.sleep(0)
+    assert written[2:] == ["INFO " + "y" * 3000 + "\n"]
+
+
+def test_a_line_without_a_record_is_the_line_of_the_record(log: logging.Logger) -> None:
+    text = "%(asctime)s %(levelname)s worker 0 %(name)s: %(message)s"
+    alone, beside = io.StringIO(), io.StringIO()
+    log.propagate = False
+    for stream, others in ((alone, []), (beside, [logging.NullHandler()])):
+        handler = LineHandler(stream)
+        handler.setFormatter(SecondFormatter(text))
+        log.handlers = [handler, *others]
+        log_line(log, "a=1 %s")
+    lines = [stream.getvalue() for stream in (alone, beside)]
+    assert len({line[:10] + line[23:] for line in lines}) == 1  # but for the time of day
+    assert all(len(line) == len(lines[0]) for line in lines)
