@@ -298,6 +298,8 @@ int wire_relay(struct __sk_buff *skb)
 
 	if (here != LOOPBACK && (skb->pkt_type != TO_US || skb->vlan_present))
 		return PASS;
+	if (here == LOOPBACK && skb->mark == WIRE_OWN_MARK)
+		return PASS;
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		struct iphdr *ip = data + 14;
 

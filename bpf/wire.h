@@ -32,6 +32,10 @@ enum wire_why {
 	NOTICE_ERROR = 2,   /* an ICMP error came about a packet that was translated */
 };
 
+enum wire_mark {
+	WIRE_OWN_MARK = 0x77697265, /* of packets by which the relay speaks to its own parked sockets: "wire" */
+};
+
 enum wire_size {
 	WIRE_NOTICE_BYTES = 56, /* of an ICMP header and the packet that it quotes */
 };

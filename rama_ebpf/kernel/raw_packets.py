@@ -11,12 +11,15 @@ import socket
 import struct
 from typing import Final
 
-from .wire import WireKey
+from .wire import STATE, WireKey
 
 __all__ = ["RawPackets", "checksum"]
 
 _HOP_LIMIT: Final = 64
-_RST: Final = 4
+_SO_MARK: Final = 36
+_MASK: Final = 0xFFFFFFFF
+_RST, _ACK = 4, 16
+_WINDOW: Final = 0xFFFF
 
 
 class RawPackets:
@@ -37,11 +40,18 @@ class RawPackets:
         segment = sent.sport + sent.dport + struct.pack("!IIBBHHH", seq, 0, 0x50, _RST, 0, 0, 0)
         self._send(sent, socket.IPPROTO_TCP, segment, at=16)
 
+    def acknowledge(self, arriving: WireKey, seq: int, ack: int) -> None:
+        """Acknowledge to a socket of this host, as its peer, what it has sent: ``arriving`` are the addresses of what
+        that sends. The packet stays within the host, and is none of the wire relay's."""
+        segment = arriving.sport + arriving.dport
+        segment += struct.pack("!IIBBHHH", seq & _MASK, ack & _MASK, 0x50, _ACK, _WINDOW, 0, 0)
+        self._send(arriving, socket.IPPROTO_TCP, segment, at=16, mark=STATE["WIRE_OWN_MARK"])
+
     def error(self, sent: WireKey, icmp: bytes) -> None:
         """Send an ICMP message, of which the checksum is zero, between the addresses of ``sent``."""
         self._send(sent, socket.IPPROTO_ICMPV6 if sent.v6 else socket.IPPROTO_ICMP, icmp, at=2)
 
-    def _send(self, sent: WireKey, protocol: int, body: bytes, *, at: int) -> None:
+    def _send(self, sent: WireKey, protocol: int, body: bytes, *, at: int, mark: int = 0) -> None:
         size = 16 if sent.v6 else 4
         source, target = sent.source[-size:], sent.target[-size:]
         pseudo = source + target + struct.pack("!IHBB", len(body), 0, 0, protocol)
@@ -55,9 +65,14 @@ class RawPackets:
         sock, family = (self._v6, socket.AF_INET6) if sent.v6 else (self._v4, socket.AF_INET)
         try:
             if sock is not None:
+                if mark:
+                    sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
                 sock.sendto(header + body, (socket.inet_ntop(family, target), 0))
         except OSError:
             self.failed += 1
+        finally:
+            if mark and sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, 0)
 
     def close(self) -> None:
         """Close the sockets."""

@@ -13,7 +13,7 @@ from typing import Final
 
 from .wire import WireKey
 
-__all__ = ["ESTABLISHED", "TcpFacts", "TcpOption", "netns_cookie", "segments"]
+__all__ = ["ESTABLISHED", "TcpFacts", "TcpOption", "netns_cookie", "segments", "unacknowledged"]
 
 ESTABLISHED: Final = 1
 
@@ -104,6 +104,13 @@ def segments(sock: socket.socket) -> tuple[int, int]:
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SEGMENTS.size)
     came, with_data = _SEGMENTS.unpack(info)
     return came, with_data
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Return how many segments a socket has sent and sends again, for its peer has not acknowledged them. Raises
+    OSError."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+    return int(_INFO.unpack_from(info, 8)[4])
 
 
 def netns_cookie(sock: socket.socket) -> int:

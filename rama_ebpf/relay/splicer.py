@@ -24,14 +24,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from ..core.bucket import TokenBucket
 from ..kernel.conntrack import Conntrack
 from ..kernel.raw_packets import RawPackets
 from ..kernel.ringbuf import RingBuffer
 from ..kernel.routes import Routes
-from ..kernel.tcp_facts import TcpFacts, netns_cookie, segments
+from ..kernel.tcp_facts import TcpFacts, netns_cookie, segments, unacknowledged
 from ..kernel.wire import STATE, Pair, PairMemory, WireKey, WireMaps
 from .orphan import Orphan
 from .report import CloseReason
@@ -99,6 +99,8 @@ class Splice:
     tell: Tell
     story: bytes = b""
     parked: bool = False
+    watched: bool = False
+    """Whether its sockets are, for whatever comes to them."""
     strays: list[tuple[int, int]] = field(default_factory=list)
     """Segments, and those with data, that had come to each socket when it was looked at last."""
     strayed: bool = False
@@ -382,13 +384,7 @@ class Splicer:
             self.counts.taken += 1
             splice.strays = [segments(sock) for sock in splice.sockets if sock is not None]
             splice.tell(Told.TAKEN, CloseReason.EOF, (0, 0))
-            for index, sock in enumerate(splice.sockets):
-                if sock is not None:
-                    self._reactor.add(
-                        sock.fileno(),
-                        select.EPOLLIN | select.EPOLLRDHUP,
-                        lambda events, index=index: self._disturbed(splice, index, events),  # type: ignore[misc]
-                    )
+            self._watch_parked(splice)
         pair = self._pairs[splice.pair]
         if splice.over_at is None and (reason := reason_of(pair)) is not None:
             splice.over_at = time.monotonic()
@@ -406,6 +402,26 @@ class Splicer:
                 with contextlib.suppress(OSError):  # it is gone: then it says nothing either
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
                     sock.setsockopt(socket.IPPROTO_TCP, _REPAIR, 1)
+        self._settle(splice)
+
+    def _watch_parked(self, splice: Splice) -> None:
+        """Hear of whatever comes to the sockets."""
+        splice.watched = True
+        for index, sock in enumerate(splice.sockets):
+            if sock is not None:
+                self._reactor.add(
+                    sock.fileno(),
+                    select.EPOLLIN | select.EPOLLRDHUP,
+                    lambda events, index=index: self._disturbed(splice, index, events),  # type: ignore[misc]
+                )
+
+    def _settle(self, splice: Splice) -> None:
+        """Acknowledge to the parked sockets what their ends have acknowledged by packets that were translated, or they
+        would send it again for a quarter of an hour, and end then."""
+        for sock, key, flow in zip(splice.sockets, splice.keys, splice.flows, strict=True):
+            if sock is not None and unacknowledged(sock):
+                received, acked = flow["expect_received"], flow["expect_acked"]
+                self._raw.acknowledge(key, cast("int", received), cast("int", acked))
 
     def _disturbed(self, splice: Splice, index: int, events: int) -> None:
         """Something has come to a parked socket: it was ended by others, or a packet was not translated."""
@@ -449,7 +465,7 @@ class Splicer:
         sock = splice.sockets[index]
         if sock is not None:
             splice.sockets[index] = None
-            if splice.parked:
+            if splice.watched:
                 self._reactor.remove(sock.fileno())
             sock.close()
 

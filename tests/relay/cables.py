@@ -114,7 +114,11 @@ class Meeting:
         loop = asyncio.get_running_loop()
         while True:
             sock, (host, port, *_) = await loop.sock_accept(self.listener)
-            self._future(host, port).set_result(sock)
+            future = self._future(host, port)
+            if future.done():  # of one whose other end never knew of it
+                future.result().close()
+                future = self._came[host, port] = loop.create_future()
+            future.set_result(sock)
 
     async def connect(self, sock: socket.socket) -> tuple[socket.socket, socket.socket]:
         """Connect; return both ends."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rama_ebpf.core.reactor import Reactor
-from rama_ebpf.kernel.tcp_facts import segments
+from rama_ebpf.kernel.tcp_facts import segments, unacknowledged
 from rama_ebpf.kernel.wire import WireMaps
 from rama_ebpf.relay.report import CloseReason
 from rama_ebpf.relay.splicer import Splicer, Told
@@ -192,6 +192,33 @@ def test_reader_that_stalls_holds_the_sender_and_the_proxy_holds_nothing(
         got += len(ends.target.recv(1 << 20))
     ends.client.settimeout(20)
     ends.talk()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parked_sockets_have_nothing_to_send_again(holder: Holder, connect: Callable[..., Ends], family: int) -> None:
+    """The acknowledgement of the reply came with data, and so was translated: or else its socket sends that again, and
+    gives up in the end."""
+    ends = connect(family)
+    number = spliced(holder, ends)
+    sockets = [sock for sock in holder.splicer._by_pair[number].sockets if sock is not None]
+    assert len(sockets) == 2
+    wait_for(lambda: not any(map(unacknowledged, sockets)), what="their rest")
+    ends.talk()
+    assert [told for told, *_ in holder.said[1]] == [Told.TAKEN]
+
+
+def test_taken_and_cut_before_anybody_heard_of_it(holder: Holder, connect: Callable[..., Ends]) -> None:
+    ends = connect()
+    holder.take(1, ends.near, (5, 0))
+    ends.near[0].sendall(b"reply")
+    assert ends.client.recv(100) == b"reply"
+    ends.client.sendall(b"first")
+    assert ends.target.recv(100) == b"first"
+    holder.splicer.cut("me", 1)
+    assert holder.until(1, Told.ENDED)[1] is CloseReason.CUT
+    with pytest.raises(ConnectionResetError):
+        ends.target.recv(1)
+    assert len(holder.splicer) == 0
 
 
 def test_cut_resets_idle_ends_exactly(holder: Holder, connect: Callable[..., Ends]) -> None:

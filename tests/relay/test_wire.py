@@ -22,6 +22,7 @@ from rama_ebpf.kernel.raw_packets import checksum
 from ..conftest import StartProxy
 from ..lab import Host, Lab, wait_for
 from ..proxy import ProxyProcess
+from .scripts import Stage, both_ways, comes_out_of_order
 
 pytestmark = [pytest.mark.root, pytest.mark.ebpf]
 
@@ -247,6 +248,18 @@ def read_all(sock: socket.socket, into: bytearray) -> None:
 def test_tunnel_by_connect_is_taken_over(scene: Scene) -> None:
     with scene.listening() as listener:
         exchange(*scene.taken(listener, CONNECT_PORT))
+
+
+def test_segments_written_by_hand_are_answered_as_by_the_target_itself(scene: Scene) -> None:
+    """Out of order, repeated, with gaps: `python -m tests.relay.scripts` plays all there are."""
+    stage = Stage(scene.client, scene.proxy_host, scene.target, PORT)
+
+    def taken(source: str) -> bool:
+        return any(flow["source"] == source and flow["relay"] == "wire" for flow in scene.flows())
+
+    direct, relayed = both_ways(stage, comes_out_of_order, taken)
+    assert direct == relayed
+    assert len(direct) == 8
 
 
 def test_resets_pass_and_are_told(scene: Scene) -> None:
