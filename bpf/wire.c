@@ -50,6 +50,7 @@ enum { JUMBO = 8 /* bytes of the hop-by-hop header that a packet above 64 KiB ha
 
 /* BCC 0.26 declares it with an argument less. */
 static long (*redirect_neigh)(u32, void *, int, u64) = (void *)152;
+static long (*csum_level)(void *, u64) = (void *)135;
 
 static __always_inline int is_after(u32 a, u32 b)
 {
@@ -282,6 +283,36 @@ static __always_inline void note_too_big(struct __sk_buff *skb, struct wire_flow
 	notices.ringbuf_output(&notice, sizeof(notice), 0);
 }
 
+/*
+ * Whether the checksum of a segment without data is right: the end that it is for drops it otherwise, and so nothing may be
+ * believed of it. It was found to be right already, or is still to be computed (then it is that of the addresses alone), or
+ * is computed here.
+ */
+static __always_inline int is_intact(struct __sk_buff *skb, u32 transport, u32 header, u32 total, struct wire_key *key,
+				     u16 found)
+{
+	u32 zero = 0, words = header >> 2, count;
+	u64 sum = (u64)bpf_htonl(total) + bpf_htonl(IPPROTO_TCP);
+	u8 *b = (void *)options.lookup(&zero);
+	int i;
+
+	if (!b || total != header)
+		return 0;
+	if (csum_level(skb, 0 /* BPF_CSUM_LEVEL_QUERY */) >= 0)
+		return 1;
+#pragma unroll
+	for (i = 0; i < 4; i++)
+		sum += (u64)key->source[i] + key->target[i];
+	if (folded_to_16(sum) == found)
+		return 1;
+	asm volatile("" : "+r"(words));
+	count = (((words - 1) & 15) + 1) << 2;
+	if (bpf_skb_load_bytes(skb, transport, b, count))
+		return 0;
+	sum += (u32)bpf_csum_diff(NULL, 0, (void *)b, count, 0);
+	return folded_to_16(sum) == 0xffff;
+}
+
 /* -- packets ------------------------------------------------------------------------------------------------------ */
 
 int wire_relay(struct __sk_buff *skb)
@@ -417,7 +448,8 @@ int wire_relay(struct __sk_buff *skb)
 	 */
 	ahead = seq_end + flow->seq - (u32)other->acked;
 	if (tcp->rst) {
-		if (seq + flow->seq == (u32)other->acked || seq == (u32)me->sent)
+		if ((seq + flow->seq == (u32)other->acked || seq == (u32)me->sent) &&
+		    is_intact(skb, transport, header, total, &key, tcp->check))
 			set |= leg ? WIRE_RESET1 : WIRE_RESET0;
 	} else if ((s32)ahead <= (s32)(other->window + SLACK)) {
 		advance(&me->sent, seq_end);

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from ..control.socket import ControlUnavailable
 from ..core.errors import RamaError
 from ..kernel import bpffs, cgroup, headers, landlock, syn_cookies
 from ..kernel.instance import Instance
 from ..kernel.privileges import WORKERS, UserIds
 from ..kernel.seccomp import SeccompUnavailable, available, load_library
 from ..kernel.suspended import is_stopped
+from ..policy.rule import PolicyError
+from .flows import live_flows
 from .lifecycle import probe
 from .output import ENVIRONMENT, OK, print_json
 
@@ -203,7 +206,23 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
 
 def examine(instance: Instance) -> list[Finding]:
     """Run all checks; they change nothing."""
-    return [*(check() for check in _CHECKS), *_audited(instance), _gate(instance)]
+    return [*(check() for check in _CHECKS), *_wire_at_work(instance), *_audited(instance), _gate(instance)]
+
+
+def _wire_at_work(instance: Instance) -> list[Finding]:
+    """Which tunnels of the running server the wire relay did not take, and why."""
+    state = instance.read_state().get("wire") if instance.serving_pid() is not None else None
+    if not isinstance(state, dict) or state.get("state") != "ready":
+        return []
+    try:
+        refused = live_flows(instance)["refused"]
+    except (ControlUnavailable, PolicyError, TimeoutError) as error:
+        return [Finding("wire relay at work", None, f"the server does not say what it refuses: {error}")]
+    rows = sorted(((count, why) for why, count in refused.items() if why.startswith("no wire: ")), reverse=True)
+    if not rows:
+        return [Finding("wire relay at work", True, "it takes every tunnel that it is asked for")]
+    told = "; ".join(f"{count} {why.removeprefix('no wire: ')}" for count, why in rows)
+    return [Finding("wire relay at work", None, f"tunnels that went another way: {told} (docs/wire.md has the rules)")]
 
 
 def _audited(instance: Instance) -> list[Finding]:

@@ -26,7 +26,7 @@ from ..core.request_log import RequestLog, RequestRecord, error_reason
 from ..core.service import Output, Service
 from ..core.shares import ShareExceeded
 from ..core.stream import Stream
-from ..relay.report import TunnelReport
+from ..relay.report import INSTEAD, TunnelReport
 
 __all__ = ["AccessLogLayer", "AccessRecord", "close_reason", "log_record"]
 
@@ -38,7 +38,8 @@ _CROWDED_SECONDS: Final = 60.0
 @dataclass(frozen=True, slots=True)
 class AccessRecord:
     """What is known of a connection at its end. ``received`` and ``sent`` are bytes from and to the client, ``age``
-    is seconds; ``relay`` is how a tunnel's bytes moved, "" if there was none; ``notes`` is what layers have noted."""
+    is seconds; ``relay`` is how a tunnel's bytes moved, "" if there was none, and ``why_not`` why not by the relay that
+    was wanted; ``notes`` is what layers have noted."""
 
     client: SocketAddress | None
     listener: SocketAddress | None
@@ -51,6 +52,7 @@ class AccessRecord:
     relay: str = ""
     error: str = ""
     notes: tuple[Note, ...] = ()
+    why_not: str = ""
 
     def __str__(self) -> str:
         """Return the record as logfmt: ``key=value``, quoted where a peer chose the text and it needs quotes."""
@@ -64,6 +66,7 @@ class AccessRecord:
             ("sent", self.sent),
             ("age", f"{self.age:.3f}"),
             ("relay", self.relay),
+            ("why", self.why_not),
             *((note.key, note.value) for note in self.notes),
             ("error", self.error),
         ]
@@ -199,4 +202,5 @@ def _record(stream: Stream, error: BaseException | None, age: float, notes: tupl
         relay="" if report is None else report.relay,
         error="" if error is None or isinstance(error, asyncio.CancelledError) else str(error),
         notes=(*extensions.all(Note), *notes),
+        why_not=report.why if report is not None and report.why.startswith(INSTEAD) else "",
     )

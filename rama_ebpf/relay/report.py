@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
 
-__all__ = ["CloseReason", "DirectionOutcome", "TunnelReport"]
+__all__ = ["INSTEAD", "CloseReason", "DirectionOutcome", "TunnelReport"]
+
+INSTEAD: Final = "no "
+"""What the reason for a relay begins with where another one was wanted: ``no wire: ECN``."""
 
 
 class CloseReason(enum.Enum):

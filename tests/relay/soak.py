@@ -1,7 +1,8 @@
-"""The long runs behind the suite: ``python -m tests.relay.soak flows|overlap|stall [--relay KIND] [--count N]``.
+"""The long runs behind the suite: ``python -m tests.relay.soak flows|rush|overlap|stall [--relay KIND] [--count N]``.
 
-``flows`` plays random flows through each relay, ``overlap`` synthetic connections on veth, ``stall`` holds a reader.
-They need root, print one JSON object a relay, and end with an exit code other than 0 at the first wrong byte.
+``flows`` plays random flows through each relay, ``rush`` small ones, all of which begin at once, ``overlap`` synthetic
+connections on veth, ``stall`` holds a reader. They need root, print one JSON object a relay, and end with an exit code
+other than 0 at the first wrong byte.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import collections
 import contextlib
 import json
 import random
+import resource
 import socket
 import statistics
 import time
@@ -38,20 +40,33 @@ CREDITS = (1, 1 << 16, 1 << 18, 1 << 20)
 """A small credit makes the kernel hand flows back, and take them over again, the more often."""
 
 
-async def flows(kind: RelayKind, count: int, maps: SpliceMaps) -> dict[str, object]:
+async def flows(
+    kind: RelayKind, count: int, maps: SpliceMaps, at_once: int = AT_ONCE, largest: int = MAX_SIZE
+) -> dict[str, object]:
     """Play ``count`` random flows, and see that nothing is left of them."""
     if kind is RelayKind.WIRE:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            listener.listen(AT_ONCE)
+            listener.listen(at_once)
             async with wire_relay(listener):
-                result = await _flows(kind, count, maps, listener)
+                result = await _flows(kind, count, maps, at_once, largest, listener)
                 return result | {"refused": dict(Wire.current().refused)}
-    return await _flows(kind, count, maps)
+    return await _flows(kind, count, maps, at_once, largest)
+
+
+async def rush(kind: RelayKind, count: int, maps: SpliceMaps) -> dict[str, object]:
+    """Play ``count`` small flows that all begin at once."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    return await flows(kind, count, maps, count, 20_000)
 
 
 async def _flows(
-    kind: RelayKind, count: int, maps: SpliceMaps, listener: socket.socket | None = None
+    kind: RelayKind,
+    count: int,
+    maps: SpliceMaps,
+    at_once: int,
+    largest: int,
+    listener: socket.socket | None = None,
 ) -> dict[str, object]:
     before = open_descriptors()
     sockmap = Engine.current().sockmap
@@ -65,7 +80,7 @@ async def _flows(
     async def player() -> None:
         nonlocal total, spills
         for seed in seeds:
-            flow = plan(seed, largest=MAX_SIZE)
+            flow = plan(seed, largest=largest)
             if sockmap is not None:
                 sockmap.credit = CREDITS[seed % len(CREDITS)]
             report: TunnelReport = await run_flow(
@@ -79,7 +94,7 @@ async def _flows(
             spills += report.spills
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(AT_ONCE):
+        for _ in range(at_once):
             group.create_task(player())
     result = {
         "flows": sum(seen.values()),
@@ -150,7 +165,12 @@ async def stall(kind: RelayKind, seconds: int, maps: SpliceMaps) -> dict[str, ob
 
 
 Run = Callable[[RelayKind, int, SpliceMaps], Awaitable[dict[str, object]]]
-_RUNS: dict[str, tuple[Run, int]] = {"flows": (flows, 10_000), "overlap": (overlap, 2_000), "stall": (stall, 60)}
+_RUNS: dict[str, tuple[Run, int]] = {
+    "flows": (flows, 10_000),
+    "rush": (rush, 1000),
+    "overlap": (overlap, 2_000),
+    "stall": (stall, 60),
+}
 
 
 async def _with_sockmap(run: Run, kind: RelayKind, count: int, maps: SpliceMaps) -> dict[str, object]:

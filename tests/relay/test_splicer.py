@@ -362,7 +362,22 @@ def test_quota_and_a_tuple_that_is_taken(holder: Holder, connect: Callable[..., 
         holder.take(3, other.near, (5, 0))
 
 
-def segment(ends: Ends, flags: int, seq: int, ack: int = 0, payload: bytes = b"") -> None:
+def test_place_is_free_again_when_its_tunnel_has_ended(maps: WireMaps, connect: Callable[..., Ends]) -> None:
+    small = WireMaps.load(1)
+    holder = Holder(small)
+    one, other = connect(), connect()
+    holder.take(1, one.near, (5, 0))
+    with pytest.raises(Refused, match="places"):
+        holder.take(2, other.near, (5, 0))
+    assert other.near[0].send(b"it is its owner's") > 0
+    holder.splicer.cut("me", 1)
+    assert holder.take(3, connect().near, (5, 0)) == 0
+    holder.splicer.close()
+    holder.reactor.close()
+    small.close()
+
+
+def segment(ends: Ends, flags: int, seq: int, ack: int = 0, payload: bytes = b"", *, broken: bool = False) -> None:
     """Forge a segment from the client."""
     source, target = ends.client.getsockname(), ends.client.getpeername()
     tcp = struct.pack("!HHIIBBHHH", source[1], target[1], seq, ack, 0x50, flags, 1000, 0, 0) + payload
@@ -370,7 +385,7 @@ def segment(ends: Ends, flags: int, seq: int, ack: int = 0, payload: bytes = b""
     total = pseudo + tcp + b"\0" * (len(tcp) % 2)
     summed = sum(struct.unpack(f"!{len(total) // 2}H", total))
     summed = (summed & 0xFFFF) + (summed >> 16)
-    summed = ~(summed + (summed >> 16)) & 0xFFFF
+    summed = ~(summed + (summed >> 16)) & 0xFFFF ^ (0x0101 if broken else 0)
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, 6) as raw:
         raw.bind((source[0], 0))
         raw.sendto(tcp[:16] + struct.pack("!H", summed) + tcp[18:], (target[0], 0))
@@ -392,6 +407,22 @@ def test_forged_segments_change_nothing(holder: Holder, connect: Callable[..., E
     assert (after.state, after.client.sent, after.client.acked) == (pair.state, pair.client.sent, pair.client.acked)
     ends.talk()
     assert [told for told, *_ in holder.said[1]] == [Told.TAKEN]
+
+
+def test_reset_that_a_cable_has_made_is_nobody_s(holder: Holder, connect: Callable[..., Ends]) -> None:
+    """Its checksum tells: the target drops it, and so the tunnel has not ended."""
+    ends = connect()
+    number = spliced(holder, ends)
+    ends.talk()
+    wait_for(lambda: holder.splicer._pairs[number].moved == (11, 6), what="the last acknowledgement")
+    pair = holder.splicer._pairs[number]
+    for payload in (b"", b"data"):
+        segment(ends, 0x14, pair.client.sent, pair.client.acked, payload, broken=True)
+    wait_for(lambda: holder.splicer._pairs[number].client.packets >= pair.client.packets + 2, what="both segments")
+    assert holder.splicer._pairs.state(number) == pair.state
+    ends.talk()
+    segment(ends, 0x14, (pair.client.sent + 6) & 0xFFFFFFFF, (pair.client.acked + 6) & 0xFFFFFFFF)
+    assert holder.until(1, Told.ENDED)[1] is CloseReason.CLIENT_RESET
 
 
 def test_port_of_a_client_can_be_used_again_at_once(holder: Holder, connect: Callable[..., Ends]) -> None:

@@ -318,6 +318,12 @@ def test_addresses_that_are_rewritten_are_refused(scene: Scene) -> None:
             exchange(client, upstream)
             assert (scene.row(client) or {})["why"] == "no wire: addresses are rewritten (NAT)"
             assert scene.refused()["no wire: addresses are rewritten (NAT)"] == 1
+            said = scene.proxy.command("doctor", check=False).stdout
+            assert "1 addresses are rewritten (NAT)" in said
+            client.close()
+            upstream.close()
+            line = r'relay=\w+ why="no wire: addresses are rewritten \(NAT\)"'
+            wait_for(lambda: scene.proxy.logged(line), what="its line in the access log")
     finally:
         scene.proxy_host.run("nft", "delete table ip nat")
 
