@@ -29,13 +29,18 @@ def mapped(ip: IPAddress) -> bytes:
 def is_loopback(ip: IPAddress) -> bool:
     """Whether ``ip`` is in 127.0.0.0/8 or ::1; what ``ip.is_loopback`` says, ten times as fast."""
     number = int(ip)
-    return number >> 24 == 127 if ip.version == 4 else number == 1
+    return number >> 24 == 127 if type(ip) is IPv4Address else number == 1
 
 
 @functools.lru_cache(4096)
 def _parsed(host: str) -> IPAddress:
     """The address in a sockaddr. Few hosts make many connections, and parsing costs as much as a system call."""
     return unmap(ip_address(host.partition("%")[0]))
+
+
+@functools.lru_cache(4096)
+def _dotted(number: int) -> str:
+    return socket.inet_ntoa(number.to_bytes(4, "big"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +55,9 @@ class SocketAddress:
     @classmethod
     def from_sockaddr(cls, sockaddr: tuple[object, ...]) -> SocketAddress:
         """Convert what ``getpeername()`` returns for AF_INET or AF_INET6; IPv4-mapped addresses become IPv4."""
-        host, port, *more = sockaddr
-        return cls(_parsed(host), port, more[1] if more else 0)  # type: ignore[arg-type]  # the kernel's own words
+        if len(sockaddr) == 2:
+            return cls(_parsed(sockaddr[0]), sockaddr[1])  # type: ignore[arg-type]  # the kernel's own words
+        return cls(_parsed(sockaddr[0]), sockaddr[1], sockaddr[3])  # type: ignore[arg-type]
 
     @classmethod
     def zoned(cls, ip: IPAddress, port: int) -> SocketAddress:
@@ -68,12 +74,12 @@ class SocketAddress:
 
     @property
     def family(self) -> socket.AddressFamily:
-        return socket.AF_INET if self.ip.version == 4 else socket.AF_INET6
+        return socket.AF_INET if type(self.ip) is IPv4Address else socket.AF_INET6
 
     def to_sockaddr(self) -> tuple[str, int] | tuple[str, int, int, int]:
         """Return the tuple that the :mod:`socket` functions take for :attr:`family`."""
-        if self.ip.version == 4:
-            return (socket.inet_ntoa(self.ip.packed), self.port)
+        if type(self.ip) is IPv4Address:
+            return (_dotted(int(self.ip)), self.port)
         return (str(self.ip), self.port, 0, self.scope_id)
 
     def __str__(self) -> str:

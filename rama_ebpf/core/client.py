@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import Protocol, TypeVar, runtime_checkable
 
 from .address import IPAddress, SocketAddress
@@ -96,5 +97,4 @@ def source_prefix(ip: IPAddress, v4: int = 32, v6: int = 64) -> tuple[int, int]:
 
     A /64 is what one IPv6 subscriber commands (RFC 6177): counting single addresses would count nothing.
     """
-    length, width = (v4, 32) if ip.version == 4 else (v6, 128)
-    return ip.version, int(ip) >> (width - length)
+    return (4, int(ip) >> (32 - v4)) if type(ip) is IPv4Address else (6, int(ip) >> (128 - v6))

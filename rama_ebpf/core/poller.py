@@ -32,6 +32,7 @@ SPECIAL: Final[int] = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | se
 _ALWAYS: Final = select.EPOLLRDHUP | select.EPOLLET
 # The kernel wakes who polls for urgent data with every byte that comes, so the two go together.
 _READS: Final = _ALWAYS | select.EPOLLIN | select.EPOLLPRI
+_READS_AND_WRITES: Final = _READS | WRITABLE
 _EVENTS_PER_WAKE: Final = 256
 
 
@@ -69,7 +70,7 @@ class Poller:
         Room is asked for later by most (:meth:`want_writes`): every new socket has some, and to be told so is a
         wake-up for nothing. Raises OSError if the kernel watches no more sockets (epoll(7), max_user_watches).
         """
-        mask = _READS | WRITABLE if writes else _READS
+        mask = _READS_AND_WRITES if writes else _READS
         self._epoll.register(fd, mask)
         self._watchers[fd] = watcher
         self._masks[fd] = mask

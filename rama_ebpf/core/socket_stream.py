@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 _socket = socket.socket  # the property `socket` hides the module inside the class body
 
+_AF_UNIX: Final = int(socket.AF_UNIX)
+_SOL_SOCKET: Final = socket.SOL_SOCKET
+_SO_LINGER: Final = socket.SO_LINGER
 _LINGER_RST: Final = struct.pack("ii", 1, 0)
 _IOV_MAX: Final = 1024
 """How many chunks one sendmsg(2) takes (limits.h)."""
@@ -52,8 +55,8 @@ def reset_on_close(sock: socket.socket, on: bool) -> None:
 
     Unix sockets know no reset; for them this does nothing.
     """
-    if _family(sock) != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RST if on else _LINGER_OFF)
+    if _family(sock) != _AF_UNIX:
+        sock.setsockopt(_SOL_SOCKET, _SO_LINGER, _LINGER_RST if on else _LINGER_OFF)
 
 
 def tune(sock: socket.socket) -> None:
@@ -121,9 +124,9 @@ class SocketStream(Stream):
         if sock.gettimeout() != 0.0:
             sock.setblocking(False)
         self._tuned = tuned
-        self._unix = _family(sock) == socket.AF_UNIX
-        if not reset:
-            reset_on_close(sock, True)
+        unix = self._unix = _family(sock) == _AF_UNIX
+        if not (reset or unix):
+            sock.setsockopt(_SOL_SOCKET, _SO_LINGER, _LINGER_RST)
         self._sock = sock
         self._fd = sock.fileno()
         self._poller: Poller | None = None
@@ -136,7 +139,7 @@ class SocketStream(Stream):
         self._eof_sent = False
         self._closed = False
         self._connected = True
-        self._peer = _address(sock.getpeername) if peer is None and not self._unix else peer
+        self._peer = _address(sock.getpeername) if peer is None and not unix else peer
         self._local: SocketAddress | None = None
         self._redirected: SocketAddress | None = None
 
@@ -446,31 +449,35 @@ class SocketStream(Stream):
         return self._give_up()
 
     def poll(self, poller: Poller | None = None) -> None:
-        """Let the poller watch the socket, for :meth:`detach_polled`. Raises OSError if the kernel watches no more
-        sockets, and RuntimeError while a task is waiting on the stream."""
+        """Let the poller watch the socket, and :meth:`tune` it, for :meth:`detach_polled`. Raises OSError if the kernel
+        watches no more sockets, and RuntimeError while a task is waiting on the stream."""
         self._check_idle()
         if self._poller is None:
             self._watch(poller)
+        self.tune()
 
     def detach_polled(self, watcher: Watcher) -> tuple[_socket, bytes, bool]:
         """As :meth:`detach`, but the poller goes on watching the socket (:meth:`poll`), and tells ``watcher``.
 
         The third item says whether there may be something to read that the watcher is not told of.
         """
-        self._check_idle()
         assert self._poller is not None
+        assert self._reader is None
+        assert self._writer is None
         self._poller.replace(self._fd, watcher)
-        maybe_readable = self._maybe_readable
-        return *self._give_up(), maybe_readable
+        return *self._give_up(), self._maybe_readable
 
     def _check_idle(self) -> None:
-        self._check_open()
+        if self._closed:
+            self._check_open()
         if self._reader is not None or self._writer is not None:
             raise RuntimeError("cannot detach a stream that a task is reading or writing")
 
     def _give_up(self) -> tuple[_socket, bytes]:
         self._closed = True
         self._poller = self._teller = None
+        if not self._unread:
+            return self._sock, b""
         unread = bytes(self._unread)
         self._unread.clear()
         return self._sock, unread

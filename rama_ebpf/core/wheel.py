@@ -30,7 +30,11 @@ class TimerWheel(Generic[T]):
     def add(self, item: T, when: float) -> int:
         """Make ``item`` due at ``when``, up to one slot later but never earlier; return the slot for :meth:`remove`."""
         slot = int(when / self.resolution) + 1
-        self._slots.setdefault(slot, set()).add(item)
+        items = self._slots.get(slot)
+        if items is None:
+            self._slots[slot] = {item}
+        else:
+            items.add(item)
         return slot
 
     def remove(self, item: T, slot: int) -> None:

@@ -159,7 +159,7 @@ class EgressPolicy:
 
     def check(self, ip: IPAddress, port: int | None = None) -> None:
         """Raise :class:`PolicyDenied`, naming the rule, if ``ip`` may not be dialled, or not on that TCP ``port``."""
-        if ip.version == 4:
+        if type(ip) is IPv4Address:
             self._check_one(ip, port)
             return
         ip = unmap(ip)

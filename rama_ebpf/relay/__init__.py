@@ -161,7 +161,8 @@ def _account(client: Stream, tunnel: Tunnel | WireTunnel) -> TunnelReport:
     client.bytes_sent += report.to_client
     client.extensions.add(report)
     tunnels.remove(tunnel, report)
-    log.debug("%s -> %s: %s", tunnel.source, tunnel.target, report)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s -> %s: %s", tunnel.source, tunnel.target, report)
     return report
 
 

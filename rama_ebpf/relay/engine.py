@@ -86,8 +86,6 @@ class Engine:
         """
         client.poll(self.poller)
         upstream.poll(self.poller)
-        client.tune()
-        upstream.tune()
         if not self.tunnels:
             self._hear()
         tunnel = Tunnel(self, client, upstream, limits, choice, forget=self._remove, ended=ended)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .direction import Direction
 from .options import RelayKind
@@ -12,8 +13,7 @@ from .options import RelayKind
 __all__ = ["Pair", "Paths", "Refusal"]
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """The two sockets of a tunnel, and how many bytes have been moved before, up and down.
 
     ``with_unix`` if one of them is a Unix socket.
@@ -25,8 +25,7 @@ class Pair:
     delivered: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Paths:
+class Paths(NamedTuple):
     """The directions that a relay has made, ``up`` to the upstream and ``down`` to the client.
 
     ``fallback`` says why they are not what was asked for, where the relay could do only a part of it. ``release``

@@ -36,7 +36,8 @@ class PromotableDirection(SpliceDirection):
         self._before = 0
 
     def readable(self) -> None:
-        super().readable()
+        if not (self.blocked or self.waits_its_turn) and self.outcome is None:
+            self._move(self._read_all)
         self._messages += 1
         if self._messages >= MESSAGES:
             moved, self._before, self._messages = self.delivered - self._before, self.delivered, 0

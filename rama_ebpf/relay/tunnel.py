@@ -37,12 +37,15 @@ class Tunnel:
     __slots__ = (
         "_active_at",
         "_choice",
+        "_client",
         "_ended",
         "_forget",
         "_host",
         "_promotes",
         "_release",
         "_seen",
+        "_target",
+        "_time",
         "_waiter",
         "ahead",
         "client",
@@ -52,12 +55,9 @@ class Tunnel:
         "limits",
         "reason",
         "slot",
-        "source",
         "started",
-        "target",
         "up",
         "upstream",
-        "user",
         "why",
         "with_unix",
     )
@@ -80,14 +80,12 @@ class Tunnel:
         self._ended = ended
         self._waiter: asyncio.Future[None] | None = None
         self.limits = limits
-        self.source: SocketAddress | None = client_address(client) or client.peer
-        self.target: SocketAddress | None = upstream.peer
-        user = client.extensions.get(User)
-        self.user = "" if user is None else user.name
+        self._client, self._target = client, upstream.peer
         self.client = client.socket
         self.upstream = upstream.socket
         self.with_unix = client.is_unix or upstream.is_unix
-        self.started = host.poller.loop.time()
+        self._time = host.poller.loop.time
+        self.started = self._time()
         self.reason: CloseReason | None = None
         self.error: OSError | None = None
         self.ahead = 0
@@ -96,6 +94,22 @@ class Tunnel:
         self._active_at = self.started
         self._seen = 0
         self._use(assembly.begin(host, choice, self, Pair(self.client, self.upstream, self.with_unix)), choice.why)
+
+    @property
+    def source(self) -> SocketAddress | None:
+        """The client's address."""
+        return client_address(self._client) or self._client.peer
+
+    @property
+    def target(self) -> SocketAddress | None:
+        """The other end's."""
+        return self._target
+
+    @property
+    def user(self) -> str:
+        """Who has proven to be one, else ""."""
+        user = self._client.extensions.get(User)
+        return "" if user is None else user.name
 
     def _use(self, paths: Paths, why: str) -> None:
         """Let these directions move the bytes from now on."""
@@ -150,7 +164,7 @@ class Tunnel:
             self.up.moved,
             self.down.moved,
             self.up.spills + self.down.spills,
-            self._host.poller.loop.time() - self.started,
+            self._time() - self.started,
             self.user,
         )
 
@@ -164,7 +178,7 @@ class Tunnel:
             self.reason,
             self.up.moved,
             self.down.moved,
-            self._host.poller.loop.time() - self.started,
+            self._time() - self.started,
             relay,
             why,
             self.up.outcome,
@@ -229,10 +243,12 @@ class Tunnel:
         self.up.close()
         self.down.close()
         self._forget(self)
-        for sock in (self.client, self.upstream):
-            if reason is CloseReason.EOF:
-                reset_on_close(sock, False)  # a socket that comes out of a stream is reset otherwise
-            sock.close()
+        client, upstream = self.client, self.upstream
+        if reason is CloseReason.EOF:  # a socket that comes out of a stream is reset otherwise
+            reset_on_close(client, False)
+            reset_on_close(upstream, False)
+        client.close()
+        upstream.close()
         if self._release is not None:
             self._release()
         if self._waiter is not None and not self._waiter.done():

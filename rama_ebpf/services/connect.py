@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import socket
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from typing import Final, Protocol, cast
 
 from ..core.address import Authority, IPAddress, SocketAddress
 from ..core.errors import AuthFailed, PeerClosed, PolicyDenied, ProtocolError, RamaError
 from ..core.extensions import Extensions
+from ..core.lean_socket import LeanSocket
 from ..core.service import Service
 from ..core.shortcut import shortcut_of
 from ..core.socket_stream import SocketStream
 from ..core.stream import Stream
 from .dns.lookup import RESOLUTION_DELAY, Lookup
-from .resolver import ResolveError, Resolver, SharedResolver, SystemResolver, source_of
-from .socket_options import SocketOptions
+from .resolver import DnsResolver, ResolveError, Resolver, SharedResolver, SystemResolver, source_of
+from .socket_options import Setting, SocketOptions, apply_settings
 
 __all__ = [
     "BeginsAtOnce",
     "ConnectError",
     "Connector",
+    "Dialling",
     "Egress",
     "OneDeadlineLayer",
     "ResolveError",
@@ -42,6 +46,7 @@ __all__ = [
 ]
 
 _MAX_ADDRESSES: Final = 16
+_STREAM: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
 class ConnectError(RamaError, OSError):
@@ -89,6 +94,17 @@ async def reach_proxy(connector: Service[Authority, Stream], proxy: Authority) -
         raise ConnectError(errno.EIO, f"cannot reach the proxy {proxy}: {error}") from error
 
 
+@dataclass(slots=True)
+class Dialling:
+    """A connection that has begun. ``stream`` may not be connected yet, None if it will never be; ``rest`` are
+    the addresses to be tried as well where it takes its time."""
+
+    stream: SocketStream | None
+    rest: Sequence[SocketAddress] = ()
+    delay: float = 0.25
+    """Seconds after which they are."""
+
+
 class Egress(Protocol):
     """Says which addresses may be dialled."""
 
@@ -119,6 +135,11 @@ class Connector:
 
     accepts = Authority
 
+    @functools.cached_property
+    def _settings(self) -> tuple[tuple[Setting, ...], tuple[Setting, ...]]:
+        """The options of IPv6 and of IPv4 sockets."""
+        return self.options.settings(socket.AF_INET6), self.options.settings(socket.AF_INET)
+
     def __post_init__(self) -> None:
         if self.attempt_delay < 0.01:
             raise ValueError(f"attempt_delay must be at least 0.01 s, not {self.attempt_delay}")
@@ -140,52 +161,78 @@ class Connector:
                 arrivals.close()
 
     async def _connect(self, target: Authority, ips: Sequence[IPAddress], arrivals: _Arrivals | None) -> Stream:
-        addresses = [SocketAddress.zoned(ip, target.port) for ip in ips]
-        if len(addresses) == 1 and (arrivals is None or arrivals.task is None):
-            try:
-                stream = self._begin(addresses[0])
-            except OSError as error:
-                raise self.failure(target, error) from error
-            return await self.finish(target, stream)
         timeout = None
         try:
+            addresses = [SocketAddress.zoned(ip, target.port) for ip in ips]
+            alone = len(addresses) == 1 and (arrivals is None or arrivals.task is None)
+            if alone and (stream := self._begin(addresses[0])).is_connected:
+                return stream
             async with asyncio.timeout(self.timeout) as timeout:
-                return await self._race(addresses, target.port, arrivals)
+                if not alone:
+                    return await self._race(addresses, target.port, arrivals)
+                await stream.connected()
+                return stream
         except OSError as error:  # TimeoutError among them
             raise self.failure(target, error, late=timeout is not None and timeout.expired()) from error
 
-    async def finish(self, target: Authority, stream: SocketStream) -> SocketStream:
-        """Wait until a stream of :meth:`begin` is connected, and return it. Raises :class:`ConnectError`."""
-        if stream.is_connected:
+    async def finish(self, target: Authority, dialling: Dialling) -> SocketStream:
+        """Wait for what :meth:`begin` has begun, and return the connected stream. Raises :class:`ConnectError`."""
+        stream = dialling.stream
+        if stream is not None and stream.is_connected:
             return stream
         timeout = None
         try:
             async with asyncio.timeout(self.timeout) as timeout:
+                if stream is None or dialling.rest:
+                    return await self._race(dialling.rest, target.port, None, stream)
                 await stream.connected()
                 return stream
         except OSError as error:  # TimeoutError among them
             raise self.failure(target, error, late=timeout is not None and timeout.expired()) from error
 
     def begins(self, target: Authority, extensions: Extensions | None = None) -> bool:
-        """Whether :meth:`begin` will begin."""
-        return target.ip is not None
+        """Whether it is worth to call :meth:`begin`."""
+        return target.ip is not None or type(self.resolver) is DnsResolver
 
-    def begin(self, target: Authority, extensions: Extensions | None = None) -> SocketStream | None:
-        """Begin to connect to a target that is an address; None for a name, which takes a call. For callbacks
-        (:mod:`rama_ebpf.core.at_once`): the stream may not be connected yet, see
-        :meth:`~rama_ebpf.core.socket_stream.SocketStream.is_connected_now`, and ``timeout`` is the caller's to keep.
-        ``extensions`` are the client's, for connectors that choose by them.
+    def begin(self, target: Authority, extensions: Extensions | None = None) -> Dialling | None:
+        """Begin to connect to a target whose addresses are known; None for one that takes a call. For callbacks
+        (:mod:`.reaching`). ``extensions`` are the client's, for connectors that choose by them.
 
         Raises :class:`PolicyDenied` or :class:`ConnectError`.
         """
         ip = target.ip
         if ip is None:
-            return None
+            return self._begin_known(target)
         self.egress.check(ip, target.port)
         try:
-            return self._begin(SocketAddress.zoned(ip, target.port))
+            return Dialling(self._begin(SocketAddress.zoned(ip, target.port)))
         except OSError as error:
             raise self.failure(target, error) from error
+
+    def _begin_known(self, target: Authority) -> Dialling | None:
+        """As :meth:`begin`, for a name."""
+        resolver = self.resolver
+        found = resolver.known(str(target.host)) if type(resolver) is DnsResolver else None
+        if found is None:
+            return None
+        allowed = _Allowed(target, self.egress)
+        allowed.add(sorted(found, key=lambda ip: -ip.version))
+        ips = allowed.need()
+        failure: OSError | None = None
+        try:
+            waiting = [SocketAddress.zoned(ip, target.port) for ip in ips]
+        except OSError as error:
+            raise self.failure(target, error) from error
+        last: SocketAddress | None = None
+        while waiting:
+            last = _of_the_other_family(waiting, last)
+            waiting.remove(last)
+            try:
+                return Dialling(self._begin(last), waiting, self.attempt_delay)
+            except OSError as error:
+                failure = error
+        assert failure is not None
+        raise self.failure(target, failure)
 
     def failure(self, target: Authority, error: OSError, *, late: bool = False) -> ConnectError:
         """Return what a call raises where an attempt has ended in ``error``, or where it was too ``late``."""
@@ -197,8 +244,15 @@ class Connector:
         failure.__cause__ = error
         return failure
 
-    async def _race(self, addresses: Sequence[SocketAddress], port: int, arrivals: _Arrivals | None) -> SocketStream:
-        """Return the first stream that connects; the others are aborted. Raises the OSError of the last failure."""
+    async def _race(
+        self,
+        addresses: Sequence[SocketAddress],
+        port: int,
+        arrivals: _Arrivals | None,
+        under_way: SocketStream | None = None,
+    ) -> SocketStream:
+        """Return the first stream that connects, maybe that which is ``under_way``; the others are aborted. Raises the
+        OSError of the last failure."""
         clock = asyncio.get_running_loop().time
         waiting = list(addresses)
         attempts: set[asyncio.Task[SocketStream]] = set()
@@ -206,6 +260,9 @@ class Connector:
         next_attempt = clock()
         failure: OSError | None = None
         winner: SocketStream | None = None
+        if under_way is not None:
+            last = under_way.peer
+            attempts.add(asyncio.create_task(_connected(under_way)))
         try:
             while winner is None:
                 coming = None if arrivals is None else arrivals.task
@@ -245,15 +302,14 @@ class Connector:
         raise failure
 
     async def _dial(self, address: SocketAddress) -> SocketStream:
-        stream = self._begin(address)
-        await stream.connected()
-        return stream
+        return await _connected(self._begin(address))
 
     def _begin(self, address: SocketAddress) -> SocketStream:
-        sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        version_4 = type(address.ip) is IPv4Address
+        sock = LeanSocket(socket.AF_INET if version_4 else socket.AF_INET6, _STREAM)
         try:
-            self.options.apply(sock)
-            source = self.source_v4 if address.ip.version == 4 else self.source_v6
+            apply_settings(sock, self._settings[version_4])
+            source = self.source_v4 if version_4 else self.source_v6
             if source is not None:
                 self.options.bind_source(sock, source)
         except BaseException:
@@ -291,11 +347,11 @@ class BeginsAtOnce(Protocol):
     def timeout(self) -> float: ...
 
     def begins(self, target: Authority, extensions: Extensions | None = None) -> bool:
-        """Whether :meth:`begin` will begin."""
+        """Whether it is worth to call :meth:`begin`."""
 
-    def begin(self, target: Authority, extensions: Extensions | None = None) -> SocketStream | None: ...
+    def begin(self, target: Authority, extensions: Extensions | None = None) -> Dialling | None: ...
 
-    async def finish(self, target: Authority, stream: SocketStream) -> SocketStream: ...
+    async def finish(self, target: Authority, dialling: Dialling) -> SocketStream: ...
 
     def failure(self, target: Authority, error: OSError, *, late: bool = False) -> ConnectError: ...
 
@@ -305,6 +361,11 @@ def connects_at_once(connector: object) -> BeginsAtOnce | None:
     if shortcut_of(connector, "begin") is None:
         return None
     return cast("BeginsAtOnce", connector)
+
+
+async def _connected(stream: SocketStream) -> SocketStream:
+    await stream.connected()
+    return stream
 
 
 def _reason(error: OSError) -> str:

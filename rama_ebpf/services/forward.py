@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from ..core.address import Authority
+from ..core.at_once import AtOnce, Session, Visit
 from ..core.client import local_address
 from ..core.errors import RamaError
 from ..core.service import Service, check_fit
 from ..core.stream import Stream
 from ..core.target import Target
 from ..relay import TunnelReport, relay
+from .connect import connects_at_once
+from .reaching import BegunForward, begin_forward
 
 __all__ = ["Forward", "NoDestination", "Transparent"]
 
@@ -25,8 +28,19 @@ class Forward:
         check_fit(self, Authority, connector)
         self._connector = connector
         self._target = target
+        self._at_once_connector = connects_at_once(connector)
+        plain = type(self).__call__ is Forward.__call__ and self._at_once_connector is not None
+        self.at_once = AtOnce(self, self._begin) if plain else None
+
+    def _begin(self, visit: Visit) -> Session | None:
+        assert self._at_once_connector is not None
+        visit.stream.extensions.add(self._target)
+        return begin_forward(visit, self._at_once_connector, self._target)
 
     async def __call__(self, stream: Stream, /) -> TunnelReport:
+        begun = BegunForward.of(stream, stream.extensions.get(BegunForward))
+        if begun is not None:
+            return await relay(stream, await begun.finish())
         stream.extensions.add(self._target)
         target = Target(self._target.host, self._target.port, stream.extensions)
         return await relay(stream, await self._connector(target))

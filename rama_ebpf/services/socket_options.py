@@ -7,7 +7,10 @@ import socket
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["KeepAlive", "SocketOptions"]
+__all__ = ["KeepAlive", "Setting", "SocketOptions", "apply_settings"]
+
+Setting = tuple[str, int, int, int | bytes]
+"""What :class:`SocketOptions` calls an option, its level and number (setsockopt(2)), and its value."""
 
 _IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; Python has no name for it before 3.12
 _IP_FREEBIND: Final = 15
@@ -54,36 +57,42 @@ class SocketOptions:
 
     def apply(self, sock: socket.socket) -> None:
         """Set them on ``sock``, before it connects or listens. Raises OSError naming the option."""
-        tcp, base = socket.IPPROTO_TCP, socket.SOL_SOCKET
+        apply_settings(sock, self.settings(sock.family))
+
+    def settings(self, family: int) -> tuple[Setting, ...]:
+        """Return them as :func:`apply_settings` takes them: for who has many sockets of a family."""
+        tcp, base = int(socket.IPPROTO_TCP), int(socket.SOL_SOCKET)
+        made: list[Setting] = []
         if self.nodelay:
-            self._set(sock, "nodelay", tcp, socket.TCP_NODELAY, 1)
-        self._set(sock, "oobinline", base, socket.SO_OOBINLINE, 1)
+            made.append(("nodelay", tcp, socket.TCP_NODELAY, 1))
+        made.append(("oobinline", base, socket.SO_OOBINLINE, 1))
         if self.keepalive is not None:
-            self._set(sock, "keepalive", base, socket.SO_KEEPALIVE, 1)
-            self._set(sock, "keepalive.idle", tcp, socket.TCP_KEEPIDLE, self.keepalive.idle)
-            self._set(sock, "keepalive.interval", tcp, socket.TCP_KEEPINTVL, self.keepalive.interval)
-            self._set(sock, "keepalive.probes", tcp, socket.TCP_KEEPCNT, self.keepalive.probes)
+            made.append(("keepalive", base, socket.SO_KEEPALIVE, 1))
+            made.append(("keepalive.idle", tcp, socket.TCP_KEEPIDLE, self.keepalive.idle))
+            made.append(("keepalive.interval", tcp, socket.TCP_KEEPINTVL, self.keepalive.interval))
+            made.append(("keepalive.probes", tcp, socket.TCP_KEEPCNT, self.keepalive.probes))
         if self.user_timeout is not None:
-            self._set(sock, "user_timeout", tcp, socket.TCP_USER_TIMEOUT, round(self.user_timeout * 1000))
+            made.append(("user_timeout", tcp, socket.TCP_USER_TIMEOUT, round(self.user_timeout * 1000)))
         if self.send_buffer is not None:
-            self._set(sock, "send_buffer", base, socket.SO_SNDBUF, self.send_buffer)
+            made.append(("send_buffer", base, socket.SO_SNDBUF, self.send_buffer))
         if self.receive_buffer is not None:
-            self._set(sock, "receive_buffer", base, socket.SO_RCVBUF, self.receive_buffer)
+            made.append(("receive_buffer", base, socket.SO_RCVBUF, self.receive_buffer))
         if self.mark is not None:
-            self._set(sock, "mark", base, _SO_MARK, self.mark)
+            made.append(("mark", base, _SO_MARK, self.mark))
         if self.interface is not None:
-            self._set(sock, "interface", base, socket.SO_BINDTODEVICE, self.interface.encode())
+            made.append(("interface", base, socket.SO_BINDTODEVICE, self.interface.encode()))
         if self.congestion is not None:
-            self._set(sock, "congestion", tcp, socket.TCP_CONGESTION, self.congestion.encode())
-        if self.dscp is not None and sock.family == socket.AF_INET6:
-            self._set(sock, "dscp", socket.IPPROTO_IPV6, socket.IPV6_TCLASS, self.dscp << 2)
+            made.append(("congestion", tcp, socket.TCP_CONGESTION, self.congestion.encode()))
+        if self.dscp is not None and family == socket.AF_INET6:
+            made.append(("dscp", int(socket.IPPROTO_IPV6), socket.IPV6_TCLASS, self.dscp << 2))
         elif self.dscp is not None:
-            self._set(sock, "dscp", socket.IPPROTO_IP, socket.IP_TOS, self.dscp << 2)
+            made.append(("dscp", int(socket.IPPROTO_IP), socket.IP_TOS, self.dscp << 2))
+        return tuple(made)
 
     def bind_source(self, sock: socket.socket, address: str) -> None:
         """Bind ``sock`` to a source address; the port is chosen when it connects, so that ports are not used up by
         address but by destination. Raises OSError naming the address."""
-        self._set(sock, "source", socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+        apply_settings(sock, (("source", socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1),))
         try:
             sock.bind((address, 0))
         except OSError as error:
@@ -104,7 +113,10 @@ class SocketOptions:
             text = f"cannot bind to the source {address}: {error.strerror}; it is on no interface: sysctl -w {sysctl}=1"
             raise OSError(errno.EADDRNOTAVAIL, text) from error
 
-    def _set(self, sock: socket.socket, name: str, level: int, option: int, value: int | bytes) -> None:
+
+def apply_settings(sock: socket.socket, settings: tuple[Setting, ...]) -> None:
+    """Set socket options. Raises OSError naming the one that was refused."""
+    for name, level, option, value in settings:
         try:
             sock.setsockopt(level, option, value)
         except OSError as error:

@@ -18,6 +18,7 @@ from ..core.client import ClientAddress, ListenerName, LocalAddress
 from ..core.errors import RamaError
 from ..core.first_bytes import Refused
 from ..core.graceful import Drain
+from ..core.lean_socket import LeanSocket
 from ..core.poller import Poller
 from ..core.service import Service, check_complete, check_fit
 from ..core.socket_stream import SocketStream, is_tuned, reset_on_close, resets_on_close, tune
@@ -273,7 +274,7 @@ class TcpServer:
             try:
                 # As accept() does it, which looks up family and type as enumerations each time.
                 fd, peer = accept()
-                sock = socket.socket(family, kind, protocol, fd)
+                sock = LeanSocket(family, kind, protocol, fd)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:

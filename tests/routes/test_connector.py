@@ -568,7 +568,8 @@ async def test_direct_address_stays_in_callbacks_and_is_noted(serve, run_service
     assert server.at_once is not None
     begun = connector.begin(Authority.of(target.host, target.port), extensions := Extensions())
     assert begun is not None
-    begun.abort()
+    assert begun.stream is not None
+    begun.stream.abort()
     seen.append(extensions)
     assert (noted(extensions, "route"), noted(extensions, "way")) == ("local", "direct")
     assert connector.begin(Authority("name.test", 1), Extensions()) is None

@@ -257,11 +257,11 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 @contextlib.contextmanager
-def listener_with_full_queue(address: str) -> Iterator[socket.socket]:
+def listener_with_full_queue(address: str, port: int = 0) -> Iterator[socket.socket]:
     """A listener that has accepted nobody and whose queue is full: a SYN to it is dropped, not refused."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as listener, contextlib.ExitStack() as cleanup:
-        listener.bind((address, 0))
+        listener.bind((address, port))
         listener.listen(0)
         for _ in range(3):
             waiting = cleanup.enter_context(socket.socket(family))

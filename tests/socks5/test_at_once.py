@@ -10,20 +10,25 @@ import os
 import resource
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rama_ebpf.core.at_once import Entered, Visit, at_once_of
-from rama_ebpf.core.errors import HandshakeTimeout, PeerClosed
+from rama_ebpf.core.auth import User
+from rama_ebpf.core.errors import AuthFailed, HandshakeTimeout, PeerClosed
 from rama_ebpf.core.poller import Poller
 from rama_ebpf.core.service import stack
 from rama_ebpf.core.stream import Stream
 from rama_ebpf.layers.access_log import AccessLogLayer, AccessRecord
+from rama_ebpf.layers.auth import StaticUsers
 from rama_ebpf.layers.mapping import AddExtensionLayer
 from rama_ebpf.layers.timeout import TimeoutLayer
+from rama_ebpf.policy.egress import EgressPolicy
 from rama_ebpf.relay import CloseReason, TunnelReport, tunnels
 from rama_ebpf.services.connect import Connector, SystemResolver
+from rama_ebpf.services.dns import DnsResolver
 from rama_ebpf.services.router import PeekRouter, is_socks
 from rama_ebpf.services.socks5 import Socks5Server
 from rama_ebpf.services.tcp import TcpServer, bind_tcp
@@ -277,6 +282,91 @@ async def test_access_log_says_the_same_of_a_tunnel(run_target: RunTarget, loopb
     assert (record.reason, record.received, record.error) == ("eof", handshake + 5, "")
     assert record.sent == (24 if ":" in loopback else 12) + 5
     assert record.relay == "copy"
+
+
+def _password(user: str, password: str) -> bytes:
+    return b"\x01%b%b" % (
+        bytes((len(user),)) + user.encode(),
+        bytes((len(password),)) + password.encode(),
+    )
+
+
+async def test_known_password_has_no_task_and_a_wrong_one_is_refused(
+    run_proxy: RunProxy, run_target: RunTarget, way: str
+) -> None:
+    target = await run_target(echo)
+    users = StaticUsers({"tom": "secret"})
+    proxy = await run_proxy(make=lambda connector: Socks5Server(connector, auth=users))
+    greeting = b"\x05\x01\x02"
+    reader, writer = await proxy.open()
+    writer.write(greeting + _password("tom", "secret") + request(target) + b"x")
+    assert await reader.readexactly(4) == b"\x05\x02\x01\x00"
+    assert (await reader.readexactly(reply_size(proxy) - 2 + 1))[-1:] == b"x"
+    assert proxy.server._connections == {} or way == "coroutine"
+    writer.close()
+    for user, password in (("tom", "wrong"), ("eve", "secret"), ("tom", "")):
+        reader, writer = await proxy.open()
+        writer.write(greeting + _password(user, password) + request(target))
+        assert await reader.read() == b"\x05\x02\x01\x01"
+        writer.close()
+    await nothing_left(proxy)
+    assert [type(error) for error in proxy.errors] == [AuthFailed] * 3
+    assert [extensions.get(User) for extensions in proxy.extensions] == [User("tom"), None, None, None]
+
+
+async def test_password_byte_by_byte_is_the_same(run_proxy: RunProxy, run_target: RunTarget) -> None:
+    target = await run_target(echo)
+    users = StaticUsers({"tom": "secret"})
+    proxy = await run_proxy(make=lambda connector: Socks5Server(connector, auth=users))
+    for password, expected in (("secret", b"\x05\x02\x01\x00\x05\x00"), ("wrong", b"\x05\x02\x01\x01")):
+        reader, writer = await proxy.open()
+        for byte in b"\x05\x01\x02" + _password("tom", password) + request(target):
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0.001)  # a segment of its own
+        assert await reader.readexactly(len(expected)) == expected
+        writer.close()
+    await nothing_left(proxy)
+
+
+def _named(name: str, port: int) -> bytes:
+    return b"\x05\x01\x00\x03" + bytes((len(name),)) + name.encode() + port.to_bytes(2, "big")
+
+
+async def test_known_names_are_dialled_as_a_race_would(tmp_path: Path, way: str) -> None:
+    """One address, one that is denied beside it, one that refuses before it, and one that never answers."""
+    hosts, conf = tmp_path / "hosts", tmp_path / "resolv.conf"
+    known = ("127.0.0.1 one mixed", "127.0.0.9 mixed", "127.0.0.2 dead", "127.0.0.1 dead", "10.0.0.1 denied")
+    hosts.write_text("".join(f"{line}\n" for line in known))
+    conf.write_text("nameserver 127.0.0.1\noptions ndots:1\n")
+    resolver = DnsResolver(hosts=str(hosts), resolv_conf=str(conf), timeout=0.3, attempts=1)
+    policy = EgressPolicy.of(["127.0.0.1/32", "127.0.0.2/32"])
+    service = Socks5Server(Connector(resolver, policy, attempt_delay=0.05))
+    layer = AddExtensionLayer(1)
+    ends: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends.append(1)
+        writer.write(b"hello")
+        writer.close()
+
+    there = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = there.sockets[0].getsockname()[1]
+    with bind_tcp("127.0.0.1", 0) as listener, listener_with_full_queue("127.0.0.2", port) as _silent:
+        server = TcpServer(listener, layer(service) if way == "coroutine" else stack(layer, service))
+        server.start()
+        for name, expected in (("one", 0), ("mixed", 0), ("denied", 2), ("nobody", 4), ("dead", 0)):
+            reader, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+            writer.write(GREETING + _named(name, port))
+            assert (await reader.readexactly(4))[3] == expected, name
+            if not expected:
+                assert (await reader.read()).endswith(b"hello")
+            writer.close()
+        assert await server.drain(5) == 0
+    there.close()
+    await there.wait_closed()
+    resolver.close()
+    assert len(ends) == 3, "nobody was dialled twice"
+    assert len(tunnels) == 0
 
 
 class _Everything:

@@ -90,6 +90,17 @@ class DnsResolver:
         self._observe("cached", 0.0)
         return Lookup(known, ended=True)
 
+    def known(self, name: str) -> Sequence[IPAddress] | None:
+        """Return what :meth:`look_up` would tell of ``name`` at once, None if that is nothing, or an error."""
+        self._watch()
+        try:
+            found = self._known(ascii_name(name))
+        except ResolveError:
+            return None
+        if found:
+            self._observe("cached", 0.0)
+        return found or None
+
     def close(self) -> None:
         """Drop all look-ups."""
         self._flights.close()

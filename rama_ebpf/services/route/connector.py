@@ -27,7 +27,7 @@ from ...routes.health import Health, HealthLimits
 from ...routes.model import Chain, Choose, Direct, Group, Parent, Protocol, Refuse, Way
 from ...routes.table import Decision, Question, RouteTable
 from ...routes.ways import WayBook
-from ..connect import ConnectError, Connector, Egress, WayReset
+from ..connect import ConnectError, Connector, Dialling, Egress, WayReset
 from ..http.exchange.absolute import NeedsTunnel, ToProxy
 from ..http.proxy.tunnel_client import basic
 from ..resolver import resolve_for, source_of
@@ -198,7 +198,7 @@ class RouteConnector:
         """As :meth:`Connector.begins`."""
         return self._at_once(target, extensions) is not None
 
-    def begin(self, target: Authority, extensions: Extensions | None = None) -> SocketStream | None:
+    def begin(self, target: Authority, extensions: Extensions | None = None) -> Dialling | None:
         """As :meth:`Connector.begin`, for a target that is an address and goes directly; None for everything else."""
         found = self._at_once(target, extensions)
         if found is None:
@@ -208,9 +208,9 @@ class RouteConnector:
             _note(extensions, decision.name, decision.way)
         return direct.connector(self._key(direct.way, question, extensions)).begin(target)
 
-    async def finish(self, target: Authority, stream: SocketStream) -> SocketStream:
+    async def finish(self, target: Authority, dialling: Dialling) -> SocketStream:
         """As :meth:`Connector.finish`."""
-        return await self._base.finish(target, stream)
+        return await self._base.finish(target, dialling)
 
     def failure(self, target: Authority, error: OSError, *, late: bool = False) -> ConnectError:
         """As :meth:`Connector.failure`."""

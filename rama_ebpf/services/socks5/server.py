@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 from ...core.address import Authority, SocketAddress
 from ...core.at_once import AtOnce, Visit
-from ...core.auth import Authenticator, Credentials, User
+from ...core.auth import Authenticator, Credentials, User, known_at_once
 from ...core.blame import speaks_another_protocol
 from ...core.client import client_address
 from ...core.counts import Counts, LocalCounts, SharesCounts
@@ -135,7 +135,9 @@ class Socks5Server:
         self.first_bytes = FirstBytes(self._refuse_beforehand)
         self._at_once_connector = connects_at_once(connector)
         plain = type(self).__call__ is Socks5Server.__call__ and self._at_once_connector is not None
-        self.at_once = AtOnce(self, self._begin) if plain and auth is None and not self._eager else None
+        self._known = None if auth is None else known_at_once(auth)
+        knows = auth is None or self._known is not None
+        self.at_once = AtOnce(self, self._begin) if plain and knows and not self._eager else None
 
     def _refuse_beforehand(self, data: bytes) -> Refused | None:
         if not data:
@@ -150,6 +152,23 @@ class Socks5Server:
 
     def _machine(self) -> ServerMachine:
         return ServerMachine(self._methods, commands=self._commands, socks4=self._socks4)
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether users are held to limits of their own, as a coroutine does."""
+        return self._limits is not None
+
+    def lets_in(self, credentials: Credentials, stream: Stream, machine: ServerMachine) -> bool:
+        """Accept credentials that are known to be right; false if they are to be checked."""
+        client = client_address(stream)
+        if client is not None:
+            credentials = replace(credentials, source=client.ip)
+        user = None if self._known is None else self._known(credentials)
+        if user is None:
+            return False
+        machine.accept()
+        stream.extensions.add(user)
+        return True
 
     def established(self, extensions: Extensions, request: Request) -> None:
         """The handshake is over: add to the client's extensions what it was about."""
@@ -169,8 +188,12 @@ class Socks5Server:
                 return await relay(stream, progress.upstream)
             if progress is not None and progress.request is not None:
                 request = progress.request
+                if progress.dialling is not None and self._at_once_connector is not None:
+                    upstream = await self._at_once_connector.finish(request.target, progress.dialling)
+                    machine.reply(Reply.SUCCEEDED, upstream.local)
+                    return await self._tunnel(stream, upstream, machine)
             else:
-                request = await self._handshake(stream, machine)
+                request = await self._handshake(stream, machine, None if progress is None else progress.credentials)
                 self.established(stream.extensions, request)
             if self._limits is None:
                 return await self._carry_out(request, stream, machine)
@@ -195,11 +218,13 @@ class Socks5Server:
             return await self._bind(request, stream, machine)
         return await self._associate(request, stream, machine)
 
-    async def _handshake(self, stream: Stream, machine: ServerMachine) -> Request:
+    async def _handshake(self, stream: Stream, machine: ServerMachine, begun: Credentials | None = None) -> Request:
+        """Return the request of a client, of whom credentials have been read if it has ``begun``."""
         try:
             async with asyncio.timeout(self.handshake_timeout) as clock:
                 while True:
-                    event = await _next_event(stream, machine)
+                    event = begun or await _next_event(stream, machine)
+                    begun = None
                     if isinstance(event, Credentials):
                         with Lifecycle.of(stream.extensions).owed(), _stopped(clock):
                             await self._authenticate(event, stream, machine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
@@ -106,7 +107,13 @@ def decode_address(data: bytes, start: int = 0) -> tuple[Authority, int] | None:
     port = int.from_bytes(data[end - 2 : end], "big")
     if atyp == _ATYP_DOMAIN:
         return Authority.of(decode_domain(field), port), end
-    return Authority(IPv4Address(field) if atyp == _ATYP_IPV4 else IPv6Address(field), port), end
+    return _literal(field, port), end
+
+
+@functools.lru_cache(1024)
+def _literal(field: bytes, port: int) -> Authority:
+    """The target of 4 or 16 bytes of an address. Few targets are asked for by many."""
+    return Authority(IPv4Address(field) if len(field) == 4 else IPv6Address(field), port)
 
 
 def decode_domain(field: bytes) -> str:
@@ -149,10 +156,11 @@ def encode_address(address: SocketAddress | Authority) -> bytes:
     """Return ATYP, address and port. Raises ValueError for a domain name that is not 1–255 octets long."""
     host = address.ip if isinstance(address, SocketAddress) else address.host
     port = address.port.to_bytes(2, "big")
-    if isinstance(host, IPv4Address):
-        return bytes((_ATYP_IPV4,)) + host.packed + port
+    if type(host) is IPv4Address:
+        return b"\x01%b%b" % (int(host).to_bytes(4, "big"), port)
     if isinstance(host, IPv6Address):
-        return bytes((_ATYP_IPV6,)) + host.packed + port
+        return b"\x04%b%b" % (host.packed, port)
+    assert isinstance(host, str)
     name = host.encode()
     if not 1 <= len(name) <= 255:
         raise ValueError(f"a domain name has 1-255 octets, not {len(name)}")

@@ -14,11 +14,12 @@ message is complete, however it is split over records and segments. Rules:
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Final
+from typing import Final, TypeVar
 
 from .alert import Alert
 from .errors import AlertError, NotTls
@@ -44,6 +45,12 @@ _SUPPORTED_VERSIONS: Final = 43
 _KEY_SHARE: Final = 51
 _ENCRYPTED_CLIENT_HELLO: Final = 0xFE0D
 
+
+_KEPT: Final = 256
+_MAX_KEPT: Final = 512
+"""Bytes of an extension."""
+
+T = TypeVar("T")
 
 GREASE: Final = frozenset(0x0101 * (high << 4 | 0x0A) for high in range(16))
 """The code points of RFC 8701: 0x0A0A, 0x1A1A, … 0xFAFA."""
@@ -221,13 +228,13 @@ def _parse(body: bytes, wire_length: int) -> ClientHello:
         cipher_suites=cipher_suites,
         compression_methods=compression_methods,
         extensions=tuple(extensions),
-        server_name=_server_name(extensions.get(_SERVER_NAME)),
-        alpn=_protocol_names(extensions.get(_ALPN)),
-        supported_versions=_numbers(extensions.get(_SUPPORTED_VERSIONS), "supported_versions", 1),
-        supported_groups=_numbers(extensions.get(_SUPPORTED_GROUPS), "supported_groups", 2),
+        server_name=_remembered(_server_name, extensions.get(_SERVER_NAME)),
+        alpn=_remembered(_protocol_names, extensions.get(_ALPN)),
+        supported_versions=_remembered(_versions, extensions.get(_SUPPORTED_VERSIONS)),
+        supported_groups=_remembered(_groups, extensions.get(_SUPPORTED_GROUPS)),
         key_shares=_key_shares(extensions.get(_KEY_SHARE)),
-        point_formats=_point_formats(extensions.get(_EC_POINT_FORMATS)),
-        signature_algorithms=_numbers(extensions.get(_SIGNATURE_ALGORITHMS), "signature_algorithms", 2),
+        point_formats=_remembered(_point_formats, extensions.get(_EC_POINT_FORMATS)),
+        signature_algorithms=_remembered(_algorithms, extensions.get(_SIGNATURE_ALGORITHMS)),
         encrypted_client_hello=ech is not None and ech[:1] == b"\0",
         length=wire_length,
     )
@@ -250,6 +257,27 @@ def _extensions(data: bytes) -> dict[int, bytes]:
     return found
 
 
+def _remembered(read: functools._lru_cache_wrapper[T], data: bytes | None) -> T:
+    """Read an extension: most clients are of a few kinds, and each kind sends the same bytes every time. What is too
+    long to be worth it is read anew, as all is that is refused."""
+    return read(data) if data is None or len(data) <= _MAX_KEPT else read.__wrapped__(data)
+
+
+@functools.lru_cache(_KEPT)
+def _versions(data: bytes | None) -> tuple[int, ...]:
+    return _numbers(data, "supported_versions", 1)
+
+
+@functools.lru_cache(_KEPT)
+def _groups(data: bytes | None) -> tuple[int, ...]:
+    return _numbers(data, "supported_groups", 2)
+
+
+@functools.lru_cache(_KEPT)
+def _algorithms(data: bytes | None) -> tuple[int, ...]:
+    return _numbers(data, "signature_algorithms", 2)
+
+
 def _numbers(data: bytes | None, what: str, width: int) -> tuple[int, ...]:
     if data is None:
         return ()
@@ -259,6 +287,7 @@ def _numbers(data: bytes | None, what: str, width: int) -> tuple[int, ...]:
     return numbers
 
 
+@functools.lru_cache(_KEPT)
 def _point_formats(data: bytes | None) -> tuple[int, ...]:
     if data is None:
         return ()
@@ -281,6 +310,7 @@ def _key_shares(data: bytes | None) -> tuple[int, ...]:
     return tuple(groups)
 
 
+@functools.lru_cache(_KEPT)
 def _protocol_names(data: bytes | None) -> tuple[bytes, ...]:
     if data is None:
         return ()
@@ -293,6 +323,7 @@ def _protocol_names(data: bytes | None) -> tuple[bytes, ...]:
     return tuple(names)
 
 
+@functools.lru_cache(_KEPT)
 def _server_name(data: bytes | None) -> str | None:
     """RFC 6066 section 3: a list with one host name of type 0, a DNS name in ASCII and never an IP address."""
     if data is None:

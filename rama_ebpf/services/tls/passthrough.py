@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from ...core.address import Authority
+from ...core.at_once import AtOnce, Session, Visit
 from ...core.lifecycle import Lifecycle, Stage
 from ...core.names import NameMap
 from ...core.service import Service, check_fit
 from ...core.stream import Stream
 from ...core.target import Target
 from ...relay import TunnelReport, relay
+from ..connect import connects_at_once
+from ..reaching import BegunForward, begin_forward
 from .alert import Alert
 from .client_hello import ClientHello
 from .errors import AlertError
@@ -41,8 +44,27 @@ class TlsPassthrough:
         self._targets = targets if targets is not None else NameMap[Authority]()
         self._port = port
         self._no_sni = no_sni
+        self._at_once_connector = connects_at_once(connector)
+        plain = type(self).__call__ is TlsPassthrough.__call__ and self._at_once_connector is not None
+        self.at_once = AtOnce(self, self._begin) if plain else None
+
+    def _begin(self, visit: Visit) -> Session | None:
+        extensions = visit.stream.extensions
+        hello = extensions.get(ClientHello)
+        target = None if hello is None else self._target(hello.server_name)
+        if target is None or self._at_once_connector is None:
+            visit.take_over()  # it is refused
+            return None
+        extensions.add(Authority(target.host, target.port))
+        lifecycle = extensions.get(Lifecycle)
+        if lifecycle is not None:
+            lifecycle.reached(Stage.ESTABLISHED)
+        return begin_forward(visit, self._at_once_connector, target)
 
     async def __call__(self, stream: Stream, /) -> TunnelReport:
+        begun = BegunForward.of(stream, stream.extensions.get(BegunForward))
+        if begun is not None:
+            return await relay(stream, await begun.finish())
         name = stream.extensions.require(ClientHello).server_name
         target = self._target(name)
         if target is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
+from ...core.at_once import NOTHING, Entered, Visit
 from ...core.client import client_address
 from ...core.errors import HandshakeTimeout, PeerClosed
 from ...core.first_bytes import FirstBytes, Refused
@@ -120,6 +121,20 @@ class TlsPeekLayer:
     def first_bytes(self, _inner: FirstBytes | None) -> FirstBytes | None:
         """Refuse what is no TLS by its first bytes, unless there is somebody else for it."""
         return FirstBytes(refuse_what_is_not_tls) if self._fallback is None else None
+
+    def enter(self, visit: Visit) -> Entered:
+        """In callbacks (:mod:`rama_ebpf.core.at_once`), for a ClientHello that is all here; whoever has none, or more
+        handshakes than it may, is the coroutine's."""
+        stream = visit.stream
+        hello = ClientHelloParser(self._limit).feed(stream.buffered)
+        if hello is None:
+            raise PeerClosed("no complete ClientHello yet")
+        client = client_address(stream)
+        place = None if client is None else self._handshakes.enter(client.ip, ask_again=True)
+        if place is not None:
+            self._handshakes.leave(place)
+        add_client_hello(stream, hello)
+        return NOTHING
 
     def __call__(self, inner: Service[Stream, Output], /) -> Service[Stream, Output]:
         async def peek(stream: Stream, /) -> Output:

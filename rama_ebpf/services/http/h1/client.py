@@ -7,7 +7,7 @@ import logging
 from typing import Final
 
 from ....core.errors import PeerClosed
-from ...connect import ConnectError
+from ...connect import ConnectError, Dialling
 from ..exchange.pace import Pace
 from ..exchange.tunnel import Tunnel
 from ..exchange.upload import BodyFailed, Upload
@@ -79,7 +79,7 @@ class H1ClientConnection(PlainConnection):
     async def _finish_dial(self, request: Request) -> None:
         dial = self._dial
         if dial is not None:
-            await dial.connector.finish(dial.target, self.plain)
+            await dial.connector.finish(dial.target, Dialling(self.plain))
             self._send_first(request, self._unsent)
 
     async def receive(self, request: Request) -> Response:

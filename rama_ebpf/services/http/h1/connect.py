@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from ....core.at_once import Visit
+from ....core.errors import RamaError
 from ....core.lifecycle import Lifecycle, Stage
 from ....core.poller import SPECIAL
 from ....core.request_log import RequestLog, RequestMeter, Upstream
 from ....core.socket_stream import SocketStream
 from ....relay import Tunnel as Relayed
 from ....relay import begin_relay, relays_at_once
+from ...connect import Dialling
+from ...reaching import Reaching
 from ..exchange.date import http_date
 from ..exchange.quick import Dial
 from ..exchange.running import RunningRequest
@@ -37,8 +40,8 @@ _CONNECT: Final = b"CONNECT "
 
 @dataclass(eq=False, slots=True)
 class BegunConnect:
-    """An extension: how far callbacks have come with the first request on ``stream``. ``upstream`` may not be connected
-    yet; without one, ``failure`` is why there is none."""
+    """An extension: how far callbacks have come with the first request on ``stream``. Without ``dialling``, ``failure``
+    is why nothing has begun."""
 
     stream: SocketStream
     strict: StrictConnection
@@ -46,16 +49,16 @@ class BegunConnect:
     request: Request
     dial: Dial
     running: RunningRequest | None = None
-    upstream: SocketStream | None = None
+    dialling: Dialling | None = None
     failure: Exception | None = None
 
     async def answer(self, request: Request) -> Response:
         """Answer the request as its service would have."""
-        upstream, self.upstream = self.upstream, None
-        if upstream is None:
+        dialling, self.dialling = self.dialling, None
+        if dialling is None:
             assert self.failure is not None
             raise self.failure
-        await self.dial.connector.finish(self.dial.target, upstream)
+        upstream = await self.dial.connector.finish(self.dial.target, dialling)
         request.extensions.add(Upstream(upstream.peer, kept=False))
         return Response(200, upgrade=Tunnel(upstream, self.dial.limits))
 
@@ -78,23 +81,36 @@ def begin_connect(served: Served, dial_of: Callable[[Request], Dial | None], vis
                     strict.next_event()  # its end
                 request = _request(served, head, stream)
                 dial = dial_of(request)
-                if dial is not None and dial.target.ip is not None:
-                    stream.consume(len(data))
-                    return ConnectSession(visit, BegunConnect(stream, strict, head, request, dial))
+                if dial is not None:
+                    return _dial(visit, BegunConnect(stream, strict, head, request, dial), len(data))
         except (MalformedMessage, HttpError, ValueError):
             pass  # the coroutine meets it as well, and answers
     visit.take_over()
     return None
 
 
+def _dial(visit: Visit, begun: BegunConnect, size: int) -> ConnectSession | None:
+    dial = begun.dial
+    try:
+        begun.dialling = dial.connector.begin(dial.target, begun.request.extensions)
+        if begun.dialling is None:
+            visit.take_over()  # a name that is to be asked for: the coroutine begins anew
+            return None
+    except (RamaError, OSError) as error:
+        begun.failure = error
+    begun.stream.consume(size)
+    return ConnectSession(visit, begun)
+
+
 class ConnectSession:
     """The callbacks of one CONNECT."""
 
-    __slots__ = ("_begun", "_tunnel", "_visit")
+    __slots__ = ("_begun", "_reaching", "_tunnel", "_visit")
 
     def __init__(self, visit: Visit, begun: BegunConnect) -> None:
         self._visit = visit
         self._begun = begun
+        self._reaching: Reaching | None = None
         self._tunnel: Relayed | None = None
         visit.session = self
         extensions = visit.stream.extensions
@@ -103,22 +119,25 @@ class ConnectSession:
             lifecycle.reached(Stage.ESTABLISHED)
         if extensions.get(RequestLog) is not None or extensions.get(RequestMeter) is not None:
             self._run()
+        if begun.dialling is None:
+            visit.take_over()  # it has failed
+            return
         try:
-            self._dial(begun)
+            self._go_on(begun, begun.dialling)
         except Exception as error:  # noqa: BLE001 - the coroutine raises it
             self._fail(error)
 
     def expired(self) -> None:
         """The connect takes too long."""
-        dial = self._begun.dial
-        self._fail(dial.connector.failure(dial.target, TimeoutError(), late=True))
+        if self._reaching is not None:
+            self._reaching.expired()
 
     def stop(self) -> None:
         """A task takes over."""
         begun = self._begun
         begun.stream.tell(None)
-        if begun.upstream is not None:
-            begun.upstream.tell(None)
+        if begun.dialling is not None and begun.dialling.stream is not None:
+            begun.dialling.stream.tell(None)
         begun.stream.extensions.add(begun)
 
     def cut(self) -> None:
@@ -127,30 +146,17 @@ class ConnectSession:
             self._tunnel.cut()  # and so the visit ends
             return
         begun = self._begun
-        if begun.upstream is not None:
-            begun.upstream.abort()
+        if begun.dialling is not None and begun.dialling.stream is not None:
+            begun.dialling.stream.abort()
         begun.stream.abort()
         self._ended()
 
     # -- callbacks: nothing may be raised ----------------------------------------------------------------------
 
     def _client_ready(self, events: int) -> None:
-        if events & SPECIAL:
+        if events & SPECIAL and self._tunnel is None:
             self._visit.take_over()  # it may be gone: the coroutine finds out, and goes on
         # Else it sends ahead, and that waits in the socket.
-
-    def _upstream_ready(self, _events: int) -> None:
-        begun = self._begun
-        upstream = begun.upstream
-        assert upstream is not None
-        try:
-            if upstream.is_connected_now():
-                self._visit.stop_clock()
-                self._connected(begun, upstream)
-        except Exception as error:  # noqa: BLE001 - the coroutine raises it
-            if isinstance(error, OSError) and not upstream.is_connected:
-                error = begun.dial.connector.failure(begun.dial.target, error)
-            self._fail(error)
 
     # -- the way of a request ----------------------------------------------------------------------------------
 
@@ -167,25 +173,23 @@ class ConnectSession:
         )
         return begun.running
 
-    def _dial(self, begun: BegunConnect) -> None:
-        dial, visit = begun.dial, self._visit
-        upstream = begun.upstream = dial.connector.begin(dial.target, begun.request.extensions)
+    def _go_on(self, begun: BegunConnect, dialling: Dialling) -> None:
+        dial, visit, upstream = begun.dial, self._visit, dialling.stream
         assert upstream is not None
         if upstream.is_connected:
-            self._connected(begun, upstream)
+            self._connected(upstream)
             return
         if begun.running is None:
             self._run()  # it takes its time, and is to be seen meanwhile
-        visit.start_clock(dial.connector.timeout)
         try:
+            self._reaching = Reaching(visit, dial.connector, dial.target, dialling, self._connected, self._fail)
             begun.stream.tell(self._client_ready, poller=visit.poller)
-            if not visit.over:
-                upstream.tell(self._upstream_ready, writes=True, poller=visit.poller)
         except OSError:
             visit.take_over()  # the kernel watches no more sockets: the coroutine knows another way
 
-    def _connected(self, begun: BegunConnect, upstream: SocketStream) -> None:
-        visit, stream = self._visit, begun.stream
+    def _connected(self, upstream: SocketStream) -> None:
+        visit, begun = self._visit, self._begun
+        stream = begun.stream
         try:
             stream.poll(visit.poller)
             upstream.poll(visit.poller)
@@ -199,7 +203,7 @@ class ConnectSession:
                 stream.abort()  # a part of an answer cannot be taken back
             visit.take_over()
             return
-        begun.upstream = None
+        begun.dialling = None
         extensions = begun.request.extensions
         running = begun.running
         if running is not None:
@@ -223,9 +227,9 @@ class ConnectSession:
     def _fail(self, error: Exception) -> None:
         """Let the coroutine raise ``error``, and tell the client."""
         begun = self._begun
-        if begun.upstream is not None:
-            begun.upstream.abort()
-            begun.upstream = None
+        if begun.dialling is not None and begun.dialling.stream is not None:
+            begun.dialling.stream.abort()
+        begun.dialling = None
         begun.failure = error
         self._visit.take_over()
 

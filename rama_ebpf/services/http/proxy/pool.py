@@ -207,15 +207,15 @@ class ConnectionPool:
             return None
         options = self._origins(target)
         try:
-            stream = connector.begin(target, request.extensions)
+            dialling = connector.begin(target, request.extensions)
         except (RamaError, OSError):
             return None
-        if stream is None:
+        if dialling is None or dialling.stream is None:
             return None
         origin = self._origin(target, partition)
         origin.busy += 1
         return H1ClientConnection(
-            stream,
+            dialling.stream,
             limits=self._limits,
             timeouts=self._timeouts,
             released=functools.partial(self._released, origin, options.keep),
