@@ -76,7 +76,12 @@ class RouteControl:
         }.get(method)
         if handler is None:
             raise PolicyError(f"unknown method {method!r}")
-        return handler(params)
+        from ..process.ways import TooManyWays
+
+        try:
+            return handler(params)
+        except TooManyWays as error:
+            raise PolicyError(str(error)) from error
 
     def _books(self) -> list[RouteBook]:
         """The routes of the configuration in force, and those that ``via`` makes. Raises :class:`PolicyError`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import struct
 import time
 import zlib
@@ -17,8 +18,9 @@ from typing import Final
 
 from ..core.errors import RamaError
 from ..routes.health import Health, State
+from ..routes.ways import MAX_WAYS
 
-__all__ = ["SharedBoard", "board_bytes"]
+__all__ = ["SharedBoard", "TooManyWays", "board_bytes"]
 
 _ROWS: Final = 4096
 _ROW: Final = struct.Struct("=64s80sBBHIIdddddddd")
@@ -29,6 +31,7 @@ _PIN: Final = struct.Struct("=8s4sI")
 _PIN_SETS: Final = 1 << 18
 _PIN_WAYS: Final = 4
 _OVERRIDES: Final = 256
+_NAME: Final = re.compile(rb"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _OVERRIDE: Final = struct.Struct("=64s64s")
 _HEAD: Final = 64
 
@@ -244,23 +247,28 @@ class SharedBoard:
 
     def troubled(self) -> list[dict[str, object]]:
         """Return the ways that are not up, with what :meth:`described` says of them."""
-        return [{"way": name, **said} for name in self._names() if (said := self.described(name))["state"] != "up"]
+        return [{"way": name, **said} for name, at in self._named() if (said := self._described(at))["state"] != "up"]
 
     def states(self) -> dict[str, bool]:
         """Return whether each way that was ever used is up."""
-        return {name: self.read(name).usable() for name in self._names()}
+        return {name: self._read(at).usable() for name, at in self._named()}
 
-    def _names(self) -> list[str]:
-        found = []
-        for at in range(0, len(self._rows), _ROW_BYTES):
-            if self._rows[at]:
-                found.append(bytes(self._rows[at : at + 63]).rstrip(b"\0").decode("ascii", "replace"))
-        return found
+    def _named(self) -> Iterator[tuple[str, int]]:
+        """The rows with names such as ways have, at most 2,000: whatever else stands there, nobody of ours wrote."""
+        found = 0
+        for index in range(_ROWS):
+            if self._rows[index * _ROW_BYTES] and found < MAX_WAYS:
+                name = bytes(self._rows[index * _ROW_BYTES : index * _ROW_BYTES + 64]).rstrip(b"\0")
+                if _NAME.fullmatch(name) is not None:
+                    found += 1
+                    yield name.decode("ascii"), index
 
     def described(self, name: str) -> dict[str, object]:
-        """Return what ``status`` and ``route list`` say of a way."""
-        index, now = self._row(name), time.monotonic()
-        health = self._read(index)
+        """Return what ``status`` and ``route list`` say of a way. Raises :class:`TooManyWays`."""
+        return self._described(self._row(name))
+
+    def _described(self, index: int) -> dict[str, object]:
+        health, now = self._read(index), time.monotonic()
 
         def ago(moment: float) -> float | None:
             return round(max(now - moment, 0.0), 1) if math.isfinite(moment) and moment > 0 else None
@@ -270,7 +278,7 @@ class SharedBoard:
 
         return {
             "state": "drained" if health.drained else health.state.name.lower(),
-            "cause": health.cause or None,
+            "cause": "".join(one if one.isprintable() else "?" for one in health.cause) or None,
             "since": ago(health.since),
             "retry_in": left(health.until) if health.state is not State.UP else None,
             "answered": ago(health.answered),

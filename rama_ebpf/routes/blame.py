@@ -45,8 +45,7 @@ FAULTS: Final[tuple[tuple[str, str, Fault], ...]] = (
     ("parent", "no answer in time, but to others", _T),
     # -- HTTP
     ("http", "407", _L),
-    ("http", "429", _U),
-    ("http", "400, 404, 405, 501, 505", _W),
+    ("http", "400, 404, 405, 429, 501, 505", _W),
     ("http", "500, 520-599", _D),
     ("http", "403, 451, 502, 503, 504, every other status", _T),
     # -- SOCKS5
@@ -64,7 +63,7 @@ FAULTS: Final[tuple[tuple[str, str, Fault], ...]] = (
 )
 """(where, what, whose): what ``docs/routes.md`` shows."""
 
-_HTTP: Final = {407: _L, 429: _U, 400: _W, 404: _W, 405: _W, 501: _W, 505: _W, 500: _D}
+_HTTP: Final = {407: _L, 429: _W, 400: _W, 404: _W, 405: _W, 501: _W, 505: _W, 500: _D}
 _SOCKS5: Final = {1: _D, 7: _U, 8: _U}
 _SOCKS4: Final = {91: _D, 92: _L, 93: _L}
 _DIRECT: Final = {

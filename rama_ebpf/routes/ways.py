@@ -8,11 +8,12 @@ from typing import Final
 
 from .model import RESERVED, Chain, Direct, Group, Parent, Refuse, Route, RouteError, Way, check_name
 
-__all__ = ["MAX_DEPTH", "MAX_MEMBERS", "WayBook"]
+__all__ = ["MAX_DEPTH", "MAX_MEMBERS", "MAX_WAYS", "WayBook"]
 
 MAX_DEPTH: Final = 4
 """Groups within groups."""
 MAX_MEMBERS: Final = 1000
+MAX_WAYS: Final = 2000
 MAX_HOPS: Final = 8
 
 
@@ -21,6 +22,8 @@ class WayBook(Mapping[str, Way]):
 
     def __init__(self, ways: Mapping[str, Way], *, direct: Direct | None = None) -> None:
         """``direct`` is what that name means, by default the host's own choice of everything."""
+        if len(ways) > MAX_WAYS:
+            raise RouteError(f"{len(ways)} ways: {MAX_WAYS} at most", ("way", next(iter(ways))))
         for name in ways:
             if name in RESERVED:
                 text = f"way {name!r}: the name is reserved ({', '.join(sorted(RESERVED))}): choose another"

@@ -70,7 +70,7 @@ FAULTS = [
     ("http", says(b"HTTP/1.1 200 OK\r\nX: " + b"a" * 20000), errno.EPROTO, Fault.WAY),
     ("http", status(407), errno.EKEYREJECTED, Fault.LOGIN),
     ("http", status(403), errno.EACCES, Fault.TARGET),
-    ("http", status(429), errno.EIO, Fault.UNABLE),
+    ("http", status(429), errno.EIO, Fault.WAY),
     ("http", status(500), errno.EIO, Fault.DOUBT),
     ("http", status(502), errno.EHOSTUNREACH, Fault.TARGET),
     ("http", status(503), errno.EHOSTUNREACH, Fault.TARGET),

@@ -104,7 +104,7 @@ def test_table_of_blame_says_what_the_functions_do():
     assert {http_fault(status) for status in (403, 451, 502, 503, 504, 402)} == {Fault.TARGET}
     assert (http_fault(407), http_fault(429), http_fault(405), http_fault(500)) == (
         Fault.LOGIN,
-        Fault.UNABLE,
+        Fault.WAY,
         Fault.WAY,
         Fault.DOUBT,
     )
