@@ -13,11 +13,12 @@ from typing import cast
 
 from .. import loader
 from ..control import socket as control
-from ..control.api import Json
+from ..control.api import Json, feed_rows
 from ..kernel import xdp
 from ..kernel.gate_maps import LayoutMismatch
 from ..kernel.instance import Instance, InstanceBusy
 from ..kernel.suspended import is_stopped, stopped_hint
+from ..policy.feed_store import FeedStore
 from ..policy.kept import KeptPolicy
 from ..policy.kernel_store import KernelStore
 from ..policy.rule import PolicyError, boottime_ns
@@ -77,6 +78,7 @@ def status(instance: Instance) -> Json:
         "draining": _rows(state, "draining"),
         "ways": _rows(state, "ways"),
         "confirm_within": None,
+        "feeds": [],
         "listeners": [],
         "verdicts": [],
     }
@@ -97,6 +99,7 @@ def status(instance: Instance) -> Json:
         ]
         result["silent_rejects"] = store.counters.silent_rejects()
         result["revision"] = store.revision
+        result["feeds"] = feed_rows(store, FeedStore(instance.feeds_dir))
         if (end := store.pending) is not None:
             result["confirm_within"] = round(max(0, end - boottime_ns()) / 1e9, 1)
     return result

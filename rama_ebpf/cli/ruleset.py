@@ -19,6 +19,7 @@ from .said import outcome_of_set
 __all__ = ["logged_in_from", "register"]
 
 _MOST_PARENTS: Final = 64
+_LEFT_OUT: Final = {"wide": "too wide", "private": "private", "own": "this host's own", "never": "never to be closed"}
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -53,7 +54,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     verb("export", "print the set in force as a policy file", _export)
     verb("confirm", "keep the set that is on trial", _confirm)
     verb("rollback", "undo the set that is on trial", _rollback)
-    verb("refresh", "read all feeds again now", _refresh)
+    refresh = verb("refresh", "read all feeds again now", _refresh)
+    refresh.add_argument("--accept", action="store_true", help="take lists that have changed by more than max_change")
+    verb("feeds", "show the feeds in force: networks, age, and what is wrong with them", _feeds)
     test = verb("test", "say what would be decided for a client", _test)
     test.add_argument("target", metavar="ADDR[:PORT]", help="the client's address, and the listener's port")
     log = verb("log", "show who changed what, when", _log)
@@ -129,6 +132,9 @@ def _show_feeds(result: Json) -> None:
         print(f"{feed['rule']}: {feed['networks']} networks{': ' if notes else ''}{', '.join(notes)}")
         for line in cast("list[str]", feed["bad"])[:10]:
             print(f"  {line}")
+        left = [f"{count} {_LEFT_OUT[why]}" for why, count in cast("Json", feed["left_out"]).items() if count]
+        if left:
+            print(f"  left out: {', '.join(left)}")
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -202,7 +208,7 @@ def _done(args: argparse.Namespace, method: str, said: str) -> int:
 
 
 def _refresh(args: argparse.Namespace) -> int:
-    result = call(args.instance, "refresh", {})
+    result = call(args.instance, "refresh", {"accept": args.accept})
     feeds = cast("list[Json]", result["feeds"])
     if args.json:
         print_json(result)
@@ -211,6 +217,31 @@ def _refresh(args: argparse.Namespace) -> int:
     else:
         _show_feeds(result)
     return NO if any(feed["stale"] for feed in feeds) else OK
+
+
+def _feeds(args: argparse.Namespace) -> int:
+    feeds = cast("list[Json]", call(args.instance, "feeds", {})["feeds"])
+    if args.json:
+        print_json({"feeds": feeds})
+    elif not feeds:
+        print("no rule in force has a feed")
+    else:
+        rows = [
+            (
+                row["rule"],
+                row["networks"],
+                "none kept" if row["age"] is None else duration(row["age"]),
+                duration(row["refresh"]),
+                row["format"],
+                row["source"],
+            )
+            for row in feeds
+        ]
+        print(table(("RULE", "NETWORKS", "AGE", "REFRESH", "FORMAT", "SOURCE"), rows))
+        for row in feeds:
+            if row["trouble"]:
+                print(f"{row['rule']}: {row['trouble']}")
+    return NO if any(row["trouble"] for row in feeds) else OK
 
 
 def _test(args: argparse.Namespace) -> int:

@@ -286,7 +286,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         max_generations=server.max_generations,
         default=None if policy.default is None else Action[policy.default.upper()],
         failsafe=policy.failsafe,
-        rules=tuple(rule.rule() for rule in policy.rules),
+        rules=policy.set_rules(),
         per_source=None if policy.per_source is None else policy.per_source.limit(),
         overall=None if policy.overall is None else policy.overall.limit(),
         sizes=MapSizes(rules=limits.max_rules or sizes.rules, bans=limits.max_bans or sizes.bans),

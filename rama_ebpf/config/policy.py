@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
 from ..core.client import SourceLengths
 from ..kernel.gate_maps import MAX_FAILSAFE
+from ..policy.feed_formats import FORMATS
 from ..policy.rule import (
     DEFAULT_ACTIONS,
     RULE_ACTIONS,
@@ -41,11 +42,13 @@ __all__ = [
 ]
 
 _NETWORKS = ListOf(NETWORK)
+_GUARDS = ("max_change", "max_width", "private")
 
 
 @dataclass(frozen=True)
 class FeedConfig:
-    """Where a rule's sources are read from: one network a line, comments, gzip."""
+    """Where a rule's sources are read from. Plain is one network a line, with comments. All may be packed with gzip, xz
+    or zstd."""
 
     file: str | None = setting(any_path(), "a file", default=None)
     url: str | None = setting(TEXT, "an HTTP or HTTPS URL", default=None)
@@ -55,16 +58,36 @@ class FeedConfig:
     max_size: int = setting(SIZE, "at most, also when unpacked", default=64 << 20)
     allow_default: bool = setting(BOOLEAN, "take it although it names every address", default=False)
     allow_empty: bool = setting(BOOLEAN, "take it although it had networks and has none any more", default=False)
+    format: str = setting(choice(*FORMATS), "how it is written", default="plain")
+    path: str | None = setting(
+        TEXT, "of JSON: where texts are, as in prefixes[].ip_prefix; several with commas", default=None
+    )
+    column: str | None = setting(TEXT, "of CSV: number from 1, or its heading (1 by default)", default=None)
+    to: str | None = setting(TEXT, "of CSV: the column of a range's end", default=None)
+    delimiter: str = setting(TEXT, "of CSV: one character", default=",")
+    max_change: float = setting(
+        number(0, 100), "share by which a list of 100 networks or more may change at once (0: any)", default=0.5
+    )
+    max_width: int = setting(
+        integer(0, 32), "bits that a network has at least, IPv6 twice as many, or it is left out", default=8
+    )
+    private: bool = setting(BOOLEAN, "take private networks, which are left out else", default=False)
 
     def __post_init__(self) -> None:
         if (self.file is None) == (self.url is None):
             raise ValueError("write a file or a url")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"{self.url}: write http://… or https://…")
+        if self.path is not None and self.format != "json":
+            raise ValueError("path is of JSON")
+        if (self.column is not None or self.to is not None) and self.format != "csv":
+            raise ValueError("column and to are of CSV")
+        if len(self.delimiter) != 1:
+            raise ValueError(f"delimiter {self.delimiter!r}: write one character")
         self.feed()
 
-    def feed(self) -> Feed:
-        """Return it as the policy takes it."""
+    def feed(self, never: Sequence[IPv4Network | IPv6Network] = ()) -> Feed:
+        """Return it as the policy takes it; ``never`` is what it may not close."""
         source = self.url if self.url is not None else os.path.abspath(str(self.file))
         return Feed(
             source,
@@ -74,6 +97,15 @@ class FeedConfig:
             self.max_size,
             allow_default=self.allow_default,
             allow_empty=self.allow_empty,
+            format=self.format,
+            path=self.path or "",
+            column=self.column or "1",
+            to=self.to or "",
+            delimiter=self.delimiter,
+            max_change=self.max_change,
+            max_width=self.max_width,
+            private=self.private,
+            never=tuple(map(str, never)),
         )
 
 
@@ -103,8 +135,9 @@ class RuleConfig:
             raise ValueError("write sources or a feed: two rules can have both")
         self.rule(0)  # raises PolicyError, a ValueError, for what does not go together
 
-    def rule(self, now: int | None = None) -> Rule:
-        """Return it as the policy takes it, a feed not yet read. ``now`` is CLOCK_BOOTTIME in nanoseconds."""
+    def rule(self, now: int | None = None, never: Sequence[IPv4Network | IPv6Network] = ()) -> Rule:
+        """Return it as the policy takes it, a feed not yet read, which may not close ``never``. ``now`` is
+        CLOCK_BOOTTIME in nanoseconds."""
         start = boottime_ns() if now is None else now
         if self.action != "limit" and self.rate is not None:
             raise PolicyError("rate belongs to action limit")
@@ -118,7 +151,7 @@ class RuleConfig:
             limit=None if self.rate is None else SynLimit(self.rate.per_second, self.burst),
             reason=self.reason or "",
             origin="file",
-            feed=None if self.feed is None else self.feed.feed(),
+            feed=None if self.feed is None else self.feed.feed(never),
             at=self.at,
         )
 
@@ -178,6 +211,7 @@ class PolicyConfig:
     failsafe: tuple[IPv4Network | IPv6Network, ...] | None = setting(
         _NETWORKS, "clients that nothing can shut out (as kept)", default=None
     )
+    never: tuple[IPv4Network | IPv6Network, ...] = setting(_NETWORKS, "what no feed can close (rules can)", default=())
     require_kernel: bool = setting(BOOLEAN, "exit instead of serving with the policy in userspace", default=False)
     xdp: tuple[str, ...] = setting(ListOf(TEXT), "interfaces where XDP drops before the stack", default=())
     syn_cookies: bool = setting(BOOLEAN, "XDP sends the stack's SYN cookies", default=False)
@@ -199,7 +233,11 @@ class PolicyConfig:
 
     def ruleset(self, present: Settings) -> RuleSet:
         """Return what is loaded at once, feeds not yet read. What it says nothing about stays as in ``present``."""
-        return RuleSet(tuple(rule.rule() for rule in self.rules), self.settings(present))
+        return RuleSet(self.set_rules(), self.settings(present))
+
+    def set_rules(self) -> tuple[Rule, ...]:
+        """Return its rules as the policy takes them."""
+        return tuple(rule.rule(never=self.never) for rule in self.rules)
 
     def settings(self, present: Settings) -> Settings:
         """Return the settings. What is not said stays as in ``present``."""
@@ -217,6 +255,9 @@ def policy_values(ruleset: RuleSet) -> Mapping[str, Any]:
     for name, limit in (("per_source", settings.per_source), ("overall", settings.overall)):
         if limit is not None:
             values[name] = _limit_values(limit)
+    never = list(dict.fromkeys(text for rule in ruleset.rules if rule.feed for text in rule.feed.never))
+    if never:
+        values["never"] = never
     values["rules"] = [_rule_values(rule) for rule in ruleset.rules]
     return values
 
@@ -239,9 +280,10 @@ def _rule_values(rule: Rule) -> dict[str, Any]:
             "timeout": feed.timeout,
             "max_size": feed.max_size,
         }
-        for name in ("allow_default", "allow_empty"):
-            if getattr(feed, name):
-                values["feed"][name] = True
+        usual = Feed("/")
+        for name in ("allow_default", "allow_empty", "format", "path", "column", "to", "delimiter", *_GUARDS):
+            if getattr(feed, name) != getattr(usual, name):
+                values["feed"][name] = getattr(feed, name)
     if rule.port is not None:
         values["port"] = rule.port
     if rule.expires is not None:

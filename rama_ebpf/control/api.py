@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
@@ -41,7 +42,7 @@ from ..policy.stored import RuleRecord, StoredRule
 from .enforced import Decision, InForce, Judge, StoreJudge, carry_out, enforcement, targets, unheard
 from .replaying import CutBound, Replaying, span_of
 
-__all__ = ["ControlApi", "Json"]
+__all__ = ["ControlApi", "Json", "feed_rows"]
 
 Json = dict[str, object]
 
@@ -83,6 +84,7 @@ class ControlApi:
             "load": self.load,
             "diff": self.diff,
             "history": self.history,
+            "feeds": self.feeds,
             "export": self.export,
             "confirm": self.confirm,
             "rollback": self.rollback,
@@ -343,12 +345,19 @@ class ControlApi:
         carry_out(lambda: self._store.roll_back(expected_set=tried), lambda: self._store.pending is None)
         return self._revision() | self._unheard()
 
-    def refresh(self, _params: Mapping[str, object]) -> Json:
-        """Read all feeds of the set in force again, now."""
+    def refresh(self, params: Mapping[str, object]) -> Json:
+        """Read all feeds of the set in force again, now; ``accept`` lists that have changed by any share."""
         if self._feeds is None:
             raise PolicyError("no place to keep feeds")
-        reports = Refresher(self._store, self._feeds).run(all_feeds=True)
+        reports = Refresher(self._store, self._feeds).run(all_feeds=True, accept=bool(params.get("accept")))
         return self._revision() | {"feeds": [_feed_report(report) for report in reports]}
+
+    def feeds(self, _params: Mapping[str, object]) -> Json:
+        """Return the feeds of the set in force: how many networks are in force of each, how old its last good copy is
+        in seconds, when it was read last, and what is wrong with it."""
+        if self._feeds is None:
+            raise PolicyError("no place to keep feeds")
+        return {"feeds": feed_rows(self._store, self._feeds)}
 
     def log(self, params: Mapping[str, object]) -> Json:
         """Return the last ``count`` entries of the journal."""
@@ -479,6 +488,29 @@ def _address(text: str) -> IPAddress:
         raise PolicyError(f"{text!r} is not an address: write for example 192.0.2.7 or 2001:db8::7") from None
 
 
+def feed_rows(store: PolicyStore, feeds: FeedStore) -> builtins.list[Json]:
+    """Return what is known of each feed of the set in force."""
+    rows: builtins.list[Json] = []
+    now = time.time()
+    for rule in store.ruleset().rules:
+        if rule.feed is None:
+            continue
+        state = feeds.state(rule.feed)
+        rows.append(
+            {
+                "rule": rule.name,
+                "source": rule.feed.source,
+                "format": rule.feed.format,
+                "networks": len(rule.sources),
+                "age": None if state.fetched is None else round(max(0.0, now - state.fetched), 1),
+                "checked": None if state.checked is None else _wall(round(state.checked * 1e9)),
+                "refresh": rule.feed.refresh,
+                "trouble": state.trouble or None,
+            }
+        )
+    return rows
+
+
 def _feed_report(report: FeedReport) -> Json:
     content = report.content
     row: Json = {"rule": report.rule, "source": report.feed.source, "stale": report.stale or None}
@@ -489,6 +521,7 @@ def _feed_report(report: FeedReport) -> Json:
             "bad": [str(line) for line in content.bad],
             "duplicates": content.duplicates,
             "covered": content.covered(),
+            "left_out": {**asdict(report.left_out)},
         }
     return row
 

@@ -31,7 +31,7 @@ from ..process.plan import nothing_held
 from ..process.service_manager import notify
 from ..services.tcp import bind_tcp
 from . import upkeep
-from .api import ControlApi
+from .api import ControlApi, feed_rows
 from .audit import Audit
 from .cookies import CookieWatch
 from .egress import Egress
@@ -580,6 +580,7 @@ class _Daemon(WorkerObserver):
             MetricsServer,
             denials_collector,
             disagreements_collector,
+            feeds_collector,
             guard_collector,
             silent_rejects_collector,
             supervisor_collector,
@@ -592,6 +593,7 @@ class _Daemon(WorkerObserver):
         collectors.append(denials_collector(self._denials))
         collectors.append(ways_collector(lambda: self._supervisor.board.states()))
         store = self._host.store
+        collectors.append(feeds_collector(lambda: feed_rows(store, self._feeds)))
         if isinstance(store, KernelStore):
             collectors.append(verdict_collector(Verdicts(store)))
             collectors.append(silent_rejects_collector(store.counters.silent_rejects))

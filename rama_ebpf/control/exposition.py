@@ -33,6 +33,7 @@ __all__ = [
     "MetricsServer",
     "denials_collector",
     "disagreements_collector",
+    "feeds_collector",
     "guard_collector",
     "silent_rejects_collector",
     "supervisor_collector",
@@ -75,6 +76,27 @@ def silent_rejects_collector(total: Callable[[], int]) -> Collector:
 
     def collect() -> Iterable[Metric]:
         yield CounterMetricFamily("rama_silent_rejects", "Rejected connections that got no RST.", value=total())
+
+    return _Collector(collect)
+
+
+def feeds_collector(rows: Callable[[], Iterable[Mapping[str, object]]]) -> Collector:
+    """Collect ``rama_feed_networks``, ``rama_feed_age_seconds`` and ``rama_feed_trouble`` from a function that returns
+    what is known of each feed in force."""
+
+    def collect() -> Iterable[Metric]:
+        networks = GaugeMetricFamily("rama_feed_networks", "Networks of a feed that are in force.", labels=("rule",))
+        text = "How old the last good copy of a feed is."
+        age = GaugeMetricFamily("rama_feed_age_seconds", text, labels=("rule",))
+        text = "Whether a feed could not be had, or not be used, when it was read last."
+        trouble = GaugeMetricFamily("rama_feed_trouble", text, labels=("rule",))
+        for row in rows():
+            labels = (str(row["rule"]),)
+            networks.add_metric(labels, float(str(row["networks"])))
+            if row["age"] is not None:
+                age.add_metric(labels, float(str(row["age"])))
+            trouble.add_metric(labels, float(row["trouble"] is not None))
+        yield from (networks, age, trouble)
 
     return _Collector(collect)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from .feed_formats import NO_OPTIONS, Entry, FormatError, FormatOptions, networks_of, read_entries
 from .prefixes import Prefixes, pack_network
 from .rule import PolicyError, parse_network
 
@@ -29,8 +30,8 @@ __all__ = [
     "parse_feed",
 ]
 
-MAX_LINES: Final = 5_000_000
-"""Lines of a feed: five times the largest that is published."""
+MAX_LINES: Final = 12_000_000
+"""Lines of a feed."""
 
 _BAD_LINES_KEPT: Final = 100
 _BLOCK_BYTES: Final = 64 * 1024
@@ -93,8 +94,16 @@ class FeedContent:
         return _covered(self.prefixes.v4, 32) + _covered(self.prefixes.v6, 128)
 
 
-def parse_feed(data: bytes, *, max_bad: float = 0.05, quote: bool = True) -> FeedContent:
-    """Parse a feed. A byte order mark at its start is passed over. Without ``quote`` nothing of its text is told.
+def parse_feed(
+    data: bytes,
+    *,
+    max_bad: float = 0.05,
+    quote: bool = True,
+    format: str = "plain",
+    options: FormatOptions = NO_OPTIONS,
+) -> FeedContent:
+    """Parse a feed of a format. A byte order mark at its start is passed over. Without ``quote`` nothing of its text is
+    told.
 
     Raises :class:`FeedError` if more than ``max_bad`` (0 to 1) of its lines are bad, if it has more than
     :data:`MAX_LINES`, or if there is nothing in it, not even a comment: that is more likely an accident than a wish.
@@ -107,8 +116,16 @@ def parse_feed(data: bytes, *, max_bad: float = 0.05, quote: bool = True) -> Fee
     if data.count(b"\n") > MAX_LINES:
         raise FeedError(f"has more than {MAX_LINES} lines")
     found = _Lines(quote)
-    for at, block in _blocks(data):
-        found.add(at, block)
+    if format == "plain":
+        for at, block in _blocks(data):
+            found.add(at, block)
+    else:
+        try:
+            found.add_entries(read_entries(data, format, options))
+        except FormatError as error:
+            raise FeedError(str(error) if quote else f"is no {format} list") from error
+        if format == "json" and not found.v4 and not found.v6 and not found.bad_count:
+            raise FeedError(f"has nothing at {options.path or '[]'}")
     content = found.content()
     judge_feed(content, max_bad)
     return content
@@ -151,6 +168,8 @@ class _Lines:
     v6: list[int] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
     bad_count: int = 0
+    lines: int = 0
+    """Good entries, where one may be several networks."""
 
     def add(self, first: int, block: Sequence[str]) -> None:
         """Add lines, of which the first has the number ``first``."""
@@ -158,8 +177,26 @@ class _Lines:
             for number, line in enumerate(block, first):
                 self._add_line(number, line)
 
+    def add_entries(self, entries: Iterable[Entry]) -> None:
+        """Add what a reader of another format has found."""
+        for number, text in entries:
+            try:
+                networks = networks_of(text)
+            except ValueError as error:
+                self._add_bad(number, text, str(error))
+                continue
+            self.lines += 1
+            for network in networks:
+                (self.v4 if network.version == 4 else self.v6).append(pack_network(network))
+
+    def _add_bad(self, number: int, text: str, why: str) -> None:
+        self.bad_count += 1
+        if len(self.bad) < _BAD_LINES_KEPT:
+            shown, why = (text.strip()[:80], why) if self.quote else ("", "no network")
+            self.bad.append(BadLine(number, shown, why[:200]))
+
     def content(self) -> FeedContent:
-        lines = len(self.v4) + len(self.v6) + self.bad_count
+        lines = (self.lines or len(self.v4) + len(self.v6)) + self.bad_count
         side4, duplicates4 = _sorted_set(self.v4)
         side6, duplicates6 = _sorted_set(self.v6)
         prefixes = Prefixes.from_sorted(array("Q", side4), side6)
@@ -199,10 +236,7 @@ class _Lines:
         try:
             network = parse_network(entry)
         except PolicyError as error:
-            self.bad_count += 1
-            if len(self.bad) < _BAD_LINES_KEPT:
-                text, why = (line.strip()[:80], str(error)) if self.quote else ("", "no network")
-                self.bad.append(BadLine(number, text, why[:200]))
+            self._add_bad(number, line, str(error))
             return
         (self.v4 if network.version == 4 else self.v6).append(pack_network(network))
 

@@ -10,6 +10,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,10 +22,13 @@ from .feed_room import FeedRoom
 from .fetch import Answer, Fetcher, FetchError
 from .rule import Feed
 
-__all__ = ["FeedStore", "Loaded"]
+__all__ = ["FeedState", "FeedStore", "Loaded"]
 
 log = logging.getLogger(__name__)
 
+_FEW: Final = 100
+"""A list of fewer networks may change by any share."""
+_MOST_TROUBLE: Final = 1000
 _COPY_BYTES: Final = 2 * 1024 * 1024
 """What a copy may have beside its networks."""
 
@@ -37,6 +41,16 @@ class Loaded:
     content: FeedContent
     stale: str = ""
     retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FeedState:
+    """When a feed's last good copy was fetched, when it was read last (seconds of the wall clock; None if not known),
+    and what was wrong then ("" if nothing)."""
+
+    fetched: float | None = None
+    checked: float | None = None
+    trouble: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +85,13 @@ class FeedStore:
         except FeedError as error:
             if kept is None:
                 raise
+            self._note(feed, str(error))
             hours = max(0, time.time() - kept.fetched) / 3600
             if self._is_news(feed, str(error)):
                 log.warning("%s; the copy of %.1f hours ago stays in use", error, hours)
             return Loaded(kept.content, str(error), error.retry_after)
         self._is_news(feed, "")
+        self._note(feed, "")
         return Loaded(content)
 
     def at_hand(self, feed: Feed) -> Loaded:
@@ -111,13 +127,18 @@ class FeedStore:
                 f"feed {feed.source}: had {len(kept.content.prefixes)} networks and now has none "
                 f"(if that is meant: allow_empty = true)"
             )
+        if kept is not None:
+            _judge_change(feed, len(kept.content.prefixes), len(content.prefixes))
         if kept is None or kept.content != content or kept.validators != answer.validators:
             self._keep(feed, content, answer.validators)
         return content
 
     def _fetch(self, feed: Feed, kept: _Kept | None) -> Answer:
         known = {} if kept is None else kept.validators
-        return self._fetcher.get(feed.source, known, timeout=feed.timeout, max_size=feed.max_size, max_bad=feed.max_bad)
+        bounds = (feed.timeout, feed.max_size, feed.max_bad)
+        return self._fetcher.get(
+            feed.source, known, timeout=bounds[0], max_size=bounds[1], max_bad=bounds[2], format=_format(feed)
+        )
 
     def _read_file(self, feed: Feed) -> Answer:
         try:
@@ -128,14 +149,41 @@ class FeedStore:
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise FetchError("cannot be read: it is not a regular file")
-            return self._fetcher.read(fd, timeout=feed.timeout, max_size=feed.max_size, max_bad=feed.max_bad)
+            bounds = (feed.timeout, feed.max_size, feed.max_bad)
+            return self._fetcher.read(
+                fd, timeout=bounds[0], max_size=bounds[1], max_bad=bounds[2], format=_format(feed)
+            )
         finally:
             os.close(fd)
 
     # -- copies: a line of JSON with the checksum of the record, then the record ---------------------------------------
 
     def _path(self, feed: Feed) -> Path:
-        return self._directory / hashlib.sha256(feed.source.encode()).hexdigest()[:32]
+        facts = _format(feed)
+        text = feed.source if facts["format"] == "plain" else f"{feed.source}\n{json.dumps(facts, sort_keys=True)}"
+        return self._directory / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _state_path(self, feed: Feed) -> Path:
+        return self._directory.with_name("feed-state") / self._path(feed).name
+
+    def state(self, feed: Feed) -> FeedState:
+        """Return how old the last good copy is, and what is wrong with the feed, as far as anybody has noted."""
+        fetched = _first_line(self._path(feed)).get("fetched")
+        said = _first_line(self._state_path(feed))
+        checked, trouble = said.get("checked"), said.get("trouble")
+        return FeedState(
+            float(fetched) if isinstance(fetched, int | float) else None,
+            float(checked) if isinstance(checked, int | float) else None,
+            trouble if isinstance(trouble, str) else "",
+        )
+
+    def _note(self, feed: Feed, trouble: str) -> None:
+        """Note when a feed was read, and what was wrong, for whoever asks; a disk that refuses costs that alone."""
+        row = {"source": feed.source, "checked": time.time(), "trouble": trouble[:_MOST_TROUBLE]}
+        try:
+            write_atomically(self._state_path(feed), json.dumps(row).encode())
+        except OSError as error:
+            log.debug("cannot note the state of feed %s: %s", feed.source, error)
 
     def _kept(self, feed: Feed) -> _Kept | None:
         try:
@@ -176,6 +224,33 @@ class FeedStore:
             write_atomically(self._path(feed), json.dumps(fields).encode() + b"\n" + record)
         except OSError as error:
             log.error("cannot keep a copy of feed %s: %s", feed.source, error)
+
+
+def _first_line(path: Path) -> Mapping[str, object]:
+    """What a file's first line says in JSON; nothing where there is none, or it makes no sense."""
+    try:
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
+            row = json.loads(file.readline(_COPY_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _format(feed: Feed) -> dict[str, str]:
+    """The format of a feed, with the options that it has."""
+    of = {"json": ("path",), "csv": ("column", "to", "delimiter")}.get(feed.format, ())
+    return {"format": feed.format} | {name: getattr(feed, name) for name in of}
+
+
+def _judge_change(feed: Feed, before: int, after: int) -> None:
+    """Raise :class:`FeedError` for a list that is another one of a sudden. Short lists may change as they like."""
+    if not feed.max_change or before < _FEW or not after:
+        return
+    if not before * (1 - feed.max_change) <= after <= before * (1 + feed.max_change):
+        raise FeedError(
+            f"feed {feed.source}: had {before} networks and now has {after}, a change of more than "
+            f"{feed.max_change:.0%} (if that is meant: policy refresh --accept)"
+        )
 
 
 def _judge(feed: Feed, content: FeedContent) -> None:

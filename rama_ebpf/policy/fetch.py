@@ -33,6 +33,7 @@ __all__ = ["Answer", "FetchError", "Fetcher"]
 _CHILD: Final = "rama_ebpf.policy.fetch_child"
 _WHY_BYTES: Final = 64 * 1024
 _ASK_BYTES: Final = 64 * 1024
+PLAIN: Final[Mapping[str, str]] = {"format": "plain"}
 
 
 class FetchError(Exception):
@@ -69,18 +70,30 @@ class Fetcher:
                 child.kill()
 
     def get(
-        self, url: str, validators: Mapping[str, str], *, timeout: float, max_size: int, max_bad: float = 0.05
+        self,
+        url: str,
+        validators: Mapping[str, str],
+        *,
+        timeout: float,
+        max_size: int,
+        max_bad: float = 0.05,
+        format: Mapping[str, str] = PLAIN,
     ) -> Answer:
         """GET a URL: at most ``max_size`` bytes, also when unpacked, fetched and parsed within ``timeout`` seconds.
 
-        ``validators`` are those of the last :class:`Answer` (RFC 9110 section 8.8), empty to get it in any case. Raises
+        ``format`` has the name and the options of one (:mod:`.feed_formats`). ``validators`` are those of the last
+        :class:`Answer` (RFC 9110 section 8.8), empty to get it in any case. Raises
         :class:`FetchError`, whose text holds nothing of what was read.
         """
-        return self._ask({"url": url, "validators": dict(validators)}, timeout, max_size, max_bad)
+        return self._ask(
+            {"url": url, "validators": dict(validators), "format": dict(format)}, timeout, max_size, max_bad
+        )
 
-    def read(self, file: int, *, timeout: float, max_size: int, max_bad: float = 0.05) -> Answer:
+    def read(
+        self, file: int, *, timeout: float, max_size: int, max_bad: float = 0.05, format: Mapping[str, str] = PLAIN
+    ) -> Answer:
         """Read a file by its descriptor, likewise; :class:`FetchError` quotes its lines."""
-        return self._ask({"file": file}, timeout, max_size, max_bad, (file,))
+        return self._ask({"file": file, "format": dict(format)}, timeout, max_size, max_bad, (file,))
 
     def _ask(
         self, what: Mapping[str, object], timeout: float, max_size: int, max_bad: float, fds: Sequence[int] = ()

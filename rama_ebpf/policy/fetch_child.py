@@ -21,9 +21,10 @@ from ..kernel.own_addresses import local_networks
 from ..kernel.privileges import UserIds, can_change_user, die_with_parent, drop_privileges, give_up_capabilities
 from .egress import EgressPolicy, OwnHost
 from .feed import FeedContent, FeedError, parse_feed
+from .feed_formats import FormatOptions
 from .feed_record import HEAD_BYTES, V6_BYTES, encode
-from .gzipped import unpack
 from .prefixes import Prefixes
+from .unpacked import unpack
 
 __all__ = ["confine_reader"]
 
@@ -89,8 +90,13 @@ def _read_file(wanted: Mapping[str, Any]) -> bytes:
     except OSError as error:
         raise _fail(f"cannot be read: {error.strerror}") from None
     _close_off()
-    content = parse_feed(unpack(data, wanted["max_size"]), max_bad=wanted["max_bad"])
+    content = parse_feed(unpack(data, wanted["max_size"]), max_bad=wanted["max_bad"], **_format(wanted))
     return encode(content, unchanged=False, validators={})
+
+
+def _format(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    options = {name: text for name, text in wanted["format"].items() if name != "format"}
+    return {"format": wanted["format"]["format"], "options": FormatOptions(**options)}
 
 
 def _egress() -> EgressPolicy:
@@ -118,7 +124,7 @@ def _fetch(wanted: Mapping[str, Any], egress: EgressPolicy, channel: socket.sock
     if data is None:
         return encode(FeedContent(Prefixes(), 0), unchanged=True, validators=validators)
     # Nothing of a page may get into an error: a redirect, or a mistaken URL, could name one that is not for everybody.
-    content = parse_feed(unpack(data, wanted["max_size"]), max_bad=wanted["max_bad"], quote=False)
+    content = parse_feed(unpack(data, wanted["max_size"]), max_bad=wanted["max_bad"], quote=False, **_format(wanted))
     return encode(content, unchanged=False, validators=validators)
 
 

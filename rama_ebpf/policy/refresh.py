@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
 
+from ..kernel.own_addresses import local_networks
 from .feed import FeedContent, FeedError
+from .feed_guard import NOTHING_LEFT_OUT, LeftOut, guarded
 from .feed_store import FeedStore
-from .rule import Feed, PolicyError, Rule, RuleSet, Settings
+from .prefixes import IPNetwork, Prefixes
+from .rule import Action, Feed, PolicyError, Rule, RuleSet, Settings, parse_network
 from .store import PolicyStore
 from .stored import StaleSet
 
@@ -37,11 +40,15 @@ class FeedReport:
     content: FeedContent | None
     stale: str = ""
     retry_after: float | None = None
+    left_out: LeftOut = NOTHING_LEFT_OUT
+    """What it named and may not close."""
 
     def trouble(self) -> str:
         """What is wrong with the feed, in a line for the server's operator; nothing if nothing is."""
         if self.content is None:
             return f"rule {self.rule}: {self.stale}"
+        if self.left_out:
+            return f"rule {self.rule}: left out of feed {self.feed.source}: {self.left_out}"
         if self.content.bad_count:
             shown = "; ".join(map(str, self.content.bad[:3]))
             return (
@@ -67,6 +74,7 @@ def with_feeds(ruleset: RuleSet, feeds: FeedStore, *, known: RuleSet | None = No
     read = {rule.feed: rule.sources for rule in known.rules if rule.feed is not None} if known is not None else {}
     rules: list[Rule] = []
     reports = []
+    own = _own_addresses()
     for rule in ruleset.rules:
         if rule.feed is None:
             rules.append(rule)
@@ -82,8 +90,9 @@ def with_feeds(ruleset: RuleSet, feeds: FeedStore, *, known: RuleSet | None = No
             rules.append(rule)
             reports.append(FeedReport(rule.name, rule.feed, None, f"it has no sources yet: {error}"))
             continue
-        rules.append(replace(rule, sources=loaded.content.prefixes))
-        reports.append(FeedReport(rule.name, rule.feed, loaded.content, loaded.stale))
+        taken, left_out = _taken(rule, loaded.content, own)
+        rules.append(replace(rule, sources=taken))
+        reports.append(FeedReport(rule.name, rule.feed, loaded.content, loaded.stale, left_out=left_out))
     return replace(ruleset, rules=tuple(rules)), reports
 
 
@@ -106,9 +115,9 @@ class Refresher:
                 report.log()
             self._said[report.rule] = trouble
 
-    def run(self, *, all_feeds: bool = False) -> list[FeedReport]:
+    def run(self, *, all_feeds: bool = False, accept: bool = False) -> list[FeedReport]:
         """Read the feeds that are due, or all, and put what is new into force together. Blocks for as long as the
-        slowest takes, which is its ``timeout`` at most.
+        slowest takes, which is its ``timeout`` at most. ``accept``: lists that have changed by any share are taken.
 
         A feed that cannot be read leaves its rule as it is, and is tried again after a minute, then after twice that
         and so on up to an hour, or when its server says (RFC 9110 section 10.2.3) within a day. Raises
@@ -125,10 +134,23 @@ class Refresher:
         if not all_feeds:
             due = {name: feed for name, feed in due.items() if self._due[name, feed] <= now}
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            reports = dict(zip(due, pool.map(self._read, due, due.values()), strict=True))
+            wanted = [replace(feed, max_change=0.0) if accept else feed for feed in due.values()]
+            read = pool.map(self._read, due, wanted)
+            reports = {name: replace(report, feed=feed) for (name, feed), report in zip(due.items(), read, strict=True)}
+        own, guards = _own_addresses(), {rule.name: rule for rule in ruleset.rules}
+        fresh = {}
+        for name, report in reports.items():
+            if report.content is not None:
+                fresh[name], left_out = _taken(guards[name], report.content, own)
+                reports[name] = replace(report, left_out=left_out)
         for name, report in reports.items():
             self._due[name, report.feed] = self._clock() + self._pause((name, report.feed), report)
-        new = replace(ruleset, rules=tuple(_fresh(rule, reports.get(rule.name)) for rule in ruleset.rules))
+        new = replace(
+            ruleset,
+            rules=tuple(
+                replace(rule, sources=fresh[rule.name]) if rule.name in fresh else rule for rule in ruleset.rules
+            ),
+        )
         if new != ruleset:
             try:
                 origin = f"feeds: {', '.join(reports)}"
@@ -170,6 +192,19 @@ def _as_they_are(settings: Settings) -> Settings:
     return settings
 
 
-def _fresh(rule: Rule, report: FeedReport | None) -> Rule:
-    """The rule with the sources that were read for it, if any were."""
-    return rule if report is None or report.content is None else replace(rule, sources=report.content.prefixes)
+def _own_addresses() -> tuple[IPNetwork, ...]:
+    try:
+        return tuple(local_networks())
+    except OSError as error:
+        log.warning("this host's own addresses cannot be told, and feeds may name them: %s", error)
+        return ()
+
+
+def _taken(rule: Rule, content: FeedContent, own: Iterable[IPNetwork]) -> tuple[Prefixes, LeftOut]:
+    """What a rule takes of its feed: all, if it lets in, or else what a feed may close."""
+    feed = rule.feed
+    if feed is None or rule.action is Action.ALLOW:
+        return content.prefixes, NOTHING_LEFT_OUT
+    width = 0 if feed.allow_default else feed.max_width
+    never = tuple(map(parse_network, feed.never))
+    return guarded(content.prefixes, max_width=width, never=never, own=own, private=feed.private)

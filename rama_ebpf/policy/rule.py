@@ -115,7 +115,12 @@ class Feed:
     It is read again every ``refresh`` seconds. Lines that are no network are left out, unless they are more than
     ``max_bad`` of all (0 to 1): then the feed is refused as a whole. ``timeout`` (seconds, at most 300) and
     ``max_size`` (bytes, also when unpacked) bound a transfer. A list that names every address, or that had networks
-    and has none any more, is refused unless ``allow_default`` and ``allow_empty``. Raises :class:`PolicyError`.
+    and has none any more, is refused unless ``allow_default`` and ``allow_empty``; so is one of at least a hundred that
+    shrinks or grows by more than ``max_change`` (a share; 0: any). ``format`` is one of
+    :data:`~.feed_formats.FORMATS`, ``path``, ``column``, ``to`` and ``delimiter`` are what
+    :class:`~.feed_formats.FormatOptions` has. Of a rule that turns away no network is taken that has fewer than
+    ``max_width`` bits (IPv6: twice as many), is private (unless ``private``), or lies in ``never`` (CIDRs). Raises
+    :class:`PolicyError`.
     """
 
     source: str
@@ -125,8 +130,18 @@ class Feed:
     max_size: int = 64 * 1024 * 1024
     allow_default: bool = False
     allow_empty: bool = False
+    format: str = "plain"
+    path: str = ""
+    column: str = "1"
+    to: str = ""
+    delimiter: str = ","
+    max_change: float = 0.5
+    max_width: int = 8
+    private: bool = False
+    never: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "never", tuple(self.never))
         scheme, separator, _ = self.source.partition("://")
         if separator and scheme not in ("http", "https"):
             raise PolicyError(f"feed {self.source}: use http, https, or the path of a file")

@@ -26,12 +26,12 @@ import pytest
 from rama_ebpf.policy.feed import MAX_LINES, FeedError, overlapping, parse_feed
 from rama_ebpf.policy.feed_record import decode, encode
 from rama_ebpf.policy.feed_store import FeedStore
-from rama_ebpf.policy.gzipped import unpack
 from rama_ebpf.policy.local import LocalStore
 from rama_ebpf.policy.prefixes import Prefixes, unmap_network
 from rama_ebpf.policy.refresh import Refresher, with_feeds
 from rama_ebpf.policy.rule import Action, Feed, PolicyError, Rule, RuleSet
 from rama_ebpf.policy.stored import StaleSet
+from rama_ebpf.policy.unpacked import unpack
 
 from ..lab import wait_for
 from ..tls.pki import Authority
