@@ -1,4 +1,5 @@
-"""Loading a million prefixes, and swapping them while verdicts are given: ``python -m bench.swap`` (root).
+"""Loading a million prefixes (or as many as are named), and swapping them while verdicts are given:
+``python -m bench.swap [10000000]`` (root).
 
 A program is run over and over by BPF_PROG_TEST_RUN on another CPU: it judges sources at random, keeps a histogram of
 how long each verdict took, and counts those that neither set would give. Two sets of the same million prefixes take
@@ -31,7 +32,7 @@ from tests.policy.probe import Probe
 
 from .verdict import LENGTHS4, SOURCES, random_prefixes
 
-PREFIXES = 1_000_000
+PREFIXES = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
 SWAPS = 10
 BUCKETS = 1024 + 64
 

@@ -1,4 +1,5 @@
-"""What a verdict costs, by BPF_PROG_TEST_RUN: ``python -m bench.verdict``.
+"""What a verdict costs, by BPF_PROG_TEST_RUN: ``python -m bench.verdict [IPV4 [IPV6]]``, how many prefixes the largest
+sets have (1,000,000).
 
 Sources are drawn at random out of 65,536, half of them inside the rules, half anywhere, so that the tables' cache
 misses are in the figure. What drawing costs is measured with the same program without the verdict, and subtracted.
@@ -90,6 +91,8 @@ def restore(probe: Probe, version: int, packed: Sequence[int]) -> None:
 
 
 def bench() -> None:
+    given = [int(text) for text in sys.argv[1:3]] + [1_000_000] * 2
+    counts = {4: given[0], 6: given[1]}
     pick = random.Random(1)
     instance = Instance(f"bench-{os.getpid()}")
     fd = bpf.map_create(MapType.ARRAY, 4, 16, SOURCES)
@@ -127,9 +130,10 @@ def bench() -> None:
                 probe.store.remove(record.sources[0])
         probe.store.sweep()
         for version, lengths in ((6, LENGTHS6), (4, LENGTHS4)):
-            many = random_prefixes(1_000_000, version, pick, lengths)
+            number = counts[version]
+            many = random_prefixes(number, version, pick, lengths)
             load(many if version == 4 else (), many if version == 6 else ())
-            row(f"IPv{version}: 1M prefixes loaded", sources(many, version, pick))
+            row(f"IPv{version}: {number:,} prefixes loaded", sources(many, version, pick))
         load(v6=random_prefixes(110_000, 6, pick, LENGTHS6))
         row(
             "IPv6: 110k prefixes loaded",

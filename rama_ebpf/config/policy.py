@@ -65,6 +65,9 @@ class FeedConfig:
     column: str | None = setting(TEXT, "of CSV: number from 1, or its heading (1 by default)", default=None)
     to: str | None = setting(TEXT, "of CSV: the column of a range's end", default=None)
     delimiter: str = setting(TEXT, "of CSV: one character", default=",")
+    where: str | None = setting(
+        TEXT, "of CSV and MMDB: only entries with such a column or member: country.iso_code=XX|YY", default=None
+    )
     max_change: float = setting(
         number(0, 100), "share by which a list of 100 networks or more may change at once (0: any)", default=0.5
     )
@@ -82,6 +85,10 @@ class FeedConfig:
             raise ValueError("path is of JSON")
         if (self.column is not None or self.to is not None) and self.format != "csv":
             raise ValueError("column and to are of CSV")
+        if self.where is not None and self.format not in ("csv", "mmdb"):
+            raise ValueError("where is of CSV and MMDB")
+        if (self.format == "mmdb") != (self.where is not None) and self.format != "csv":
+            raise ValueError("an MMDB names all addresses there are: say which with where")
         if len(self.delimiter) != 1:
             raise ValueError(f"delimiter {self.delimiter!r}: write one character")
         self.feed()
@@ -102,6 +109,7 @@ class FeedConfig:
             column=self.column or "1",
             to=self.to or "",
             delimiter=self.delimiter,
+            where=self.where or "",
             max_change=self.max_change,
             max_width=self.max_width,
             private=self.private,
@@ -281,7 +289,7 @@ def _rule_values(rule: Rule) -> dict[str, Any]:
             "max_size": feed.max_size,
         }
         usual = Feed("/")
-        for name in ("allow_default", "allow_empty", "format", "path", "column", "to", "delimiter", *_GUARDS):
+        for name in ("allow_default", "allow_empty", "format", "path", "column", "to", "delimiter", "where", *_GUARDS):
             if getattr(feed, name) != getattr(usual, name):
                 values["feed"][name] = getattr(feed, name)
     if rule.port is not None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ..kernel import abi
-from . import document
-from .intervals import MAX_VALUE, PAGE, Table, build_table
+from . import document, vectors
+from .intervals import MAX_VALUE, PAGE, Table, build_table, build_table_of_many
 from .prefixes import unpack_network
 from .rule import PolicyError, Rule, RuleSet
 
@@ -129,8 +129,7 @@ def compile_rules(ruleset: RuleSet) -> CompiledSet:
     pages = bytearray()
     tables, slots = [], []
     for version in (4, 6):
-        starts, values = _sweep(_keys(ruleset.rules, version), chains, version)
-        table, pairs = build_table(pages, version, starts, values)
+        table, pairs = _table(ruleset.rules, version, chains, pages)
         tables.append(table)
         slots.append(pairs)
     document_at = len(pages)
@@ -144,6 +143,16 @@ def compile_rules(ruleset: RuleSet) -> CompiledSet:
         len(pages) - document_at,
         tuple(chains.cells),
     )
+
+
+def _table(rules: Sequence[Rule], version: int, chains: _Chains, pages: bytearray) -> tuple[Table, array[int]]:
+    """Cut the space of a family and append its intervals: with numpy, if there are many prefixes and it can."""
+    sides = [rule.packed(version) for rule in rules]
+    if sum(map(len, sides)) >= vectors.MANY and vectors.numpy() is not None:
+        found = vectors.cut(sides, version, _RULE_BITS, lambda parent, key: chains.extend(parent, key, version))
+        if found is not None:
+            return build_table_of_many(pages, version, *found)
+    return build_table(pages, version, *_sweep(_keys(rules, version), chains, version))
 
 
 def _keys(rules: Sequence[Rule], version: int) -> list[int]:

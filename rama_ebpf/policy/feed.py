@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from .feed_formats import NO_OPTIONS, Entry, FormatError, FormatOptions, networks_of, read_entries
+from . import vectors
+from .feed_formats import BINARY, NO_OPTIONS, Entry, FormatError, FormatOptions, networks_of, read_entries
 from .prefixes import Prefixes, pack_network
 from .rule import PolicyError, parse_network
 
@@ -35,6 +36,8 @@ MAX_LINES: Final = 12_000_000
 
 _BAD_LINES_KEPT: Final = 100
 _BLOCK_BYTES: Final = 64 * 1024
+_VECTOR_BYTES: Final = 4 * 1024 * 1024
+_TOGETHER: Final = 4096
 
 _WIDTH: Final = {4: 32, 6: 128}
 _PARSE: Final = {
@@ -108,17 +111,16 @@ def parse_feed(
     Raises :class:`FeedError` if more than ``max_bad`` (0 to 1) of its lines are bad, if it has more than
     :data:`MAX_LINES`, or if there is nothing in it, not even a comment: that is more likely an accident than a wish.
     """
-    data = data.removeprefix(codecs.BOM_UTF8)
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    data = data if format in BINARY else data.removeprefix(codecs.BOM_UTF8)
+    if format not in BINARY and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise FeedError("is UTF-16 text: write it as ASCII or UTF-8")
     if not data.strip():
         raise FeedError("is empty (if that is meant, write a comment into it)")
-    if data.count(b"\n") > MAX_LINES:
+    if format not in BINARY and data.count(b"\n") > MAX_LINES:
         raise FeedError(f"has more than {MAX_LINES} lines")
     found = _Lines(quote)
     if format == "plain":
-        for at, block in _blocks(data):
-            found.add(at, block)
+        found.add_text(data)
     else:
         try:
             found.add_entries(read_entries(data, format, options))
@@ -166,10 +168,41 @@ class _Lines:
     quote: bool
     v4: list[int] = field(default_factory=list)
     v6: list[int] = field(default_factory=list)
+    many: list[bytes] = field(default_factory=list)
+    """IPv4 networks of long texts, packed."""
     bad: list[BadLine] = field(default_factory=list)
     bad_count: int = 0
     lines: int = 0
     """Good entries, where one may be several networks."""
+
+    def add_text(self, data: bytes) -> None:
+        """Add a whole text: of a long one the plain IPv4 lines with numpy, where it is there."""
+        if data.count(b"\n") < vectors.MANY or vectors.numpy() is None:
+            for at, block in _blocks(data):
+                self.add(at, block)
+            return
+        number, start = 1, 0
+        while start < len(data):
+            end = data.find(b"\n", start + _VECTOR_BYTES)
+            end = len(data) if end < 0 else end
+            text = data[start:end] + b"\n"
+            keys, others = vectors.addresses_of_lines(text)
+            self.many.append(keys)
+            self._add_others(number, text, others)
+            number += text.count(b"\n")
+            start = end + 1
+
+    def _add_others(self, first: int, block: bytes, others: Sequence[tuple[int, int]]) -> None:
+        """Add the lines of a block that are no plain IPv4 ones: those that follow one another together."""
+        for at in range(0, len(others), _TOGETHER):
+            some = others[at : at + _TOGETHER]
+            lines = [
+                block[begin : block.index(b"\n", begin)].decode(errors="replace").removesuffix("\r")
+                for _, begin in some
+            ]
+            if not self._add_plain(lines):
+                for (number, _), line in zip(some, lines, strict=True):
+                    self._add_line(first + number, line)
 
     def add(self, first: int, block: Sequence[str]) -> None:
         """Add lines, of which the first has the number ``first``."""
@@ -196,10 +229,16 @@ class _Lines:
             self.bad.append(BadLine(number, shown, why[:200]))
 
     def content(self) -> FeedContent:
-        lines = (self.lines or len(self.v4) + len(self.v6)) + self.bad_count
-        side4, duplicates4 = _sorted_set(self.v4)
+        many = sum(map(len, self.many)) // 8
+        lines = (self.lines or many + len(self.v4) + len(self.v6)) + self.bad_count
         side6, duplicates6 = _sorted_set(self.v6)
-        prefixes = Prefixes.from_sorted(array("Q", side4), side6)
+        if many:
+            side4, duplicates4 = vectors.sorted_set([*self.many, array("Q", self.v4).tobytes()])
+            self.many.clear()
+        else:
+            found4, duplicates4 = _sorted_set(self.v4)
+            side4 = array("Q", found4)
+        prefixes = Prefixes.from_sorted(side4, side6)
         return FeedContent(prefixes, lines, tuple(self.bad), self.bad_count, duplicates4 + duplicates6)
 
     def _add_plain(self, block: Sequence[str]) -> bool:
@@ -257,6 +296,8 @@ def _sorted_set(keys: list[int]) -> tuple[list[int], int]:
 
 def _covered(keys: Iterable[int], width: int) -> int:
     """Count the prefixes that lie inside of the one before them, or of the same one as that."""
+    if width == 32 and isinstance(keys, array) and len(keys) >= vectors.MANY and vectors.numpy() is not None:
+        return vectors.covered(keys)
     sizes = [1 << (width - length) for length in range(width + 1)]
     count = end = 0
     for key in keys:
@@ -282,8 +323,10 @@ def overlapping(sets: Sequence[tuple[str, Prefixes]]) -> list[tuple[str, str, in
     return found
 
 
-def _cover(keys: Iterable[int], width: int) -> tuple[list[int], list[int]]:
-    """Return the first addresses, and the ends, of the networks that lie inside of no other."""
+def _cover(keys: Iterable[int], width: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the first addresses, and the ends, of the networks that lie inside of no other; the ends begin with 0."""
+    if width == 32 and isinstance(keys, array) and len(keys) >= vectors.MANY and vectors.numpy() is not None:
+        return vectors.outermost(keys)
     starts: list[int] = []
     ends: list[int] = [0]
     for key in keys:
@@ -293,8 +336,10 @@ def _cover(keys: Iterable[int], width: int) -> tuple[list[int], list[int]]:
     return starts, ends
 
 
-def _inside(keys: Iterable[int], width: int, cover: tuple[list[int], list[int]]) -> int:
+def _inside(keys: Iterable[int], width: int, cover: tuple[Sequence[int], Sequence[int]]) -> int:
     starts, ends = cover
+    if width == 32 and isinstance(keys, array) and len(keys) >= vectors.MANY and vectors.numpy() is not None:
+        return vectors.inside(keys, starts, ends)
     count = 0
     for key in keys:
         end = ends[bisect_right(starts, key >> 8)]  # of the last network that begins before

@@ -8,17 +8,18 @@ where the whole is no such list; an entry that makes no sense is yielded as it i
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network, summarize_address_range
-from typing import Final
+from typing import Any, Final
 
 from .prefixes import IPNetwork, unmap_network
 
-__all__ = ["FORMATS", "NO_OPTIONS", "Entry", "FormatError", "FormatOptions", "networks_of", "read_entries"]
+__all__ = ["BINARY", "FORMATS", "NO_OPTIONS", "Entry", "FormatError", "FormatOptions", "networks_of", "read_entries"]
 
 Entry = tuple[int, str]
 
@@ -30,12 +31,14 @@ class FormatError(ValueError):
 @dataclass(frozen=True, slots=True)
 class FormatOptions:
     """``path`` names members of JSON, one or several with commas; ``column`` is a column of CSV, by its number from 1
-    or by its heading, ``to`` the column of a range's end."""
+    or by its heading, ``to`` the column of a range's end. ``where`` takes those entries alone of which a column of CSV,
+    or a member of MMDB, has one of some values: ``country.iso_code=XX|YY``, ``3=XX``."""
 
     path: str = ""
     column: str = "1"
     to: str = ""
     delimiter: str = ","
+    where: str = ""
 
 
 NO_OPTIONS: Final = FormatOptions()
@@ -173,10 +176,12 @@ def _csv(data: bytes, options: FormatOptions) -> Iterator[Entry]:
     )
     rows = csv.reader(io.StringIO(text), delimiter=options.delimiter)
     wanted: list[int] | None = None
-    names = [name for name in (options.column, options.to) if name]
+    where = _Where.of(options.where)
+    names = [name for name in (options.column, options.to, "" if where is None else where.what) if name]
     if all(name.isdecimal() for name in names):
         wanted = [int(name) - 1 for name in names]
     is_first = True
+    count = len(names) - (where is not None)
     try:
         for row in rows:
             if not row or not "".join(row).strip():
@@ -188,7 +193,13 @@ def _csv(data: bytes, options: FormatOptions) -> Iterator[Entry]:
                     raise FormatError(f"has no column {missing[0]}; there are {', '.join(heads)[:200]}")
                 wanted = [heads.index(name) for name in names]
                 continue
-            fields = [_undecimal(row[at].strip()) if 0 <= at < len(row) else "" for at in wanted]
+            taken = wanted[:count]
+            if where is not None:
+                at = wanted[-1]
+                if not (0 <= at < len(row) and where.holds(row[at])):
+                    is_first = False
+                    continue
+            fields = [_undecimal(row[at].strip()) if 0 <= at < len(row) else "" for at in taken]
             if is_first and not any(field[:1].isdigit() or ":" in field for field in fields):
                 is_first = False
                 continue
@@ -196,6 +207,66 @@ def _csv(data: bytes, options: FormatOptions) -> Iterator[Entry]:
             yield rows.line_num, "-".join(fields) if all(fields) else options.delimiter.join(row)[:80]
     except csv.Error as error:
         raise FormatError(f"is no CSV: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Which entries are wanted."""
+
+    what: str
+    values: frozenset[str]
+
+    @classmethod
+    def of(cls, text: str) -> _Where | None:
+        """Parse ``what=value|value``. Raises :class:`FormatError`."""
+        if not text:
+            return None
+        what, equals, values = text.partition("=")
+        found = frozenset(value.strip().casefold() for value in values.split("|") if value.strip())
+        if not equals or not what.strip() or not found:
+            raise FormatError(f"where = {text!r}: write for example country.iso_code=XX|YY")
+        return cls(what.strip(), found)
+
+    def holds(self, value: object) -> bool:
+        """Whether it is one of the values."""
+        return str(value).strip().casefold() in self.values
+
+
+def _mmdb(data: bytes, options: FormatOptions) -> Iterator[Entry]:
+    """MaxMind DB (maxmind.github.io/MaxMind-DB): networks with a record each, of which ``where`` takes some."""
+    if MMDB is None:
+        raise FormatError("takes the package maxminddb (pip install 'rama-ebpf[origins]')")
+    where = _Where.of(options.where)
+    if where is None:
+        raise FormatError("names all addresses there are: say which with where")
+    steps, number = _steps(where.what), 0
+    try:
+        with MMDB.open_database(io.BytesIO(data), MMDB.MODE_FD) as reader:
+            edition = reader.metadata().binary_format_major_version
+            if edition != _MMDB_EDITION:
+                raise FormatError(f"is an MMDB of format {edition}; {_MMDB_EDITION} is known")
+            for network, record in reader:
+                if any(where.holds(value) for value in _follow(record, steps)):
+                    number += 1
+                    yield number, str(network)
+    except FormatError:
+        raise
+    except (MMDB.InvalidDatabaseError, ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
+        raise FormatError(f"is no MMDB, or a damaged one ({type(error).__name__})") from error
+
+
+_MMDB_EDITION: Final = 2
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("maxminddb")
+    except ModuleNotFoundError:
+        return None
+
+
+MMDB: Final = _library()
+"""Imported beforehand: whoever parses strangers' bytes opens no files."""
 
 
 def _undecimal(text: str) -> str:
@@ -273,8 +344,13 @@ FORMATS: Final[Mapping[str, Callable[[bytes, FormatOptions], Iterator[Entry]] | 
     "hosts-deny": _hosts_deny,
     "csv": _csv,
     "json": _json,
+    "mmdb": _mmdb,
 }
 """Readers by the name of their format; ``plain`` is :func:`.feed.parse_feed`'s own."""
+
+
+BINARY: Final = frozenset({"mmdb"})
+"""Formats that are no text."""
 
 
 def read_entries(data: bytes, name: str, options: FormatOptions) -> Iterator[Entry]:

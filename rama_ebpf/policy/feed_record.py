@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
+from . import vectors
 from .feed import BadLine, FeedContent, is_mapped
 from .prefixes import Prefixes
 
@@ -67,6 +68,8 @@ def decode(record: bytes) -> tuple[FeedContent, Mapping[str, Any]]:
 
 
 def _are_networks(keys: Sequence[int], width: int) -> bool:
+    if width == 32 and isinstance(keys, array) and len(keys) >= vectors.MANY and vectors.numpy() is not None:
+        return vectors.are_networks(keys)
     host_bits = [(1 << (width - length)) - 1 for length in range(width + 1)]
     lengths = [key & 0xFF for key in keys]
     return (

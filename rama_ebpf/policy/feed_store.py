@@ -238,7 +238,7 @@ def _first_line(path: Path) -> Mapping[str, object]:
 
 def _format(feed: Feed) -> dict[str, str]:
     """The format of a feed, with the options that it has."""
-    of = {"json": ("path",), "csv": ("column", "to", "delimiter")}.get(feed.format, ())
+    of = {"json": ("path",), "csv": ("column", "to", "delimiter", "where"), "mmdb": ("where",)}.get(feed.format, ())
     return {"format": feed.format} | {name: getattr(feed, name) for name in of}
 
 

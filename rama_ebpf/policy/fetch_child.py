@@ -19,6 +19,7 @@ from typing import Any, Final
 from ..kernel.confine import NO_NETWORK, Network, confine
 from ..kernel.own_addresses import local_networks
 from ..kernel.privileges import UserIds, can_change_user, die_with_parent, drop_privileges, give_up_capabilities
+from . import vectors
 from .egress import EgressPolicy, OwnHost
 from .feed import FeedContent, FeedError, parse_feed
 from .feed_formats import FormatOptions
@@ -59,6 +60,12 @@ def _ask(channel: socket.socket, **what: object) -> str:
     return str(json.loads(channel.recv(_ANSWER_BYTES))["refusal"])
 
 
+def _prepare(data: bytes) -> None:
+    """Import what many lines are parsed with, while files can be opened."""
+    if len(data) > vectors.MANY:  # packed they may be many lines
+        vectors.numpy()
+
+
 def _close_off() -> None:
     """Open nothing any more, neither files nor connections: what follows parses strangers' bytes."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
@@ -89,6 +96,7 @@ def _read_file(wanted: Mapping[str, Any]) -> bytes:
             data = file.read(wanted["max_size"] + 1)
     except OSError as error:
         raise _fail(f"cannot be read: {error.strerror}") from None
+    _prepare(data)
     _close_off()
     content = parse_feed(unpack(data, wanted["max_size"]), max_bad=wanted["max_bad"], **_format(wanted))
     return encode(content, unchanged=False, validators={})
@@ -119,6 +127,7 @@ def _fetch(wanted: Mapping[str, Any], egress: EgressPolicy, channel: socket.sock
             data = response.read(wanted["max_size"])
     except GetError as error:
         raise _fail(str(error), error.retry_after) from None
+    _prepare(data or b"")
     _close_off()
     validators = response.validators or wanted["validators"]
     if data is None:

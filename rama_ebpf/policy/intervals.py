@@ -18,9 +18,11 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["MAX_VALUE", "PAGE", "Layout", "Table", "build_table", "find"]
+from . import vectors
+
+__all__ = ["MAX_VALUE", "PAGE", "Layout", "Table", "build_table", "build_table_of_many", "find"]
 
 PAGE: Final = 4096
 """Bytes that a program gets with one look-up; intervals begin at a page."""
@@ -42,6 +44,7 @@ class Layout(enum.IntEnum):
     """IPv6: four times 64 bits, the first address's halves, the value, and nothing."""
 
 
+_LAYOUT: Final = {4: Layout.SHORT, 6: Layout.LONG}
 _SIZE: Final = {Layout.SHORT: 4, Layout.LONG: 8, Layout.FULL: 32}
 
 
@@ -89,6 +92,24 @@ def build_table(pages: bytearray, version: int, starts: Sequence[int], values: a
     page = len(pages) // PAGE
     layout = _append_bounds(pages, version, starts, values)
     return Table(base, shift, slots, page, values[0], values[-1], layout), pairs
+
+
+def build_table_of_many(pages: bytearray, version: int, places: Any, values: Any) -> tuple[Table, array[int]]:
+    """:func:`build_table` for what :func:`.vectors.cut` returns."""
+    count = len(places)
+    first_value, last_value = int(values[0]), int(values[-1])
+    if count == 1:
+        return Table(below=first_value, above=first_value), array("I")
+    first, last, shift = int(places[1]), int(places[-1]), 0
+    while (last >> shift) - (first >> shift) >= MAX_SLOTS:
+        shift += 1
+    base = first >> shift
+    number = (last >> shift) - base + 1
+    pairs = vectors.slots(places, values, base, shift, number)
+    pages.extend(bytes(-len(pages) % PAGE))
+    page = len(pages) // PAGE
+    pages.extend(vectors.starts_and_values(places, values, version))
+    return Table(base, shift, number, page, first_value, last_value, _LAYOUT[version]), pairs
 
 
 def _append_bounds(pages: bytearray, version: int, starts: Sequence[int], values: array[int]) -> Layout:

@@ -117,7 +117,7 @@ class Feed:
     ``max_size`` (bytes, also when unpacked) bound a transfer. A list that names every address, or that had networks
     and has none any more, is refused unless ``allow_default`` and ``allow_empty``; so is one of at least a hundred that
     shrinks or grows by more than ``max_change`` (a share; 0: any). ``format`` is one of
-    :data:`~.feed_formats.FORMATS`, ``path``, ``column``, ``to`` and ``delimiter`` are what
+    :data:`~.feed_formats.FORMATS`, ``path``, ``column``, ``to``, ``delimiter`` and ``where`` are what
     :class:`~.feed_formats.FormatOptions` has. Of a rule that turns away no network is taken that has fewer than
     ``max_width`` bits (IPv6: twice as many), is private (unless ``private``), or lies in ``never`` (CIDRs). Raises
     :class:`PolicyError`.
@@ -135,6 +135,7 @@ class Feed:
     column: str = "1"
     to: str = ""
     delimiter: str = ","
+    where: str = ""
     max_change: float = 0.5
     max_width: int = 8
     private: bool = False
