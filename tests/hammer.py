@@ -91,15 +91,16 @@ def echoed(host: Host, source: str, target: tuple[str, int], timeout: float = 5.
 class Served(Hammer):
     """Clients that are to be served: each has its words echoed, again and again."""
 
-    def __init__(self, host: Host, sources: Sequence[str], target: tuple[str, int]) -> None:
+    def __init__(self, host: Host, sources: Sequence[str], target: tuple[str, int], timeout: float = 5.0) -> None:
         super().__init__(host, sources)
         self.served = 0
         self.failures: list[str] = []
         self._target = target
+        self._timeout = timeout
 
     def _run(self, source: str) -> None:
         while not self._stopping.is_set():
-            wrong = echoed(self._host, source, self._target)
+            wrong = echoed(self._host, source, self._target, self._timeout)
             if wrong:
                 self.failures.append(f"{source} {wrong}")
                 self._stopping.wait(0.02)

@@ -18,7 +18,7 @@ from rama_ebpf.policy.rule import RUNTIME
 
 from .lab import PATIENCE, Host, wait_for
 
-__all__ = ["ProxyProcess", "has_ended", "rama_ebpf"]
+__all__ = ["ProxyProcess", "has_ended", "rama_ebpf", "workers_of"]
 
 
 def rama_ebpf(*args: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
@@ -43,6 +43,12 @@ def _command_line(pid: str) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return b""  # it has ended
+
+
+def workers_of(server: int) -> list[int]:
+    """The process ids of the workers of a server, by its own."""
+    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    return [int(pid) for pid in children if b"rama_ebpf.process.worker" in _command_line(pid)]
 
 
 class ProxyProcess:
@@ -167,5 +173,4 @@ class ProxyProcess:
 
     def workers(self) -> list[int]:
         """The process ids of the workers: the server has other children for a moment, a compiler and a self-test."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"rama_ebpf.process.worker" in _command_line(pid)]
+        return workers_of(self.pid)

@@ -1,13 +1,16 @@
 """``python -m tests.upgrading N``: N upgrades, 100 by default, while clients connect, denied ones too, and tunnels
-live. ``python -m tests.upgrading --faults``: each step of an upgrade made to fail, by death and by an error.
+live; a worker is killed, and a reload asked for, beside each fifth of them. ``python -m tests.upgrading --faults``:
+each step of an upgrade made to fail, by death and by an error.
 
 Needs root. What is counted: connections that were refused, reset or not served; denied sources that got in (a SYN-ACK
-on the wire counts); changes of the XDP link; counters that went back; tunnels that were cut.
+on the wire counts); changes of the XDP link; counters that went back; tunnels that were cut. A worker that is killed
+takes the connections along that it serves: one of each client at most, and none that is refused.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -19,11 +22,14 @@ from rama_ebpf.loader import unload
 
 from .hammer import Denied, Served
 from .lab import Host, Lab, wait_for
+from .proxy import workers_of
 from .upgrade.faults import FAULTS
 from .upgrade.releases import ALLOWED, DENIED, PORT, UpgradedServer, upgraded_server, xdp_link
 from .upgrade.test_failures import fails_without_trace
 
 TUNNELS = 500
+_EACH = 5
+"""One upgrade in so many is followed by the death of a worker, and one by a reload."""
 _SOURCES = (*ALLOWED, *(f"127.0.1.{number}" for number in range(1, 19)))
 
 
@@ -39,6 +45,32 @@ def _counters(server: UpgradedServer) -> list[int]:
     status = server.proxy.json("status")
     row = status["listeners"][0]
     return [row["established"], row["accepted"], *(row["count"] for row in status["verdicts"])]
+
+
+def _kill_a_worker(server: UpgradedServer, served: Served) -> list[str]:
+    """Of the server that serves; return what was not as it must be when another has taken its place."""
+    known, victim = len(served.failures), workers_of(server.pid)[0]
+    os.kill(victim, signal.SIGKILL)
+
+    def replaced() -> bool:
+        counts = server.proxy.json("status")["workers"]
+        return victim not in workers_of(server.pid) and counts["serving"] == counts["expected"]
+
+    wait_for(replaced, timeout=60, what="another worker in the place of the killed one")
+    lost, served.failures[known:] = served.failures[known:], []
+    refused = [text for text in lost if "not served" not in text]
+    if len(lost) > len(_SOURCES):
+        refused.append(f"{len(lost)} connections were lost with one worker")
+    return refused
+
+
+def _reload(server: UpgradedServer) -> None:
+    def reloads() -> int:
+        return sum(line.endswith(": reloaded") for line in server.proxy.log)
+
+    before = reloads()
+    os.kill(server.pid, signal.SIGHUP)
+    wait_for(lambda: reloads() > before, timeout=60, what="the reload")
 
 
 def _upgrades(server: UpgradedServer, count: int) -> list[str]:
@@ -57,6 +89,10 @@ def _upgrades(server: UpgradedServer, count: int) -> list[str]:
         before, began = _counters(server), time.monotonic()
         for number in range(1, count + 1):
             server.upgrade()
+            if number % _EACH == 0:
+                wrong += [f"upgrade {number}: {text}" for text in _kill_a_worker(server, served)]
+            if number % _EACH == 2:
+                _reload(server)
             now = _counters(server)
             if any(later < earlier for later, earlier in zip(now, before, strict=True)):
                 wrong.append(f"upgrade {number}: counters {before} went to {now}")

@@ -38,6 +38,7 @@ from .egress import Egress
 from .enforced import Judge, KernelJudge, StoreJudge
 from .events import EventHub, GateEvents, rule_names
 from .guard import Guard
+from .held import HANDSHAKE_SECONDS, HeldAddresses
 from .incumbent import Duties, Parts, ServedIncumbent, metrics_directory
 from .kernel_relay import KernelRelay
 from .kill import ConnectionKiller, Denials
@@ -137,7 +138,9 @@ class _Daemon(WorkerObserver):
         self._facts: Mapping[str, Any] = {} if inherited is None else inherited.facts
         self._takeover: TakeOver | None = None
         self._cookies = CookieWatch(options.syn_cookies)
-        self._listeners = Listeners(host.gate, host.why_local)
+        held = HeldAddresses.of_manager() if inherited is None else HeldAddresses()
+        cleanup.callback(held.close)
+        self._listeners = Listeners(host.gate, host.why_local, held)
         cleanup.callback(self._listeners.close)
         if inherited is not None:
             inherited.estate.take("listeners")
@@ -526,6 +529,7 @@ class _Daemon(WorkerObserver):
             self._takeover.serve()
         else:
             self._incumbent.may_hand_over = True
+            self._listeners.held.let_go()
             notify("READY=1")
         self._write_state()
         where = "kernel" if self._host.gate is not None else "userspace"
@@ -555,14 +559,22 @@ class _Daemon(WorkerObserver):
             self._listeners.give_up(sockets)
             raise
 
-    def _stopping(self) -> None:
-        """Whatever holds us up, the server is gone soon after its drain."""
-        limit = self._options.linger + self._options.drain + _STOP_SECONDS
+    def _stopping(self) -> float:
+        """Whatever holds us up, the server is gone soon after its drain. Return for how long workers accept at least:
+        what has begun before our addresses are held ends well."""
+        notify("STOPPING=1")
+        linger, least = self._options.linger, 0.0
+        if linger > HANDSHAKE_SECONDS:
+            later = linger - HANDSHAKE_SECONDS
+            asyncio.get_running_loop().call_later(later, self._listeners.leave_to_manager)
+        elif self._listeners.leave_to_manager():
+            least = HANDSHAKE_SECONDS
+        limit = max(linger, least) + self._options.drain + _STOP_SECONDS
         end_after(limit)
         self._state.stops(limit)
         self._nursery.start("the end of earlier servers", self._end_seniors())
-        notify("STOPPING=1")
         self._write_state()
+        return least
 
     # -- what is seen from outside -------------------------------------------------------------------------------
 

@@ -115,7 +115,8 @@ class Guard:
                 return
             loop, before = asyncio.get_running_loop(), self._state()
             watched = self._listeners.watched()
-            found, covers = await loop.run_in_executor(self._thread, _look, self._gate, self._workers(), watched)
+            held = self._listeners.held.cookies
+            found, covers = await loop.run_in_executor(self._thread, _look, self._gate, self._workers(), watched, held)
             for hook, text in found.losses:
                 self.losses[hook] += 1
                 log.warning("gate: %s", text)
@@ -142,12 +143,14 @@ class Guard:
         self._said = now
 
 
-def _look(gate: Gate, workers: Collection[int], watched: list[Watched]) -> tuple[Mending, dict[OpenListener, Cover]]:
-    """What a probe finds, in a thread."""
+def _look(
+    gate: Gate, workers: Collection[int], watched: list[Watched], held: Collection[int]
+) -> tuple[Mending, dict[OpenListener, Cover]]:
+    """What a probe finds, in a thread. ``held`` are cookies of sealed sockets that keep addresses for us."""
     found = Mending()
     try:
         found = gate.mend(workers)
-        listening = sock_diag.listening()
+        listening = [one for one in sock_diag.listening() if one.cookie not in held]
         here = [one for one in listening if any(one.meets(at.address.ip, at.address.port) for at in watched)]
         gate.attachments.judge_above({one.cgroup for one in here}, found)  # those of workers that drain included
         _look_for_others(watched, listening, found)

@@ -25,6 +25,7 @@ from ..kernel.seal import seal, unseal
 from ..loader import Cover, Gate
 from ..process import WorkerObserver, WorkerProcess
 from ..services.unix import bind_unix
+from .held import HeldAddresses, hold
 from .sockets import (
     Key,
     ListenAt,
@@ -60,8 +61,10 @@ _NOT_PROBED: Final = Cover(why="it has not been probed")
 class Listeners(WorkerObserver):
     """What is open now. With a ``gate`` every TCP listener is under it; ``why_none`` says why there is none."""
 
-    def __init__(self, gate: Gate | None, why_none: str = "") -> None:
+    def __init__(self, gate: Gate | None, why_none: str = "", held: HeldAddresses | None = None) -> None:
         self._gate = gate
+        self.held = HeldAddresses() if held is None else held
+        """Addresses that were kept for us while no server ran."""
         self._no_gate = Cover(why=f"there is no gate in the kernel: {why_none}")
         self._covers: dict[OpenListener, Cover] = {}
         self._changing = False
@@ -152,13 +155,14 @@ class Listeners(WorkerObserver):
             return before  # handshakes that have begun on a socket end on it
         wanted = at.endpoint.address if before is None or before.address is None else before.address
         held = any(overlap(wanted, address) for one in self._sets for address in one.addresses)
+        held |= wanted in self.held
         if at.bindings and self._gate is None:
             raise ValueError(f"listener {at.name}: only the gate in the kernel serves {at}: {self._no_gate.why}")
         sockets = bind(wanted, count, shared=held)
         address = SocketAddress.from_sockaddr(sockets[0].getsockname())
         try:
             if self._gate is not None and address not in self._gate.listeners:
-                self._gate.listeners.close(address, home=bool(at.bindings))
+                self._gate.listeners.close(address, home=bool(at.bindings), meanwhile=self.held.at(address))
             for sock in sockets:
                 if self._gate is not None:
                     seal(sock)
@@ -182,13 +186,15 @@ class Listeners(WorkerObserver):
                 raise OSError(errno.EADDRINUSE, taken)
 
     def _foreign(self, listening: Iterable[sock_diag.ListeningSocket]) -> list[sock_diag.ListeningSocket]:
-        ours = {cookie for one in self._sets for watched in _watched(one) for cookie in watched.cookies}
+        ours = {
+            cookie for one in self._sets for watched in _watched(one) for cookie in watched.cookies
+        } | self.held.cookies
         return [other for other in listening if other.cookie not in ours]
 
     def _refuse_shared(self, address: SocketAddress, sockets: Iterable[socket.socket]) -> None:
         """Raise OSError if somebody else listens on connections of ours: two that began at the same moment, or one that
         shares its port with all of its user (SO_REUSEPORT)."""
-        ours = {sock_diag.cookie_of(sock) for sock in sockets}
+        ours = {sock_diag.cookie_of(sock) for sock in sockets} | self.held.cookies
         for one in self._sets:
             ours.update(cookie for watched in _watched(one) for cookie in watched.cookies)
         owner = other_owner(address, ours)
@@ -318,6 +324,29 @@ class Listeners(WorkerObserver):
     def _others(self) -> frozenset[Key]:
         """What another server may go on with."""
         return frozenset((self._adopted or self._in_force).opened)
+
+    def leave_to_manager(self) -> bool:
+        """Have the service manager hold our addresses, and let no new connection in any more: it gets no answer for as
+        long as the manager holds them, and RST if it does not. Return whether any was left to it."""
+        if self._gate is None or not self.is_ours:
+            return False
+        left = False
+        for at in self._in_force.wanted:
+            address = self._in_force.address(at)
+            if address is None or at.bindings or at.endpoint.address is None or not at.endpoint.address.port:
+                continue
+            try:
+                with contextlib.closing(bind(address, 1, shared=True)[0]) as sock:
+                    seal(sock)
+                    listen(sock, address)
+                    if not hold(sock):
+                        return left
+                    self._changing = left = True
+                    self._gate.listeners.close(address)
+                    self._gate.listeners.steer(address, (sock,))
+            except OSError as error:
+                log.warning("%s is not held while no server runs: %s", address, error)
+        return left
 
     def stop(self) -> None:
         """Close our own sockets; those that workers have are judged on."""

@@ -106,10 +106,11 @@ class Steering:
         self._bindings.put(pairs, [at for at, listener in self._listeners.items() if not listener.is_home])
         self._bound_to = {home: tuple(bindings) for home, bindings in bound.items()}
 
-    def close(self, address: SocketAddress, *, home: bool = False) -> None:
+    def close(self, address: SocketAddress, *, home: bool = False, meanwhile: Sequence[socket.socket] = ()) -> None:
         """Let no SYN to ``address`` in from now on, whatever the policy says: silence. A new address gets an entry, and
-        its SYNs are answered with RST until :meth:`steer` names sockets; as a ``home`` it is for sockets that serve
-        what :meth:`bind` says. Raises ValueError for too many listeners."""
+        its SYNs are answered with RST until :meth:`steer` names sockets, or by silence where there are some to steer to
+        ``meanwhile``; as a ``home`` it is for sockets that serve what :meth:`bind` says. Raises ValueError for too many
+        listeners."""
         listener = self._listeners.get(address)
         if listener is None:
             most = abi.constants()["MAX_LISTENERS"]
@@ -118,7 +119,9 @@ class Steering:
             if free is None:
                 raise ValueError(f"a gate has at most {most} listeners")
             key = abi.LISTENER_KEY.pack(mapped(address.ip), address.port, 0)
-            listener = self._listeners[address] = _Listener(key, free, 0, is_home=home)
+            listener = self._listeners[address] = _Listener(key, free, len(meanwhile), is_home=home)
+            for index, sock in enumerate(meanwhile):
+                self.steer_slot(address, index, sock)
             if home:  # before the sockets listen: by this address nobody gets in
                 bpf.map_update(self._maps["listeners"], key, listener.at_home)
         self._put(address, replace(listener, is_open=False))

@@ -75,8 +75,9 @@ class Supervisor:
     """Runs the workers of a revision until it is told to stop.
 
     ``prepare`` makes the revision for SIGHUP; if it raises a RamaError, or the new workers do not come up, the old
-    ones serve on. ``observers`` are told of workers. ``on_ready`` is called once when all workers serve, and
-    ``on_left`` at the end when none listens any more. ``restarts`` and ``reloads`` are counted on from. ``series`` goes
+    ones serve on. ``observers`` are told of workers. ``on_ready`` is called once when all workers serve,
+    ``on_stopping`` when it is to stop: it returns for how many seconds workers accept at least; and ``on_left`` at the
+    end when none listens any more. ``restarts`` and ``reloads`` are counted on from. ``series`` goes
     into the identities of workers: it tells them from those of other supervisors that share their metrics. ``denials``
     counts what their sandboxes refuse.
     """
@@ -89,7 +90,7 @@ class Supervisor:
         prepare: Callable[[], Awaitable[Revision]] | None = None,
         observers: Sequence[WorkerObserver] = (),
         on_ready: Callable[[], None] = lambda: None,
-        on_stopping: Callable[[], None] = lambda: None,
+        on_stopping: Callable[[], float] = lambda: 0.0,
         denials: DenialCounts | None = None,
         on_left: Callable[[], None] = lambda: None,
         series: str = "",
@@ -283,7 +284,7 @@ class Supervisor:
     async def _stop(self) -> None:
         linger, drain = self.plan.linger, self.plan.drain
         if self._handed_over is None:
-            self._on_stopping()
+            linger = max(linger, self._on_stopping())
             log.info("stopping: connections have %g s to end (a second signal cuts them)", drain)
         else:
             linger, drain = 0.0, self._handed_over
