@@ -23,6 +23,7 @@ from .errors import (
 from .extensions import Extensions
 from .graceful import Drain
 from .lifecycle import Lifecycle, Stage
+from .names import NameMap
 from .service import Layer, Service, service_fn, stack
 from .socket_stream import SocketStream
 from .stream import Stream
@@ -49,6 +50,7 @@ __all__ = [
     "LimitExceeded",
     "ListenerName",
     "LocalAddress",
+    "NameMap",
     "PeerClosed",
     "PolicyDenied",
     "PolicyStrike",

@@ -39,7 +39,7 @@ class Gate:
     What is said there of each holds here.
     """
 
-    def __init__(self, instance: str = "default", *, store: PolicyStore | None = None) -> None:
+    def __init__(self, instance: str | None = None, *, store: PolicyStore | None = None) -> None:
         self._gate = SyncGate(instance, store=store)
         self.instance = self._gate.instance
         self._thread = ThreadPoolExecutor(1, "rama-ebpf-gate")

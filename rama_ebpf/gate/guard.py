@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 import threading
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from .. import loader
 from ..control.host_policy import GateUnavailable as PolicyUnavailable
@@ -42,7 +43,14 @@ _MISSES: Final = 3
 _SO_NETNS_COOKIE: Final = 71
 _ANY: Final = (IPv4Address("0.0.0.0"), IPv6Address("::"))
 
-GuardedListener = socket.socket | int | tuple[str, int]
+
+class HasDescriptor(Protocol):
+    """A socket of any kind: of :mod:`socket`, or what servers of asyncio and uvloop list."""
+
+    def fileno(self) -> int: ...
+
+
+GuardedListener = HasDescriptor | int | tuple[str, int]
 """A listening socket, a port of this network namespace, or an (address, port) of it."""
 
 
@@ -248,8 +256,10 @@ def _texts(failsafe: object) -> Sequence[str]:
 
 def _places(listener: object) -> list[tuple[int, SocketAddress]]:
     """Return (network namespace, address) of what is to be guarded."""
-    if isinstance(listener, socket.socket):
-        return _of_socket(listener)
+    descriptor = getattr(listener, "fileno", None)
+    if callable(descriptor):
+        with socket.socket(fileno=os.dup(descriptor())) as sock:
+            return _of_socket(sock)
     address: object = None
     port: object = listener
     if isinstance(listener, tuple) and len(listener) == 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import socket
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from os import PathLike
@@ -21,7 +21,7 @@ from .errors import told
 from .events import SyncEvents
 
 if TYPE_CHECKING:
-    from .guard import Guard
+    from .guard import Guard, GuardedListener
 
 __all__ = ["SyncGate"]
 
@@ -40,7 +40,9 @@ class SyncGate:
     they are not for an event loop: see :class:`~.asynchronous.Gate`.
     """
 
-    def __init__(self, instance: str = "default", *, store: PolicyStore | None = None) -> None:
+    def __init__(self, instance: str | None = None, *, store: PolicyStore | None = None) -> None:
+        """``instance`` is by default what ``$RAMA_EBPF_INSTANCE`` says, or ``default``, as for the commands."""
+        instance = os.environ.get("RAMA_EBPF_INSTANCE", "default") if instance is None else instance
         if not isinstance(instance, str):
             raise TypeError(f"an instance is named by text, not by {type(instance).__name__}: write Gate('default')")
         if store is not None and not isinstance(store, PolicyStore):
@@ -226,7 +228,7 @@ class SyncGate:
 
     # -- listeners of other programs -----------------------------------------------------------------------------
 
-    def guard(self, *listeners: socket.socket | int | tuple[str, int], failsafe: Sequence[str] = ()) -> Guard:
+    def guard(self, *listeners: GuardedListener, failsafe: Sequence[str] = ()) -> Guard:
         """Put listeners of other programs, or of this one, under the policy: before accept(2), without a proxy.
 
         Each is a listening socket, a port, or an (address, port) of this network namespace; nothing has to listen there

@@ -10,12 +10,13 @@ from .count import ByteCounter, ByteCountLayer
 from .hijack import FilterLayer, HijackLayer
 from .mapping import AddExtensionLayer, MapInputLayer, MapOutputLayer
 from .metrics import MetricsLayer
+from .password_table import PasswordTable
 from .policy import PolicyLayer
 from .rate import RateExceeded, RateLimitLayer
 from .retry import RetryBudget, RetryLayer
 from .source import by_source
 from .strikes import StrikeLayer, strike
-from .throttle import Bandwidth, ThrottleLayer
+from .throttle import Bandwidth, ThrottleLayer, UserThrottleLayer
 from .timeout import TimeoutLayer
 from .trace import TraceLayer
 from .username import DashedUsername, UsernameOptionsLayer
@@ -40,6 +41,7 @@ __all__ = [
     "MapOutputLayer",
     "MetricsLayer",
     "PasswordFile",
+    "PasswordTable",
     "PolicyLayer",
     "ProxyChainLayer",
     "RateExceeded",
@@ -51,6 +53,7 @@ __all__ = [
     "ThrottleLayer",
     "TimeoutLayer",
     "TraceLayer",
+    "UserThrottleLayer",
     "UsernameOptionsLayer",
     "by_source",
     "strike",

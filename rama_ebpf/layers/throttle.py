@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable
 
+from ..core.address import Authority
+from ..core.auth import User
 from ..core.bucket import TokenBucket
 from ..core.first_bytes import FirstBytes
 from ..core.service import Output, Service
 from ..core.stream import Stream
+from ..core.target import Target
 from ..core.wrapped import WrappedStream
 
-__all__ = ["Bandwidth", "ThrottleLayer"]
+__all__ = ["Bandwidth", "ThrottleLayer", "UserThrottleLayer"]
 
 _SMALLEST = 4096
 
@@ -59,6 +63,44 @@ class ThrottleLayer:
             return await inner(_ThrottledStream(stream, self._up(), self._down()))
 
         return serve
+
+
+class UserThrottleLayer:
+    """Around a connector: bounds what each authenticated user moves, in each direction, all connections of a worker
+    together. ``rate(user)`` is bytes a second, asked for each connection; None is no bound, and nobody without a user
+    has one. ``users`` is how many of them are remembered.
+
+    As with :class:`ThrottleLayer`, such a tunnel runs on the ``copy`` relay.
+    """
+
+    accepts = Authority
+    provides = Authority
+
+    def __init__(self, rate: Callable[[User], float | None], *, users: int = 65_536) -> None:
+        self._rate = rate
+        self._most = users
+        self._budgets: OrderedDict[str, tuple[float, Bandwidth, Bandwidth]] = OrderedDict()
+
+    def __call__(self, inner: Service[Authority, Stream], /) -> Service[Authority, Stream]:
+        async def connect(target: Authority, /) -> Stream:
+            user = target.extensions.get(User) if isinstance(target, Target) else None
+            rate = None if user is None else self._rate(user)
+            upstream = await inner(target)
+            if user is None or rate is None:
+                return upstream
+            from_target, to_target = self._budget(user.name, rate)
+            return _ThrottledStream(upstream, from_target, to_target)
+
+        return connect
+
+    def _budget(self, name: str, rate: float) -> tuple[Bandwidth, Bandwidth]:
+        found = self._budgets.pop(name, None)
+        if found is None or found[0] != rate:
+            found = rate, Bandwidth(rate), Bandwidth(rate)
+        self._budgets[name] = found
+        if len(self._budgets) > self._most:
+            self._budgets.popitem(last=False)
+        return found[1:]
 
 
 def _factory(limit: float | Bandwidth | None) -> Callable[[], Bandwidth | None]:

@@ -7,7 +7,7 @@ from typing import Final
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from ..core.address import Authority, IPAddress
-from ..core.auth import Credentials
+from ..core.auth import Credentials, User
 from ..core.chain import Hop, ProxyChainLayer
 from ..core.errors import PolicyDenied
 from ..core.service import Service
@@ -19,7 +19,7 @@ from .resolver import resolve_for, source_of
 from .socks5.client import Socks5Client
 from .tls import ClientTls, TlsConnector
 
-__all__ = ["ResolveLayer", "parse_chain", "parse_hop"]
+__all__ = ["ResolveLayer", "UserEgressLayer", "parse_chain", "parse_hop"]
 
 _DEFAULT_PORTS: Final = {"socks5": 1080, "socks5h": 1080, "http": 80, "https": 443}
 
@@ -115,6 +115,29 @@ class ResolveLayer:
                 except PolicyDenied as error:
                     failure = failure or error
             raise failure or ResolveError(f"{target.host} has no address")
+
+        return connect
+
+
+class UserEgressLayer:
+    """Around a connector: each authenticated user's targets are judged by the policy that ``egress(user)`` returns,
+    besides the connector's own. None is no policy of the user's own, and nobody without a user has one. Names are
+    resolved here, and what was judged is what is dialled. Raises as :class:`ResolveLayer` does."""
+
+    accepts = Authority
+    provides = Authority
+
+    def __init__(self, resolver: Resolver, egress: Callable[[User], Egress | None]) -> None:
+        self._resolver = resolver
+        self._egress = egress
+
+    def __call__(self, inner: Service[Authority, Stream], /) -> Service[Authority, Stream]:
+        async def connect(target: Authority, /) -> Stream:
+            user = target.extensions.get(User) if isinstance(target, Target) else None
+            policy = None if user is None else self._egress(user)
+            if policy is None:
+                return await inner(target)
+            return await ResolveLayer(self._resolver, policy)(inner)(target)
 
         return connect
 

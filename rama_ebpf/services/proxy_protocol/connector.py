@@ -9,6 +9,7 @@ from ...core.address import Authority
 from ...core.client import HasExtensions, client_address, local_address
 from ...core.service import Service, check_fit
 from ...core.stream import Stream
+from ...core.target import Target
 from .header import Command, Tlv, encode_v1, encode_v2
 
 __all__ = ["ProxyProtocolConnector"]
@@ -17,10 +18,13 @@ __all__ = ["ProxyProtocolConnector"]
 class ProxyProtocolConnector:
     """Connects by ``connector`` and sends a PROXY header of ``version`` first.
 
-    The header speaks for one client, so a connector is made per client: ``bind(stream)`` or ``bind(request)``. Its
-    connections must not be shared between clients. ``checksum`` (version 2) adds a CRC32c, ``tlvs`` computes
-    extensions.
+    It is a connector itself: the header speaks for the client that a :class:`~rama_ebpf.core.target.Target` carries, as
+    protocol servers call it. Where targets carry none, a connector is made per client: ``bind(stream)`` or
+    ``bind(request)``. Connections must not be shared between clients. ``checksum`` (version 2) adds a CRC32c,
+    ``tlvs`` computes extensions.
     """
+
+    accepts = Authority
 
     def __init__(
         self,
@@ -35,6 +39,9 @@ class ProxyProtocolConnector:
         self._version = version
         self._checksum = checksum
         self._tlvs = tlvs
+
+    async def __call__(self, target: Authority, /) -> Stream:
+        return await self.bind(target if isinstance(target, Target) else Target(target.host, target.port))(target)
 
     def bind(self, client: HasExtensions) -> Service[Authority, Stream]:
         """Return a connector whose connections are for ``client``. If its addresses are not known the header says

@@ -6,6 +6,7 @@ from .decode import DecodeLayer
 from .har import HarLayer, HarRecorder
 from .headers import RequestHeadersLayer, ResponseHeadersLayer
 from .hooks import HookLayer, MappedBody
+from .json_body import Json, JsonLayer
 from .rate import by_header
 from .redirect import RedirectLayer, RewriteLayer, to_https
 from .request_id import RequestId, RequestIdLayer
@@ -17,6 +18,8 @@ __all__ = [
     "HarLayer",
     "HarRecorder",
     "HookLayer",
+    "Json",
+    "JsonLayer",
     "MappedBody",
     "ProxyAuthLayer",
     "RedirectLayer",

@@ -26,11 +26,18 @@ _REDACTED: Final = "(redacted)"
 
 class HarRecorder:
     """Holds the last ``max_entries`` exchanges. Of each body at most ``max_body`` bytes are kept, and the values of
-    ``redact`` (names in lower case, by default those that hold credentials) are not recorded."""
+    ``redact`` (names in lower case, by default those that hold credentials) are not recorded. ``save_to`` is where
+    :meth:`save` writes it."""
 
     def __init__(
-        self, *, max_entries: int = 1000, max_body: int = 64 * 1024, redact: Collection[str] = _SECRETS
+        self,
+        *,
+        max_entries: int = 1000,
+        max_body: int = 64 * 1024,
+        redact: Collection[str] = _SECRETS,
+        save_to: Path | None = None,
     ) -> None:
+        self._save_to = save_to
         self.max_body = max_body
         self._entries: deque[dict[str, object]] = deque(maxlen=max_entries)
         self._redact = redact
@@ -48,8 +55,12 @@ class HarRecorder:
         }
         return {"log": log}
 
-    def save(self, path: Path) -> None:
-        """Write the archive to ``path``, readable by its owner only; it is there whole or not at all."""
+    def save(self, path: Path | None = None) -> None:
+        """Write the archive to ``path``, or to ``save_to``, readable by its owner only; it is there whole or not at
+        all. Raises ValueError if neither is given."""
+        path = path or self._save_to
+        if path is None:
+            raise ValueError("no path: give one to save(), or HarRecorder(save_to=…)")
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
