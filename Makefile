@@ -8,7 +8,7 @@ PYTEST ?= $(BIN)/python -m pytest
 # Many tests wait for a time to pass: half as many processes again as there are cores, and not more than memory bears.
 WORKERS ?= $(shell cores=$$(nproc); n=$$((cores + (cores + 1) / 2)); echo $$((n < 8 ? n : 8)))
 
-.PHONY: run test check lint crash faults hammer upgrades setup setup-test docker-test serial kernels vagrant-test clean help
+.PHONY: run test check lint crash faults hammer upgrades setup setup-test docs docker-test serial kernels vagrant-test clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -33,6 +33,10 @@ check: lint ## lint, and the tests that need neither root nor another program; u
 
 test: lint ## everything that CI runs; needs root
 	$(PYTEST) -n $(WORKERS) tests integration -m "not vm" $(PYTEST_ARGS)
+
+docs: setup ## the documentation as a site in build/site, with every link and anchor checked
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 serial: setup-test ## a thousand rounds of twenty writers that are stopped and continued; needs root
 	$(BIN)/python -m tests.policy.serial
