@@ -35,6 +35,7 @@ class Entrance:
         directory = _directory(instance)
         instance.make_run_dir()
         directory.mkdir(mode=0o700, exist_ok=True)
+        _sweep(directory)
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._path = directory / f"{os.getpid()}-{time.monotonic_ns()}.new"
         try:
@@ -62,6 +63,13 @@ class Entrance:
 
 def _directory(instance: Instance) -> Path:
     return instance.run_dir / "wire"
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what servers have left that were killed while their processes began."""
+    for path in directory.glob("*.new"):
+        if not Path(f"/proc/{path.stem.partition('-')[0]}").exists():
+            path.unlink(missing_ok=True)
 
 
 def entrances(instance: Instance) -> list[Path]:

@@ -13,7 +13,6 @@ docs/wire.md has the whole walk.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import itertools
 import logging
@@ -45,6 +44,8 @@ log = logging.getLogger(__name__)
 _BEGIN_SECONDS: Final = 0.25
 """How long the other process may take until a pair is watched; later it begins nothing."""
 _ANSWER_SECONDS: Final = 0.5
+_DECISION_SECONDS: Final = 5.0
+"""How long it may take to say whose a pair is: nobody can go on before."""
 _REST_SECONDS: Final = 1.0
 """For how long it is not asked when it has not answered."""
 _QUIET_SECONDS: Final = 5.0
@@ -260,9 +261,10 @@ class Wire:
             deadline = time.monotonic_ns() + int(_BEGIN_SECONDS * 1e9)
             request = Request(Ask.TAKE, number, (len(to_client), len(to_target)), deadline, packed)
             send(self._channel, request.pack(), (client.socket.fileno(), upstream.socket.fileno()))
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                answer = await begun.get()
-        except (OSError, TimeoutError):
+            answer = await self._answer(begun, _ANSWER_SECONDS)
+            if answer is None:
+                raise TimeoutError
+        except OSError:
             del self._begun[number]
             self._rests_until = self._loop.time() + _REST_SECONDS  # not every client is to wait for it
             self._ask(Ask.CUT, number)  # it may be watched already
@@ -318,17 +320,28 @@ class Wire:
             await upstream.write(to_target)
         if to_client:
             await client.write(to_client)
-        for seconds in (_QUIET_SECONDS, _ANSWER_SECONDS):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    answer = await begun.get()
-                if answer.answer is Answer.TAKEN:
-                    return True
-                if answer.answer is Answer.SPOILED:
-                    return False
+        for seconds in (_QUIET_SECONDS, _DECISION_SECONDS):
+            answer = await self._answer(begun, seconds)
+            if answer is None:
+                self._ask(Ask.GIVE_UP, number)
+            elif answer.answer is Answer.TAKEN:
+                return True
+            elif answer.answer is Answer.SPOILED:
+                return False
+            else:
                 raise ConnectionAbortedError(errno.ECONNABORTED, f"cut by the wire relay: {answer.text}")
-            self._ask(Ask.GIVE_UP, number)
         raise ConnectionAbortedError(errno.ECONNABORTED, _NO_ANSWER)
+
+    async def _answer(self, begun: asyncio.Queue[Reply], seconds: float) -> Reply | None:
+        """Return the next answer, None if there is none in time. What came in time counts, also where this process was
+        held up and reads it late: the pair may be taken already, and who went another way would lose bytes."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await begun.get()
+        except TimeoutError:
+            if self._channel is not None:
+                self._hear()
+            return None if begun.empty() else begun.get_nowait()
 
     # -- the other process -------------------------------------------------------------------------------------------
 

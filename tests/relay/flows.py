@@ -166,8 +166,11 @@ class Peer:
                 self.eof = True
                 self._progress.set()
                 return
-            if buffer[:count] != expected(self.other.start + self.received, count):
-                raise Wrong(f"wrong bytes between {self.received} and {self.received + count}")
+            wanted = expected(self.other.start + self.received, count)
+            if buffer[:count] != wanted:
+                differ = [at for at in range(count) if buffer[at] != wanted[at]]
+                changes = [(self.received + at, buffer[at] ^ wanted[at]) for at in differ[:4]]
+                raise Wrong(f"{len(differ)} wrong bytes of {count} behind {self.received}, the first ones {changes}")
             self.received += count
             self._progress.set()
 
