@@ -18,6 +18,7 @@ from ..control.predecessor import Predecessor
 from ..control.sockets import ListenAt, at_bindings
 from ..core.address import Endpoint
 from ..core.binding import BindingSet
+from ..core.json_lines import JsonFormatter
 from ..core.shares import SourceLimits
 from ..kernel import abi
 from ..kernel.gate_maps import MapSizes
@@ -32,6 +33,8 @@ __all__ = ["register"]
 _DEFAULT_TARGET = "rama_ebpf.control.worker:default_proxy"
 
 log = logging.getLogger("rama_ebpf")
+
+_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser) -> None:
@@ -184,7 +187,7 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         return _from_arguments(args) if args.config is None else _from_file(parser, args)
 
     # Before the options are known, for what is to be said of them.
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format=_LINE, stream=sys.stderr)
     predecessor = Predecessor.of_environment()
     with contextlib.nullcontext() if predecessor is None else predecessor.reporting():
         _serve(make, predecessor)
@@ -192,12 +195,19 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _serve(make: Callable[[], DaemonOptions], predecessor: Predecessor | None) -> None:
-    options = make()
+    def made() -> DaemonOptions:
+        options = make()
+        formatter = JsonFormatter() if options.log_format == "json" else logging.Formatter(_LINE)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(formatter)
+        return options
+
+    options = made()
     logging.getLogger().setLevel(options.log_level.upper())
     if options.user is not None and options.user.name == FALLBACK:
         text = "workers become %s, whom other daemons may be as well: packaging/sysusers.d makes a user %s"
         log.info(text, FALLBACK, WORKERS)
-    serve(options, make, predecessor)
+    serve(options, made, predecessor)
 
 
 def _read_by_workers(args: argparse.Namespace) -> tuple[str, ...]:
@@ -302,6 +312,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
         metrics=server.metrics,
         access_log=config.logging.access,
         log_level=config.logging.level,
+        log_format=config.logging.format,
         sockmap=any(listener.relay == "sockmap" for listener in config.listeners.values()),
         wire=any(listener.relay == "wire" for listener in config.listeners.values()),
     )

@@ -91,6 +91,7 @@ class LoggingConfig:
 
     level: str = setting(choice("debug", "info", "warning", "error"), "the least that is logged", default="info")
     access: bool = setting(BOOLEAN, "a line for each connection, or HTTP request, when it has ended", default=True)
+    format: str = setting(choice("text", "json"), "lines for people, or a JSON object a line", default="text")
 
 
 @dataclass(frozen=True)

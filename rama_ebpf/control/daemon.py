@@ -377,6 +377,7 @@ class _Daemon(WorkerObserver):
             linger=options.linger,
             watchdog=options.watchdog,
             log_level=options.log_level,
+            log_format=options.log_format,
         )
 
     def _own_listeners(self, sockets: SocketSet) -> list[SocketAddress]:

@@ -78,6 +78,7 @@ class DaemonOptions:
     access_log: bool = True
     record_keep: float | None = None
     log_level: str = "info"
+    log_format: str = "text"
     sockmap: bool = False
     wire: bool = False
 

@@ -138,6 +138,29 @@ class RequestRecord(NamedTuple):
     error: str = ""
     notes: tuple[Note, ...] = ()
 
+    def fields(self) -> dict[str, object]:
+        """Return what is known, by name, for logs in JSON."""
+        found: dict[str, object] = {
+            "client": str(self.client or "unix"),
+            "listener": None if self.listener is None else str(self.listener),
+            "user": self.user,
+            "method": self.method,
+            "target": self.target,
+            "status": self.status or None,
+            "upstream": None if self.upstream is None else str(self.upstream.address or "unix"),
+            "kept": None if self.upstream is None else self.upstream.kept,
+            "reason": self.reason,
+            "rule": self.rule,
+            "received": self.received,
+            "sent": self.sent,
+            "first_byte": None if self.first_byte is None else round(self.first_byte, 3),
+            "total": round(self.total, 3),
+            "relay": self.relay,
+            "error": self.error,
+            **{note.key: note.value for note in self.notes},
+        }
+        return {name: value for name, value in found.items() if value not in ("", None)}
+
     def __str__(self) -> str:
         """Return the record as logfmt."""
         user = f" user={quoted(self.user)}" if self.user else ""

@@ -54,6 +54,23 @@ class AccessRecord:
     notes: tuple[Note, ...] = ()
     why_not: str = ""
 
+    def fields(self) -> dict[str, object]:
+        """Return what is known, by name, for logs in JSON."""
+        found: dict[str, object] = {
+            "client": str(self.client or "unix"),
+            "listener": None if self.listener is None else str(self.listener),
+            "user": self.user,
+            "target": None if self.target is None else str(self.target),
+            "reason": self.reason,
+            "received": self.received,
+            "sent": self.sent,
+            "age": round(self.age, 3),
+            "relay": self.relay,
+            "error": self.error,
+            **{note.key: note.value for note in self.notes},
+        }
+        return {name: value for name, value in found.items() if value not in ("", None)}
+
     def __str__(self) -> str:
         """Return the record as logfmt: ``key=value``, quoted where a peer chose the text and it needs quotes."""
         pairs: list[tuple[str, object]] = [

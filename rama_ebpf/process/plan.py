@@ -78,6 +78,7 @@ class Plan:
     linger: float = 0.0
     watchdog: float = 60.0
     log_level: str = "info"
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= 1024:

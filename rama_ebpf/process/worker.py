@@ -22,6 +22,7 @@ from typing import Any, Final, cast
 
 from ..core.errors import PeerClosed, RamaError
 from ..core.event_loop import run_loop
+from ..core.json_lines import JsonFormatter
 from ..core.log_lines import LineHandler, SecondFormatter
 from ..kernel.confine import Confinement
 from ..kernel.privileges import UserIds, die_with_parent, drop_privileges, give_up_capabilities, raise_descriptor_limit
@@ -60,7 +61,11 @@ def main() -> int:
     except PeerClosed:
         return 0
     handler = LineHandler(sys.stderr)
-    handler.setFormatter(SecondFormatter(f"%(asctime)s %(levelname)s worker {order['worker']} %(name)s: %(message)s"))
+    if order["log_format"] == "json":
+        handler.setFormatter(JsonFormatter({"worker": order["worker"]}))
+    else:
+        text = f"%(asctime)s %(levelname)s worker {order['worker']} %(name)s: %(message)s"
+        handler.setFormatter(SecondFormatter(text))
     logging.basicConfig(level=str(order["log_level"]).upper(), handlers=[handler])
     try:
         worker = _Worker(order)

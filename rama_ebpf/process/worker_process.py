@@ -225,6 +225,7 @@ class WorkerFactory:
             "read": plan.read,
             "write": plan.write,
             "log_level": plan.log_level,
+            "log_format": plan.log_format,
         }
         self._nursery.start(f"the care for worker {number}", self._look_after(worker, ours, order))
         return worker
