@@ -150,7 +150,8 @@ class _Daemon(WorkerObserver):
         self._metrics: MetricsDirectory | None = None
         if options.metrics is not None:
             self._metrics = cleanup.enter_context(metrics_directory(None if inherited is None else inherited.estate))
-        self._denials = DenialCounts()
+        user = options.user
+        self._denials = DenialCounts((0, 0) if user is None else (user.uid, user.gid))
         cleanup.callback(self._denials.close)
         self._feeds = FeedStore(options.instance.feeds_dir, self)
         self._egress = Egress(host.gate)

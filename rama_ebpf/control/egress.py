@@ -110,6 +110,8 @@ class Egress(WorkerObserver):
         hindered = ""
         while self._gate is not None:
             await asyncio.sleep(_NAMESERVER_SECONDS)
+            if self.table is None or self.table.wanted is None:
+                continue  # no revision is in force yet
             try:
                 found = self._wanted_nameservers()
                 if found != self._nameservers:

@@ -46,7 +46,9 @@ class HostPolicy:
         try:
             on_disk = self._kept.revision()
             if on_disk > revision:
-                self._kept.read()  # else the whole is not looked at: that takes its time
+                self._kept.read(
+                    KernelStore(self._instance, pinned).tables.rules.most
+                )  # else the whole is not looked at: that takes its time
         except OSError as error:
             log.error("the policy on disk cannot be read, the pinned one stays in force: %s", error)
             return False
@@ -76,7 +78,7 @@ class HostPolicy:
             raise PolicyError("a set is on trial: confirm it, roll it back, or wait until it is undone")
         revision, image = before.revision, before.image() if is_sealed else None
         try:
-            kept = self._kept.read()
+            kept = self._kept.read(store.tables.rules.most)
         except OSError as error:
             log.error("the policy on disk cannot be read, the pinned one stays in force: %s", error)
             kept = None
@@ -96,7 +98,7 @@ class HostPolicy:
         directory = self._kept.directory
         self._say_of_another_host()
         try:
-            kept = self._kept.read()
+            kept = self._kept.read(store.tables.rules.most if isinstance(store, KernelStore) else None)
             if kept is not None:
                 kept = replace(kept, revision=max(kept.revision, self._last_revision()))
                 store.put_image(kept)

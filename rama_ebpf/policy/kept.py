@@ -46,6 +46,10 @@ _ENDED: Final = 1
 """An end in the past of every boot."""
 
 
+class _TooMany(Exception):
+    """More rules at run time than there may be."""
+
+
 class PolicyDamaged(OSError):
     """What is on disk is not what was written there. The text names the file."""
 
@@ -77,11 +81,12 @@ class KeptPolicy:
         """Where the rules at run time are."""
         return self._rules.path
 
-    def read(self) -> PolicyImage | None:
+    def read(self, most: int | None = None) -> PolicyImage | None:
         """Return what is kept, None if nothing ever was. Raises :class:`PolicyDamaged` for a set that was damaged; a
-        row of a rule that was is left out, and the log says so."""
+        row of a rule that was is left out, and the log says so. Raises :class:`.rule.PolicyError` for more rules at run
+        time than ``most``, before all of them are read."""
         image = self._read_set()
-        kept = self.read_rules()
+        kept = self.read_rules(most)
         if image is None and kept.revision is None:
             return None
         image = image or PolicyImage(0, RuleSet())
@@ -223,8 +228,8 @@ class KeptPolicy:
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise PolicyDamaged(errno.EINVAL, f"{path} is damaged: {error}") from error
 
-    def read_rules(self) -> KeptRules:
-        """Return the rules at run time, judged by the clocks as they are now."""
+    def read_rules(self, most: int | None = None) -> KeptRules:
+        """Return the rules at run time, judged by the clocks as they are now. ``most``: see :meth:`read`."""
         rules: dict[Place, RuntimeRule] = {}
         earlier: dict[Place, int] = {}
         doubtful: set[Place] = set()
@@ -243,10 +248,15 @@ class KeptPolicy:
                     doubtful.discard(place)
                     if rule is not None:
                         rules[place] = rule
+                        if most is not None and len(rules) > most:
+                            raise _TooMany
                     if in_doubt:
                         doubtful.add(place)
                     if not row.get("removed") and not is_of_this_boot(row):
                         earlier[place] = _whole(row["created"], _LATEST)
+            except _TooMany:
+                text = f"{self._rules.path} has more rules at run time than there is room for; restart with --max-rules"
+                raise PolicyError(f"{text} above {most}") from None
             except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
                 damaged += 1
                 continue

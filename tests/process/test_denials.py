@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import urllib.request
@@ -90,6 +91,34 @@ def test_each_refused_call_is_counted_with_its_name_and_fails_with_its_own_error
     assert proxy.json("status")["workers"]["serving"] == 1
 
 
+def test_a_server_that_is_stopped_holds_up_no_refused_call(host: Host, proxy: ProxyProcess) -> None:
+    proxy.signal(signal.SIGSTOP)
+    assert asked(host, *["ptrace"] * 30, "vsock") == [*["EPERM"] * 30, "EAFNOSUPPORT"]
+    proxy.signal(signal.SIGCONT)
+    wait_for(lambda: counted(host) == {("worker", "ptrace"): 30, ("worker", "socket"): 1}, what="the counts")
+
+
+def test_who_answers_for_refused_calls_is_replaced_when_it_is_killed(host: Host, proxy: ProxyProcess) -> None:
+    assert asked(host, "ptrace") == ["EPERM"]
+    for _ in range(2):
+        (child,) = answering(proxy)
+        os.kill(child, signal.SIGKILL)
+        wait_for(lambda gone=child: has_ended(gone), what="its end")
+        assert asked(host, "ptrace") == ["EPERM"]
+    assert counted(host) == {("worker", "ptrace"): 3}
+    (child,) = answering(proxy)
+    proxy.signal(signal.SIGTERM)
+    assert proxy.wait() == 0
+    assert has_ended(child)
+
+
+def answering(proxy: ProxyProcess) -> list[int]:
+    """The processes that answer for refused calls."""
+    found = Path(f"/proc/{proxy.pid}/task").glob("*/children")
+    children = [int(pid) for path in found for pid in path.read_text().split()]
+    return [pid for pid in children if b"denials_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def test_the_refusals_stand_when_nobody_counts_them(host: Host, proxy: ProxyProcess) -> None:
     """The server dies: its workers go with it, and until then their calls fail."""
     (worker,) = proxy.workers()
@@ -102,5 +131,5 @@ def test_the_refusals_stand_when_nobody_counts_them(host: Host, proxy: ProxyProc
             said = sock.recv(100)
         except ConnectionResetError:
             said = b""
-    assert said in (b"", b"ENOSYS")
+    assert said in (b"", b"ENOSYS", b"EPERM")
     wait_for(lambda: has_ended(worker), what="the worker's end")
