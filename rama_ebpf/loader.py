@@ -23,6 +23,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class Gate:
         self.listeners = Steering(maps)
         self.grants = Grants(maps, lambda: self.attachments.workers_cgroups)
         self._rejects: tuple[int, int] | None = None
+        self._rejects_lock = threading.Lock()
 
     # -- attach --------------------------------------------------------------------------------------------------
 
@@ -170,8 +172,9 @@ class Gate:
     def limit_rejects(self, limit: tuple[int, int] | None) -> None:
         """Say how many RST answer ``reject``: a limit's emission and tolerance in nanoseconds, None for as many as is
         usual. Beyond it a ``reject`` is silent."""
-        self._rejects = limit or USUAL_REJECTS
-        bpf.map_update(self.maps["reject_meter"], bytes(4), abi.REJECT_METER.pack(*self._rejects, 0))
+        with self._rejects_lock:
+            self._rejects = limit or USUAL_REJECTS
+            bpf.map_update(self.maps["reject_meter"], bytes(4), abi.REJECT_METER.pack(*self._rejects, 0))
 
     # -- listeners -----------------------------------------------------------------------------------------------
 
@@ -204,8 +207,10 @@ class Gate:
         return found
 
     def _mend_rejects(self, found: Mending) -> None:
-        raw = bpf.map_lookup(self.maps["reject_meter"], bytes(4), abi.REJECT_METER.size)
-        if self._rejects is not None and raw is not None and abi.REJECT_METER.unpack(raw)[:2] != self._rejects:
+        with self._rejects_lock:
+            raw = bpf.map_lookup(self.maps["reject_meter"], bytes(4), abi.REJECT_METER.size)
+            if self._rejects is None or raw is None or abi.REJECT_METER.unpack(raw)[:2] == self._rejects:
+                return
             bpf.map_update(self.maps["reject_meter"], bytes(4), abi.REJECT_METER.pack(*self._rejects, 0))
             found.losses.append(("rejects", "another program wrote how many RST are sent: put back"))
 

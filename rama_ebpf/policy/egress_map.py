@@ -67,6 +67,7 @@ class EgressTable:
         self._maps = maps
         self.wanted: Mapping[bytes, int] | None = None
         """The rows of the policy that was put last, None before; never changed, but replaced."""
+        self._begun = self._ended = 0
 
     @property
     def fd(self) -> int:
@@ -94,8 +95,20 @@ class EgressTable:
         size = self._maps.capacity("egress")
         if len(wanted) > size:
             raise PolicyError(f"egress: {len(wanted)} networks are more than the {size} that there is room for")
-        self.wanted = wanted
-        self._write(wanted)
+        self._begun += 1
+        try:
+            self.wanted = wanted
+            self._write(wanted)
+        finally:
+            self._ended += 1
+
+    def differs(self, wanted: Mapping[bytes, int]) -> bool:
+        """Whether the map is not as it is to be, while that is ``wanted`` and nobody is just putting it. Raises
+        OSError."""
+        begun = self._begun
+        if begun != self._ended or self.wanted is not wanted:
+            return False
+        return self.present() != wanted and self._begun == begun
 
     def restore(self) -> None:
         """Have the map be as it is to be, whatever others have written. Raises OSError."""

@@ -215,7 +215,7 @@ class _Sets:
 
     def fill(self, which: int, compiled: CompiledSet, ids: Sequence[int]) -> SetHead:
         self._sets[which] = self._make(compiled, ids)
-        return SetHead()
+        return SetHead(document_size=len(ids))  # so that it is told from an empty one, and emptied when it is replaced
 
     def empty(self, which: int) -> None:
         self._sets[which] = self._make(self._empty, ())

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 from .loaded_set import LoadedSet
 from .prefixes import Prefixes
-from .rule import Rule, RuleSet, boottime_ns
+from .rule import PolicyError, Rule, RuleSet, boottime_ns
 from .rule_ids import RuleIds
 from .runtime_rules import RuntimeRules
 from .tables import TableFull, Tables
@@ -71,10 +71,16 @@ class RuleRoom:
         loaded = zip(self._loaded.ruleset().rules, self._loaded.ids(), strict=True)
         present = {replace(rule, sources=()): rule_id for rule, rule_id in loaded}
         created = time.time_ns()
+        known = [present.get(replace(rule, sources=())) for rule in ruleset.rules]
         ids: list[int] = []
-        for rule in ruleset.rules:
-            rule_id = present.get(replace(rule, sources=()))
-            ids.append(self._claim(rule, created, ids, replaces=True) if rule_id is None else rule_id)
+        try:
+            for rule, rule_id in zip(ruleset.rules, known, strict=True):
+                ids.append(self._claim(rule, created, ids, replaces=True) if rule_id is None else rule_id)
+        except PolicyError as error:
+            raise PolicyError(
+                f"{known.count(None)} rules are new or changed, also by name, and there is no room for them beside the "
+                f"{len(present)} that they replace: load them in parts, or restart with a larger --max-rules"
+            ) from error
         return ids
 
     def free(self, keep: Collection[int] = ()) -> int:

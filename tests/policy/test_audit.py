@@ -446,6 +446,24 @@ def test_another_egress_policy_is_no_disagreement_and_neither_are_grants_that_co
     assert (scene.audit.disagreements, scene.audit.problems) == (0, {})
 
 
+def test_an_egress_policy_that_is_just_put_is_no_disagreement(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are written one by one, on the event loop; the audit, in its thread, may come by between any two."""
+    write, looks = bpf.map_update, []
+
+    def look_before(fd: int, key: bytes, value: bytes, flags: int = 0) -> None:
+        if fd == scene.maps["egress"]:
+            scene.audit.look()
+            looks.append(fd)
+        write(fd, key, value, flags)
+
+    monkeypatch.setattr(bpf, "map_update", look_before)
+    scene.egress.put(EgressPolicy(deny=(parse_network("198.18.0.0/24"), parse_network("198.18.2.0/24"))), [])
+    monkeypatch.undo()
+    assert len(looks) > 5
+    scene.audit.look()
+    assert scene.audit.disagreements == 0
+
+
 def test_a_row_that_is_lost_among_very_many_is_missed_within_a_minute(scene: Scene) -> None:
     scene.egress.put(
         EgressPolicy(deny=[parse_network(f"198.{18 + n // 65536}.{n // 256 % 256}.{n % 256}") for n in range(20_000)]),

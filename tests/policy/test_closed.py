@@ -253,6 +253,24 @@ def _log(tmp_path: Path, *rows: dict[str, object]) -> BanLog:
     return BanLog(tmp_path / "bans")
 
 
+def test_more_rules_than_there_is_room_for_at_once_change_nothing_and_can_be_changed_in_parts() -> None:
+    store, network = LocalStore(max_entries=9000), ip_network("198.18.1.1/32")
+
+    def named(name: str, count: int) -> tuple[Rule, ...]:
+        return tuple(Rule(f"{name}{number}", (network,), Action.DROP, origin="file") for number in range(count))
+
+    first, second = named("first", 8600), named("second", 8600)
+    store.replace(RuleSet(first))
+    with pytest.raises(
+        PolicyError, match=r"8600 rules are new or changed, also by name, and there is no room .* parts"
+    ):
+        store.replace(RuleSet(second))
+    assert store.ruleset().rules == first
+    store.replace(RuleSet(second[:8000] + first[8000:]))
+    store.replace(RuleSet(second))
+    assert store.ruleset().rules == second
+
+
 def test_a_ban_ends_when_it_was_to_whatever_the_wall_clock_was_set_to(tmp_path: Path) -> None:
     log = BanLog(tmp_path / "bans")
     given = Ban(ip_network("198.18.1.1"), Action.DROP, boottime_ns() + 3600 * 10**9, 0, 0, "")

@@ -49,7 +49,7 @@ class EgressCheck:
             yield Difference(
                 "egress",
                 f"the egress policy is not what was put: another program wrote {_named(suspects)}",
-                lambda: self._table.wanted is wanted and self._table.present() != wanted,
+                lambda: self._table.differs(wanted),
                 self._table.restore,
             )
 
