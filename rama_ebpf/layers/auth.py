@@ -33,6 +33,8 @@ __all__ = ["AuthLayer", "PasswordFile", "PasswordFileError", "StaticUsers", "has
 log = logging.getLogger(__name__)
 
 _MAX_FILE: Final = 64 * 1024 * 1024
+_WRITING_NS: Final = 2_000_000_000
+"""For how long a file may be empty before that says that there are no users."""
 
 
 class PasswordFileError(RamaError, ValueError):
@@ -193,8 +195,9 @@ class PasswordFile:
             check = (user or next(iter(self._users.values()), _nobody())).check
             correct = await self._queue.run(source, functools.partial(check, password.encode()))
             self._reload_if_changed()
-            if self._users.get(name) == user:
-                break  # else the file was replaced meanwhile: the new line decides
+            now = self._users.get(name)
+            if (None if now is None else now.text) == (None if user is None else user.text):
+                break  # else the file was replaced meanwhile, and this line with it: the new one decides
         if user is None or not correct:
             self._queue.failed(source)
             raise _refused(name)
@@ -216,7 +219,7 @@ class PasswordFile:
     def _reload_if_changed(self) -> None:
         try:
             stamp = self._stat()
-            if stamp == self._stamp:
+            if stamp == self._stamp or _is_just_written(stamp):
                 return
             self._stamp = stamp
             self._users = self._read()
@@ -254,6 +257,12 @@ class PasswordFile:
             except (ValueError, KeyError) as error:
                 raise PasswordFileError(f"{self._path}:{number}: {error}") from error
         return users
+
+
+def _is_just_written(stamp: tuple[int, int, int]) -> bool:
+    """Whether a file is empty because somebody has just begun to write it: nobody is to be refused for that."""
+    _, changed, size = stamp
+    return not size and 0 <= time.time_ns() - changed < _WRITING_NS
 
 
 @dataclass(slots=True)

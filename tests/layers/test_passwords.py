@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -53,6 +54,10 @@ def held() -> Iterator[Held]:
 
 async def begun(held: Held) -> None:
     assert await asyncio.to_thread(held.started.acquire, timeout=30)
+
+
+def _append(path: Path, data: bytes, *, to: bytes | None = None) -> None:
+    path.write_bytes((path.read_bytes() if to is None else to) + data)
 
 
 def _write(path: Path, password: str, *, mark: bytes = b"") -> None:
@@ -222,6 +227,34 @@ async def test_a_file_that_is_replaced_while_a_check_waits_decides(users: Path) 
     replaced: list[bool] = []
     with pytest.raises(AuthFailed):
         await PasswordFile(users, queue=Replacing())(Credentials("tom", "secret"))
+
+
+async def test_a_file_that_is_written_again_and_again_holds_no_check_up(users: Path) -> None:
+    """What another user's line says by now has nothing to do with this one."""
+
+    class Writing(CheckQueue):
+        async def run(self, source: object, check: Callable[[], bool]) -> bool:
+            nonlocal checks
+            checks += 1
+            _append(users, b"# %d\n" % checks)
+            return await super().run(source, check)
+
+    checks = 0
+    assert await PasswordFile(users, queue=Writing())(Credentials("tom", "secret")) == User("tom")
+    assert checks == 1
+
+
+async def test_a_file_that_is_just_written_costs_no_user_a_refusal(
+    users: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between open(2) and write(2) it is empty; one that stays so has no users."""
+    file = PasswordFile(users, queue=CheckQueue())
+    _append(users, b"", to=b"")
+    assert await file(Credentials("tom", "secret")) == User("tom")
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    with pytest.raises(AuthFailed):
+        await file(Credentials("tom", "secret"))
 
 
 async def test_a_byte_order_mark_is_no_part_of_the_first_name(users: Path) -> None:
