@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from ipaddress import ip_address
+from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 
 import pytest
@@ -342,15 +342,20 @@ async def test_a_server_that_does_not_answer_is_said_once_and_its_return_too(ser
         assert caplog.text.count("name server 127.0.0.54 answers again") == 1
 
 
-async def test_that_nobody_answers_is_said_once_and_that_they_do_again(server, files, caplog):
+@pytest.mark.parametrize(("address", "name"), [("127.0.0.53", "silent"), ("127.0.0.99", "good")])
+async def test_that_nobody_answers_is_said_once_and_that_they_do_again(server, files, address, name, caplog):
+    """Where somebody is silent, and where nobody listens."""
     caplog.set_level("INFO")
+    write(files["resolv_conf"], f"nameserver {address}\n")
     resolver = DnsResolver(timeout=0.05, **files)
     for number in range(12):
-        with pytest.raises(ResolveTimeout):
-            await resolver.resolve(f"silent{number}.test")
-    assert caplog.text.count("no answer to the last 8 questions from any name server (127.0.0.53)") == 1
-    resolver = DnsResolver(timeout=600, **files)
-    await resolver.resolve("good.test")
+        with pytest.raises(ResolveError):
+            await resolver.resolve(f"{name}{number}.test")
+    assert caplog.text.count(f"no answer to the last 8 questions from any name server ({address})") == 1
+    if address == server.address:
+        resolver._servers._timeout = 60
+        assert (await resolver._servers.ask("good.test", IPv4Address)).addresses == (V4,)
+        assert caplog.text.count("name servers answer again") == 1
 
 
 @pytest.mark.parametrize(

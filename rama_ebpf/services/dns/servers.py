@@ -88,16 +88,21 @@ class NameServers:
                             silent.add(server)  # nobody is there
                         failure = error
         except TimeoutError as error:
-            self._unanswered += 1
-            if self._unanswered == _UNANSWERED:
-                names = ", ".join(map(str, self.servers))
-                log.warning("no answer to the last %d questions from any name server (%s)", _UNANSWERED, names)
+            self._nobody_answered()
             raise ResolveTimeout(f"no answer for {name!r} within {self._timeout:g} s") from error
         finally:
             for task in asked:
                 task.add_done_callback(_look_away)
                 task.cancel()
+        if isinstance(failure, OSError):
+            self._nobody_answered()
         raise ResolveError(f"cannot resolve {name!r}: {failure}", temporary=True)
+
+    def _nobody_answered(self) -> None:
+        self._unanswered += 1
+        if self._unanswered == _UNANSWERED:
+            names = ", ".join(map(str, self.servers))
+            log.warning("no answer to the last %d questions from any name server (%s)", _UNANSWERED, names)
 
     def _answered(self, server: IPAddress, silent: set[IPAddress]) -> None:
         if self._unanswered >= _UNANSWERED:
