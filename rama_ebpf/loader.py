@@ -523,6 +523,10 @@ def unload(instance: Instance) -> None:
         raise InstanceBusy(instance.name, pid, instance.doing(pid))
     end_holders(instance)
     _remove_stale_cgroup(instance)
+    if instance.diversion.exists():
+        from .kernel.diversion import Diversion  # which takes a quarter of a second to import
+
+        Diversion(instance).put(())
     _remove_pins(instance)
     shutil.rmtree(instance.run_dir, ignore_errors=False) if instance.run_dir.is_dir() else None
     guard_registry.sweep(instance)

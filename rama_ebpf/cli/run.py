@@ -270,7 +270,7 @@ def _from_file(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Dae
             at
             for name, listener in config.listeners.items()
             for at in (
-                at_bindings(name, listener.bindings)
+                at_bindings(name, listener.bindings, transparent=listener.transparent)
                 if listener.address is None
                 else (ListenAt(name, listener.address, int(listener.mode, 8), listener.gate == "required"),)
             )

@@ -224,6 +224,9 @@ class ListenerConfig:
     listen: tuple[BindingSet, ...] = setting(
         ListOf(BINDING), "prefixes and ranges of ports to serve, steered by the gate", default=()
     )
+    transparent: bool = setting(
+        BOOLEAN, "with listen: also what is only routed through this host; its routes are made", default=False
+    )
     stack: str = setting(TEXT, "the name of a stack")
     relay: str = setting(choice(*(kind.value for kind in RelayKind)), "how tunnels' bytes move", default="auto")
     lossless: tuple[IPv4Network | IPv6Network, ...] = setting(
@@ -242,6 +245,10 @@ class ListenerConfig:
             raise ValueError('survive is for tunnels of the wire relay: set relay = "wire", or leave it out')
         if (self.address is None) == (not self.listen):
             raise ValueError('write address = "127.0.0.1:1080", or listen = ["198.18.0.0/16:1-65535"]: one of the two')
+        if self.transparent and not self.listen:
+            raise ValueError(
+                'transparent is for what is routed through this host: name it by listen = ["PREFIX:PORTS"]'
+            )
         if self.listen and self.gate == "optional":
             raise ValueError('listen and gate = "optional": nobody but the gate in the kernel serves that')
         if self.listen and self.relay == RelayKind.WIRE.value:

@@ -34,6 +34,7 @@ from . import upkeep
 from .api import ControlApi, feed_rows
 from .audit import Audit
 from .cookies import CookieWatch
+from .divert import Diverter
 from .egress import Egress
 from .enforced import Judge, KernelJudge, StoreJudge
 from .events import EventHub, GateEvents, rule_names
@@ -161,8 +162,18 @@ class _Daemon(WorkerObserver):
         self._cleanup = cleanup
         self._routes = RouteControl(lambda: self._options.params, lambda: self._supervisor.board)
         self._audit = self._make_audit()
+        diverter = Diverter(options.instance)
+        cleanup.callback(lambda: diverter.close() if self._listeners.owns else None)
         self._deployment = Deployment(
-            host, self._listeners, self._egress, self._feeds, thread, self._guard.probe, self._in_force, self._alone
+            host,
+            self._listeners,
+            self._egress,
+            self._feeds,
+            thread,
+            self._guard.probe,
+            self._in_force,
+            self._alone,
+            diverter,
         )
 
     def admit(self, pid: int) -> contextlib.AbstractContextManager[GrantedChild]:

@@ -31,6 +31,7 @@ from .sockets import (
     ListenAt,
     OpenListener,
     SocketSet,
+    answer_from_anywhere,
     bind,
     close_all,
     key_of,
@@ -141,6 +142,9 @@ class Listeners(WorkerObserver):
             for at in wanted:
                 if key_of(at) not in opened:
                     opened[key_of(at)] = self._opened(at, sockets)
+                if at.transparent:
+                    for sock in opened[key_of(at)].sockets:
+                        answer_from_anywhere(sock)
             self._refuse_stolen(wanted)
         except BaseException:
             self.give_up(new)

@@ -16,6 +16,7 @@ from ..policy.refresh import FeedReport, with_feeds
 from ..policy.rule import PolicyError, RuleSet, Settings
 from ..policy.store import PolicyStore
 from ..process import Plan
+from .divert import Diverter
 from .egress import Egress
 from .listeners import Listeners
 from .options import DaemonOptions
@@ -42,6 +43,7 @@ class Deployment:
     probe: Callable[[], Awaitable[None]]
     in_force: Callable[[DaemonOptions], None]
     before_leave: Callable[[], Awaitable[None]]
+    diverter: Diverter
 
     def put_settings(self, options: DaemonOptions) -> None:
         """Have egress policy and the rate of rejects be those of ``options``, on the event loop. Raises PolicyError or
@@ -108,6 +110,8 @@ class ServedRevision:
                     undo.callback(self._put_settings, before, on_loop)
                 self._put_settings(options, on_loop)
                 undo.callback(self._put_policy())
+                undo.callback(to.diverter.put, to.diverter.bindings)
+                to.diverter.put(self._sockets.diverted)
                 on_loop(lambda: to.listeners.switch(self._sockets))
                 undo.pop_all()  # clients meet this revision now: whatever fails from here on, it is the one in force
             self._open(on_loop)

@@ -22,6 +22,7 @@ __all__ = [
     "ListenAt",
     "OpenListener",
     "SocketSet",
+    "answer_from_anywhere",
     "at_bindings",
     "bind",
     "close_all",
@@ -39,13 +40,15 @@ log = logging.getLogger("rama_ebpf")
 class ListenAt:
     """Where to listen, under a name. ``mode`` is that of a Unix socket's file. A TCP listener without ``needs_gate`` is
     served also where the gate does not guard it. With ``bindings``, all of one family, it serves these, and
-    ``endpoint`` is where its sockets are bound, which nobody can connect to."""
+    ``endpoint`` is where its sockets are bound, which nobody can connect to; ``transparent``: also what is only routed
+    through this host."""
 
     name: str
     endpoint: Endpoint
     mode: int = 0o660
     needs_gate: bool = True
     bindings: tuple[Binding, ...] = ()
+    transparent: bool = False
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.bindings)) if self.bindings else str(self.endpoint)
@@ -54,13 +57,13 @@ class ListenAt:
 _HOMES: Final = {version: Endpoint(SocketAddress(ip_address(ip), 0)) for version, ip in ((4, "127.0.0.1"), (6, "::1"))}
 
 
-def at_bindings(name: str, bindings: Iterable[Binding]) -> tuple[ListenAt, ...]:
+def at_bindings(name: str, bindings: Iterable[Binding], *, transparent: bool = False) -> tuple[ListenAt, ...]:
     """Listen at sets of addresses and ports, under one name: one for each family that there is."""
     bindings = tuple(bindings)
     found = []
     for version, home in _HOMES.items():
         if own := tuple(binding for binding in bindings if binding.network.version == version):
-            found.append(ListenAt(name, home, bindings=own))
+            found.append(ListenAt(name, home, bindings=own, transparent=transparent))
     return tuple(found)
 
 
@@ -72,6 +75,8 @@ class OpenListener:
     address: SocketAddress | None
     is_home: bool = False
 
+
+_TRANSPARENT: Final = ((socket.IPPROTO_IP, 19), (socket.IPPROTO_IPV6, 75))
 
 Key = tuple[Endpoint, str]
 """By what the listeners of two revisions are known to be one."""
@@ -115,11 +120,25 @@ class SocketSet:
         return {entry.address: entry.sockets for entry in self.opened.values() if entry.address is not None}
 
     @property
+    def diverted(self) -> tuple[Binding, ...]:
+        """What is to be taken also where it is only routed through this host."""
+        return tuple(binding for at in self.wanted if at.transparent for binding in at.bindings)
+
+    @property
     def bindings(self) -> dict[SocketAddress, tuple[Binding, ...]]:
         """What is served by the sockets at each home."""
         opened = ((self.opened.get(key_of(at)), at.bindings) for at in self.wanted if at.bindings)
         found = ((entry.address, bindings) for entry, bindings in opened if entry is not None)
         return {address: bindings for address, bindings in found if address is not None}
+
+
+def answer_from_anywhere(sock: socket.socket) -> None:
+    """Let a socket have connections at addresses that are not this host's (IP_TRANSPARENT, ip(7)). Raises OSError."""
+    level, option = _TRANSPARENT[sock.family == socket.AF_INET6]
+    try:
+        sock.setsockopt(level, option, 1)
+    except OSError as error:
+        raise OSError(error.errno, f"transparent listeners take CAP_NET_ADMIN: {error.strerror}") from error
 
 
 def bind(address: SocketAddress, count: int, *, shared: bool) -> tuple[socket.socket, ...]:

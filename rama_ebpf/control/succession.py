@@ -211,6 +211,7 @@ def send_estate(channel: ServerChannel, estate: Estate) -> None:
             "endpoint": str(at.endpoint),
             "mode": at.mode,
             "needs_gate": at.needs_gate,
+            "transparent": at.transparent,
             "bindings": [[str(one.network), one.first, one.last, one.implied] for one in at.bindings],
         }
         channel.send([sock.fileno() for sock in listener.sockets], listener=row)
@@ -252,7 +253,12 @@ def receive_estate(channel: ServerChannel, timeout: float) -> Estate:
             if what == "listener":
                 bindings = (Binding(ip_network(network), *rest) for network, *rest in value.get("bindings", ()))
                 at = ListenAt(
-                    value["name"], Endpoint.of(value["endpoint"]), value["mode"], value["needs_gate"], tuple(bindings)
+                    value["name"],
+                    Endpoint.of(value["endpoint"]),
+                    value["mode"],
+                    value["needs_gate"],
+                    tuple(bindings),
+                    value.get("transparent", False),
                 )
                 listeners.append(HandedListener(at, tuple(socket.socket(fileno=fd) for fd in fds)))
             elif what == "senior":

@@ -132,6 +132,11 @@ class Instance:
         return self.run_dir.parent / "relay-selftest.json"
 
     @property
+    def diversion(self) -> Path:
+        """The file that is there while there may be rules and routes of :mod:`.diversion`."""
+        return self.run_dir / "diversion"
+
+    @property
     def control_socket(self) -> Path:
         return self.run_dir / "control.sock"
 
