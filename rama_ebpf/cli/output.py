@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-__all__ = ["ENVIRONMENT", "NO", "OK", "USAGE", "duration", "print_json", "table"]
+__all__ = ["ENVIRONMENT", "NO", "OK", "USAGE", "duration", "print_json", "table", "working"]
 
 OK: Final = 0
 NO: Final = 1
@@ -18,6 +22,29 @@ ENVIRONMENT: Final = 3
 def print_json(value: object) -> None:
     """Print one JSON document."""
     print(json.dumps(value, indent=2, sort_keys=False))
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Tell who sits at a terminal, on standard error, that something takes longer than a second, and for how long."""
+    done, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(1.0):
+            print(f"\r{what}: {time.monotonic() - began:.0f} s", end="", file=sys.stderr, flush=True)
+
+    if not sys.stderr.isatty():
+        yield
+        return
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+        if time.monotonic() - began >= 1.0:
+            print(file=sys.stderr)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

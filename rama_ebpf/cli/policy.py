@@ -9,6 +9,7 @@ from typing import cast
 
 from ..control import socket as control
 from ..control.api import Json
+from ..control.listing import SORTS
 from ..control.reach import call
 from ..core.address import Authority
 from ..kernel.instance import Instance
@@ -43,7 +44,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
     unblock = command("unblock", "take back a block, an allow or a ban of exactly this source", _unblock)
     unblock.add_argument("source", metavar="CIDR")
     unblock.add_argument("--port", type=int, metavar="PORT", help="as it was given when it was blocked")
-    command("list", "show everything in force, with counters", _list)
+    listing = command("list", "show everything in force, with counters", _list)
+    listing.add_argument("--rule", metavar="PATTERN", help="rules of these names alone: * and ? stand for any letters")
+    listing.add_argument("--source", metavar="CIDR", help="what is about this address or network alone")
+    listing.add_argument("--sort", choices=SORTS, help="most hits first, for example")
+    listing.add_argument("--limit", type=int, metavar="N", help="at most N rules, and N bans")
     test = command("test", "say what would be decided for a client", _test)
     test.add_argument(
         "target", metavar="ADDR[:PORT]", help="the client's address, and the listener's port (default: each listener's)"
@@ -110,7 +115,8 @@ def _unblock(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    result = call(args.instance, "list", {})
+    picked = {"rule": args.rule, "source": args.source, "sort": args.sort, "limit": args.limit}
+    result = call(args.instance, "list", picked)
     if args.json:
         print_json(result)
         return OK
@@ -131,6 +137,8 @@ def _list(args: argparse.Namespace) -> int:
         rows.append((shown, rule["port"] or "any", action, hits, left, rule["name"], rule["reason"]))
     if rows:
         print(table(("SOURCE", "PORT", "ACTION", "HITS", "EXPIRES", "RULE", "REASON"), rows))
+    if (more := cast("int", result["matched"]) - len(rows)) > 0:
+        print(f"and {more} rules more")
     if bans:
         banned = [(b["address"], b["action"], b["hits"], duration(b["expires_in"]), b["reason"]) for b in bans]
         print(table(("BANNED", "ACTION", "HITS", "EXPIRES", "REASON"), banned))

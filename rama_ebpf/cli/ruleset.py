@@ -12,7 +12,7 @@ from typing import Final, cast
 
 from ..control.api import Json
 from ..policy.rule import PolicyError, parse_ttl
-from .output import NO, OK, duration, print_json, table
+from .output import NO, OK, duration, print_json, table, working
 from .policy import call, show_verdict, split_target
 from .said import outcome_of_set
 
@@ -67,7 +67,8 @@ def _load(args: argparse.Namespace) -> int:
     within = None if args.confirm_timeout is None else parse_ttl(args.confirm_timeout) / 1e9
     params: Json = {"path": os.path.abspath(args.file), "revision": args.revision, "confirm_within": within}
     params |= {"yes": args.yes, "operators": logged_in_from()}
-    result = call(args.instance, "load", params)
+    with working("reading feeds and compiling"):
+        result = call(args.instance, "load", params)
     done = f"loaded {result['rules']} rules with {result['prefixes']} prefixes: revision {result['revision']}"
     words, code = outcome_of_set(done, result)
     if args.json:
@@ -75,6 +76,8 @@ def _load(args: argparse.Namespace) -> int:
         return code
     print(words)
     _show_replay(result, ("turns away", "lets in"))
+    for futile in cast("list[str]", result["futile"]):
+        print(futile)
     _show_feeds(result)
     for row in cast("list[Json]", result["overlaps"]):
         print(f"{row['rule']}: {row['networks']} networks are in {row['inside']} too")

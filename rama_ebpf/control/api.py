@@ -21,6 +21,7 @@ from ..core.address import IPAddress, unmap
 from ..policy.difference import difference
 from ..policy.feed import overlapping, parse_feed
 from ..policy.feed_store import FeedStore
+from ..policy.futile import futile_rules
 from ..policy.kernel_store import KernelStore
 from ..policy.prefixes import Prefixes
 from ..policy.refresh import FeedReport, Refresher, with_feeds
@@ -40,6 +41,7 @@ from ..policy.rule import (
 from ..policy.store import PolicyStore
 from ..policy.stored import RuleRecord, StoredRule
 from .enforced import Decision, InForce, Judge, StoreJudge, carry_out, enforcement, targets, unheard
+from .listing import Selection
 from .replaying import CutBound, Replaying, span_of
 
 __all__ = ["ControlApi", "Json", "feed_rows"]
@@ -280,6 +282,7 @@ class ControlApi:
         if within is None and not params.get("yes"):
             within = self._replaying.hold_up(compiled, replayed, _texts(params, "operators"), bound)
         told = self._replaying.told(replayed)  # it asks the kernel: afterwards an error would be wrong
+        futile = futile_rules(compiled, self._store.failsafe())
         token, origin = self._store.set_token(), _text(params, "path")
         new = carry_out(
             lambda: self._store.replace(
@@ -298,6 +301,7 @@ class ControlApi:
             "rules": len(ruleset.rules),
             "prefixes": sum(len(rule.sources) for rule in ruleset.rules),
             "confirm_within": within,
+            "futile": futile,
             "replay": told,
             "feeds": [_feed_report(report) for report in reports],
             "overlaps": [{"rule": one, "inside": other, "networks": count} for one, other, count in overlaps],
@@ -368,10 +372,12 @@ class ControlApi:
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    def list(self, _params: Mapping[str, object]) -> Json:
-        """Return everything in force."""
+    def list(self, params: Mapping[str, object]) -> Json:
+        """Return everything in force, or what :class:`.listing.Selection` picks of it."""
+        selection = Selection.of(params)
         store = self._store
         settings = store.settings()
+        rules, matched = selection.rules(store.records())
         return {
             "store": store.kind,
             "revision": store.revision,
@@ -379,14 +385,18 @@ class ControlApi:
             "default": settings.default.name.lower(),
             "confirm_within": None if store.pending is None else _seconds_left(store.pending),
             "failsafe": [str(network) for network in store.failsafe()],
-            "rules": [self._record(record) for record in store.records()],
-            **self.bans({}),
+            "rules": [self._record(record) for record in rules],
+            "matched": matched,
+            "bans": [self._ban(ban) for ban in selection.bans(self._bans_in_force())],
         }
 
     def bans(self, _params: Mapping[str, object]) -> Json:
         """Return the bans in force."""
+        return {"bans": [self._ban(ban) for ban in self._bans_in_force()]}
+
+    def _bans_in_force(self) -> builtins.list[Ban]:
         now = boottime_ns()
-        return {"bans": [self._ban(ban) for ban in self._store.bans() if ban.expires is None or now < ban.expires]}
+        return [ban for ban in self._store.bans() if ban.expires is None or now < ban.expires]
 
     def test(self, params: Mapping[str, object]) -> Json:
         """Say what is decided for a connection from ``source`` to ``port``, or without one to each listener."""
