@@ -335,11 +335,13 @@ def test_no_block_is_lost_when_four_processes_block_at_once(policy: Policy) -> N
 
 def test_the_example_of_the_documentation_is_a_policy_file(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
-    (example,) = re.findall(r"^```toml\n(.*?)^```", text, flags=re.M | re.S)
+    example, by_origin = re.findall(r"^```toml\n(.*?)^```", text, flags=re.M | re.S)
     (tmp_path / "policy.toml").write_text(example)
     ruleset = load_policy(tmp_path / "policy.toml").ruleset(Settings())
     assert [rule.name for rule in ruleset.rules] == ["office", "listed"]
     assert ruleset.settings == Settings(Action.DROP, SynLimit(10, 20))
+    (tmp_path / "policy.toml").write_text(by_origin)
+    assert [rule.feed is not None for rule in load_policy(tmp_path / "policy.toml").rules] == [True, True]
 
 
 # -- feeds ------------------------------------------------------------------------------------------------------------
