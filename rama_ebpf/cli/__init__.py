@@ -36,6 +36,7 @@ _GROUPS: Final = {
     "events": ("events",),
     "doctor": ("doctor",),
     "guard": ("guard",),
+    "complete": ("complete",),
 }
 """The modules and their commands. Only the module of the given command is imported: some bring in half the package."""
 
@@ -72,6 +73,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for group in _groups(argv):
         importlib.import_module(f"{__name__}.{group}").register(commands, shared)
+    parser.set_defaults(whole=lambda: _parser([]))
     return parser
 
 
