@@ -120,7 +120,8 @@ class RouteTable:
             for port in range(first, last + 1):
                 self._ports[port] = self._ports.get(port, 0) | bit
         self._asks = self._asks_client or self._asks_name or self._asks_user or self._asks_listener or self._asks_port
-        self._asks = self._asks or self._resolving != 0 or any_protocol != every
+        self._asks_protocol = any_protocol != every
+        self._asks = self._asks or self._resolving != 0 or self._asks_protocol
         self._first_any = (any_target & -any_target).bit_length() - 1
         # The last one is found where nothing matches.
         self._decisions = (
@@ -129,6 +130,28 @@ class RouteTable:
         )
         known: dict[int, int] = {}
         self._ports = {port: known.setdefault(bits, bits) for port, bits in self._ports.items()}
+
+    @property
+    def asks_protocol(self) -> bool:
+        """Whether it matters how a client asks; likewise for what follows."""
+        return self._asks_protocol
+
+    @property
+    def asks_user(self) -> bool:
+        return self._asks_user
+
+    @property
+    def asks_listener(self) -> bool:
+        return self._asks_listener
+
+    @property
+    def asks_client(self) -> bool:
+        return self._asks_client
+
+    @property
+    def asks_name(self) -> bool:
+        """The server name."""
+        return self._asks_name
 
     def _around(self, question: Question) -> int:
         """The routes for which all holds but the target."""

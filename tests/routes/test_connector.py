@@ -612,3 +612,11 @@ def test_url_of_a_parent_that_is_wrong_is_refused_without_its_password():
             parse_parent(url)
         assert "s3cret" not in str(caught.value)
     assert parse_parent("socks5://tom:%40@h").credentials == Credentials("tom", "@")
+
+
+async def test_way_is_noted_once_however_often_it_is_tried(serve):
+    connector, extensions = routed({"it": parent_of(await serve(close))}), Extensions()
+    for _ in range(3):
+        with pytest.raises(WayFailed):
+            await connector(Target(TARGET.host, TARGET.port, extensions))
+    assert [note.key for note in extensions.all(Note)] == ["route", "way"]

@@ -35,7 +35,7 @@ from ..tls import ClientTls
 from .failure import Budget, Start, WayFailed, race
 from .hop import pass_hop, secure
 from .private import judge_beyond
-from .question import is_local_name, key_of, literal_of, question_of
+from .question import brief_question_of, is_local_name, key_of, literal_of, question_of
 from .sources import FamilyEgress, Sources
 
 __all__ = ["RouteConnector"]
@@ -49,8 +49,16 @@ _ELSEWHERE: Final = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENE
 
 
 def _note(extensions: Extensions, route: str, way: str) -> None:
-    extensions.add(Note("route", route))
-    extensions.add(Note("way", way))
+    """Say it once, however often it is tried again."""
+    said = list(extensions.all(Note))
+    for note in _notes(route, way):
+        if note not in said:
+            extensions.add(note)
+
+
+@functools.lru_cache(4096)
+def _notes(route: str, way: str) -> tuple[Note, Note]:
+    return Note("route", route), Note("way", way)
 
 
 class RouteConnector:
@@ -187,11 +195,13 @@ class RouteConnector:
         """Return the direct way of a target that is an address; None for everything else."""
         if target.ip is None:
             return None
-        question = question_of(target, extensions)
+        question = brief_question_of(target, extensions, self.table)
         decision = self.decide(question)
         direct = self._direct.get(decision.way)
         if direct is None or decision.asks or (decision.way != "direct" and self.board.read(decision.way).drained):
             return None
+        if direct.way.key is not None:
+            question = question_of(target, extensions)
         return direct, decision, question
 
     def begins(self, target: Authority, extensions: Extensions | None = None) -> bool:
@@ -205,7 +215,10 @@ class RouteConnector:
             return None
         direct, decision, question = found
         if extensions is not None:
-            _note(extensions, decision.name, decision.way)
+            for note in _notes(decision.name, decision.way):
+                extensions.add(note)
+        if direct.plain:
+            return self._base.begin(target)
         return direct.connector(self._key(direct.way, question, extensions)).begin(target)
 
     async def finish(self, target: Authority, dialling: Dialling) -> SocketStream:

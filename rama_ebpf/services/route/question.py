@@ -13,12 +13,12 @@ from ...core.extensions import Extensions
 from ...core.request_log import RouteName
 from ...routes.hosts import canonical_host
 from ...routes.model import Key, Protocol
-from ...routes.table import Question
+from ...routes.table import Question, RouteTable
 from ..socks5.machine import Request as SocksRequest
 from ..socks5.wire import Command
 from ..tls.client_hello import ClientHello
 
-__all__ = ["is_local_name", "key_of", "literal_of", "protocol_of", "question_of"]
+__all__ = ["brief_question_of", "is_local_name", "key_of", "literal_of", "protocol_of", "question_of"]
 
 _COMMANDS = {Command.CONNECT: Protocol.SOCKS, Command.BIND: Protocol.BIND, Command.UDP_ASSOCIATE: Protocol.UDP}
 _HTTP = {"connect": Protocol.CONNECT, "forward": Protocol.HTTP}
@@ -72,6 +72,30 @@ def question_of(target: Authority, extensions: Extensions | None) -> Question:
         listener.name if isinstance(listener, ListenerName) else None,
         client.address.ip if isinstance(client, ClientAddress) else None,
         hello.server_name if isinstance(hello, ClientHello) else None,
+    )
+
+
+def brief_question_of(target: Authority, extensions: Extensions | None, table: RouteTable) -> Question:
+    """Return what ``table`` asks of a target that is an address, and no more: for callbacks."""
+    ip = target.ip
+    assert ip is not None
+    if ip.version == 6:
+        ip = unmap(ip)
+    if extensions is None:
+        return Question(target.port, None, ip)
+    user = extensions.get(User) if table.asks_user else None
+    listener = extensions.get(ListenerName) if table.asks_listener else None
+    client = extensions.get(ClientAddress) if table.asks_client else None
+    hello = extensions.get(ClientHello) if table.asks_name else None
+    return Question(
+        target.port,
+        None,
+        ip,
+        protocol_of(extensions.latest()) if table.asks_protocol else Protocol.FORWARD,
+        None if user is None else user.name,
+        None if listener is None else listener.name,
+        None if client is None else client.address.ip,
+        None if hello is None else hello.server_name,
     )
 
 
