@@ -20,8 +20,8 @@ from rama_ebpf.core.address import SocketAddress
 from rama_ebpf.kernel import bpffs
 from rama_ebpf.kernel.gate_maps import GateMaps, MapSizes
 from rama_ebpf.kernel.instance import Instance
+from rama_ebpf.policy.changes import Changes
 from rama_ebpf.policy.derived import DerivedState
-from rama_ebpf.policy.kernel_store import KernelStore
 from rama_ebpf.policy.rule import Action, Stage, Verdict, parse_network
 from rama_ebpf.policy.stored import StoredRule
 
@@ -187,7 +187,7 @@ def test_a_failure_after_the_change_is_in_force_says_so(scene: Scene, monkeypatc
     def full(*_args: object, **_told: object) -> None:
         raise OSError(errno.ENOMEM, "no memory")
 
-    monkeypatch.setattr(KernelStore, "_note", full)
+    monkeypatch.setattr(Changes, "note", full)
     code, out, err = in_this_process(scene, "block", scene.client.ipv4)
     assert (code, out) == (3, "")
     assert "in force, but" in err
