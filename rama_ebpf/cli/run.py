@@ -244,7 +244,7 @@ def _password_file(args: argparse.Namespace) -> str:
 
 
 _BESIDE_A_FILE = frozenset(
-    {"command", "config", "instance", "json", "kernel_headers", "main", "no_sandbox", "require_sandbox"}
+    {"command", "config", "instance", "json", "kernel_headers", "main", "no_sandbox", "require_sandbox", "whole"}
 )
 
 

