@@ -101,7 +101,7 @@ def test_restart_with_a_descriptor_store_refuses_nobody(
             wait_for(lambda: served.served > 20, what="clients before the restart")
             proxy.signal(signal.SIGTERM)
             assert proxy.wait() == 0
-            assert len(manager.store) == 1
+            wait_for(lambda: len(manager.store) == 1, what="what the manager has heard")
             tries = denied.tries
             wait_for(lambda: denied.tries > tries + 5, what="tries while no server runs")
             manager.launches(proxy)
