@@ -27,6 +27,7 @@ from rama_ebpf.loader import unload
 from .lab import Host, Lab, wait_for
 from .proxy import ProxyProcess
 from .relay.flows import expected
+from .relay.test_survive import exactly
 
 CONFIG = """
 [server]
@@ -194,13 +195,13 @@ class Servers:
         client = self.client.connect(host.ipv4, 1080)
         name, port = self.listener.getsockname()
         client.sendall(b"\5\1\0\5\1\0\1" + socket.inet_aton(name) + port.to_bytes(2, "big"))
-        assert client.recv(12, socket.MSG_WAITALL)[3] == 0
+        assert exactly(client, 12)[3] == 0
         target, _ = self.listener.accept()
         target.settimeout(10)
         for source, sink in ((client, target), (target, client)):
             source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             source.sendall(b"a word")
-            assert sink.recv(6, socket.MSG_WAITALL) == b"a word"
+            assert exactly(sink, 6) == b"a word"
         return client, target
 
     def kill(self) -> None:
