@@ -101,7 +101,7 @@ class Traffic(threading.Thread):
         self.ends: list[End] = []
         self._epoll = select.epoll()
         self._by_fd: dict[int, End] = {}
-        self._stop = threading.Event()
+        self._halted = threading.Event()
         for number, pair in enumerate(tunnels):
             one, other = (End(sock, f"tunnel {number} {side}") for sock, side in zip(pair, "<>", strict=True))
             one.other, other.other = other, one
@@ -115,7 +115,7 @@ class Traffic(threading.Thread):
     def run(self) -> None:
         for end in self.busy:
             end.speak()
-        while not self._stop.is_set():
+        while not self._halted.is_set():
             for fd, _ in self._epoll.poll(0.1, 512):
                 end = self._by_fd[fd]
                 end.listen()
@@ -125,7 +125,7 @@ class Traffic(threading.Thread):
                     end.other.speak()
 
     def halt(self) -> None:
-        self._stop.set()
+        self._halted.set()
         self.join()
 
     def turn(self) -> None:
