@@ -137,14 +137,17 @@ class BanBook:
         """Put an operator's bans into force that differ from ``model`` by their source alone, and on disk: all or none.
         Raises OSError, or :class:`.rule.PolicyError` where there is no room."""
         block = BanBlock.alike(sources, model)
-        former = self._bans.replace_all(block)
+        former, gone = self._bans.replace_all(block)
         try:
             if self._log is not None:
+                self._log.lifted([other.network for other in gone])
                 self._log.banned_alike(sources, model)
         except OSError:
-            self._bans.put_back_all(block, former)
+            self._bans.put_back_all(block, former, gone)
+            self._unwritten.update((other.network, other) for other in gone)
             raise
         self._forget_unwritten(sources)
+        self._say(gone)
 
     def lift_all(self, sources: Prefixes) -> int:
         """Lift many, on disk first; return how many there were. Raises OSError; nothing is changed then."""

@@ -172,7 +172,7 @@ class Bans:
             except TableFull as error:
                 raise self._tables.too_many_bans(ban.network) from error
 
-    def _put_back(self, gone: list[Ban]) -> None:
+    def _put_back(self, gone: Sequence[Ban]) -> None:
         """Have those in force again that went for one that could not be made."""
         for ban in gone:
             try:
@@ -204,23 +204,41 @@ class Bans:
             self._count(block.cut(0, done).automatic() - automatic, changes=0)
         return done
 
-    def replace_all(self, block: BanBlock) -> list[bytes | None]:
-        """Put an operator's many into force, in place of those that are there; return these, None where there is none.
-        Raises :class:`.rule.PolicyError` where there is no room; nothing is changed then."""
+    def replace_all(self, block: BanBlock) -> tuple[list[bytes | None], list[Ban]]:
+        """Put an operator's many into force, in place of those that are there; return these, None where there is none,
+        and those of services that had to go for them. Raises :class:`.rule.PolicyError` where there is no room; nothing
+        is changed then."""
         former = self._values(block.each_key())
+        gone: list[Ban] = []
         self._expect_all(block)
         # Before they are in force, as :meth:`put` counts one.
         self._count(-sum(value is not None and is_automatic(value) for value in former))
         done = self._table.put_all(block)
         self._next.forget()
-        if done < len(block) and self._forget_ended():
-            done += self._table.put_all(block.cut(done, len(block)))
         if done < len(block):
-            self.put_back_all(block, former)
-            raise self._tables.too_many_bans(block.network(done))
-        return former
+            try:
+                self._put_with_room_for_all(block.cut(done, len(block)), gone)
+            except (PolicyError, OSError):
+                self.put_back_all(block, former, gone)
+                raise
+        return former, gone
 
-    def put_back_all(self, block: BanBlock, former: Sequence[bytes | None]) -> None:
+    def _put_with_room_for_all(self, block: BanBlock, gone: list[Ban]) -> None:
+        """Put an operator's many into a table that is full."""
+        missing = []
+        for key, value in block.rows():
+            if self._table.get(key) is None:
+                missing.append((key, value))
+            else:
+                self._table.put(key, value)  # first, so that none of these makes room for another
+        if self._forget_ended():
+            missing = missing[self._table.put_all(BanBlock.of(missing)) :]
+        if len(missing) > self._table.tally().automatic:  # nobody gets in for what cannot be
+            raise self._tables.too_many_bans(BanBlock.of(missing).network(0))
+        for key, value in missing:
+            self._put_with_room(read_ban(key, value), key, value, gone)
+
+    def put_back_all(self, block: BanBlock, former: Sequence[bytes | None], gone: Sequence[Ban]) -> None:
         """Have in force again what was so before :meth:`replace_all`."""
         self._count(sum(value is not None and is_automatic(value) for value in former))
         for key, value in zip(block.each_key(), former, strict=True):
@@ -228,6 +246,7 @@ class Bans:
                 self._table.drop(key)
             else:
                 self._table.put(key, value)
+        self._put_back(gone)
 
     def drop_all(self, keys: Sequence[bytes]) -> int:
         """Lift the bans of these keys; return how many."""

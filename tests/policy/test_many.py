@@ -108,6 +108,34 @@ def test_more_than_there_is_room_for_changes_nothing(store: PolicyStore, tmp_pat
     assert (store.revision, (tmp_path / "rules").read_bytes()) == (revision, rows)
 
 
+def test_many_bans_of_an_operator_take_the_place_of_services(store: PolicyStore, tmp_path: Path) -> None:
+    for number in range(60):  # of which as many stay as services may have
+        store.ban(ip_address(0xC6120000 + number), ttl=(number + 1) * 3600, automatic=True)
+    for number in range(4):
+        store.ban(ip_address(0xC6130000 + number))
+    services = [f"198.18.0.{number}" for number in range(4, 60)]
+    assert sorted(ban.source for ban in store.bans() if ban.automatic) == sorted(services)
+
+    # Two that services have banned, so that no room is needed, and 10 where there is room for 4.
+    store.ban_many(Prefixes.of(["198.18.0.4", "198.18.0.59", *(f"192.0.2.{number}" for number in range(1, 11))]))
+    automatic = sorted(ban.source for ban in store.bans() if ban.automatic)
+    assert automatic == sorted(f"198.18.0.{number}" for number in range(11, 59))
+    assert len(store.bans()) == 64
+    assert decided(store, "192.0.2.10") == decided(store, "198.18.0.4") == "drop by ban"
+    before = store.bans()
+    with pytest.raises(PolicyError, match="already"):
+        store.ban_many(Prefixes.of(ip_network((0xC0000300 + n, 32)) for n in range(49)))
+    assert {ban.source for ban in store.bans()} == {ban.source for ban in before}
+    again = LocalStore(max_entries=4095, max_bans=64)
+    again.remember_in(tmp_path)
+    assert again.restore_bans() == 64
+    assert {ban.source for ban in again.bans()} == {ban.source for ban in before}
+    # A service's next ban takes the place of another one's, as the count of them says.
+    store.ban(ip_address("192.0.2.99"), automatic=True)
+    assert len(store.bans()) == 64
+    assert decided(store, "192.0.2.99") == "drop by ban"
+
+
 def test_disk_that_refuses_leaves_all_as_it_was(store: PolicyStore, tmp_path: Path) -> None:
     store.add(Rule("before", (SOURCES[0],), Action.ALLOW))
     store.ban(ip_address("192.0.2.7"), reason="before")
