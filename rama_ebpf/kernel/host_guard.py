@@ -103,6 +103,11 @@ class HostGuard:
                     raise
                 raise ValueError(f"a guard has at most {MAX_GUARDED} addresses") from error
 
+    @property
+    def verified_insns(self) -> int:
+        """How many instructions the kernel's verifier walked."""
+        return bpf.prog_info(self._program).verified_insns
+
     def close(self) -> None:
         """Detach it: the listeners are as they were."""
         if self._link is not None:

@@ -12,6 +12,8 @@ import pytest
 
 from rama_ebpf import loader
 from rama_ebpf.kernel import abi, bpf
+from rama_ebpf.kernel.gate_maps import GateMaps
+from rama_ebpf.kernel.host_guard import GUARD_PROGRAM, HostGuard
 from rama_ebpf.kernel.instance import Instance
 from rama_ebpf.kernel.splice import SpliceMaps
 from rama_ebpf.kernel.wire import WireMaps
@@ -53,6 +55,14 @@ def _wire() -> dict[str, int]:
         maps.close()
 
 
+def _guard(maps: GateMaps) -> dict[str, int]:
+    guard = HostGuard(maps)
+    try:
+        return {GUARD_PROGRAM.name: guard.verified_insns}
+    finally:
+        guard.close()
+
+
 def test_every_program_passes_the_verifier_with_room_to_spare(
     instance: str, record_property: Callable[[str, object], None]
 ) -> None:
@@ -60,7 +70,8 @@ def test_every_program_passes_the_verifier_with_room_to_spare(
     place.run_dir.mkdir(parents=True)
     gate = loader.load(place, xdp=True, syn_cookies=True)
     try:
-        walked = {name: bpf.prog_info(fd).verified_insns for name, fd in gate.programs.items()} | _relay() | _wire()
+        walked = {name: bpf.prog_info(fd).verified_insns for name, fd in gate.programs.items()}
+        walked |= _guard(gate.maps) | _relay() | _wire()
     finally:
         gate.close()
     for name, count in walked.items():
