@@ -43,8 +43,7 @@ def encode(ruleset: RuleSet) -> bytes:
                 "limit": _limit(rule.limit),
                 "reason": rule.reason,
                 "origin": rule.origin,
-                "at": rule.at,
-                "feed": None if rule.feed is None else dataclasses.asdict(rule.feed),
+                "feed": None if rule.feed is None else _said(rule.feed),
                 "counts": [len(v4), len(v6)],
             }
         )
@@ -56,9 +55,20 @@ def encode(ruleset: RuleSet) -> bytes:
         "default": settings.default.name,
         "per_source": _limit(settings.per_source),
         "overall": _limit(settings.overall),
+        "places": [rule.at for rule in ruleset.rules],
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     return _HEADER.pack(len(text)) + text + b"".join(blocks)
+
+
+def _said(feed: Feed) -> dict[str, object]:
+    """What of a feed differs from where nothing is said: a version that does not know an option reads the set as long
+    as nobody uses it, and refuses it else."""
+    return {
+        one.name: getattr(feed, one.name)
+        for one in dataclasses.fields(feed)
+        if getattr(feed, one.name) != one.default  # MISSING, which nothing equals, where it has to be said
+    }
 
 
 def decode(data: bytes) -> RuleSet:
@@ -68,7 +78,8 @@ def decode(data: bytes) -> RuleSet:
         at = _HEADER.size + size
         header = json.loads(data[_HEADER.size : at])
         rules = []
-        for row in header["rules"]:
+        places = header.get("places", [""] * len(header["rules"]))  # none before layout 5
+        for row, place in zip(header["rules"], places, strict=True):
             count4, count6 = row.pop("counts")
             v4 = array("Q")
             v4.frombytes(data[at : at + 8 * count4])
@@ -78,7 +89,7 @@ def decode(data: bytes) -> RuleSet:
             row["action"] = Action[row["action"]]
             row["limit"] = _to_limit(row["limit"])
             row["feed"] = None if row["feed"] is None else Feed(**row["feed"])
-            rules.append(Rule(sources=Prefixes.from_sorted(v4, v6), **row))
+            rules.append(Rule(sources=Prefixes.from_sorted(v4, v6), at=place, **row))
         settings = Settings(Action[header["default"]], _to_limit(header["per_source"]), _to_limit(header["overall"]))
     except (struct.error, KeyError, TypeError, ValueError) as error:
         raise PolicyError(f"not an encoded rule set: {error}") from error
