@@ -150,6 +150,9 @@ def judge(error: BaseException) -> Judgement | None:
 _STUN_COOKIE: Final = b"\x21\x12\xa4\x42"
 _HTTP_METHODS: Final = (b"GET", b"POST", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"CONNECT", b"PRI", b"TRACE")
 
+_HTTP_VERSIONS: Final = (b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0")
+_LONGEST_LINE: Final = 4096
+
 _FIRST_BYTES: Final = frozenset({method[0] for method in _HTTP_METHODS} | {0x16} | set(range(6)))
 """Of HTTP, TLS, STUN and SOCKS: most garbage begins with none of them."""
 _MOST_METHODS: Final = 9
@@ -165,7 +168,9 @@ def speaks_another_protocol(data: bytes) -> bool:
     if start and start[0] not in _FIRST_BYTES:
         return False
     if any(start.startswith(method) or method.startswith(start) for method in _HTTP_METHODS):
-        return True
+        line, ended, _ = bytes(data[:_LONGEST_LINE]).partition(b"\n")
+        version = line.rstrip(b"\r").rpartition(b" ")[2]
+        return not ended or not version.startswith(b"HTTP/") or version in _HTTP_VERSIONS
     if b"\x16\x03".startswith(start[:2]):
         return True
     if start[:1] in (b"\4", b"\5"):  # RFC 1928 section 3: how many methods; SOCKS4: CONNECT or BIND

@@ -266,3 +266,12 @@ def test_noise_is_of_no_other_protocol() -> None:
     assert not speaks_another_protocol(b"\xff\xff\xff\xff")
     assert not speaks_another_protocol(b"\x00" * 8)
     assert not speaks_another_protocol(b"SSH-2.0-x")
+    assert not speaks_another_protocol(b"GET / HTTP/9\r\n\r\n")
+    assert not speaks_another_protocol(b"GET / HTTP/\n")
+
+
+@pytest.mark.parametrize(
+    "line", [b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.0\n", b"PRI * HTTP/2.0\r\n", b"GET / HTTP/9", b"GET /\r\n"]
+)
+def test_what_may_be_a_browser_s_is_another_protocol(line: bytes) -> None:
+    assert speaks_another_protocol(line)
