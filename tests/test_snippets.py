@@ -17,7 +17,7 @@ from rama_ebpf.kernel.instance import Instance
 from .lab import Lab
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/index.md", "docs/gate.md", "docs/howto.md")
+PAGES = ("README.md", "docs/index.md", "docs/gate.md", "docs/howto.md", "docs/lab.md")
 BLOCKS = [
     pytest.param(block, id=f"{page}-{number}")
     for page in PAGES

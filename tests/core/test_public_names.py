@@ -25,6 +25,9 @@ PUBLIC = {
         "UnixConnector UserEgressLayer UserLimits bind_tcp bind_udp bind_unix is_http is_socks is_tls mixed_proxy "
         "parse_chain parse_hop"
     ),
+    "rama_ebpf.testing": (
+        "Capture Dialled GateLab Host Lab MemoryStream Peer Segment Served Targets gate_lab serve stream_pair"
+    ),
 }
 
 
