@@ -23,6 +23,7 @@ __all__ = ["main"]
 
 _GROUPS: Final = {
     "run": ("run",),
+    "init": ("init",),
     "config": ("check", "config", "passwd"),
     "policy": ("block", "allow", "unblock", "list", "test"),
     "ruleset": ("policy",),

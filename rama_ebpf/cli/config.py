@@ -20,7 +20,7 @@ from ..kernel.own_addresses import own_addresses
 from ..layers.auth import hash_password
 from .output import OK, USAGE, print_json
 
-__all__ = ["register"]
+__all__ = ["examine", "register"]
 
 _DEFAULT_FILE = "rama.toml"
 
@@ -45,7 +45,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
 
 def _check(args: argparse.Namespace) -> int:
     try:
-        config = load_config(args.file, compile_rules=True)
+        config, warnings = examine(args.file, args.instance)
     except ConfigError as error:
         if args.json:
             rows = [{"line": m.line, "setting": m.where, "text": m.text} for m in error.mistakes]
@@ -53,7 +53,6 @@ def _check(args: argparse.Namespace) -> int:
         else:
             print(error, file=sys.stderr)
         return USAGE
-    warnings = [*exposures(config, args.file), *_taken(args.instance, config)]
     if args.json:
         print_json({"file": str(args.file), "mistakes": [], "warnings": warnings})
     else:
@@ -62,6 +61,12 @@ def _check(args: argparse.Namespace) -> int:
         listeners = ", ".join(f"{name} on {listener}" for name, listener in config.listeners.items())
         print(f"{args.file}: good: {listeners}")
     return OK
+
+
+def examine(file: Path, instance: Instance) -> tuple[Config, list[str]]:
+    """Read and check a file as ``check`` does; return also what it warns of. Raises :class:`ConfigError`."""
+    config = load_config(file, compile_rules=True)
+    return config, [*exposures(config, file), *_taken(instance, config)]
 
 
 def _taken(instance: Instance, config: Config) -> list[str]:
