@@ -114,7 +114,9 @@ def _test(args: argparse.Namespace) -> int:
         book = make_routes(config.routes, config.ways)
         if book is None:
             raise ValueError(f"{args.config} has no [[routes]]")
-        result = cast("dict[str, Any]", explained_route(book, None, bytes(32), params, {}, args.config))
+        result = cast(
+            "dict[str, Any]", explained_route(book, None, bytes(32), params, {}, args.config, config.egress.policy())
+        )
     if args.json:
         print_json(result)
     else:

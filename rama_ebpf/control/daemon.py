@@ -160,7 +160,11 @@ class _Daemon(WorkerObserver):
         self._events = EventHub() if host.gate is None else GateEvents(host.gate.maps, rule_names(host.store)).hub
         self._refusals = RefusalBook()
         self._cleanup = cleanup
-        self._routes = RouteControl(lambda: self._options.params, lambda: self._supervisor.board)
+        self._routes = RouteControl(
+            lambda: self._options.params,
+            lambda: self._supervisor.board,
+            lambda: self._why().egress(self._server_side()),
+        )
         self._audit = self._make_audit()
         diverter = Diverter(options.instance)
         cleanup.callback(lambda: diverter.close() if self._listeners.owns else None)
@@ -414,15 +418,17 @@ class _Daemon(WorkerObserver):
         finally:
             self._host.store.sync()  # this is a thread of its own; the answer says that it is kept
 
-    def _why(self) -> Why:
-        server = ServerSide(
+    def _server_side(self) -> ServerSide:
+        return ServerSide(
             options=lambda: self._options,
             listeners=self._listeners.described,
             networks=lambda: self._egress.networks,
             own=lambda: [*self._listeners.addresses(), *self._metrics_address()],
             refusals=self._refusals,
         )
-        return Why(self._host.store, self._judge(), server)
+
+    def _why(self) -> Why:
+        return Why(self._host.store, self._judge(), self._server_side())
 
     def _make_audit(self) -> Audit | None:
         store, gate, judge = self._host.store, self._host.gate, self._kernel_judge()

@@ -14,7 +14,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from ..core.address import Authority
+from ..core.address import Authority, IPAddress
+from ..core.errors import PolicyDenied
 from ..kernel.instance import Instance
 from ..policy.rule import PolicyError
 from ..routes.choice import Board, Chooser, LocalBoard
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ..config.model import Config
     from ..config.routes import RouteBook
     from ..process.ways import SharedBoard
+    from ..services.connect import Egress
 
 __all__ = ["RouteControl", "explained_route", "route_key"]
 
@@ -58,11 +60,18 @@ def route_key(instance: Instance) -> bytes:
 
 
 class RouteControl:
-    """Answers for one server. ``params`` returns what its application was given: the configuration, if there is one."""
+    """Answers for one server. ``params`` returns what its application was given: the configuration, if there is one.
+    ``egress`` returns the policy by which addresses are judged now."""
 
-    def __init__(self, params: Callable[[], Mapping[str, object]], board: Callable[[], SharedBoard]) -> None:
+    def __init__(
+        self,
+        params: Callable[[], Mapping[str, object]],
+        board: Callable[[], SharedBoard],
+        egress: Callable[[], Egress],
+    ) -> None:
         self._params = params
         self._board = board
+        self._egress = egress
         self._read: tuple[Mapping[str, object], Config, list[RouteBook]] | None = None
 
     def call(self, method: str, params: Mapping[str, object]) -> Json:
@@ -122,7 +131,7 @@ class RouteControl:
         secret = bytes.fromhex(str(given.get("route_key", "")))
         place = given.get("file")
         return explained_route(
-            book, board, secret, params, board.overrides(), None if place is None else Path(str(place))
+            book, board, secret, params, board.overrides(), None if place is None else Path(str(place)), self._egress()
         )
 
     def set(self, params: Mapping[str, object]) -> Json:
@@ -260,9 +269,10 @@ def explained_route(
     params: Mapping[str, object],
     overrides: Mapping[str, str],
     file: Path | None,
+    egress: Egress,
 ) -> Json:
     """Say where a connection would go: the route with its place in ``file``, the way, and who is asked in which order.
-    Raises :class:`PolicyError`."""
+    A target that is an address is judged by ``egress``, as services judge it. Raises :class:`PolicyError`."""
     asked = _asked(params)
     question = asked.question
     decision: Decision = book.table.decide(question)
@@ -288,12 +298,27 @@ def explained_route(
     if way_name == "direct":
         order = ["direct"]
     left_out = [leaf for leaf in book.ways.leaves(way_name) if leaf not in order]
+    denials = [] if question.ip is None else [_denial(book, name, question.ip, question.port, egress) for name in order]
+    why = "no way of it is up" if not order else "" if not all(denials) else "; ".join(dict.fromkeys(denials))
     return result | {
-        "refused": not order,
+        "refused": bool(why),
         "order": [_member(book, kept, name) for name in order],
         "left_out": [_member(book, kept, name) for name in left_out],
-        "why": "" if order else "no way of it is up",
+        "why": why,
     }
+
+
+def _denial(book: RouteBook, name: str, ip: IPAddress, port: int, egress: Egress) -> str:
+    """Why a way may not be asked for an address; the empty text if it may."""
+    from ..services.route.private import judge_beyond
+
+    way = book.ways[name]
+    last = book.ways[way.hops[-1]] if isinstance(way, Chain) else way
+    try:
+        judge_beyond(egress, ip, port, trusted=isinstance(last, Parent) and last.trusted)
+    except PolicyDenied as error:
+        return str(error)
+    return ""
 
 
 def _key(way: Way, asked: _Asked) -> bytes:

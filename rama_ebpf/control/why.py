@@ -314,14 +314,9 @@ class Why:
             yield from _targets_of(stack, stack_name, question.target)
         yield from self._egress(question)
 
-    def _egress(self, question: _Question) -> Iterator[Step]:
-        server, target = self._server, question.target
-        if server is None or target is None:
-            return
-        if not question.addresses:
-            yield Step("egress", _NO, "resolve", f"{target.host} has no address")
-            return
-        policy: EgressPolicy = replace(
+    def egress(self, server: ServerSide) -> EgressPolicy:
+        """The egress policy as services and the kernel judge by it now, with this host's own addresses."""
+        return replace(
             server.options().egress,
             host=OwnHost(
                 server.networks(),
@@ -329,6 +324,15 @@ class Why:
                 tuple(one for one, _ in self._bound()),
             ),
         )
+
+    def _egress(self, question: _Question) -> Iterator[Step]:
+        server, target = self._server, question.target
+        if server is None or target is None:
+            return
+        if not question.addresses:
+            yield Step("egress", _NO, "resolve", f"{target.host} has no address")
+            return
+        policy = self.egress(server)
         denials, allowed = [], []
         for address in question.addresses:
             try:

@@ -90,6 +90,11 @@ def test_ways_of_a_running_server_are_explained_changed_and_never_leak(lab: Lab,
         assert (told["route"], told["way"], told["refused"], told["line"]) == ("web", "exits", True, 18)
         assert told["left_out"][0]["way"] == "paris"
         assert running.json("route", "test", f"{target.ipv4}:7")["order"][0]["way"] == "direct"
+        # Where egress policy lets nobody connect, the command says what the client is told.
+        assert _reply(client, proxy, "127.0.0.1", 7) == 2
+        told = running.json("route", "test", "127.0.0.1:7", check=False)
+        assert (told["route"], told["refused"]) == ("near", True)
+        assert told["why"].startswith("egress to 127.0.0.1 is denied")
         # No route, and datagrams for which there is none.
         assert _reply(client, proxy, target.ipv4, 443) == 2
         assert _reply(client, proxy, target.ipv4, 7) == 0
@@ -156,3 +161,14 @@ def test_route_of_a_file_is_explained_without_a_server(tmp_path):
     refused = rama_ebpf("route", "test", "a.example:443", "--config", str(path), check=False)
     assert refused.returncode == 1
     assert "no route matches" in refused.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "code"),
+    [("198.18.0.7:7", 0), ("10.0.0.1:7", 1), ("127.1:7", 1), ("[::1]:80", 1), ("10.0.0.1:80", 0)],  # paris is trusted
+)
+def test_an_address_that_egress_policy_denies_is_refused_by_route_test(tmp_path, target, code):
+    path = tmp_path / "rama.toml"
+    path.write_text(textwrap.dedent(CONFIG.format(parent="198.18.0.9")))
+    done = rama_ebpf("route", "test", target, "--config", str(path), check=False)
+    assert (done.returncode, "refused: egress to" in done.stdout) == (code, bool(code)), done.stdout + done.stderr
