@@ -16,6 +16,7 @@ from ..control import socket as control
 from ..control.api import Json, feed_rows
 from ..kernel import xdp
 from ..kernel.gate_maps import LayoutMismatch
+from ..kernel.guard_registry import guarding_pids
 from ..kernel.instance import Instance, InstanceBusy
 from ..kernel.suspended import is_stopped, stopped_hint
 from ..policy.feed_store import FeedStore
@@ -76,6 +77,7 @@ def status(instance: Instance) -> Json:
         "sandbox": state.get("sandbox"),
         "denials": _rows(state, "denials"),
         "draining": _rows(state, "draining"),
+        "guards": sorted(guarding_pids(instance)),
         "ways": _rows(state, "ways"),
         "confirm_within": None,
         "feeds": [],
@@ -167,6 +169,8 @@ def _status(args: argparse.Namespace) -> int:
     else:
         kept = ", its policy is pinned" if result["policy"] else ""
         print(f"instance {result['instance']} is not running{kept}")
+    for pid in cast("list[int]", result["guards"]):
+        print(f"process {pid} guards listeners of other programs by its policy")
     if result["suspended"]:
         print(
             f"process {result['pid']} IS STOPPED (Ctrl-Z, SIGSTOP): workers serve by the policy as it is, and nothing "

@@ -28,8 +28,13 @@ def _unasked(enforced: Json) -> str:
 
 
 def note_where_nobody_serves(enforced: Json) -> None:
-    """Say on stderr that no server enforces anything now."""
-    if not enforced["serving"]:
+    """Say on stderr that no server enforces anything now, and which guards do."""
+    if enforced["serving"]:
+        return
+    if guards := cast("list[int]", enforced.get("guards") or []):
+        by = f"process{'es' * (len(guards) > 1)} {', '.join(map(str, guards))}"
+        print(f"no server runs: in force where the guard of {by} is, and when a server starts", file=sys.stderr)
+    else:
         print("no server runs: it will be in force when one starts", file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Final, cast
 
 from ..kernel.gate_maps import LayoutMismatch
+from ..kernel.guard_registry import guarding_pids
 from ..kernel.instance import Instance
 from ..kernel.witness import Witness
 from ..policy.feed_store import FeedStore
@@ -108,7 +109,11 @@ def _on_pins(instance: Instance, method: str, params: Mapping[str, object]) -> J
     finds that out under the lock, and what is in force in those that are in use then is on disk for the next ones."""
     with KernelStore(instance) as store:
         api = ControlApi(store, FeedStore(instance.feeds_dir), _judge(instance, store), instance.clients_file)
-        return api.call(method, params)
+        result = api.call(method, params)
+    enforced = result.get("enforced")
+    if isinstance(enforced, dict) and not enforced["serving"]:
+        enforced["guards"] = sorted(guarding_pids(instance))  # they judge by these maps, with or without a server
+    return result
 
 
 def _judge(instance: Instance, store: KernelStore) -> Judge:

@@ -151,7 +151,7 @@ def change_of(result: Json, sources: int) -> Change:
     enforced = result.get("enforced")
     if not isinstance(enforced, dict):
         return Change(sources, revision)
-    if not enforced["serving"]:
+    if not enforced["serving"] and not enforced.get("guards"):
         return Change(sources, revision, None, "no server runs: it is in force when one starts")
     if enforced["state"] is None:
         return Change(sources, revision, None, f"the kernel could not be asked: {enforced['why']}")

@@ -132,6 +132,19 @@ def test_denied_client_gets_no_answer_from_guarded_servers_until_the_guard_is_ki
     rama_ebpf("unload", "--instance", scene.instance)
 
 
+def test_commands_say_that_a_guard_enforces_what_no_server_does(scene: Scene) -> None:
+    with _guarding(scene, PORT), SyncGate(scene.instance) as gate:
+        done = rama_ebpf("block", scene.denied.ipv4, "--instance", scene.instance)
+        assert done.stderr == (
+            f"no server runs: in force where the guard of process {os.getpid()} is, and when a server starts\n"
+        )
+        assert scene.answers(scene.denied, PORT) == []
+        assert gate.block("198.18.200.0/24").enforced is True
+        status = rama_ebpf("status", "--instance", scene.instance, check=False)
+        assert status.returncode == 1
+        assert f"process {os.getpid()} guards listeners of other programs by its policy" in status.stdout
+
+
 def test_what_is_not_named_is_not_touched(scene: Scene) -> None:
     with _guarding(scene, PORT) as guard:
         scene.command("block", "0.0.0.0/0")
