@@ -47,7 +47,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser], shar
             ]
         ),
     )
-    parser.add_argument("job", choices=JOBS, metavar="JOB", help=f"what for: {', '.join(JOBS)}")
+    parser.add_argument("job", choices=tuple(JOBS), metavar="JOB", help=f"what for: {', '.join(JOBS)}")
     parser.add_argument(
         "file", nargs="?", type=Path, default="rama.toml", help="must not be there yet (default: %(default)s)"
     )
