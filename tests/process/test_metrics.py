@@ -267,6 +267,8 @@ async def test_a_process_of_metrics_that_breaks_its_protocol_is_replaced(supervi
     pidfd = os.pidfd_open(victim)
     for number in sorted(map(int, os.listdir(f"/proc/{victim}/fd"))):
         fd = int(ctypes.CDLL(None).syscall(438, pidfd, number, 0))  # pidfd_getfd(2)
+        if fd < 0:
+            continue  # it was closed meanwhile
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             channel = socket.socket(fileno=fd)
             if channel.type == socket.SOCK_SEQPACKET:
