@@ -77,6 +77,16 @@ class Serve:
         self.proxy.signal(signal.SIGHUP)
         wait_for(lambda: sum(line.endswith(": reloaded") for line in log) > before, timeout=30, what="the reload")
 
+    def end_successor(self) -> None:
+        """End the server that an upgrade has put in the place of the one that was started."""
+        if self._proxy is None:
+            return
+        place, ours = Instance(self.instance), self._proxy.pid
+        pid = place.serving_pid()
+        if pid is not None and pid != ours:
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: place.serving_pid() is None, what="the end of the successor")
+
     def answer(self, address: str, port: int, source: str | None = None) -> str:
         with self.host.connect(address, port, source=source) as sock:
             return sock.makefile().readline().strip()
@@ -85,7 +95,9 @@ class Serve:
 @pytest.fixture
 def serve(lab: Lab, start_proxy: StartProxy) -> Iterator[Serve]:
     with temporary_directory() as directory:
-        yield Serve(lab, start_proxy, directory)
+        made = Serve(lab, start_proxy, directory)
+        yield made
+        made.end_successor()
 
 
 @pytest.fixture(scope="module")
