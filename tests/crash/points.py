@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rama_ebpf.kernel import bpf
+from rama_ebpf.policy.rule import PolicyError
 
 from .forkserver import CommandRunner, Outcome
 from .interpose import Call, Fault
@@ -117,8 +118,13 @@ class Trial:
     def _look(self) -> _Found:
         """Ask the kernel and commands. The server may just be putting in order what a killed writer left."""
         scene = self.scene
-        for _ in range(3):
-            found = _Found(scene.connect_all(), scene.told(), scene.listed())
+        for left in (2, 1, 0):
+            try:
+                found = _Found(scene.connect_all(), scene.told(), scene.listed())
+            except PolicyError:  # the set was replaced while its document was read
+                if not left:
+                    raise
+                continue
             if found.met == found.told:
                 break
         return found
